@@ -6,6 +6,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from ..ops.checks import check_dtype, check_floating, check_rank, check_shape
+
 __all__ = ["check_latents", "positive_int"]
 
 
@@ -23,20 +25,15 @@ def positive_int(where: str, name: str, value: object) -> int:
 
 
 def check_latents(where: str, latents: Iterable[tuple[str, Tensor]], dim: int, device: torch.device) -> None:
-    """Floating-point tensors ``[batch, dim]`` of one batch size, on ``device``."""
-    first = None  # [batch, dim] of the first latent
+    """Floating-point tensors ``[batch, dim]`` of one shape and dtype, on ``device``."""
+    first: tuple[str, Tensor] | None = None
     for name, z in latents:
-        if not isinstance(z, Tensor):
-            raise TypeError(f"{where}: {name} is a {type(z).__name__}, expected a torch.Tensor [batch, {dim}]")
-        if z.dim() != 2 or z.shape[1] != dim:
-            raise ValueError(f"{where}: {name} has shape {list(z.shape)}, expected [batch, {dim}]")
-        if not z.is_floating_point():
-            raise TypeError(f"{where}: {name} is {z.dtype}, expected a real floating-point type")
+        check_floating(where, name, z)
+        check_rank(where, name, z, f"[batch, {dim}]", 2)
+        check_shape(where, name, z, (z.shape[0], dim), "([batch, dim])")
         if z.device != device:
             raise ValueError(f"{where}: {name} is on {z.device}, expected {device}; move it with .to({str(device)!r})")
         if first is None:
-            first, first_name = z, name
-        elif z.shape != first.shape:
-            raise ValueError(f"{where}: {name} has shape {list(z.shape)}, expected {list(first.shape)} like {first_name}")
-        elif z.dtype != first.dtype:
-            raise TypeError(f"{where}: {name} is {z.dtype}, expected {first.dtype} like {first_name}")
+            first = name, z
+        check_shape(where, name, z, first[1].shape, f"like {first[0]}")
+        check_dtype(where, name, z, first[1].dtype, f"like {first[0]}")

@@ -48,9 +48,10 @@ def estimate_factor_dims(
         ValueError: shapes that don't match, NaN or Inf, a code out of range, a factor without pairs, unknown method.
 
     References:
-        Esser, Rombach, Ommer, CVPR 2020, Sec. 3.2, "Dimensionality of factors"; CompVis/iin, ``dim_callback``.
+        Esser, Rombach, Ommer, CVPR 2020, "Estimating Dimensionality of Factors"; CompVis/iin, ``dim_callback``.
 
     Example:
+        >>> from iin_fast.iin import estimate_factor_dims
         >>> rng = np.random.default_rng(0)
         >>> za, zb = rng.standard_normal((2, 1000, 10))
         >>> factor = np.arange(1000) % 2

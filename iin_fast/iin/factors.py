@@ -71,6 +71,7 @@ class Factors(Mapping[str, Tensor]):
         Esser, Rombach, Ommer, A Disentangling Invertible Interpretation Network, CVPR 2020, Sec. 3.1.
 
     Example:
+        >>> from iin_fast.iin import Factors
         >>> factors = Factors({"digit": torch.zeros(8, 2), "residual": torch.ones(8, 3)})
         >>> factors
         Factors(batch=8, digit=2, residual=3)

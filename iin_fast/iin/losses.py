@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
+from ..ops.checks import check_device, check_floating, check_shape
 from ._checks import check_latents
 from .factors import RESIDUAL, Factors
 from .model import IIN
@@ -32,9 +33,10 @@ class FactorLoss(nn.Module):
         ValueError: ``rho`` outside (0, 1).
 
     References:
-        Esser, Rombach, Ommer, CVPR 2020, Eq. 8 to 11; CompVis/iin, ``FactorLoss``.
+        Esser, Rombach, Ommer, CVPR 2020, Sec. 3.2; CompVis/iin, ``FactorLoss``.
 
     Example:
+        >>> from iin_fast.iin import IIN, FactorLoss
         >>> model = IIN(8, {"digit": 3, "color": 2}, n_flows=2, hidden_dim=16)
         >>> za, zb = torch.randn(2, 4, 8).unbind()
         >>> loss = FactorLoss(rho=0.975)
@@ -105,14 +107,9 @@ class FactorLoss(nn.Module):
         a, b = factors_a.tensor, factors_b.tensor
         check_latents(where, (("factors_a", a), ("factors_b", b)), a.shape[1], a.device)
         for name, logdet in (("logdet_a", logdet_a), ("logdet_b", logdet_b)):
-            if not isinstance(logdet, Tensor):
-                raise TypeError(f"{where}: {name} is a {type(logdet).__name__}, expected a torch.Tensor [batch]")
-            if logdet.shape != a.shape[:1]:
-                raise ValueError(f"{where}: {name} has shape {list(logdet.shape)}, expected [{a.shape[0]}]")
-            if not logdet.is_floating_point():
-                raise TypeError(f"{where}: {name} is {logdet.dtype}, expected a real floating-point type")
-            if logdet.device != a.device:
-                raise ValueError(f"{where}: {name} is on {logdet.device}, expected {a.device} like factors_a")
+            check_floating(where, name, logdet)
+            check_shape(where, name, logdet, a.shape[:1], "([batch])")
+            check_device(where, name, logdet, a, "factors_a")
         return self._pair_nll(a, logdet_a, b, logdet_b, self._mask(shared, sizes, a.shape[0], a.device), sizes)
 
     def _pair_nll(

@@ -44,6 +44,7 @@ class IIN(nn.Module):
         Esser, Rombach, Ommer, A Disentangling Invertible Interpretation Network, CVPR 2020, arXiv 2004.13166, Sec. 3.
 
     Example:
+        >>> from iin_fast.iin import IIN
         >>> model = IIN(64, {"digit": 22, "color": 11}, n_flows=2, hidden_dim=32)
         >>> z, donor = torch.randn(2, 8, 64).unbind()
         >>> model.encode(z)
