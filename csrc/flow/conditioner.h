@@ -100,6 +100,10 @@ void conditioner_forward(const Team &team, const FlowWeights<const T> &weights, 
         p.finish = l == w.layers - 1 ? Finish::store : Finish::leaky;
         p.slope = slope;
         multiply_panel(p, to - from, columns, false);
+        if (activations.keep && l < w.layers - 1 && column + columns == out) // what is saved has no random parts
+          for (int64_t row = 0; row < to - from; ++row)
+            for (int64_t j = out - column; j < ldc - column; ++j)
+              p.c[row * ldc + j] = T(0);
       }
     });
   }

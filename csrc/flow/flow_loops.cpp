@@ -74,6 +74,8 @@ template <class T> struct Rows {
       stage[w.conditioning + j] = extra[j];
     for (int64_t j = 0; j < w.transformed; ++j)
       stage[w.in + j] = z[w.conditioning + j];
+    for (int64_t j = w.row; j < w.ld_row; ++j)
+      stage[j] = T(0);
   }
 
   // stage -> z [dim]
@@ -245,6 +247,8 @@ void walk_forward(const FlowJob<T> &job, const Rows<T> &rows, const Team &team, 
           T *stage = stage_of(step, r);
           rows.get(stage, z);
           T logdet = rows.couple(z + w.conditioning, raw, shift, s, job.inverse);
+          for (int64_t j = w.transformed; j < w.ld_out; ++j)
+            s[j] = T(0);
           if (!job.inverse) {
             if (step % 2 == 0) {
               rows.swap(z, next);

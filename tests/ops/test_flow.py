@@ -1,0 +1,332 @@
+"""flow: the compiled op against the definition, and the properties of the map."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+from torch.testing import assert_close
+
+import iin_fast
+from iin_fast.ops.flow import flow, pack
+
+# n_flows, dim, hidden, depth, batch, context_dim, contexts: tails of every kind of vector and of the last panel, chunks
+# of rows beyond one, nets that threads share and nets that they don't
+SHAPES = [
+    (2, 2, 1, 0, 1, 0, 1),
+    (1, 2, 17, 1, 0, 0, 1),
+    (2, 3, 17, 1, 2, 0, 1),
+    (3, 7, 70, 2, 7, 5, 3),
+    (2, 64, 130, 1, 25, 0, 1),
+    (2, 8, 64, 2, 130, 3, 1),
+    (1, 64, 512, 1, 50, 0, 1),
+    (1, 33, 512, 0, 2, 0, 1),
+    (2, 5, 40, 3, 1000, 0, 1),
+    (2, 9, 130, 1, 300, 4, 2),
+    (1, 150, 33, 1, 20, 70, 1),
+]
+NAMES = "x context loc scale weight_in bias_in weight_hidden bias_hidden weight_out bias_out permutation".split()
+
+
+def inputs(
+    n_flows: int,
+    dim: int,
+    hidden: int,
+    depth: int,
+    batch: int,
+    context_dim: int = 0,
+    contexts: int = 1,
+    dtype: torch.dtype = torch.float64,
+    size: float = 1.0,
+) -> list[Tensor | None]:
+    """The arguments of a flow whose nets have outputs of about ``size``, the same numbers for every dtype."""
+    generator = torch.Generator().manual_seed(dim * 1000 + hidden)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    half = dim - dim // 2
+    wide = half + context_dim
+    tensors = [
+        randn(batch, dim),
+        randn(contexts, batch, context_dim) if context_dim else None,
+        0.3 * randn(n_flows, dim),
+        (1 + 0.3 * torch.tanh(randn(n_flows, dim))) * randn(n_flows, dim).sign(),
+        pack(randn(n_flows, 2, 2, hidden, wide) / wide**0.5),
+        0.3 * randn(n_flows, 2, 2, hidden),
+        pack(1.2 * randn(n_flows, 2, 2, depth, hidden, hidden) / hidden**0.5),
+        0.3 * randn(n_flows, 2, 2, depth, hidden),
+        pack(size * randn(n_flows, 2, 2, dim - half, hidden) / hidden**0.5),
+        0.3 * size * randn(n_flows, 2, 2, dim - half),
+    ]
+    permutation = torch.stack([torch.randperm(dim, generator=generator) for _ in range(n_flows)])
+    return [None if t is None else t.float().to(dtype) for t in tensors] + [permutation]
+
+
+def results(arguments: list[Tensor | None], **options: object) -> dict[str, Tensor]:
+    """Outputs, and the gradients of a fixed weighting of both."""
+    leaves = [
+        t.detach().clone().requires_grad_() if t is not None and t.is_floating_point() else t for t in arguments
+    ]
+    y, logdet = flow(*leaves, **options)
+    weight = torch.linspace(-1, 2, max(y.numel(), 1), dtype=y.dtype)[: y.numel()].reshape(y.shape)
+    rows = torch.linspace(0.5, 1, max(len(logdet), 1), dtype=y.dtype)[: len(logdet)]
+    torch.autograd.backward([y, logdet], [weight, rows])
+    gradients = {
+        name: torch.zeros_like(t) if t.grad is None else t.grad
+        for name, t in zip(NAMES, leaves, strict=True)
+        if t is not None and t.requires_grad
+    }
+    return {"y": y.detach(), "logdet": logdet.detach(), **gradients}
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    return ((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-30)).item()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("inverse", [False, True])
+def test_float64_equals_the_definition(shape: tuple[int, ...], inverse: bool) -> None:
+    arguments = inputs(*shape)
+    for slope, exact in ((1.0, False), (0.9, False), (0.9, True)):
+        options = {"inverse": inverse, "activation_slope": slope, "exact_logdet": exact, "leaky_slope": 0.1}
+        with iin_fast.backend("reference"):
+            expected = results(arguments, **options)
+        for memory in ("save", "invert"):
+            for name, got in results(arguments, **options, memory=memory).items():
+                assert got.shape == expected[name].shape
+                assert got.numel() == 0 or relative(got, expected[name]) < 1e-9, (name, slope, exact, memory)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("inverse", [False, True])
+def test_float32_equals_the_definition(shape: tuple[int, ...], inverse: bool) -> None:
+    # Slope 1: where a LeakyReLU has its kink, a last-bit difference of an activation is a jump of a gradient, in any
+    # implementation; the kink itself is tested in float64. Inversion loses what exp(-s) amplifies, hence the size.
+    options = {"inverse": inverse, "leaky_slope": 1.0}
+    with iin_fast.backend("reference"):
+        expected = results(inputs(*shape, size=0.3), **options)
+    arguments = inputs(*shape, dtype=torch.float32, size=0.3)
+    for memory in ("save", "invert"):
+        for name, got in results(arguments, **options, memory=memory).items():
+            assert got.dtype == torch.float32
+            assert got.numel() == 0 or relative(got, expected[name]) < 1e-5, (name, memory)
+
+
+def test_gradients_of_both_memories_agree_at_depth_12_in_float32() -> None:
+    arguments = inputs(12, 64, 256, 2, 40, dtype=torch.float32, size=0.3)
+    saved, inverted = (results(arguments, memory=memory) for memory in ("save", "invert"))
+    for name, want in saved.items():
+        assert relative(inverted[name], want) < 1e-3, name
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("memory", ["save", "invert"])
+def test_gradcheck(inverse: bool, memory: str) -> None:
+    *tensors, permutation = inputs(2, 3, 2, 1, 2, 1, 2)
+    leaves = [t.requires_grad_() for t in tensors if t is not None]
+
+    def function(*given: Tensor) -> tuple[Tensor, Tensor]:
+        return flow(*given, permutation, inverse=inverse, memory=memory, leaky_slope=0.3, activation_slope=0.9)
+
+    assert gradcheck(function, leaves)
+
+
+def test_second_derivatives_come_from_the_definition() -> None:
+    *tensors, permutation = inputs(1, 3, 2, 0, 1, 1, 1)
+    leaves = [t.requires_grad_() for t in tensors if t is not None]
+    assert gradgradcheck(lambda *given: flow(*given, permutation, leaky_slope=0.3), leaves)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-11), (torch.float32, 1e-3)])
+@pytest.mark.parametrize("n_flows", [12, 48])
+def test_round_trip(dtype: torch.dtype, bound: float, n_flows: int) -> None:
+    x, *rest = inputs(n_flows, 16, 64, 2, 40, dtype=dtype, size=0.2)
+    rest[2] = rest[2].sign() * rest[2].abs().clamp(0.8, 1.25)  # the ActNorm of 48 random blocks spans 12 decades
+    y, logdet = flow(x, *rest, activation_slope=0.9, exact_logdet=True)
+    back, back_logdet = flow(y, *rest, inverse=True, activation_slope=0.9, exact_logdet=True)
+    assert relative(back, x) < bound
+    assert relative(back_logdet, -logdet) < bound
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("dim", [2, 7])
+def test_logdet_is_that_of_the_jacobian(inverse: bool, dim: int) -> None:
+    x, *rest = inputs(3, dim, 17, 1, 1, 3)
+    options = {"inverse": inverse, "activation_slope": 0.8, "exact_logdet": True}
+    jacobian = torch.autograd.functional.jacobian(lambda v: flow(v, *rest, **options)[0], x).reshape(dim, dim)
+    assert_close(jacobian.slogdet().logabsdet, flow(x, *rest, **options)[1][0])
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 70, 2, 29), (2, 64, 512, 1, 300), (2, 8, 64, 2, 130)], ids=str)
+def test_rows_are_independent_and_nan_is_not_hidden(shape: tuple[int, ...]) -> None:
+    x, *rest = inputs(*shape, dtype=torch.float32)
+    clean_y, clean_logdet = flow(x, *rest)
+    x[3, 1] = torch.nan
+    y, logdet = flow(x, *rest)
+    assert torch.isnan(y[3]).any() and torch.isnan(logdet[3])
+    others = torch.arange(len(x)) != 3
+    assert_close(y[others], clean_y[others], rtol=0, atol=0)
+    assert_close(logdet[others], clean_logdet[others], rtol=0, atol=0)
+    leaf = x.clone().requires_grad_()
+    y, logdet = flow(leaf, *rest)
+    (y[others].sum() + logdet[others].sum()).backward()
+    assert leaf.grad[others].isfinite().all()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("shape", [(2, 8, 64, 2, 130), (1, 64, 256, 2, 300)], ids=str)
+def test_same_bits_twice(threads: int, shape: tuple[int, ...]) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        arguments = inputs(*shape, dtype=torch.float32)
+        first, second = results(arguments), results(arguments)
+    finally:
+        torch.set_num_threads(before)
+    for name, want in first.items():
+        assert_close(second[name], want, rtol=0, atol=0)
+
+
+def test_many_threads_share_the_work_correctly() -> None:
+    before = torch.get_num_threads()
+    arguments = [inputs(1, 9, 70, 1, batch) for batch in (1, 3, 50, 300)]
+    with iin_fast.backend("reference"):
+        expected = [results(a) for a in arguments]
+    torch.set_num_threads(9)
+    try:
+        got = [results(a) for a in arguments]
+    finally:
+        torch.set_num_threads(before)
+    for ours, wants in zip(got, expected, strict=True):
+        for name, want in wants.items():
+            assert relative(ours[name], want) < 1e-9, name
+
+
+def test_strides_of_every_kind() -> None:
+    x, *rest = inputs(2, 7, 17, 1, 6)
+    expected = flow(x, *rest)
+    for strided in (x.t().contiguous().t(), torch.cat([x, x], 1)[:, :7], x.repeat_interleave(2, 0)[::2]):
+        assert_close(flow(strided, *rest), expected, rtol=0, atol=0)
+    transposed = [t.clone() if t is None or t.dim() < 2 else t.t().contiguous().t() for t in rest[1:3]]
+    assert_close(flow(x, rest[0], *transposed, *rest[3:]), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("wanted", ["x", "context", "loc", "bias_hidden"])
+@pytest.mark.parametrize("memory", ["save", "invert"])
+def test_only_the_wanted_gradients_are_given(wanted: str, memory: str) -> None:
+    arguments = inputs(2, 6, 17, 1, 5, 3)
+    everything = results(arguments, memory=memory)
+    leaves = [t if t is None else t.detach().clone() for t in arguments]
+    leaves[NAMES.index(wanted)].requires_grad_()
+    y, logdet = flow(*leaves, memory=memory)
+    weight = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).reshape(y.shape)
+    torch.autograd.backward([y, logdet], [weight, torch.linspace(0.5, 1, len(logdet), dtype=y.dtype)])
+    for name, leaf in zip(NAMES, leaves, strict=True):
+        if leaf is not None:
+            assert (leaf.grad is not None) == (name == wanted)
+    assert_close(leaves[NAMES.index(wanted)].grad, everything[wanted])
+
+
+def test_gradient_of_one_output_alone() -> None:
+    arguments = [t.requires_grad_() if t is not None and t.is_floating_point() else t for t in inputs(2, 6, 17, 1, 5)]
+    x = arguments[0]
+    for pick in (0, 1):
+        (got,) = torch.autograd.grad(flow(*arguments)[pick].sum(), x)
+        with iin_fast.backend("reference"):
+            (want,) = torch.autograd.grad(flow(*arguments)[pick].sum(), x)
+        assert_close(got, want)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("save", [False, True])
+def test_opcheck(inverse: bool, save: bool) -> None:
+    arguments = inputs(2, 5, 6, 1, 3, 2, dtype=torch.float32)
+    rest = (0.01, 0.9, True, inverse, save)
+    torch.library.opcheck(torch.ops.iin_fast.flow, (*arguments, *rest))
+    with_grad = [t.requires_grad_() if t is not None and t.is_floating_point() else t for t in arguments]
+    torch.library.opcheck(torch.ops.iin_fast.flow, (*with_grad, *rest))
+    detached = [t if t is None else t.detach() for t in arguments]
+    y, logdet, saved = torch.ops.iin_fast.flow(*detached, *rest)
+    for context_grad, weight_grads in ((True, True), (False, False)):
+        backward = (y, logdet, y, saved, *detached[1:], 0.01, 0.9, inverse, context_grad, weight_grads)
+        torch.library.opcheck(torch.ops.iin_fast.flow_backward, backward)
+
+
+@pytest.mark.parametrize("memory", ["auto", "invert"])
+def test_compiles_into_one_graph(memory: str) -> None:
+    arguments = inputs(2, 6, 17, 1, 5, dtype=torch.float32)
+    leaves = [t.requires_grad_() if t is not None and t.is_floating_point() else t for t in arguments]
+    compiled = torch.compile(lambda *a: flow(*a, memory=memory), fullgraph=True, backend="aot_eager", dynamic=True)
+    wanted = [t for t in leaves if t is not None and t.requires_grad]
+    for batch in (5, 3):
+        given = [leaves[0][:batch], *leaves[1:]]
+        outputs, expected = compiled(*given), flow(*given, memory=memory)
+        assert_close(outputs, expected)
+        got = torch.autograd.grad(outputs[0].sum() + outputs[1].sum(), wanted)
+        assert_close(got, torch.autograd.grad(expected[0].sum() + expected[1].sum(), wanted))
+
+
+def test_exports() -> None:
+    x, context, *rest = inputs(2, 6, 17, 1, 5, dtype=torch.float32)
+
+    class Model(torch.nn.Module):
+        def forward(self, value: Tensor) -> tuple[Tensor, Tensor]:
+            return flow(value, None, *rest)
+
+    program = torch.export.export(Model(), (x,), dynamic_shapes={"value": {0: torch.export.Dim("batch")}})
+    assert_close(program.module()(x[:3]), flow(x[:3], None, *rest))
+
+
+def test_autocast_computes_in_float32() -> None:
+    arguments = inputs(2, 6, 17, 1, 5, dtype=torch.float32)
+    half = [arguments[0].bfloat16(), *arguments[1:]]
+    with torch.autocast("cpu", torch.bfloat16):
+        got = flow(*half)
+    assert_close(got, flow(half[0].float(), *arguments[1:]))
+
+
+@pytest.mark.parametrize("isa", ["avx2", "baseline"])
+def test_every_instruction_set(isa: str) -> None:
+    probe = (
+        "import torch, test_flow as t, iin_fast\n"
+        "from iin_fast._library import cpu_isa\n"
+        "for shape in t.SHAPES[2:6] + t.SHAPES[7:8]:\n"
+        "    t.test_float64_equals_the_definition(shape, False)\n"
+        "    t.test_float32_equals_the_definition(shape, True)\n"
+        "print(cpu_isa())\n"
+    )
+    environment = {**os.environ, "IIN_FAST_CPU": isa, "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() in (isa, "baseline")
+
+
+class TestBadInput:
+    def check(self, error: type[Exception], message: str, **changed: object) -> None:
+        arguments = dict(zip(NAMES, inputs(2, 6, 17, 1, 5, 3), strict=True))
+        with pytest.raises(error, match=message):
+            flow(**{**arguments, **changed})
+
+    def test_each(self) -> None:
+        x = torch.randn(5, 6, dtype=torch.float64)
+        self.check(TypeError, "x has dtype float16, expected one of float32, float64", x=x.half())
+        self.check(TypeError, "loc has dtype float32, expected float64 like x", loc=torch.randn(2, 6))
+        self.check(TypeError, "x is a list", x=[1.0])
+        self.check(ValueError, r"x has shape \[5\], expected \[batch, dim\]", x=x[:, 0])
+        self.check(ValueError, r"x has shape \[5, 1\], expected \[batch, dim\]", x=x[:, :1])
+        self.check(ValueError, r"loc has shape \[5\], expected \[n_flows, 6\]", loc=x[:, 0])
+        self.check(ValueError, r"scale has shape \[2, 5\], expected \[2, 6\]", scale=x[:2, :5])
+        self.check(ValueError, r"weight_in has shape \[5, 6\], expected \[2, 2, 2, 102\]", weight_in=x)
+        self.check(ValueError, r"bias_in has shape \[5, 6\], expected \[2, 2, 2, hidden\]", bias_in=x)
+        self.check(ValueError, r"context has shape \[5, 6\], expected \[1 or 2, 5, context_dim\]", context=x)
+        self.check(ValueError, r"context has shape \[3, 5, 3\]", context=torch.zeros(3, 5, 3, dtype=torch.float64))
+        self.check(ValueError, "scale is on meta, expected cpu like x", scale=torch.zeros(2, 6, device="meta", dtype=x.dtype))
+        self.check(TypeError, "permutation is torch.float64, expected an int64 tensor", permutation=x[:2])
+        self.check(RuntimeError, r"permutation\[1\] is not a permutation", permutation=torch.arange(12).view(2, 6))
+        self.check(ValueError, "memory is 'keep', expected auto, save or invert", memory="keep")
+        self.check(ValueError, "leaky_slope is -0.1", leaky_slope=-0.1)
+        self.check(ValueError, "activation_slope is 0.0", activation_slope=0.0)
