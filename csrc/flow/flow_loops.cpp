@@ -172,11 +172,30 @@ template <class T> T actnorm_logdet(const FlowJob<T> &job) {
   return static_cast<T>(sum);
 }
 
-// Small nets: sharing a layer between threads costs more than it gives.
-template <class T> bool is_tall(const FlowSizes &s, int64_t threads) {
+// How threads share a call.
+struct Plan {
+  int64_t threads;
+  bool tall;
+};
+
+// A parallel step costs a few microseconds to start (and far more on a machine that is busy with something else), so a
+// step that is worth less than `step` on one core is not shared. Costs are what one AVX-512 core takes for the widest
+// layer of both nets, bound by arithmetic or by reading the weights, in nanoseconds.
+template <class T> Plan plan_of(const FlowSizes &s, int64_t threads) {
+  constexpr double step = 10e3, flops = 200, bytes = 30; // the latter two per nanosecond
   const Widths<T> w(s);
-  const int64_t net = (w.in + w.transformed + w.depth * w.hidden) * w.hidden;
-  return threads == 1 || (net * (int64_t)sizeof(T) <= 128 * 1024 && s.batch >= 8 * threads);
+  const double widest = 2.0 * w.hidden * larger(w.depth > 0 ? w.hidden : 0, larger(w.in, w.transformed));
+  const double layer = widest * (2.0 * s.batch / flops > sizeof(T) / bytes ? 2.0 * s.batch / flops : sizeof(T) / bytes);
+  const double walk = layer * w.layers * 2 * s.n_flows;
+  const double net = double(w.in + w.transformed + w.depth * w.hidden) * w.hidden * sizeof(T);
+  if (threads == 1)
+    return {1, true};
+  if (net <= 128 * 1024 || layer < step) {
+    const int64_t useful = smaller(threads, smaller(s.batch / 8, static_cast<int64_t>(walk / (2 * step))));
+    if (useful > 1 && net <= 512 * 1024)
+      return {useful, true};
+  }
+  return layer < step ? Plan{1, true} : Plan{smaller(threads, larger(2, static_cast<int64_t>(layer / step * 4))), false};
 }
 
 // Calls f(begin, end, group) on row groups of [from, to), on the team's threads.
@@ -517,39 +536,42 @@ template <class T> int64_t flow_saved_size(const FlowSizes &s) {
 template <class T> int64_t flow_forward_workspace(const FlowSizes &s, int64_t threads, bool save) {
   Pieces<T> pieces{nullptr};
   const Widths<T> w(s);
-  if (!is_tall<T>(s, threads)) {
-    ForwardSpace<T>(pieces, w, s.batch, threads, save);
+  const Plan plan = plan_of<T>(s, threads);
+  if (!plan.tall) {
+    ForwardSpace<T>(pieces, w, s.batch, plan.threads, save);
     return pieces.used;
   }
-  ForwardSpace<T>(pieces, w, ceil_div(s.batch, threads), 1, save);
-  return pieces.used * threads;
+  ForwardSpace<T>(pieces, w, ceil_div(s.batch, plan.threads), 1, save);
+  return pieces.used * plan.threads;
 }
 
 template <class T> int64_t flow_backward_workspace(const FlowSizes &s, int64_t threads, bool saved, bool weight_grads) {
   Pieces<T> pieces{nullptr};
   const Widths<T> w(s);
-  if (!is_tall<T>(s, threads)) {
-    BackwardSpace<T>(pieces, s, w, s.batch, threads, saved);
+  const Plan plan = plan_of<T>(s, threads);
+  if (!plan.tall) {
+    BackwardSpace<T>(pieces, s, w, s.batch, plan.threads, saved);
     return pieces.used;
   }
-  BackwardSpace<T>(pieces, s, w, ceil_div(s.batch, threads), 1, saved);
-  if (weight_grads && threads > 1)
+  BackwardSpace<T>(pieces, s, w, ceil_div(s.batch, plan.threads), 1, saved);
+  if (weight_grads && plan.threads > 1)
     take_gradients(pieces, s, w);
-  return pieces.used * threads;
+  return pieces.used * plan.threads;
 }
 
 template <class T> void flow_forward(const FlowJob<T> &job) {
   const Rows<T> rows(job);
-  const int64_t batch = job.sizes.batch, threads = job.threads;
+  const Plan plan = plan_of<T>(job.sizes, job.threads);
+  const int64_t batch = job.sizes.batch, threads = plan.threads;
   const T constant = actnorm_logdet(job);
   const bool save = job.saved != nullptr;
   Pieces<T> pieces{job.workspace};
-  if (!is_tall<T>(job.sizes, threads)) {
+  if (!plan.tall) {
     const ForwardSpace<T> space(pieces, rows.w, batch, threads, save);
     walk_forward(job, rows, Team{threads, job.parallel_for}, space, 0, batch, constant);
     return;
   }
-  const int64_t part = flow_forward_workspace<T>(job.sizes, threads, save) / threads;
+  const int64_t part = flow_forward_workspace<T>(job.sizes, job.threads, save) / threads;
   Team{threads, job.parallel_for}.run(threads, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       Pieces<T> own{job.workspace + t * part};
@@ -563,17 +585,18 @@ template <class T> void flow_backward(const FlowBackwardJob<T> &job) {
   const FlowJob<T> &forward = job.forward;
   const Rows<T> rows(forward);
   const FlowSizes &s = forward.sizes;
-  const int64_t batch = s.batch, threads = forward.threads;
+  const Plan plan = plan_of<T>(s, forward.threads);
+  const int64_t batch = s.batch, threads = plan.threads;
   const bool saved = forward.saved != nullptr, weight_grads = job.grads.weight_in != nullptr;
   const Team team{threads, forward.parallel_for};
   Pieces<T> pieces{forward.workspace};
-  if (!is_tall<T>(s, threads)) {
+  if (!plan.tall) {
     const BackwardSpace<T> space(pieces, s, rows.w, batch, threads, saved);
     walk_backward(job, rows, team, space, job.grads, 0, batch);
     add_actnorm(job, space, threads);
     return;
   }
-  const int64_t part = flow_backward_workspace<T>(s, threads, saved, weight_grads) / threads;
+  const int64_t part = flow_backward_workspace<T>(s, forward.threads, saved, weight_grads) / threads;
   const auto space_of = [&](int64_t t, FlowWeights<T> *grads) {
     Pieces<T> own{forward.workspace + t * part};
     const BackwardSpace<T> space(own, s, rows.w, ceil_div(batch, threads), 1, saved);
