@@ -109,6 +109,25 @@ void conditioner_forward(const Team &team, const FlowWeights<const T> &weights, 
   }
 }
 
+// to[columns] (+)= the sum of rows
+template <class T> void add_rows(const T *d, int64_t ldd, int64_t rows, int64_t columns, T *to, bool add) {
+  constexpr int n = lanes<T>;
+  alignas(64) T sum[panel_width];
+  for (int64_t j = 0; j < columns; j += n) { // the last vector may reach into the padding of d
+    vec<T> even{}, odd{};
+    int64_t row = 0;
+    for (; row + 2 <= rows; row += 2) {
+      even += load(d + row * ldd + j);
+      odd += load(d + (row + 1) * ldd + j);
+    }
+    if (row < rows)
+      even += load(d + row * ldd + j);
+    store(sum + j, even + odd);
+  }
+  for (int64_t j = 0; j < columns; ++j)
+    to[j] = (add ? to[j] : T(0)) + sum[j];
+}
+
 // Gradients of both nets from d[net][rows, transformed], the gradient of what they put out. On return d holds the
 // gradient of u in [rows, in] per net, row stride ld_in. d and other are two buffers of ld_wide per row, used in turn.
 // Returns which of the two holds the result.
@@ -136,18 +155,18 @@ T *conditioner_backward(const Team &team, const FlowWeights<const T> &weights, c
         for (int64_t column = 0; column < out; column += panel_width) {
           const int64_t columns = smaller(panel_width, out - column);
           const int64_t offset = column * in + k * columns;
+          // the block's weights of the next panel, while this one is computed
+          const char *ahead = reinterpret_cast<const char *>(layer.weight + offset + columns * in);
+          const int64_t bytes = k_count * columns * sizeof(T);
+          prefetch(ahead, ahead + bytes / 2);
           if (grads.weight_in != nullptr) {
             const Layer<T> grad = layer_of(grads, w, first_net + net, l);
             outer_product(Outer<T>{a, lda, dc + column, ldd, rows, grad.weight + offset, columns, columns, add},
                           k_count, columns);
             if (k == 0)
-              for (int64_t j = column; j < column + columns; ++j) {
-                T sum = add ? grad.bias[j] : T(0);
-                for (int64_t row = 0; row < rows; ++row)
-                  sum += dc[row * ldd + j];
-                grad.bias[j] = sum;
-              }
+              add_rows(dc + column, ldd, rows, columns, grad.bias + column, add);
           }
+          prefetch(ahead + bytes / 2, ahead + bytes);
           transpose_panel(layer.weight + offset, columns, k_count, columns, turned, most);
           Product<T> p{};
           p.a = dc + column;

@@ -116,17 +116,25 @@ template <class T, int R, int C> void outer_tile(const Outer<T> &p) {
     a += lda;
     d += ldd;
   }
+  if (p.columns >= C * n) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) {
+        T *w = p.w + r * p.ldw + c * n;
+        store(w, p.add ? load(w) + sum[r][c] : sum[r][c]);
+      }
+    return;
+  }
+  alignas(64) T rows[R * C * n]; // a tail goes through memory, so that the sums can stay in registers
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) {
-      T *w = p.w + r * p.ldw + c * n;
-      const int64_t count = p.columns - c * n;
-      if (count >= n)
-        store(w, p.add ? load(w) + sum[r][c] : sum[r][c]);
-      else
-        store_some(w, p.add ? load_some(w, count) + sum[r][c] : sum[r][c], count);
-    }
+    for (int c = 0; c < C; ++c)
+      store(rows + (r * C + c) * n, sum[r][c]);
+  for (int r = 0; r < R; ++r)
+    for (int64_t j = 0; j < p.columns; ++j)
+      p.w[r * p.ldw + j] = (p.add ? p.w[r * p.ldw + j] : T(0)) + rows[r * C * n + j];
 }
 
 // Register tiles: for C vectors a tile has at most max_rows(C) rows.
@@ -205,8 +213,12 @@ template <class T> void multiply_panel(const Product<T> &whole, int64_t rows, in
       p.mask += whole.mask ? column : 0;
       if (k + p.k < whole.k)
         p.finish = Finish::store;
+      const char *block_end = reinterpret_cast<const char *>(p.w + p.k * p.ldw);
+      const int64_t bytes = p.k * p.ldw * sizeof(T);
       for (int64_t tile = 0, row = 0; tile < tiles; ++tile) {
         const int64_t end = (tile + 1) * rows / tiles; // tiles of nearly equal height
+        if (tiles > 1 && !readable) // what comes after this block, while this block is computed
+          prefetch(block_end + bytes * tile / tiles, block_end + bytes * (tile + 1) / tiles);
         multiply_with<T>(end - row, vectors)(p);
         p.a += (end - row) * p.lda;
         p.c += (end - row) * p.ldc;

@@ -37,14 +37,10 @@ template <class T> IIN_FAST_INLINE void store(T *p, vec<T> v) {
   *reinterpret_cast<typename Vector<T>::anywhere *>(p) = v;
 }
 
-template <class T> IIN_FAST_INLINE vec<T> load_some(const T *p, int64_t count) {
-  vec<T> v{};
-  __builtin_memcpy(&v, p, count * sizeof(T));
-  return v;
-}
-
-template <class T> IIN_FAST_INLINE void store_some(T *p, vec<T> v, int64_t count) {
-  __builtin_memcpy(p, &v, count * sizeof(T));
+// Asks for [begin, end) in the second cache. Any address is allowed.
+IIN_FAST_INLINE void prefetch(const char *begin, const char *end) {
+  for (; begin < end; begin += 64)
+    __builtin_prefetch(begin, 0, 2);
 }
 
 template <class T> IIN_FAST_INLINE vec<T> broadcast(T value) { return value - vec<T>{}; }
