@@ -195,7 +195,8 @@ template <class T> Plan plan_of(const FlowSizes &s, int64_t threads) {
     if (useful > 1 && net <= 512 * 1024)
       return {useful, true};
   }
-  return layer < step ? Plan{1, true} : Plan{smaller(threads, larger(2, static_cast<int64_t>(layer / step * 4))), false};
+  return layer < step ? Plan{1, true}
+                      : Plan{smaller(threads, larger(2, static_cast<int64_t>(layer / step * 4))), false};
 }
 
 // Calls f(begin, end, group) on row groups of [from, to), on the team's threads.

@@ -32,6 +32,17 @@ enum class Finish {
   mask,  // c = mask > 0 ? sum : slope * sum, the derivative of the above at the activation `mask`
 };
 
+// Weights that are needed next, asked for bit by bit between register tiles: asked for at once, they would stall the
+// core.
+struct Ahead {
+  const char *begin;
+  int64_t bytes;
+  IIN_FAST_INLINE void ask(int64_t part, int64_t parts) const {
+    for (const char *p = begin + bytes * part / parts; p < begin + bytes * (part + 1) / parts; p += 64)
+      __builtin_prefetch(p, 0, 2); // any address is allowed
+  }
+};
+
 template <class T> struct Product {
   const T *a; // [rows, k], row stride lda
   int64_t lda;
@@ -44,6 +55,7 @@ template <class T> struct Product {
   T slope;
   const T *mask; // [rows, columns], row stride ldmask
   int64_t ldmask;
+  Ahead ahead;
 };
 
 template <class T, int R, int C> void multiply_tile(const Product<T> &p) {
@@ -94,6 +106,7 @@ template <class T> struct Outer {
   int64_t ldw;
   int64_t columns; // at most C vectors
   bool add;        // to what w holds
+  Ahead ahead;
 };
 
 template <class T, int R, int C> void outer_tile(const Outer<T> &p) {
@@ -175,7 +188,7 @@ template <class T, int C = max_columns> OuterTile<T> outer_with(int64_t rows, in
 }
 
 // Weights of one pass over the rows stay in the first cache: bytes of W that a block of k may hold.
-constexpr int64_t block_bytes = 24 * 1024;
+constexpr int64_t block_bytes = 16 * 1024;
 
 // C[rows, columns] of one panel. `readable`: whether a vector may be read that begins in any row of w and ends beyond
 // it, i.e. whether w is padded.
@@ -213,12 +226,13 @@ template <class T> void multiply_panel(const Product<T> &whole, int64_t rows, in
       p.mask += whole.mask ? column : 0;
       if (k + p.k < whole.k)
         p.finish = Finish::store;
-      const char *block_end = reinterpret_cast<const char *>(p.w + p.k * p.ldw);
+      // what comes after this block, while this block is computed
       const int64_t bytes = p.k * p.ldw * sizeof(T);
+      const Ahead ahead = readable ? whole.ahead : Ahead{reinterpret_cast<const char *>(p.w) + bytes, bytes};
       for (int64_t tile = 0, row = 0; tile < tiles; ++tile) {
         const int64_t end = (tile + 1) * rows / tiles; // tiles of nearly equal height
-        if (tiles > 1 && !readable) // what comes after this block, while this block is computed
-          prefetch(block_end + bytes * tile / tiles, block_end + bytes * (tile + 1) / tiles);
+        if (tiles > 1 || readable)
+          ahead.ask(tile, tiles);
         multiply_with<T>(end - row, vectors)(p);
         p.a += (end - row) * p.lda;
         p.c += (end - row) * p.ldc;
@@ -248,6 +262,8 @@ template <class T> void outer_product(const Outer<T> &whole, int64_t k, int64_t 
       p.add = whole.add || row > 0;
       for (int64_t tile = 0, at = 0; tile < tiles; ++tile) {
         const int64_t end = (tile + 1) * k / tiles;
+        if (row == 0 && column == 0)
+          p.ahead.ask(tile, tiles);
         outer_with<T>(end - at, vectors)(p);
         p.a += end - at;
         p.w += (end - at) * p.ldw;

@@ -37,12 +37,6 @@ template <class T> IIN_FAST_INLINE void store(T *p, vec<T> v) {
   *reinterpret_cast<typename Vector<T>::anywhere *>(p) = v;
 }
 
-// Asks for [begin, end) in the second cache. Any address is allowed.
-IIN_FAST_INLINE void prefetch(const char *begin, const char *end) {
-  for (; begin < end; begin += 64)
-    __builtin_prefetch(begin, 0, 2);
-}
-
 template <class T> IIN_FAST_INLINE vec<T> broadcast(T value) { return value - vec<T>{}; }
 
 IIN_FAST_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
