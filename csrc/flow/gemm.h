@@ -58,7 +58,11 @@ template <class T> struct Product {
   Ahead ahead;
 };
 
-template <class T, int R, int C> void multiply_tile(const Product<T> &p) {
+// How far ahead a lone tile asks for its weights: several times what a core has in flight to memory.
+constexpr int64_t stream_bytes = 6 * 1024;
+
+// Stream: no other tile will read these weights, so they are asked for here.
+template <class T, int R, int C, bool Stream> void multiply_tile(const Product<T> &p) {
   constexpr int n = lanes<T>;
   vec<T> sum[R][C];
 #pragma GCC unroll 16
@@ -73,6 +77,10 @@ template <class T, int R, int C> void multiply_tile(const Product<T> &p) {
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c)
       b[c] = load(w + c * n);
+    if constexpr (Stream)
+#pragma GCC unroll 4
+      for (int c = 0; c < C; c += 64 / vector_bytes)
+        __builtin_prefetch(reinterpret_cast<const char *>(w + c * n) + stream_bytes, 0, 3);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const vec<T> value = broadcast(a[r * lda]);
@@ -163,9 +171,11 @@ constexpr int max_rows(int columns) {
 template <class T> using MultiplyTile = void (*)(const Product<T> &);
 template <class T> using OuterTile = void (*)(const Outer<T> &);
 
-template <class T, int C, int... R> MultiplyTile<T> multiply_of(int64_t rows, std::integer_sequence<int, R...>) {
-  static constexpr MultiplyTile<T> tiles[] = {multiply_tile<T, R + 1, C>...};
-  return tiles[rows - 1];
+template <class T, int C, int... R>
+MultiplyTile<T> multiply_of(int64_t rows, bool stream, std::integer_sequence<int, R...>) {
+  static constexpr MultiplyTile<T> tiles[] = {multiply_tile<T, R + 1, C, false>...};
+  static constexpr MultiplyTile<T> streams[] = {multiply_tile<T, R + 1, C, true>...};
+  return (stream ? streams : tiles)[rows - 1];
 }
 
 template <class T, int C, int... R> OuterTile<T> outer_of(int64_t rows, std::integer_sequence<int, R...>) {
@@ -173,11 +183,11 @@ template <class T, int C, int... R> OuterTile<T> outer_of(int64_t rows, std::int
   return tiles[rows - 1];
 }
 
-template <class T, int C = max_columns> MultiplyTile<T> multiply_with(int64_t rows, int64_t columns) {
+template <class T, int C = max_columns> MultiplyTile<T> multiply_with(int64_t rows, int64_t columns, bool stream) {
   if constexpr (C > 1)
     if (columns < C)
-      return multiply_with<T, C - 1>(rows, columns);
-  return multiply_of<T, C>(rows, std::make_integer_sequence<int, max_rows(C)>());
+      return multiply_with<T, C - 1>(rows, columns, stream);
+  return multiply_of<T, C>(rows, stream, std::make_integer_sequence<int, max_rows(C)>());
 }
 
 template <class T, int C = max_columns> OuterTile<T> outer_with(int64_t rows, int64_t columns) {
@@ -233,7 +243,7 @@ template <class T> void multiply_panel(const Product<T> &whole, int64_t rows, in
         const int64_t end = (tile + 1) * rows / tiles; // tiles of nearly equal height
         if (tiles > 1 || readable)
           ahead.ask(tile, tiles);
-        multiply_with<T>(end - row, vectors)(p);
+        multiply_with<T>(end - row, vectors, tiles == 1 && !readable)(p);
         p.a += (end - row) * p.lda;
         p.c += (end - row) * p.ldc;
         p.mask += whole.mask ? (end - row) * p.ldmask : 0;
