@@ -155,15 +155,10 @@ T *conditioner_backward(const Team &team, const FlowWeights<const T> &weights, c
         for (int64_t column = 0; column < out; column += panel_width) {
           const int64_t columns = smaller(panel_width, out - column);
           const int64_t offset = column * in + k * columns;
-          // the block's weights in the next panel: half of them while dW is computed, half during dA
-          const char *next = reinterpret_cast<const char *>(layer.weight + offset + columns * in);
-          const int64_t bytes = column + columns < out ? k_count * columns * sizeof(T) : 0;
-          const int64_t half = grads.weight_in != nullptr ? bytes / 2 : 0;
           if (grads.weight_in != nullptr) {
             const Layer<T> grad = layer_of(grads, w, first_net + net, l);
-            outer_product(
-                Outer<T>{a, lda, dc + column, ldd, rows, grad.weight + offset, columns, columns, add, {next, half}},
-                k_count, columns);
+            outer_product(Outer<T>{a, lda, dc + column, ldd, rows, grad.weight + offset, columns, columns, add},
+                          k_count, columns);
             if (k == 0)
               add_rows(dc + column, ldd, rows, columns, grad.bias + column, add);
           }
@@ -181,7 +176,8 @@ T *conditioner_backward(const Team &team, const FlowWeights<const T> &weights, c
           p.slope = slope;
           p.mask = l == 0 ? nullptr : a;
           p.ldmask = lda;
-          p.ahead = {next + half, bytes - half};
+          if (column + columns < out) // the block's weights in the next panel
+            p.ahead = reinterpret_cast<const char *>(layer.weight + offset + columns * in);
           multiply_panel(p, rows, k_count, true);
         }
       }

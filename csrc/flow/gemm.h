@@ -32,17 +32,6 @@ enum class Finish {
   mask,  // c = mask > 0 ? sum : slope * sum, the derivative of the above at the activation `mask`
 };
 
-// Weights that are needed next, asked for bit by bit between register tiles: asked for at once, they would stall the
-// core.
-struct Ahead {
-  const char *begin;
-  int64_t bytes;
-  IIN_FAST_INLINE void ask(int64_t part, int64_t parts) const {
-    for (const char *p = begin + bytes * part / parts; p < begin + bytes * (part + 1) / parts; p += 64)
-      __builtin_prefetch(p, 0, 2); // any address is allowed
-  }
-};
-
 template <class T> struct Product {
   const T *a; // [rows, k], row stride lda
   int64_t lda;
@@ -55,14 +44,15 @@ template <class T> struct Product {
   T slope;
   const T *mask; // [rows, columns], row stride ldmask
   int64_t ldmask;
-  Ahead ahead;
+  const char *ahead; // weights that are needed next: a tile asks for them line by line as it goes, since asked for at
+                     // once they would stall the core; any address is allowed
 };
 
-// How far ahead a lone tile asks for its weights: several times what a core has in flight to memory.
-constexpr int64_t stream_bytes = 6 * 1024;
+// Cache lines of weights that a tile of C vectors reads at every k.
+template <int C> constexpr int line_rate = C * vector_bytes > 64 ? C * vector_bytes / 64 : 1;
 
-// Stream: no other tile will read these weights, so they are asked for here.
-template <class T, int R, int C, bool Stream> void multiply_tile(const Product<T> &p) {
+// Lines: how many cache lines of `ahead` to ask for at every k.
+template <class T, int R, int C, int Lines> void multiply_tile(const Product<T> &p) {
   constexpr int n = lanes<T>;
   vec<T> sum[R][C];
 #pragma GCC unroll 16
@@ -71,16 +61,17 @@ template <class T, int R, int C, bool Stream> void multiply_tile(const Product<T
     for (int c = 0; c < C; ++c)
       sum[r][c] = p.start ? load(p.start + c * n) : load(p.c + r * p.ldc + c * n);
   const T *a = p.a, *w = p.w;
+  const char *ahead = p.ahead;
   const int64_t lda = p.lda, ldw = p.ldw;
   for (int64_t k = p.k; k > 0; --k) {
     vec<T> b[C];
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c)
       b[c] = load(w + c * n);
-    if constexpr (Stream)
 #pragma GCC unroll 4
-      for (int c = 0; c < C; c += 64 / vector_bytes)
-        __builtin_prefetch(reinterpret_cast<const char *>(w + c * n) + stream_bytes, 0, 3);
+    for (int line = 0; line < Lines; ++line)
+      __builtin_prefetch(ahead + line * 64, 0, Lines == line_rate<C> ? 3 : 2); // a lone tile: first cache
+    ahead += Lines * 64;
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const vec<T> value = broadcast(a[r * lda]);
@@ -114,7 +105,6 @@ template <class T> struct Outer {
   int64_t ldw;
   int64_t columns; // at most C vectors
   bool add;        // to what w holds
-  Ahead ahead;
 };
 
 template <class T, int R, int C> void outer_tile(const Outer<T> &p) {
@@ -172,10 +162,14 @@ template <class T> using MultiplyTile = void (*)(const Product<T> &);
 template <class T> using OuterTile = void (*)(const Outer<T> &);
 
 template <class T, int C, int... R>
-MultiplyTile<T> multiply_of(int64_t rows, bool stream, std::integer_sequence<int, R...>) {
-  static constexpr MultiplyTile<T> tiles[] = {multiply_tile<T, R + 1, C, false>...};
-  static constexpr MultiplyTile<T> streams[] = {multiply_tile<T, R + 1, C, true>...};
-  return (stream ? streams : tiles)[rows - 1];
+MultiplyTile<T> multiply_of(int64_t rows, int64_t lines, std::integer_sequence<int, R...>) {
+  static constexpr MultiplyTile<T> tiles[4][sizeof...(R)] = {
+      {multiply_tile<T, R + 1, C, 0>...},
+      {multiply_tile<T, R + 1, C, 1>...},
+      {multiply_tile<T, R + 1, C, (line_rate<C> + 1) / 2>...},
+      {multiply_tile<T, R + 1, C, line_rate<C>>...},
+  };
+  return tiles[lines][rows - 1];
 }
 
 template <class T, int C, int... R> OuterTile<T> outer_of(int64_t rows, std::integer_sequence<int, R...>) {
@@ -183,11 +177,11 @@ template <class T, int C, int... R> OuterTile<T> outer_of(int64_t rows, std::int
   return tiles[rows - 1];
 }
 
-template <class T, int C = max_columns> MultiplyTile<T> multiply_with(int64_t rows, int64_t columns, bool stream) {
+template <class T, int C = max_columns> MultiplyTile<T> multiply_with(int64_t rows, int64_t columns, int64_t lines) {
   if constexpr (C > 1)
     if (columns < C)
-      return multiply_with<T, C - 1>(rows, columns, stream);
-  return multiply_of<T, C>(rows, stream, std::make_integer_sequence<int, max_rows(C)>());
+      return multiply_with<T, C - 1>(rows, columns, lines);
+  return multiply_of<T, C>(rows, lines, std::make_integer_sequence<int, max_rows(C)>());
 }
 
 template <class T, int C = max_columns> OuterTile<T> outer_with(int64_t rows, int64_t columns) {
@@ -196,6 +190,9 @@ template <class T, int C = max_columns> OuterTile<T> outer_with(int64_t rows, in
       return outer_with<T, C - 1>(rows, columns);
   return outer_of<T, C>(rows, std::make_integer_sequence<int, max_rows(C)>());
 }
+
+// How far ahead a lone tile asks.
+constexpr int64_t stream_bytes = 6 * 1024;
 
 // Weights of one pass over the rows stay in the first cache: bytes of W that a block of k may hold.
 constexpr int64_t block_bytes = 16 * 1024;
@@ -236,14 +233,16 @@ template <class T> void multiply_panel(const Product<T> &whole, int64_t rows, in
       p.mask += whole.mask ? column : 0;
       if (k + p.k < whole.k)
         p.finish = Finish::store;
-      // what comes after this block, while this block is computed
+      // What comes next, while this block is computed: with four tiles or more, each of the first four asks for a
+      // quarter; a lone tile asks for its own weights, as far ahead as a core has in flight to memory several times.
+      const int64_t rate = tiles >= 4 ? 1 : tiles >= 2 ? 2 : 3, asking = tiles >= 4 ? 4 : tiles >= 2 ? 2 : 1;
       const int64_t bytes = p.k * p.ldw * sizeof(T);
-      const Ahead ahead = readable ? whole.ahead : Ahead{reinterpret_cast<const char *>(p.w) + bytes, bytes};
+      if (!readable)
+        p.ahead = reinterpret_cast<const char *>(p.w) + (tiles == 1 ? stream_bytes : bytes);
       for (int64_t tile = 0, row = 0; tile < tiles; ++tile) {
         const int64_t end = (tile + 1) * rows / tiles; // tiles of nearly equal height
-        if (tiles > 1 || readable)
-          ahead.ask(tile, tiles);
-        multiply_with<T>(end - row, vectors, tiles == 1 && !readable)(p);
+        multiply_with<T>(end - row, vectors, p.ahead != nullptr && tile < asking ? rate : 0)(p);
+        p.ahead += p.ahead != nullptr ? bytes / asking : 0;
         p.a += (end - row) * p.lda;
         p.c += (end - row) * p.ldc;
         p.mask += whole.mask ? (end - row) * p.ldmask : 0;
@@ -272,8 +271,6 @@ template <class T> void outer_product(const Outer<T> &whole, int64_t k, int64_t 
       p.add = whole.add || row > 0;
       for (int64_t tile = 0, at = 0; tile < tiles; ++tile) {
         const int64_t end = (tile + 1) * k / tiles;
-        if (row == 0 && column == 0)
-          p.ahead.ask(tile, tiles);
         outer_with<T>(end - at, vectors)(p);
         p.a += end - at;
         p.w += (end - at) * p.ldw;
