@@ -40,16 +40,16 @@ template <class Storage> struct DeviceCouplingBackward {
 
 template <class Storage, int vector>
 __global__ void __launch_bounds__(row_threads)
-    coupling_forward_kernel(const DeviceCouplingForward<Storage> job, const int lanes) {
+    coupling_forward_kernel(const DeviceCouplingForward<Storage> job, const int log_lanes) {
   using T = compute_t<Storage>;
   __shared__ T warp_sums[row_threads / warp_lanes];
   const T clamp = static_cast<T>(job.clamp);
-  const int lane = threadIdx.x % lanes, rows_per_block = row_threads / lanes;
+  const int lanes = 1 << log_lanes, lane = threadIdx.x & (lanes - 1), rows_per_block = row_threads >> log_lanes;
   const int64_t rows_per_grid = static_cast<int64_t>(gridDim.x) * rows_per_block;
   const int64_t step = static_cast<int64_t>(gridDim.y) * lanes * vector;
   T *const sums = gridDim.y > 1 ? job.partial : job.logdet;
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * rows_per_block; first < job.rows; first += rows_per_grid) {
-    const int64_t row = first + threadIdx.x / lanes;
+    const int64_t row = first + (threadIdx.x >> log_lanes);
     const bool valid = row < job.rows; // all threads stay to the sum, whether they have a row or not
     T sum = 0;
     if (valid) {
@@ -80,13 +80,13 @@ __global__ void __launch_bounds__(row_threads)
 
 template <class Storage, int vector>
 __global__ void __launch_bounds__(row_threads)
-    coupling_backward_kernel(const DeviceCouplingBackward<Storage> job, const int lanes) {
+    coupling_backward_kernel(const DeviceCouplingBackward<Storage> job, const int log_lanes) {
   using T = compute_t<Storage>;
   const T clamp = static_cast<T>(job.clamp);
-  const int lane = threadIdx.x % lanes, rows_per_block = row_threads / lanes;
+  const int lanes = 1 << log_lanes, lane = threadIdx.x & (lanes - 1), rows_per_block = row_threads >> log_lanes;
   const int64_t rows_per_grid = static_cast<int64_t>(gridDim.x) * rows_per_block;
   const int64_t step = static_cast<int64_t>(gridDim.y) * lanes * vector;
-  for (int64_t row = static_cast<int64_t>(blockIdx.x) * rows_per_block + threadIdx.x / lanes; row < job.rows;
+  for (int64_t row = static_cast<int64_t>(blockIdx.x) * rows_per_block + (threadIdx.x >> log_lanes); row < job.rows;
        row += rows_per_grid) {
     const T grad_logdet = __ldg(job.grad_logdet + row);
     const Storage *const value_row = job.value[row], *const raw_row = job.raw[row], *const grad_row = job.grad_y[row];
@@ -140,7 +140,7 @@ void launch_coupling_forward(const DeviceCouplingForward<Storage> &job, const Ro
     return;
   const auto kernel = plan.vector > 1 ? coupling_forward_kernel<Storage, wide_vector<Storage>>
                                       : coupling_forward_kernel<Storage, 1>;
-  launch(kernel, dim3(plan.blocks, plan.parts), dim3(row_threads), job, plan.lanes);
+  launch(kernel, dim3(plan.blocks, plan.parts), dim3(row_threads), job, plan.log_lanes);
   if (plan.parts > 1) {
     const T *partial = job.partial;
     constexpr int rows_per_block = row_threads / warp_lanes;
@@ -157,7 +157,7 @@ void launch_coupling_backward(const DeviceCouplingBackward<Storage> &job, const 
     return;
   const auto kernel = plan.vector > 1 ? coupling_backward_kernel<Storage, wide_vector<Storage>>
                                       : coupling_backward_kernel<Storage, 1>;
-  launch(kernel, dim3(plan.blocks, plan.parts), dim3(row_threads), job, plan.lanes);
+  launch(kernel, dim3(plan.blocks, plan.parts), dim3(row_threads), job, plan.log_lanes);
 }
 
 } // namespace iin_fast

@@ -17,7 +17,8 @@
 
 namespace iin_fast {
 
-constexpr int row_threads = 256; // threads of a block
+constexpr int log_row_threads = 8;
+constexpr int row_threads = 1 << log_row_threads; // threads of a block
 constexpr int warp_lanes = 32;
 constexpr unsigned whole_warp = 0xffffffffu;
 
@@ -44,29 +45,29 @@ template <class Storage> bool fits_wide_vectors(int64_t features, std::initializ
 // How a launch maps rows to threads.
 struct RowPlan {
   int vector;      // elements of an access: wide_vector, or 1
-  int lanes;       // threads of a row: 1, 2, 4, 8, 16, 32, or row_threads
+  int log_lanes;   // log2 of the threads of a row: 0 to 5 in a warp, or 8 for a whole block
   unsigned blocks; // blocks over the rows; a block goes on to further rows where these are too few
-  unsigned parts;  // blocks that share a row: 1, unless lanes is row_threads
+  unsigned parts;  // blocks that share a row: 1, unless a block has one row
 };
 
 // `may_split`: whether several blocks may share a row. `max_blocks`: the limit of the grid's first dimension.
 inline RowPlan plan_rows(int64_t rows, int64_t features, int vector, int multiprocessors, bool may_split,
                          int64_t max_blocks = 0x7fffffff) {
   const int64_t vectors = (features + vector - 1) / vector;
-  RowPlan plan{vector, 1, 1, 1};
+  RowPlan plan{vector, 0, 1, 1};
   // up to four vectors a lane, a warp has its row finished before a block would have met at its barrier
   if (vectors > 4 * warp_lanes) {
-    plan.lanes = row_threads;
+    plan.log_lanes = log_row_threads;
     const int64_t wanted = 4 * static_cast<int64_t>(multiprocessors); // blocks that keep the GPU busy
     if (may_split && rows > 0 && rows < wanted) {
       const int64_t useful = vectors / (4 * row_threads), parts = (wanted + rows - 1) / rows;
       plan.parts = static_cast<unsigned>(useful < 1 ? 1 : useful < parts ? useful : parts);
     }
   } else {
-    while (plan.lanes < vectors && plan.lanes < warp_lanes)
-      plan.lanes *= 2;
+    while ((1 << plan.log_lanes) < vectors && (1 << plan.log_lanes) < warp_lanes)
+      ++plan.log_lanes;
   }
-  const int64_t rows_per_block = row_threads / plan.lanes, blocks = (rows + rows_per_block - 1) / rows_per_block;
+  const int64_t rows_per_block = row_threads >> plan.log_lanes, blocks = (rows + rows_per_block - 1) / rows_per_block;
   plan.blocks = static_cast<unsigned>(blocks < max_blocks ? blocks : max_blocks);
   return plan;
 }
