@@ -41,7 +41,6 @@ def unpack(panels: Tensor, out_features: int, in_features: int) -> Tensor:
     widths = [min(PANEL, out_features - start) for start in range(0, out_features, PANEL)]
     blocks = panels.split([width * in_features for width in widths], dim=-1)
     rows = [
-        block.unflatten(-1, (in_features, width)).transpose(-1, -2)
-        for block, width in zip(blocks, widths, strict=True)
+        block.unflatten(-1, (in_features, width)).transpose(-1, -2) for block, width in zip(blocks, widths, strict=True)
     ]
     return torch.cat(rows, dim=-2)
