@@ -1,13 +1,13 @@
 """Blocks that both published code bases have in common: MLP, couplings, ActNorm, shuffle, sequence."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from iin_fast.functional import affine_coupling
-from iin_fast.nn.actnorm import DataDependentStart, start_values
+from ..functional import affine_coupling
+from ..nn.actnorm import DataDependentStart, start_values
 
 __all__ = ["Flow", "FullyConnected", "PublishedNorm", "Shuffle", "double_coupling", "flat"]
 
@@ -57,12 +57,12 @@ class FullyConnected(nn.Module):
 
 def double_coupling(
     x: Tensor,  # [batch, channels]
-    nets_s: Iterable[nn.Module],  # FullyConnected, each [batch, c + context] to [batch, channels - c]
-    nets_t: Iterable[nn.Module],
+    nets_s: nn.ModuleList,  # FullyConnected, each [batch, c + context] to [batch, channels - c]
+    nets_t: nn.ModuleList,
     context: Tensor | None,  # [batch, context]
     inverse: bool,
 ) -> tuple[Tensor, Tensor]:  # [batch, channels], [batch]
-    """Affine couplings in turn; the halves are swapped before every odd one, with c = ceil(channels / 2) conditioning."""
+    """Affine couplings in turn, c = ceil(channels / 2) conditioning; the halves are swapped before every odd one."""
     channels = x.shape[1]
     kept = channels - channels // 2
     logdet = x.new_zeros(x.shape[0])
@@ -91,7 +91,7 @@ class PublishedNorm(DataDependentStart):
 
     @torch.no_grad()
     def initialize(self, input: Tensor) -> None:
-        """Start from ``input`` [batch, channels(, height, width)], over batch and space; an empty one starts nothing."""
+        """Start from ``[batch, channels(, height, width)]``, over batch and space; an empty one starts nothing."""
         if input.numel() == 0:
             return
         rows = self._four(input).movedim(1, -1).flatten(0, -2)

@@ -22,9 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from iin_fast.compat.blocks import Flow, FullyConnected, PublishedNorm, Shuffle, double_coupling, flat
-from iin_fast.compat.published import Names, PublishedFlow
-from iin_fast.functional import pair_nll
+from ..functional import pair_nll
+from .blocks import Flow, FullyConnected, PublishedNorm, Shuffle, double_coupling, flat
+from .published import Names, PublishedFlow
 
 __all__ = [
     "BasicFullyConnectedNet",
@@ -210,8 +210,8 @@ class VectorTransformer(nn.Module):
     """The flow T of an IIN, from a config.
 
     Args:
-        config: nested (``{"Transformer": {"in_channel": 64, …}}``) or flat (``{"Transformer/in_channel": 64, …}``), with
-            ``in_channel``, ``n_flow``, ``hidden_depth`` and ``hidden_dim``.
+        config: nested (``{"Transformer": {"in_channel": 64, …}}``) or flat (``{"Transformer/in_channel": 64, …}``),
+            with ``in_channel``, ``n_flow``, ``hidden_depth`` and ``hidden_dim``.
 
     Raises:
         KeyError: the config lacks one of these.
@@ -251,8 +251,8 @@ class FactorTransformer(VectorTransformer):
     """A VectorTransformer whose output is split into factors.
 
     Args:
-        config: as for :class:`VectorTransformer`, and either ``Transformer/factor_config``, the sizes of all factors with
-            the residual as factor 0, or ``Transformer/n_factors`` (default 2) for equal parts.
+        config: as for :class:`VectorTransformer`, and either ``Transformer/factor_config``, the sizes of all factors
+            with the residual as factor 0, or ``Transformer/n_factors`` (default 2) for equal parts.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -364,7 +364,8 @@ class FactorLoss(nn.Module):
             global_step: ignored.
 
         Returns:
-            (loss, log, train_op); ``log["scalars"]`` has loss, loss1 (of example1) and loss2 (of example2 given example1).
+            (loss, log, train_op); ``log["scalars"]`` has loss, loss1 (of example1) and loss2 (of
+            example2 given example1).
         """
         a, b = samples["example1"], samples["example2"]
         logdet_a, logdet_b = logdets["example1"], logdets["example2"]

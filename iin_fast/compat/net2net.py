@@ -2,18 +2,19 @@
 
 Replace ``from net2net.modules.flow.flatflow import …`` (or ``.blocks``, ``.loss``) by ``from iin_fast.compat.net2net
 import …``; in a config, the ``target`` likewise. Constructors, calls, return values and state_dicts are the published
-ones; a checkpoint of either side loads in the other with ``strict=True``. ActNorm starts from the first batch in training
-mode only, as published, without reading the device at every call.
+ones; a checkpoint of either side loads in the other with ``strict=True``. ActNorm starts from the first batch, in
+training mode only, as published, without reading the device at every call.
 
-The stacks run as one op on stacked parameters. Published parameter names exist in ``state_dict`` and ``load_state_dict``
-only; ``iin_fast.testing.published_grads`` gives gradients under them.
+The stacks run as one op on stacked parameters. Published parameter names exist in ``state_dict`` and
+``load_state_dict`` only; ``iin_fast.testing.published_grads`` gives gradients under them.
 
 Different from the published code, on purpose:
 
-- Odd numbers of channels: the published reverse swaps the unequal halves at the wrong place and is not the inverse of its
-  own forward. This one is. The conditional flow refuses them there and takes them here.
+- Odd numbers of channels: the published reverse swaps the unequal halves at the wrong place and is not the inverse of
+  its own forward. This one is. The conditional flow refuses them there and takes them here.
 - ``conditioning_option="parallel"`` crashes there; here every block reads its own linear map of the embedding.
-- InvLeakyRelu adds nothing to the log-det, as published, though it scales by its slope. ``exact_logdet=True`` counts it.
+- InvLeakyRelu adds nothing to the log-det, as published, though it scales by its slope. ``exact_logdet=True`` counts
+  it.
 - ``last_outs`` and ``last_logdets`` are not kept: no block's output leaves the op.
 - The condition is converted to the type of the embedder, not always to float32, so that double models work.
 
@@ -28,8 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from iin_fast.compat.blocks import Flow, FullyConnected, PublishedNorm, Shuffle, double_coupling, flat
-from iin_fast.compat.published import Names, PublishedFlow
+from .blocks import Flow, FullyConnected, PublishedNorm, Shuffle, double_coupling, flat
+from .published import Names, PublishedFlow
 
 __all__ = [
     "NLL",
@@ -492,6 +493,7 @@ class ConditionalFlow(nn.Module):
         contexts = []
         context = embedding
         for layer in self.conditioning_layers:
+            assert isinstance(layer, nn.Conv2d)
             context = F.linear(embedding if option == "parallel" else context, layer.weight.flatten(1), layer.bias)
             contexts.append(context)
         return torch.stack(contexts)

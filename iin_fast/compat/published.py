@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from iin_fast.nn import Flow
-from iin_fast.nn.border import Entry
+from ..nn import Flow
+from ..nn.border import Entry
 
 __all__ = ["Names", "PublishedFlow", "published_entries"]
 
@@ -22,7 +22,8 @@ class Names:
 def published_entries(flow: Flow, names: Names) -> Iterator[Entry]:
     """The published keys of ``flow`` in the published order.
 
-    ``0.<norm>.loc``, ``0.<coupling>.s.1.main.0.weight`` (net s, half 1, first layer), ``0.<shuffle>.forward_shuffle_idx`` …
+    ``0.<norm>.loc``, ``0.<coupling>.s.1.main.0.weight`` (net s, half 1, first layer),
+    ``0.<shuffle>.forward_shuffle_idx`` …
     """
     channels = (1, flow.dim, 1, 1)
     for block in range(flow.n_flows):
@@ -33,7 +34,7 @@ def published_entries(flow: Flow, names: Names) -> Iterator[Entry]:
         for net, net_name in enumerate("st"):
             for half in (0, 1):
                 place = (block, half, net)
-                layers = [("in", place)]
+                layers: list[tuple[str, tuple[int, ...]]] = [("in", place)]
                 layers += [("hidden", (*place, layer)) for layer in range(flow.hidden_depth)]
                 layers += [("out", place)]
                 for number, (layer, index) in enumerate(layers):

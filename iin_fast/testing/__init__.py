@@ -1,5 +1,6 @@
 """Helpers for tests and benchmarks: gradients under published names, the eager baseline."""
 
-from iin_fast.testing.gradients import published_grads
+from .eager import eager_flow
+from .gradients import published_grads
 
-__all__ = ["published_grads"]
+__all__ = ["eager_flow", "published_grads"]
