@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.checks import check_device, check_floating
 from ..ops.flow import flow as flow_op
 from ..ops.flow.layout import pack
 from .actnorm import DataDependentStart, start_values
@@ -282,8 +283,7 @@ class Flow(DataDependentStart):
     def _check(self, name: str, x: Tensor, context: Tensor | None) -> Tensor | None:
         """Refuse bad input; gives the context as the op reads it, ``[1 or n_flows, batch, context_dim]``."""
         check_features("Flow", name, x, self.dim)
-        if x.device != self.weight_in.device:
-            raise ValueError(f"Flow: {name} is on {x.device}, expected {self.weight_in.device} like the parameters")
+        check_device("Flow", name, x, self.weight_in, "the parameters")
         if (context is None) != (self.context_dim == 0):
             got, wanted = "None" if context is None else list(context.shape), "None"
             if self.context_dim:
@@ -291,10 +291,8 @@ class Flow(DataDependentStart):
             raise ValueError(f"Flow: context is {got}, expected {wanted}")
         if context is None:
             return None
-        if not context.is_floating_point():
-            raise TypeError(f"Flow: context has dtype {context.dtype}, expected a floating type")
-        if context.device != x.device:
-            raise ValueError(f"Flow: context is on {context.device}, expected {x.device} like {name}")
+        check_floating("Flow", "context", context)
+        check_device("Flow", "context", context, x, name)
         shape = tuple(context.shape)
         if shape == (x.shape[0], self.context_dim):
             return context[None]
