@@ -138,8 +138,8 @@ void launch_coupling_forward(const DeviceCouplingForward<Storage> &job, const Ro
   using T = compute_t<Storage>;
   if (job.rows == 0)
     return;
-  const auto kernel = plan.vector > 1 ? coupling_forward_kernel<Storage, wide_vector<Storage>>
-                                      : coupling_forward_kernel<Storage, 1>;
+  const auto kernel =
+      plan.vector > 1 ? coupling_forward_kernel<Storage, wide_vector<Storage>> : coupling_forward_kernel<Storage, 1>;
   launch(kernel, dim3(plan.blocks, plan.parts), dim3(row_threads), job, plan.log_lanes);
   if (plan.parts > 1) {
     const T *partial = job.partial;
@@ -155,8 +155,8 @@ template <class Storage, class Launch>
 void launch_coupling_backward(const DeviceCouplingBackward<Storage> &job, const RowPlan &plan, Launch &&launch) {
   if (job.rows == 0 || job.features == 0)
     return;
-  const auto kernel = plan.vector > 1 ? coupling_backward_kernel<Storage, wide_vector<Storage>>
-                                      : coupling_backward_kernel<Storage, 1>;
+  const auto kernel =
+      plan.vector > 1 ? coupling_backward_kernel<Storage, wide_vector<Storage>> : coupling_backward_kernel<Storage, 1>;
   launch(kernel, dim3(plan.blocks, plan.parts), dim3(row_threads), job, plan.log_lanes);
 }
 

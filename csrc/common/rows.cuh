@@ -139,10 +139,9 @@ __device__ __forceinline__ T sum_over_lanes(T value, int lanes, T (&warp_sums)[r
 // sums[row] = sum over parts of partial[row, part], a warp a row. Only for rows that several blocks shared: a few
 // hundred numbers.
 template <class T>
-__global__ void __launch_bounds__(row_threads)
-    sum_parts_kernel(const T *partial, // [rows, parts]
-                     T *sums,          // [rows]
-                     int64_t rows, int parts) {
+__global__ void __launch_bounds__(row_threads) sum_parts_kernel(const T *partial, // [rows, parts]
+                                                                T *sums,          // [rows]
+                                                                int64_t rows, int parts) {
   const int lane = threadIdx.x % warp_lanes;
   const int64_t rows_per_grid = static_cast<int64_t>(gridDim.x) * (row_threads / warp_lanes);
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * (row_threads / warp_lanes) + threadIdx.x / warp_lanes;

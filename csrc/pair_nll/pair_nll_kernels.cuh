@@ -1,7 +1,7 @@
 // The factor loss on a GPU: both samples of a pair in one pass, summed on the way.
 //
-//   forward:  loss[row] = sum of ½ a² + ½ (b - m ρ a)² / (1 - m ρ²), less both log-dets   (m: the element's factor is shared)
-//   backward: the gradients of both samples from that of the loss; no sum over the row
+//   forward:  loss[row] = sum of ½ a² + ½ (b - m ρ a)² / (1 - m ρ²), less both log-dets   (m: the element's factor is
+//   shared) backward: the gradients of both samples from that of the loss; no sum over the row
 //
 // Bytes an element of the pair: forward reads 8 in float32, 4 in 16-bit types, and writes one number a row; backward
 // reads as much and writes as much. Bound by memory. Threads: common/rows.cuh; an element's factor is found by walking
@@ -159,8 +159,8 @@ template <class Storage> int pair_nll_vector(const DevicePairNll<Storage> &job) 
 
 template <class Storage> int pair_nll_vector(const DevicePairNllBackward<Storage> &job) {
   return job.factors <= factors_per_launch &&
-                 fits_wide_vectors<const Storage>(
-                     job.dim, {job.za, job.zb, {job.grad_za, job.dim}, {job.grad_zb, job.dim}})
+                 fits_wide_vectors<const Storage>(job.dim,
+                                                  {job.za, job.zb, {job.grad_za, job.dim}, {job.grad_zb, job.dim}})
              ? wide_vector<Storage>
              : 1;
 }
