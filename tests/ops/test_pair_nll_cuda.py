@@ -101,6 +101,8 @@ def test_strided_rows_are_read_in_place(dtype: torch.dtype) -> None:
     for cut, vector in ((slice(32, 64), 16 // dtype.itemsize), (slice(1, 33), 1)):
         za, zb = wide[:, :, cut]
         assert check_tensors(za, zb, *logdets, shared, [5, 10, 17], True).vector == vector
+    za, zb = (t.clone()[:, :32] for t in torch.randn(2, 10, 33, generator=generator, dtype=torch.float64).to(dtype))
+    assert check_tensors(za, zb, *logdets, shared, [5, 10, 17], True).vector == 1  # only the first row is aligned
 
 
 def test_more_factors_than_a_launch_holds() -> None:

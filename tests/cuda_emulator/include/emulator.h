@@ -10,7 +10,9 @@
 // Compiled with -fsanitize=address,alignment,bounds it reports accesses out of bounds too: of global memory (heap),
 // of dynamic shared memory beyond what the launch asked for, and of arrays of known size such as static shared ones.
 //
-// Not emulated: data races (threads of a block never run at the same time), the memory model, speed.
+// Not emulated: the memory model, speed, and threads of a block that run at the same time. A missing barrier shows only
+// where a result depends on the order in which threads run: up or down the block, drawn anew (but the same in each run)
+// whenever all have had their turn.
 //
 // Shared memory is thread_local. Blocks of a plain launch run one after another, those of a cooperative launch each on
 // a thread of the machine, of which only one runs at a time.
@@ -208,10 +210,12 @@ private:
   }
 
   void schedule() {
-    for (;;) {
+    for (unsigned random = blockIdx.x * 2654435761u;; random = random * 1664525u + 1013904223u) {
       bool progress = false;
       slept_ = false;
-      for (current_ = 0; current_ < fibers_.size(); ++current_) {
+      for (size_t i = 0; i < fibers_.size(); ++i) {
+        // up or down: code that leans on an order, for want of a barrier, gets it only half the time
+        current_ = random >> 31 ? fibers_.size() - 1 - i : i;
         if (fibers_[current_].state != Fiber::ready)
           continue;
         progress = true;
