@@ -107,7 +107,7 @@ __device__ __forceinline__ void store_vector(const compute_t<Storage> (&values)[
   if constexpr (vector * sizeof(Storage) == 16) {
     uint4 bits;
     memcpy(&bits, elements, 16);
-    *reinterpret_cast<uint4 *>(to) = bits;
+    __stwb(reinterpret_cast<uint4 *>(to), bits); // a plain assignment may come out as four stores
   } else {
 #pragma unroll
     for (int i = 0; i < vector; ++i)

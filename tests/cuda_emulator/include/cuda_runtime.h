@@ -137,6 +137,12 @@ template <class T> T __ldg(const T *from) {
   return *from;
 }
 
+template <class T> void __stwb(T *to, T value) {
+  if (reinterpret_cast<uintptr_t>(to) % sizeof(T) != 0)
+    throw emulator::Fault("misaligned __stwb of " + std::to_string(sizeof(T)) + " bytes");
+  *to = value;
+}
+
 // Atomics: only one thread runs at a time. They return the old value.
 namespace emulator {
 template <class T, class F> T exchange(T *at, F &&next) {

@@ -11,8 +11,8 @@
 // of dynamic shared memory beyond what the launch asked for, and of arrays of known size such as static shared ones.
 //
 // Not emulated: the memory model, speed, and threads of a block that run at the same time. A missing barrier shows only
-// where a result depends on the order in which threads run: up or down the block, drawn anew (but the same in each run)
-// whenever all have had their turn.
+// where a result depends on the order in which threads run: a warp runs as far as it can, then the next one, up or down
+// the block as drawn (but the same in each run) whenever all have had their turn.
 //
 // Shared memory is thread_local. Blocks of a plain launch run one after another, those of a cooperative launch each on
 // a thread of the machine, of which only one runs at a time.
@@ -20,6 +20,7 @@
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <condition_variable>
 #include <cstdint>
 #include <cstdlib>
@@ -210,20 +211,14 @@ private:
   }
 
   void schedule() {
+    const unsigned warps = (fibers_.size() + warp_size - 1) / warp_size;
     for (unsigned random = blockIdx.x * 2654435761u;; random = random * 1664525u + 1013904223u) {
+      // up or down: code that leans on an order, for want of a barrier, gets it only half the time
+      const bool down = random >> 31;
       bool progress = false;
       slept_ = false;
-      for (size_t i = 0; i < fibers_.size(); ++i) {
-        // up or down: code that leans on an order, for want of a barrier, gets it only half the time
-        current_ = random >> 31 ? fibers_.size() - 1 - i : i;
-        if (fibers_[current_].state != Fiber::ready)
-          continue;
-        progress = true;
-        threadIdx = fibers_[current_].index;
-        resume(fibers_[current_]);
-        if (fault_)
-          std::rethrow_exception(fault_);
-      }
+      for (unsigned i = 0; i < warps; ++i)
+        progress |= run_warp(down ? warps - 1 - i : i, down);
       if (count(Fiber::done) == fibers_.size())
         return;
       if (grid_ && slept_) { // a thread waits for another block by hand
@@ -241,6 +236,26 @@ private:
       meet_grid();
       release(Fiber::at_grid_barrier);
     }
+  }
+
+  // Runs a warp until each of its threads waits for another warp, sleeps or is done; false if none could run.
+  bool run_warp(unsigned warp, bool down) {
+    const size_t first = warp * warp_size, lanes = std::min<size_t>(warp_size, fibers_.size() - first);
+    bool ever = false, progress;
+    do {
+      progress = false;
+      for (size_t i = 0; i < lanes; ++i) {
+        current_ = first + (down ? lanes - 1 - i : i);
+        if (fibers_[current_].state != Fiber::ready)
+          continue;
+        ever = progress = true;
+        threadIdx = fibers_[current_].index;
+        resume(fibers_[current_]);
+        if (fault_)
+          std::rethrow_exception(fault_);
+      }
+    } while (progress && !slept_);
+    return ever;
   }
 
   void meet_grid() {
