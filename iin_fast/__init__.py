@@ -1,6 +1,24 @@
 """iin-fast: normalizing-flow layers at the speed of the hardware, and the Invertible Interpretation Network on them."""
 
-from . import functional
-from .backend import backend
+from importlib.metadata import PackageNotFoundError, version
 
-__all__ = ["backend", "functional"]
+from . import functional, nn
+from .backend import backend
+from .iin import IIN, FactorLoss, Factors, PairSampler, estimate_factor_dims
+
+try:
+    __version__ = version("iin-fast")
+except PackageNotFoundError:  # a source tree on the path, not installed
+    __version__ = "0+source"
+
+__all__ = [
+    "IIN",
+    "FactorLoss",
+    "Factors",
+    "PairSampler",
+    "__version__",
+    "backend",
+    "estimate_factor_dims",
+    "functional",
+    "nn",
+]

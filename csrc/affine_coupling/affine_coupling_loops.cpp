@@ -13,17 +13,24 @@ template <Squash squash, bool inverse, class Storage>
 void forward_rows(const CouplingForward<Storage> &job, int64_t begin, int64_t end) {
   using T = compute_t<Storage>;
   const T clamp = static_cast<T>(job.clamp);
+  T x_block[buffer_elements<Storage>], raw_block[buffer_elements<Storage>], shift_block[buffer_elements<Storage>];
   for (int64_t row = begin; row < end; ++row) {
-    const Storage *__restrict x = job.x[row];
-    const Storage *__restrict raw = squash == Squash::none ? x : job.raw[row];
-    const Storage *__restrict shift = job.shift[row];
-    Storage *__restrict y = job.y + row * job.features;
     T sum = 0;
+    for (int64_t start = 0; start < job.features; start += block_elements<Storage>) {
+      const int64_t rest = job.features - start,
+                    count = rest < block_elements<Storage> ? rest : block_elements<Storage>;
+      Storage *y_row = job.y + row * job.features + start;
+      const T *x = load(job.x[row] + start, x_block, count);
+      const T *raw = squash == Squash::none ? x : load(job.raw[row] + start, raw_block, count);
+      const T *shift = load(job.shift[row] + start, shift_block, count);
+      T *y = output(y_row, x_block);
 #pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < job.features; ++i) {
-      T logdet;
-      y[i] = Storage(couple<squash, inverse>(T(x[i]), T(raw[i]), T(shift[i]), clamp, logdet));
-      sum += logdet;
+      for (int64_t i = 0; i < count; ++i) {
+        T logdet;
+        y[i] = couple<squash, inverse>(x[i], raw[i], shift[i], clamp, logdet);
+        sum += logdet;
+      }
+      store(y, y_row, count);
     }
     job.logdet[row] = sum;
   }
@@ -33,22 +40,31 @@ template <Squash squash, bool inverse, class Storage>
 void backward_rows(const CouplingBackward<Storage> &job, int64_t begin, int64_t end) {
   using T = compute_t<Storage>;
   const T clamp = static_cast<T>(job.clamp);
+  T value_block[buffer_elements<Storage>], raw_block[buffer_elements<Storage>], grad_block[buffer_elements<Storage>];
   for (int64_t row = begin; row < end; ++row) {
-    const Storage *__restrict value = job.value[row];
-    const Storage *__restrict raw = squash == Squash::none ? value : job.raw[row];
-    const Storage *__restrict grad_y = job.grad_y[row];
-    Storage *__restrict grad_x = job.grad_x + row * job.features;
-    Storage *__restrict grad_shift = job.grad_shift + row * job.features;
-    Storage *__restrict grad_raw = squash == Squash::none ? nullptr : job.grad_raw + row * job.features;
     const T grad_logdet = job.grad_logdet[row];
+    for (int64_t start = 0; start < job.features; start += block_elements<Storage>) {
+      const int64_t rest = job.features - start,
+                    count = rest < block_elements<Storage> ? rest : block_elements<Storage>;
+      const int64_t at = row * job.features + start;
+      const T *value = load(job.value[row] + start, value_block, count);
+      const T *raw = squash == Squash::none ? value : load(job.raw[row] + start, raw_block, count);
+      const T *grad_y = load(job.grad_y[row] + start, grad_block, count);
+      T *grad_x = output(job.grad_x + at, value_block);
+      T *grad_shift = output(job.grad_shift + at, grad_block);
+      T *grad_raw = squash == Squash::none ? nullptr : output(job.grad_raw + at, raw_block);
 #pragma omp simd
-    for (int64_t i = 0; i < job.features; ++i) {
-      const CouplingGradient<T> g =
-          couple_backward<squash, inverse>(T(value[i]), T(raw[i]), clamp, T(grad_y[i]), grad_logdet);
-      grad_x[i] = Storage(g.x);
-      grad_shift[i] = Storage(g.shift);
+      for (int64_t i = 0; i < count; ++i) {
+        const CouplingGradient<T> g = couple_backward<squash, inverse>(value[i], raw[i], clamp, grad_y[i], grad_logdet);
+        grad_x[i] = g.x;
+        grad_shift[i] = g.shift;
+        if constexpr (squash != Squash::none)
+          grad_raw[i] = g.raw;
+      }
+      store(grad_x, job.grad_x + at, count);
+      store(grad_shift, job.grad_shift + at, count);
       if constexpr (squash != Squash::none)
-        grad_raw[i] = Storage(g.raw);
+        store(grad_raw, job.grad_raw + at, count);
     }
   }
 }

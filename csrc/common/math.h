@@ -49,6 +49,17 @@ template <class To, class From> IIN_FAST_HD To bits(From value) {
   return result;
 }
 
+// condition ? yes : no, as a mask: a ternary can come back from the optimiser as a jump, which stops vectorisation.
+template <class T> IIN_FAST_HD T select(bool condition, T yes, T no) {
+#if defined(__CUDA_ARCH__)
+  return condition ? yes : no;
+#else
+  using Int = typename Float<T>::Int;
+  const Int mask = -static_cast<Int>(condition);
+  return bits<T>((bits<Int>(yes) & mask) | (bits<Int>(no) & ~mask));
+#endif
+}
+
 // 2^n for n in the range of normal numbers.
 template <class T> IIN_FAST_HD T power_of_two(typename Float<T>::Int n) {
   return bits<T>((n + Float<T>::bias) << Float<T>::mantissa_bits);
@@ -80,8 +91,8 @@ template <class T> IIN_FAST_HD T exp(T x) {
   return ::exp(x);
 #else
   using F = Float<T>;
-  x = x < F::exp_low ? F::exp_low : x; // comparisons are false for NaN, which passes through
-  x = x > F::exp_high ? F::exp_high : x;
+  x = select(x < F::exp_low, F::exp_low, x); // comparisons are false for NaN, which passes through
+  x = select(x > F::exp_high, F::exp_high, x);
   typename F::Int n;
   const T r = reduce_exp(x, n);
   const typename F::Int half = n >> 1; // two factors, since 2^n may lie outside the normal numbers
@@ -97,17 +108,17 @@ template <class T> IIN_FAST_HD T expm1_bounded(T x) {
   return expm1_reduced(r) * scale + (scale - T(1));
 }
 
-template <class T> IIN_FAST_HD T abs(T x) { return x < T(0) ? -x : x; }
+template <class T> IIN_FAST_HD T abs(T x) { return select(x < T(0), -x, x); }
 
 template <class T> IIN_FAST_HD T tanh(T x) {
 #if defined(__CUDA_ARCH__)
   return ::tanh(x);
 #else
   T magnitude = abs(x);
-  magnitude = magnitude > T(22) ? T(22) : magnitude; // tanh is 1 to the last bit there
+  magnitude = select(magnitude > T(22), T(22), magnitude); // tanh is 1 to the last bit there
   const T e = expm1_bounded(T(-2) * magnitude);
   const T result = -e / (T(2) + e);
-  return x < T(0) ? -result : result;
+  return select(x < T(0), -result, result);
 #endif
 }
 
@@ -128,7 +139,7 @@ template <class T> IIN_FAST_HD T log(T x) {
   using Int = typename F::Int;
   using Limits = std::numeric_limits<T>;
   const bool subnormal = x < Limits::min();
-  const T normal = subnormal ? x * power_of_two<T>(F::mantissa_bits) : x;
+  const T normal = select(subnormal, x * power_of_two<T>(F::mantissa_bits), x);
   // m in [sqrt(1/2), sqrt(2)), normal = m 2^n
   const Int offset = bits<Int>(T(0.70710678118654752440));
   const Int n = (bits<Int>(normal) - offset) >> F::mantissa_bits;
@@ -140,10 +151,10 @@ template <class T> IIN_FAST_HD T log(T x) {
 #endif
   for (int k = F::log_terms; k >= 1; --k)
     sum = square * (sum + T(1.0 / (2 * k + 1)));
-  const T whole = T(n - (subnormal ? Int(F::mantissa_bits) : Int(0)));
+  const T whole = T(n) - select(subnormal, T(F::mantissa_bits), T(0));
   const T result = whole * F::ln2_high + (T(2) * s + (T(2) * s * sum + whole * F::ln2_low));
-  const T edge = x < T(0) ? Limits::quiet_NaN() : (x == T(0) ? -Limits::infinity() : x); // and inf and NaN themselves
-  return (x > T(0)) & (x <= Limits::max()) ? result : edge;
+  const T edge = select(x < T(0), Limits::quiet_NaN(), select(x == T(0), -Limits::infinity(), x)); // or inf, or NaN
+  return select((x > T(0)) & (x <= Limits::max()), result, edge);
 #endif
 }
 
@@ -154,12 +165,11 @@ template <class T> IIN_FAST_HD T atan(T x) {
   const T magnitude = abs(x);
   // [0, tan(pi/8)], (tan(pi/8), tan(3pi/8)], beyond: three offsets, one series on |u| <= tan(pi/8)
   const bool far = magnitude > T(2.41421356237309504880), middle = magnitude > T(0.41421356237309504880);
-  const T numerator = far ? T(-1) : (middle ? magnitude - T(1) : magnitude);
-  const T denominator = far ? magnitude : (middle ? magnitude + T(1) : T(1));
-  const T offset = far ? T(1.57079632679489661923) : (middle ? T(0.78539816339744830962) : T(0));
-  const T offset_low =
-      far ? T(1.57079632679489661923L - static_cast<long double>(T(1.57079632679489661923)))
-          : (middle ? T(0.78539816339744830962L - static_cast<long double>(T(0.78539816339744830962))) : T(0));
+  const T numerator = select(far, T(-1), select(middle, magnitude - T(1), magnitude));
+  const T denominator = select(far, magnitude, select(middle, magnitude + T(1), T(1)));
+  constexpr long double half_pi = 1.57079632679489661923L, quarter_pi = 0.78539816339744830962L;
+  const T offset = select(far, T(half_pi), select(middle, T(quarter_pi), T(0)));
+  const T offset_low = select(far, T(half_pi - T(half_pi)), select(middle, T(quarter_pi - T(quarter_pi)), T(0)));
   const T u = numerator / denominator, square = u * u;
   T sum = T(0); // atan(u) = u (1 - u^2/3 + u^4/5 - ...)
 #if defined(__GNUC__) && !defined(__CUDACC__)
@@ -168,7 +178,7 @@ template <class T> IIN_FAST_HD T atan(T x) {
   for (int k = Float<T>::atan_terms; k >= 1; --k)
     sum = square * (T((k % 2 == 0 ? 1.0 : -1.0) / (2 * k + 1)) + sum);
   const T result = offset + (u + (u * sum + offset_low));
-  return x < T(0) ? -result : result;
+  return select(x < T(0), -result, result);
 #endif
 }
 
