@@ -1,7 +1,6 @@
 """The loss that teaches an IIN its factors."""
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -133,7 +132,10 @@ class FactorLoss(nn.Module):
                 raise ValueError(f"FactorLoss: shared is on {shared.device}, expected {device} like the latents")
             mask = shared
         else:
-            names = [shared] if isinstance(shared, str) else list(cast(Sequence[str], shared))
+            if not isinstance(shared, Sequence):
+                kind = type(shared).__name__
+                raise TypeError(f"FactorLoss: shared is a {kind}, expected a bool tensor, a name or a sequence of names")
+            names = [shared] if isinstance(shared, str) else list(shared)
             for name in names:
                 if name not in concepts:
                     raise ValueError(f"FactorLoss: shared names {name!r}, expected one of {concepts}")

@@ -274,6 +274,8 @@ class IIN(nn.Module):
 
     def _select(self, where: str, factor: str | Sequence[str]) -> Tensor:
         """A boolean mask ``[dim]`` of the features of the named factors."""
+        if not isinstance(factor, Sequence):
+            raise TypeError(f"{where}: factor is {factor!r}, expected a name or a sequence of names")
         names = [factor] if isinstance(factor, str) else list(factor)
         if not names:
             raise ValueError(f"{where}: factor is empty, expected one or more of {list(self._sizes)}")
