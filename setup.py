@@ -22,7 +22,11 @@ def commit() -> str:
     """The commit of this source tree; an unpacked sdist carries it in its build info."""
     try:
         found = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=ROOT, capture_output=True, text=True, check=True
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
         )
         return found.stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -3,7 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from . import functional, nn
-from .backend import backend
+from .backends import backend
 from .iin import IIN, FactorLoss, Factors, PairSampler, estimate_factor_dims
 
 try:

@@ -3,8 +3,9 @@
 // On the device they are CUDA's own. On the host they are written without branches and calls, so that a plain loop over
 // them becomes vector code for whatever instruction set the file is compiled for. Range reduction plus Taylor series;
 // the number of terms is what brings the truncation error below a tenth of the type's rounding error on the reduced
-// range. Accuracy: tests/test_math.py holds exp, expm1, tanh, log and atan to 2 ulp of the float64 truth (float64: 2
-// ulp of numpy's longdouble).
+// range.
+//
+// Accuracy: exp, log and atan 2 ulp, tanh and sigmoid 3 ulp, over the whole range (tests/common/test_math.py).
 #pragma once
 
 #include <cmath>

@@ -101,7 +101,9 @@ def check(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], expected:
             raise ValueError(f"{file}: parameter {name!r} is missing")
     for name, tensor in tensors.items():
         if name not in expected:
-            raise ValueError(f"{file}: parameter {name!r} is not one of the model that {config_file(path).name} describes")
+            raise ValueError(
+                f"{file}: parameter {name!r} is not one of the model that {config_file(path).name} describes"
+            )
         like = expected[name]
         if tensor.shape != like.shape:
             raise ValueError(f"{file}: parameter {name!r} has shape {list(tensor.shape)}, expected {list(like.shape)}")
@@ -164,7 +166,9 @@ def _read_config(file: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or a name twice
         raise ValueError(f"{file}: damaged or no JSON file ({error})") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise ValueError(f"{file}: not written by IIN.save (expected \"format\": \"{FORMAT}\")")
+        raise ValueError(f'{file}: not written by IIN.save (expected "format": "{FORMAT}")')
     if config.get("version") != VERSION:
-        raise ValueError(f"{file}: version {config.get('version')!r} of the format, expected {VERSION}; update iin-fast")
+        raise ValueError(
+            f"{file}: version {config.get('version')!r} of the format, expected {VERSION}; update iin-fast"
+        )
     return config

@@ -42,7 +42,9 @@ def factor_sizes(dim: int, factors: Mapping[str, int] | None, *, where: str = "f
         if list(sizes)[-1] != RESIDUAL:
             raise ValueError(f"{where}: factors lists {list(sizes)}, expected {RESIDUAL!r} last")
         if total != dim:
-            raise ValueError(f"{where}: factors {sizes} sum to {total}, expected dim = {dim} with an explicit {RESIDUAL!r}")
+            raise ValueError(
+                f"{where}: factors {sizes} sum to {total}, expected dim = {dim} with an explicit {RESIDUAL!r}"
+            )
     elif total > dim:
         raise ValueError(f"{where}: factors {sizes} sum to {total}, expected at most dim = {dim}")
     elif total < dim:
@@ -97,7 +99,9 @@ class Factors(Mapping[str, Tensor]):
             if not isinstance(part, Tensor):
                 raise TypeError(f"Factors: {name!r} is a {type(part).__name__}, expected a torch.Tensor [batch, size]")
             if part.dim() != 2 or part.shape[1] == 0:
-                raise ValueError(f"Factors: {name!r} has shape {list(part.shape)}, expected [batch, size] with size >= 1")
+                raise ValueError(
+                    f"Factors: {name!r} has shape {list(part.shape)}, expected [batch, size] with size >= 1"
+                )
             if first is None:
                 first, first_name = part, name
             for what, came, expected in (

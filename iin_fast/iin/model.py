@@ -179,9 +179,7 @@ class IIN(nn.Module):
         kept, given = self.encode(torch.cat([z, donor])).tensor.chunk(2)
         return self.decode(torch.where(mask, given, kept))
 
-    def interpolate(
-        self, z_a: Tensor, z_b: Tensor, steps: int, factor: str | Sequence[str] | None = None
-    ) -> Tensor:
+    def interpolate(self, z_a: Tensor, z_b: Tensor, steps: int, factor: str | Sequence[str] | None = None) -> Tensor:
         """Latents on the straight line between the factors of ``z_a`` and ``z_b``.
 
         Args:
@@ -261,7 +259,9 @@ class IIN(nn.Module):
             return factors
         if not isinstance(factors, Mapping):
             kind = type(factors).__name__
-            raise TypeError(f"IIN.decode: factors is a {kind}, expected Factors, a mapping of name to tensor, or a tensor")
+            raise TypeError(
+                f"IIN.decode: factors is a {kind}, expected Factors, a mapping of name to tensor, or a tensor"
+            )
         unknown = [name for name in factors if name not in self._sizes]
         missing = [name for name in self._sizes if name not in factors]
         if unknown or missing:

@@ -322,7 +322,9 @@ def _table(
     if 0 in table.shape:
         raise ValueError(f"PairSampler: labels are empty, of shape {list(table.shape)}, expected [n, concepts]")
     if table.min() < 0:
-        raise ValueError(f"PairSampler: labels have the value {table.min()}, expected none below 0; leave out rows without label")
+        raise ValueError(
+            f"PairSampler: labels have the value {table.min()}, expected none below 0; leave out rows without label"
+        )
     for name in names:
         if not isinstance(name, str) or not name:
             raise TypeError(f"PairSampler: names has {name!r}, expected non-empty strings")
@@ -349,7 +351,9 @@ def _weights(weights: Mapping[str, float] | Sequence[float] | None, names: tuple
         weights = [weights[name] for name in names]
     array = np.asarray(weights, dtype=np.float64)
     if array.shape != (len(names),):
-        raise ValueError(f"PairSampler: weights has shape {list(array.shape)}, expected [{len(names)}], one per concept")
+        raise ValueError(
+            f"PairSampler: weights has shape {list(array.shape)}, expected [{len(names)}], one per concept"
+        )
     if not np.isfinite(array).all() or (array < 0).any() or not array.any():
         raise ValueError(f"PairSampler: weights are {array.tolist()}, expected finite numbers from 0, not all 0")
     return array

@@ -77,9 +77,7 @@ class ActNorm(DataDependentStart):
         True
     """
 
-    def __init__(
-        self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.dim = dim
         self.loc = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype))

@@ -279,7 +279,9 @@ class Flow(DataDependentStart):
             memory=self.memory,
         )
 
-    def _check(self, name: str, x: Tensor, context: Tensor | None) -> Tensor | None:  # [1 or n_flows, batch, context_dim]
+    def _check(
+        self, name: str, x: Tensor, context: Tensor | None
+    ) -> Tensor | None:  # [1 or n_flows, batch, context_dim]
         check_features("Flow", name, x, self.dim)
         if x.device != self.weight_in.device:
             raise ValueError(f"Flow: {name} is on {x.device}, expected {self.weight_in.device} like the parameters")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import _library  # noqa: F401  (loads the compiled ops)
-from ...backend import chosen, register
+from ...backends import chosen, register
 from ..checks import check_device, check_dtype, check_floating, check_shape
 from . import reference
 

@@ -6,9 +6,13 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-__all__ = ["available", "backend", "chosen"]
+__all__ = ["BackendUnavailable", "available", "backend", "chosen", "register"]
 
 NAMES = ("reference", "cpp", "triton")
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend is forced that has no implementation of an op on a device."""
 
 
 def _checked(name: str, where: str) -> str:
@@ -39,12 +43,12 @@ def chosen(op: str, x: Tensor) -> str:
     """The backend for this call of ``op``.
 
     Raises:
-        RuntimeError: a backend is forced that has no implementation of ``op`` on the device of ``x``.
+        BackendUnavailable: a backend is forced that has no implementation of ``op`` on the device of ``x``.
     """
     have = available(op, x.device.type)
     if _forced is not None:
         if _forced not in have:
-            raise RuntimeError(
+            raise BackendUnavailable(
                 f"{op}: backend {_forced!r} is forced, but on {x.device.type} only {', '.join(have)} can run it"
             )
         return _forced
@@ -73,3 +77,8 @@ def backend(name: str) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+def registered() -> dict[str, set[tuple[str, str]]]:
+    """All implementations: op -> {(backend, device type)}."""
+    return {op: set(have) for op, have in _implemented.items()}
