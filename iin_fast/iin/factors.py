@@ -7,7 +7,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from ._checks import positive_int
+from ._checks import checked_int
 
 __all__ = ["RESIDUAL", "Factors", "factor_sizes"]
 
@@ -36,7 +36,7 @@ def factor_sizes(dim: int, factors: Mapping[str, int] | None, *, where: str = "f
     for name, size in factors.items():
         if not isinstance(name, str) or not name:
             raise TypeError(f"{where}: factors has the name {name!r}, expected a non-empty string")
-        sizes[name] = positive_int(where, f"factors[{name!r}]", size)
+        sizes[name] = checked_int(where, f"factors[{name!r}]", size)
     total = sum(sizes.values())
     if RESIDUAL in sizes:
         if list(sizes)[-1] != RESIDUAL:
@@ -121,7 +121,7 @@ class Factors(Mapping[str, Tensor]):
             raise TypeError(f"Factors.split: tensor is a {type(tensor).__name__}, expected a torch.Tensor [batch, dim]")
         if not isinstance(sizes, Mapping):
             raise TypeError(f"Factors.split: sizes is a {type(sizes).__name__}, expected a mapping of name to size")
-        checked = {name: positive_int("Factors.split", f"sizes[{name!r}]", size) for name, size in sizes.items()}
+        checked = {name: checked_int("Factors.split", f"sizes[{name!r}]", size) for name, size in sizes.items()}
         total = sum(checked.values())
         if tensor.dim() != 2 or tensor.shape[1] != total:
             raise ValueError(

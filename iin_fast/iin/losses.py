@@ -72,7 +72,7 @@ class FactorLoss(nn.Module):
         """
         if not isinstance(model, IIN):
             raise TypeError(f"FactorLoss: model is a {type(model).__name__}, expected an iin_fast.IIN")
-        check_latents("FactorLoss", (("za", za), ("zb", zb)), model.dim, model.device)
+        check_latents("FactorLoss", (("za", za), ("zb", zb)), model.dim, model.flow.loc)
         batch = za.shape[0]
         if batch == 0:
             raise ValueError("FactorLoss: za has no samples, expected at least one pair for a mean")
@@ -104,7 +104,7 @@ class FactorLoss(nn.Module):
         if list(factors_b.sizes.items()) != list(sizes.items()):
             raise ValueError(f"{where}: factors_b has sizes {factors_b.sizes}, expected {sizes} like factors_a")
         a, b = factors_a.tensor, factors_b.tensor
-        check_latents(where, (("factors_a", a), ("factors_b", b)), a.shape[1], a.device)
+        check_latents(where, (("factors_a", a), ("factors_b", b)), a.shape[1], a)
         for name, logdet in (("logdet_a", logdet_a), ("logdet_b", logdet_b)):
             check_floating(where, name, logdet)
             check_shape(where, name, logdet, a.shape[:1], "([batch])")
@@ -134,7 +134,9 @@ class FactorLoss(nn.Module):
         else:
             if not isinstance(shared, Sequence):
                 kind = type(shared).__name__
-                raise TypeError(f"FactorLoss: shared is a {kind}, expected a bool tensor, a name or a sequence of names")
+                raise TypeError(
+                    f"FactorLoss: shared is a {kind}, expected a bool tensor, a name or a sequence of names"
+                )
             names = [shared] if isinstance(shared, str) else list(shared)
             for name in names:
                 if name not in concepts:

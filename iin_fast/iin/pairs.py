@@ -9,7 +9,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from ._checks import positive_int
+from ._checks import checked_int
 
 __all__ = ["PairBatches", "PairSampler", "Pairs"]
 
@@ -70,12 +70,12 @@ class PairSampler:
         weights: Mapping[str, float] | Sequence[float] | None = None,
     ) -> None:
         table, self.names = _table(labels, names)
-        self.seed = _not_negative("seed", seed)
+        self.seed = checked_int("PairSampler", "seed", seed, least=0)
         self.step = 0
         n, concepts = table.shape
         self._weights = _weights(weights, self.names)
         self._codes = np.stack([_dense(table[:, k]) for k in range(concepts)], axis=1)
-        self._fingerprint = zlib.crc32(self._codes, n)
+        self._fingerprint = zlib.crc32(self._codes.data, n)
 
         # Rows with the same labels form a cell. Cells, not rows, decide who has a partner.
         self._cell_of = np.zeros(n, dtype=np.int64)
@@ -110,12 +110,12 @@ class PairSampler:
             batch_size: pairs to draw, at least 1.
             step: a place in the sequence; the sampler stays where it is.
         """
-        batch_size = positive_int("PairSampler.sample", "batch_size", batch_size)
+        batch_size = checked_int("PairSampler.sample", "batch_size", batch_size)
         if step is None:
             pairs = self._draw(batch_size, self.step)
             self.step += 1
             return pairs
-        return self._draw(batch_size, _not_negative("step", step))
+        return self._draw(batch_size, checked_int("PairSampler", "step", step, least=0))
 
     def batches(self, batch_size: int, steps: int, *, start: int | None = None) -> "PairBatches":
         """A data set of ``steps`` batches, from place ``start`` of the sequence on (by default the sampler's own).
@@ -123,9 +123,10 @@ class PairSampler:
         For ``torch.utils.data.DataLoader(sampler.batches(50, 1000), batch_size=None)``. The sampler stays where it is.
         """
         where = "PairSampler.batches"
-        batch_size = positive_int(where, "batch_size", batch_size)
-        steps = positive_int(where, "steps", steps)
-        return PairBatches(self, batch_size, steps, self.step if start is None else _not_negative("start", start))
+        batch_size = checked_int(where, "batch_size", batch_size)
+        steps = checked_int(where, "steps", steps)
+        start = self.step if start is None else checked_int(where, "start", start, least=0)
+        return PairBatches(self, batch_size, steps, start)
 
     def state_dict(self) -> dict[str, int]:
         """Where the sequence stands, as plain integers."""
@@ -141,7 +142,8 @@ class PairSampler:
             raise ValueError(f"PairSampler: state has the keys {sorted(state)}, expected ['labels', 'seed', 'step']")
         if state["labels"] != self._fingerprint:
             raise ValueError("PairSampler: state was taken over other labels than this sampler has")
-        seed, step = _not_negative("state['seed']", state["seed"]), _not_negative("state['step']", state["step"])
+        seed = checked_int("PairSampler", "state['seed']", state["seed"], least=0)
+        step = checked_int("PairSampler", "state['step']", state["step"], least=0)
         self.seed, self.step = seed, step
 
     def _draw(self, batch_size: int, step: int) -> Pairs:
@@ -357,11 +359,3 @@ def _weights(weights: Mapping[str, float] | Sequence[float] | None, names: tuple
     if not np.isfinite(array).all() or (array < 0).any() or not array.any():
         raise ValueError(f"PairSampler: weights are {array.tolist()}, expected finite numbers from 0, not all 0")
     return array
-
-
-def _not_negative(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"PairSampler: {name} is {value!r}, expected an integer from 0")
-    if value < 0:
-        raise ValueError(f"PairSampler: {name} is {value}, expected an integer from 0")
-    return int(value)

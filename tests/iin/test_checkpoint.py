@@ -10,11 +10,9 @@ import torch
 
 from iin_fast.iin import IIN, checkpoint
 
-from test_iin import make  # isort: skip
-
 
 @pytest.fixture
-def model() -> IIN:
+def model(make) -> IIN:
     return make(dtype=torch.float32)
 
 
@@ -26,7 +24,7 @@ def folder(model, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("factors", [{"digit": 3, "color": 2}, {"a": 8}, None])
-def test_round_trip(tmp_path, dtype, factors):
+def test_round_trip(make, tmp_path, dtype, factors):
     model = make(8, factors, dtype)
     model.save(tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
@@ -57,7 +55,7 @@ def test_load_to_device(folder):
     assert IIN.load(folder, device="meta").device.type == "meta"
 
 
-def test_save_over_another(folder):
+def test_save_over_another(make, folder):
     other = make(6, {"x": 2}, torch.float32)
     other.save(folder)
     assert IIN.load(folder).config == other.config
@@ -78,7 +76,7 @@ def test_config_is_plain(folder):
     }
 
 
-def test_interrupted_save_keeps_the_old_one(folder, model, monkeypatch):
+def test_interrupted_save_keeps_the_old_one(make, folder, model, monkeypatch):
     expected = IIN.load(folder).state_dict()
 
     def fail(*_):
@@ -188,7 +186,10 @@ def floating(state: dict[str, torch.Tensor]) -> str:
         (lambda s: s.pop(floating(s)), "parameter '.*' is missing"),
         (lambda s: s.update(extra=torch.zeros(1)), "parameter 'extra' is not one of the model"),
         (lambda s: s.update({floating(s): torch.zeros(3)}), r"parameter '.*' has shape \[3\], expected"),
-        (lambda s: s.update({floating(s): s[floating(s)].double()}), "parameter '.*' is torch.float64, expected torch.float32"),
+        (
+            lambda s: s.update({floating(s): s[floating(s)].double()}),
+            "parameter '.*' is torch.float64, expected torch.float32",
+        ),
         (lambda s: s[floating(s)].view(-1)[:1].fill_(torch.nan), "parameter '.*' has NaN or Inf"),
         (lambda s: s[floating(s)].view(-1)[:1].fill_(torch.inf), "parameter '.*' has NaN or Inf"),
     ],
@@ -205,7 +206,7 @@ def test_foreign_safetensors(folder):
         IIN.load(folder)
 
 
-def test_files_of_two_saves(folder, tmp_path):
+def test_files_of_two_saves(make, folder, tmp_path):
     make(6, {"x": 2}, torch.float32).save(tmp_path / "other")
     (tmp_path / "other" / "config.json").replace(folder / "config.json")
     with pytest.raises(ValueError, match="model.safetensors: written with another configuration than config.json"):

@@ -7,8 +7,6 @@ import torch
 
 from iin_fast.iin import IIN, FactorLoss, Factors
 
-from test_iin import make  # isort: skip
-
 
 def latents(n: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(2, n, 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64).unbind()
@@ -24,7 +22,9 @@ def joint_log_prob(model: IIN, za: torch.Tensor, zb: torch.Tensor, shared: torch
     values = []
     for a, b, row in zip(za, zb, shared, strict=True):
         by_concept = dict(zip(model.concepts, row.tolist(), strict=True))
-        m = torch.tensor([float(by_concept.get(name, False)) for name, size in model.sizes.items() for _ in range(size)])
+        m = torch.tensor(
+            [float(by_concept.get(name, False)) for name, size in model.sizes.items() for _ in range(size)]
+        )
         cross = torch.diag(rho * m.double())
         eye = torch.eye(model.dim, dtype=torch.float64)
         covariance = torch.cat([torch.cat([eye, cross], 1), torch.cat([cross, eye], 1)])
@@ -39,7 +39,7 @@ def joint_log_prob(model: IIN, za: torch.Tensor, zb: torch.Tensor, shared: torch
 
 @pytest.mark.parametrize("rho", [0.1, 0.5, 0.975])
 @pytest.mark.parametrize("factors", [{"digit": 3, "color": 2}, {"digit": 3, "color": 5}], ids=["residual", "full"])
-def test_normalized_is_the_joint_negative_log_likelihood(rho, factors):
+def test_normalized_is_the_joint_negative_log_likelihood(make, rho, factors):
     model = make(8, factors)
     (za, zb), shared = latents(), mask()
     (fa, logdet_a), (fb, logdet_b) = model(za), model(zb)
@@ -50,10 +50,12 @@ def test_normalized_is_the_joint_negative_log_likelihood(rho, factors):
     torch.testing.assert_close(loss(model, za, zb, shared), expected.mean(), rtol=1e-9, atol=1e-9)
 
 
-def test_unnormalized_drops_only_constants():
+def test_unnormalized_drops_only_constants(make):
     model, rho, shared = make(), 0.9, mask()
     za, zb = (z.requires_grad_() for z in latents())
-    dropped = 8 * math.log(2 * math.pi) + 0.5 * (shared.double() @ torch.tensor([3.0, 2.0]).double()) * math.log1p(-rho * rho)
+    dropped = 8 * math.log(2 * math.pi) + 0.5 * (shared.double() @ torch.tensor([3.0, 2.0]).double()) * math.log1p(
+        -rho * rho
+    )
     plain, full = FactorLoss(rho)(model, za, zb, shared), FactorLoss(rho, normalized=True)(model, za, zb, shared)
     torch.testing.assert_close(full - plain, dropped.mean(), rtol=1e-10, atol=1e-10)
     inputs = [za, zb, *model.parameters()]
@@ -61,19 +63,19 @@ def test_unnormalized_drops_only_constants():
         torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
 
 
-def test_pairs_that_share_nothing_are_two_samples():
+def test_pairs_that_share_nothing_are_two_samples(make):
     model, (za, zb) = make(), latents()
     loss = FactorLoss(normalized=True)(model, za, zb, torch.zeros(6, 2, dtype=torch.bool))
     torch.testing.assert_close(loss, -(model.log_prob(za) + model.log_prob(zb)).mean(), rtol=1e-10, atol=1e-10)
 
 
-def test_unsupervised_model():
+def test_unsupervised_model(make):
     model, (za, zb) = make(8, None), latents()
     loss = FactorLoss(normalized=True)(model, za, zb, torch.zeros(6, 0, dtype=torch.bool))
     torch.testing.assert_close(loss, -(model.log_prob(za) + model.log_prob(zb)).mean(), rtol=1e-10, atol=1e-10)
 
 
-def test_ways_to_say_what_is_shared():
+def test_ways_to_say_what_is_shared(make):
     model, (za, zb), loss = make(), latents(), FactorLoss()
     all_color = torch.tensor([[False, True]]).expand(6, 2)
     assert torch.equal(loss(model, za, zb, "color"), loss(model, za, zb, all_color))
@@ -118,10 +120,18 @@ def test_training_puts_a_concept_into_its_factor():
         a, b = model.encode(za), model.encode(zb)
 
     def correlation(name: str) -> float:
-        return torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(a[name].T, b[name].T, strict=True)]).mean()
+        return torch.stack(
+            [torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(a[name].T, b[name].T, strict=True)]
+        ).mean()
 
     assert correlation("concept") > 0.8
     assert abs(correlation("residual")) < 0.2
+
+
+def test_compile(make):
+    model, (za, zb), loss = make(), latents(), FactorLoss()
+    compiled = torch.compile(lambda a, b: loss(model, a, b, "color"), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(za, zb), loss(model, za, zb, "color"), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("rho", [0, 1, -0.5, 1.5, float("nan"), float("inf")])
@@ -150,7 +160,7 @@ ZA, ZB = latents()
         (dict(za=ZA[0]), ValueError, r"za has shape \[8\], expected \[batch, 8\]"),
         (dict(zb=ZB[:, :7]), ValueError, r"zb has shape \[6, 7\], expected \[6, 8\]"),
         (dict(zb=ZB[:5]), ValueError, r"zb has shape \[5, 8\], expected \[6, 8\] like za"),
-        (dict(zb=ZB.float()), TypeError, "zb has dtype float32, expected float64 like za"),
+        (dict(zb=ZB.float()), TypeError, "zb has dtype float32, expected float64 like the model"),
         (dict(za=ZA.long()), TypeError, "za has dtype int64"),
         (dict(za=ZA + 0j), TypeError, "za has dtype complex128"),
         (dict(zb=ZB.to("meta")), ValueError, "zb is on meta, expected cpu"),
@@ -166,7 +176,7 @@ ZA, ZB = latents()
         (dict(shared=torch.zeros(6, 2, dtype=torch.bool, device="meta")), ValueError, "shared is on meta"),
     ],
 )
-def test_bad_input(change, error, message):
+def test_bad_input(make, change, error, message):
     with pytest.raises(error, match=message):
         FactorLoss()(**{"model": make(), "za": ZA, "zb": ZB, "shared": "digit", **change})
 
@@ -176,7 +186,11 @@ def test_bad_input(change, error, message):
     [
         (dict(factors_a=ZA), TypeError, "factors_a is a Tensor, expected iin_fast.Factors"),
         (dict(factors_b=Factors.split(ZB, {"digit": 8})), ValueError, "factors_b has sizes"),
-        (dict(factors_b=Factors.split(ZB[:3], {"digit": 3, "residual": 5})), ValueError, r"factors_b has shape \[3, 8\]"),
+        (
+            dict(factors_b=Factors.split(ZB[:3], {"digit": 3, "residual": 5})),
+            ValueError,
+            r"factors_b has shape \[3, 8\]",
+        ),
         (dict(logdet_a=ZA), ValueError, r"logdet_a has shape \[6, 8\], expected \[6\]"),
         (dict(logdet_b=0.0), TypeError, "logdet_b is a float"),
         (dict(logdet_b=torch.zeros(6, dtype=torch.int64)), TypeError, "logdet_b has dtype int64"),

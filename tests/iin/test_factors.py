@@ -65,7 +65,13 @@ def test_replace(factors):
 
 @pytest.mark.parametrize(
     "index, rows",
-    [(slice(1, 3), [1, 2]), (3, [3]), (-1, [4]), ([0, 4], [0, 4]), (torch.tensor([True, False] * 2 + [True]), [0, 2, 4])],
+    [
+        (slice(1, 3), [1, 2]),
+        (3, [3]),
+        (-1, [4]),
+        ([0, 4], [0, 4]),
+        (torch.tensor([True, False] * 2 + [True]), [0, 2, 4]),
+    ],
 )
 def test_rows(factors, index, rows):
     chosen = factors[index]
@@ -136,8 +142,16 @@ def test_export(factors):
         (lambda: Factors({"a": [1.0]}), TypeError, "'a' is a list"),
         (lambda: Factors({"a": torch.zeros(2)}), ValueError, r"'a' has shape \[2\], expected \[batch, size\]"),
         (lambda: Factors({"a": torch.zeros(2, 0)}), ValueError, "size >= 1"),
-        (lambda: Factors({"a": torch.zeros(2, 1), "b": torch.zeros(3, 1)}), ValueError, "'b' has batch size 3, expected 2"),
-        (lambda: Factors({"a": torch.zeros(2, 1), "b": torch.zeros(2, 1).double()}), ValueError, "'b' has type .*float64"),
+        (
+            lambda: Factors({"a": torch.zeros(2, 1), "b": torch.zeros(3, 1)}),
+            ValueError,
+            "'b' has batch size 3, expected 2",
+        ),
+        (
+            lambda: Factors({"a": torch.zeros(2, 1), "b": torch.zeros(2, 1).double()}),
+            ValueError,
+            "'b' has type .*float64",
+        ),
         (
             lambda: Factors({"a": torch.zeros(2, 1), "b": torch.zeros(2, 1, device="meta")}),
             ValueError,
@@ -149,7 +163,11 @@ def test_export(factors):
         (lambda: Factors.split(torch.zeros(2, 5), [2, 3]), TypeError, "sizes is a list"),
         (lambda: Factors.split(torch.zeros(2, 5), {"a": 6, "b": -1}), ValueError, r"sizes\['b'\] is -1"),
         (lambda: Factors.split(torch.zeros(2, 9), SIZES).replace(x=torch.zeros(2, 1)), ValueError, "no factor 'x'"),
-        (lambda: Factors.split(torch.zeros(2, 9), SIZES).replace(color=torch.zeros(2, 1)), ValueError, r"expected \[2, 2\]"),
+        (
+            lambda: Factors.split(torch.zeros(2, 9), SIZES).replace(color=torch.zeros(2, 1)),
+            ValueError,
+            r"expected \[2, 2\]",
+        ),
         (lambda: Factors.split(torch.zeros(2, 9), SIZES).replace(color=None), TypeError, "'color' is a NoneType"),
     ],
 )
@@ -159,7 +177,11 @@ def test_bad_input(make, error, message):
 
 
 def test_sizes():
-    assert list(factor_sizes(64, {"digit": 22, "color": 11}).items()) == [("digit", 22), ("color", 11), ("residual", 31)]
+    assert list(factor_sizes(64, {"digit": 22, "color": 11}).items()) == [
+        ("digit", 22),
+        ("color", 11),
+        ("residual", 31),
+    ]
     assert factor_sizes(5, None) == factor_sizes(5, {}) == {"residual": 5}
     assert factor_sizes(5, {"a": 2, "residual": 3}) == {"a": 2, "residual": 3}
     assert factor_sizes(5, {"a": 2, "b": 3}) == {"a": 2, "b": 3}

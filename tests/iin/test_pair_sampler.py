@@ -55,7 +55,9 @@ def test_every_pair_shares_exactly_one_concept(labels, seed, rounds):
     assert torch.equal(same, drawn.shared)
     assert torch.equal(drawn.shared.int().argmax(1), drawn.factor)
     assert (drawn.shared.sum(1) == 1).all()
-    assert all(j in truth[i, k] for i, j, k in zip(*(t.tolist() for t in (drawn.a, drawn.b, drawn.factor)), strict=True))
+    assert all(
+        j in truth[i, k] for i, j, k in zip(*(t.tolist() for t in (drawn.a, drawn.b, drawn.factor)), strict=True)
+    )
 
 
 @settings(deadline=None, max_examples=100)
@@ -237,7 +239,12 @@ LABELS = np.array([[0, 0], [0, 1], [1, 0], [1, 1]])
         (torch.rand(4, 2), {}, TypeError, "labels is float32"),
         (LABELS - 1, {}, ValueError, "value -1, expected none below 0"),
         (LABELS[:, 0], {}, ValueError, r"shape \[4\], expected \[n, concepts\]"),
-        ({"a": [0, 1], "b": [0, 1, 2]}, {}, ValueError, r"labels\['b'\] has shape \[3\], expected \[2\] like labels\['a'\]"),
+        (
+            {"a": [0, 1], "b": [0, 1, 2]},
+            {},
+            ValueError,
+            r"labels\['b'\] has shape \[3\], expected \[2\] like labels\['a'\]",
+        ),
         ({"a": LABELS, "b": LABELS}, {}, ValueError, r"labels\['a'\] has shape \[4, 2\], expected \[n\]"),
         ({3: [0, 1]}, {}, TypeError, "names has 3"),
         ({"a": [0, 1]}, {"names": ["a"]}, ValueError, "names is given"),

@@ -1,8 +1,10 @@
 """IIN: inverse, density, samples, swap and interpolation."""
 
 import copy
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,19 +13,8 @@ from iin_fast.iin import IIN, Factors
 SIZES = {"digit": 3, "color": 2}
 
 
-def make(dim: int = 8, factors=SIZES, dtype=torch.float64, seed: int = 0, **options) -> IIN:
-    generator = torch.Generator().manual_seed(seed)
-    options = {"n_flows": 3, "hidden_dim": 16, "hidden_depth": 1, **options}
-    model = IIN(dim, factors, generator=generator, dtype=dtype, **options)
-    with torch.no_grad():
-        model(3 * torch.randn(64, dim, generator=generator, dtype=dtype) + 1)  # starts the ActNorm layers
-        for parameter in model.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=dtype)
-    return model
-
-
 @pytest.fixture
-def model() -> IIN:
+def model(make) -> IIN:
     return make()
 
 
@@ -39,7 +30,7 @@ def donor() -> torch.Tensor:
 
 @pytest.mark.parametrize("dim", [2, 3, 8, 33])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float64, 1e-10)])
-def test_decode_inverts_encode(dim, dtype, tolerance):
+def test_decode_inverts_encode(make, dim, dtype, tolerance):
     model = make(dim, {"a": 1}, dtype)
     z = torch.randn(10, dim, dtype=dtype)
     factors = model.encode(z)
@@ -59,14 +50,14 @@ def test_forward_is_encode_with_logdet(model, z):
 
 
 @pytest.mark.parametrize("factors", [None, {}])
-def test_unsupervised(factors):
+def test_unsupervised(make, factors):
     model = make(4, factors)
     assert model.sizes == {"residual": 4}
     assert model.concepts == ()
     assert list(model.encode(torch.randn(2, 4).double())) == ["residual"]
 
 
-def test_names(model):
+def test_names(make, model):
     assert model.sizes == {"digit": 3, "color": 2, "residual": 3}
     assert model.concepts == ("digit", "color")
     assert "digit" in repr(model)
@@ -82,12 +73,14 @@ def test_log_prob_is_change_of_variables(model, z):
         torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_density_integrates_to_one():
+def test_density_integrates_to_one(make):
     model = make(2, None)
     with torch.no_grad():
         samples = model.sample(4000, generator=torch.Generator().manual_seed(0))
         low, high = samples.amin(0) - 6, samples.amax(0) + 6
-        axes = [torch.linspace(a, b, 800, dtype=torch.float64) for a, b in zip(low.tolist(), high.tolist(), strict=True)]
+        axes = [
+            torch.linspace(a, b, 800, dtype=torch.float64) for a, b in zip(low.tolist(), high.tolist(), strict=True)
+        ]
         density = model.log_prob(torch.cartesian_prod(*axes)).exp()
         total = density.sum() * (axes[0][1] - axes[0][0]) * (axes[1][1] - axes[1][0])
     assert abs(total - 1) < 1e-3
@@ -171,7 +164,7 @@ def test_deepcopy(model, z):
     assert not torch.equal(other.log_prob(z), expected)
 
 
-def test_state_dict_moves_to_another_model(model, z):
+def test_state_dict_moves_to_another_model(make, model, z):
     other = make(seed=9)
     other.load_state_dict(model.state_dict())
     assert torch.equal(other.log_prob(z), model.log_prob(z))
@@ -191,6 +184,32 @@ def test_tiny_batches(model, batch):
     assert model.interpolate(z, z, 4).shape == (4, batch, 8)
 
 
+@pytest.mark.parametrize("call", ["log_prob", "decode", "swap"])
+def test_compile(model, z, donor, call):
+    def run() -> torch.Tensor:
+        if call == "decode":
+            return model.decode(Factors.split(z, model.sizes).replace(color=donor[:, :2]))
+        if call == "log_prob":
+            return model.log_prob(z)
+        return model.swap(z, donor, "digit")
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(), run(), rtol=1e-12, atol=1e-12)
+
+
+def test_export(model, z):
+    factors, logdet = torch.export.export(model, (z,)).module()(z)
+    expected, expected_logdet = model(z)
+    assert factors.sizes == model.sizes
+    torch.testing.assert_close(factors.tensor, expected.tensor)
+    torch.testing.assert_close(logdet, expected_logdet)
+
+
+def test_numpy_sizes_make_a_plain_config():
+    model = IIN(np.int64(8), {"a": np.int32(3)}, n_flows=np.int64(1), hidden_dim=8)
+    assert json.loads(json.dumps(model.config)) == model.config
+
+
 def test_meta_device():
     model = IIN(8, SIZES, n_flows=2, hidden_dim=8, device="meta")
     assert model.device.type == "meta"
@@ -206,6 +225,11 @@ def test_meta_device():
         (dict(dim=8, factors={"a": 1, "residual": 3}), ValueError, "sum to 4, expected dim = 8"),
         (dict(dim=8, factors={"a": -1}), ValueError, r"IIN: factors\['a'\] is -1"),
         (dict(dim=8, factors=[3, 5]), TypeError, "IIN: factors is a list"),
+        (dict(dim=8, n_flows=0), ValueError, "IIN: n_flows is 0"),
+        (dict(dim=8, hidden_dim=2.0), TypeError, "IIN: hidden_dim is 2.0"),
+        (dict(dim=8, hidden_depth=-1), ValueError, "IIN: hidden_depth is -1, expected an integer of at least 0"),
+        (dict(dim=8, dtype=torch.int64), TypeError, "IIN: dtype is torch.int64"),
+        (dict(dim=8, memory="all"), ValueError, "memory is 'all'"),
     ],
 )
 def test_bad_construction(arguments, error, message):
@@ -222,6 +246,7 @@ def test_bad_construction(arguments, error, message):
         (torch.zeros(2, 8, dtype=torch.int64), TypeError, "z has dtype int64"),
         (torch.zeros(2, 8, dtype=torch.complex128), TypeError, "z has dtype complex128"),
         (torch.zeros(2, 8, device="meta").double(), ValueError, "z is on meta, expected cpu"),
+        (torch.zeros(2, 8), TypeError, "z has dtype float32, expected float64 like the model"),
         ([[0.0] * 8], TypeError, "z is a list"),
     ],
 )
@@ -236,7 +261,11 @@ def test_bad_latents(model, method, bad, error, message):
     "call, error, message",
     [
         (lambda m, z: m.swap(z, z[:3], "digit"), ValueError, r"donor has shape \[3, 8\], expected \[6, 8\] like z"),
-        (lambda m, z: m.swap(z, z.float(), "digit"), TypeError, "donor has dtype float32, expected float64 like z"),
+        (
+            lambda m, z: m.swap(z, z.float(), "digit"),
+            TypeError,
+            "donor has dtype float32, expected float64 like the model",
+        ),
         (lambda m, z: m.swap(z, z.to("meta"), "digit"), ValueError, "donor is on meta, expected cpu"),
         (lambda m, z: m.swap(z, z, "shape"), ValueError, "factor names 'shape', expected one of"),
         (lambda m, z: m.swap(z, z, ["digit", "digit"]), ValueError, "factor names one twice"),
@@ -250,7 +279,11 @@ def test_bad_latents(model, method, bad, error, message):
         (lambda m, z: m.sample(2.0), TypeError, "n is 2.0"),
         (lambda m, z: m.sample(2, generator=3), TypeError, "generator is a int"),
         (lambda m, z: m.decode(z[:, :5]), ValueError, r"factors has shape \[6, 5\], expected \[6, 8\]"),
-        (lambda m, z: m.decode({"digit": z[:, :3]}), ValueError, r"names \['digit'\], expected \['digit', 'color', 'resid"),
+        (
+            lambda m, z: m.decode({"digit": z[:, :3]}),
+            ValueError,
+            r"names \['digit'\], expected \['digit', 'color', 'resid",
+        ),
         (lambda m, z: m.decode({**m.encode(z), "x": z}), ValueError, "factors has the names"),
         (lambda m, z: m.decode({**m.encode(z), "color": z}), ValueError, "factors has sizes"),
         (lambda m, z: m.decode(Factors.split(z, {"a": 8})), ValueError, r"factors has the names \['a'\]"),
