@@ -26,8 +26,7 @@ def estimate_factor_dims(
         s_\text{residual} = N, \quad N_F = \lfloor \mathrm{softmax}(s)_F \, N \rfloor
 
     over the pairs that share factor F, with N = ``dim``; what rounding leaves goes to the residual. This is
-    ``method="paper"``. ``method="published"`` is what the authors' code computes and what the paper's experiments used:
-    the covariance summed over all features, divided by the variance summed over all features (of all samples), and 1 for
+    ``method="paper"``. ``method="published"`` is what the authors' code computes: the covariance summed over all features, divided by the variance summed over all features (of all samples), and 1 for
     the residual. Scores then lie in [-1, 1], so that the sizes come out even; the paper's lie in [-N, N], and a factor
     that is correlated in few features gets 0 dimensions, which IIN refuses: take ``"published"`` there.
 
@@ -51,7 +50,7 @@ def estimate_factor_dims(
         Esser, Rombach, Ommer, CVPR 2020, "Estimating Dimensionality of Factors"; CompVis/iin, ``dim_callback``.
 
     Example:
-        >>> from iin_fast.iin import estimate_factor_dims
+        >>> from iin_fast import estimate_factor_dims
         >>> rng = np.random.default_rng(0)
         >>> za, zb = rng.standard_normal((2, 1000, 10))
         >>> factor = np.arange(1000) % 2

@@ -15,7 +15,7 @@ RESIDUAL = "residual"
 
 
 def factor_sizes(dim: int, factors: Mapping[str, int] | None, *, where: str = "factor_sizes") -> dict[str, int]:
-    """Sizes of all factors of a ``dim``-dimensional latent; what ``factors`` leaves over is the last one, ``residual``.
+    """Sizes of all factors of a latent ``[batch, dim]``; what ``factors`` leaves over is the last one, ``residual``.
 
     An explicit ``"residual"`` is allowed as the last entry, where the sizes then sum to ``dim``. Sizes that fill ``dim``
     without one leave no residual.
@@ -59,7 +59,7 @@ class Factors(Mapping[str, Tensor]):
 
     All factors lie side by side in one tensor ``[batch, dim]``, :attr:`tensor`; ``factors["digit"]`` is a view of it.
     Indexing with anything but a name picks samples: ``factors[:8]``, ``factors[mask]``, ``factors[3]`` (a batch of one).
-    Factors is a pytree with that one tensor as its leaf, so it passes through torch.compile, torch.export and tree_map.
+    Factors is a pytree with that tensor as its one leaf: it passes through torch.compile, torch.export and tree_map.
 
     Args:
         parts: name to tensor ``[batch, size]``; all of one batch size, type and device. They are copied side by side.
@@ -73,7 +73,7 @@ class Factors(Mapping[str, Tensor]):
         Esser, Rombach, Ommer, A Disentangling Invertible Interpretation Network, CVPR 2020, Sec. 3.1.
 
     Example:
-        >>> from iin_fast.iin import Factors
+        >>> from iin_fast import Factors
         >>> factors = Factors({"digit": torch.zeros(8, 2), "residual": torch.ones(8, 3)})
         >>> factors
         Factors(batch=8, digit=2, residual=3)
@@ -131,7 +131,7 @@ class Factors(Mapping[str, Tensor]):
 
     @classmethod
     def _wrap(cls, tensor: Tensor, sizes: dict[str, int]) -> "Factors":
-        """split() without checks: pytree hands over leaves that are not tensors, the model what it has checked before."""
+        """split() without checks: pytree gives leaves that are not tensors, the model what it has checked before."""
         factors = object.__new__(cls)
         factors._tensor = tensor
         factors._sizes = sizes

@@ -35,7 +35,7 @@ class FactorLoss(nn.Module):
         Esser, Rombach, Ommer, CVPR 2020, Sec. 3.2; CompVis/iin, ``FactorLoss``.
 
     Example:
-        >>> from iin_fast.iin import IIN, FactorLoss
+        >>> from iin_fast import IIN, FactorLoss
         >>> model = IIN(8, {"digit": 3, "color": 2}, n_flows=2, hidden_dim=16)
         >>> za, zb = torch.randn(2, 4, 8).unbind()
         >>> loss = FactorLoss(rho=0.975)

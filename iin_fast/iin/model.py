@@ -38,14 +38,14 @@ class IIN(nn.Module):
         memory: what the flow keeps for backward: ``"save"``, ``"invert"`` or ``"auto"``; see ``iin_fast.nn.Flow``.
 
     Raises:
-        TypeError, ValueError: a size that is not a positive integer, factors that don't fit ``dim``, a ``dtype`` that is
-            not real floating point. Methods raise them for latents of another rank, feature count, type or device.
+        TypeError, ValueError: a size that is not a positive integer, factors that don't fit ``dim``, a ``dtype`` that
+            is not real floating point. Methods raise them for latents of another rank, feature count, type or device.
 
     References:
         Esser, Rombach, Ommer, A Disentangling Invertible Interpretation Network, CVPR 2020, arXiv 2004.13166, Sec. 3.
 
     Example:
-        >>> from iin_fast.iin import IIN
+        >>> from iin_fast import IIN
         >>> model = IIN(64, {"digit": 22, "color": 11}, n_flows=2, hidden_dim=32)
         >>> z, donor = torch.randn(2, 8, 64).unbind()
         >>> model.encode(z)
@@ -234,8 +234,8 @@ class IIN(nn.Module):
 
         Raises:
             FileNotFoundError: no such folder, or one of its files is missing.
-            ValueError: a file that is damaged or not of iin-fast; parameters that are missing, unknown, of another shape
-                or type than the configuration says, NaN or Inf.
+            ValueError: a file that is damaged or not of iin-fast; parameters that are missing, unknown, of another
+                shape or type than the configuration says, NaN or Inf.
         """
         tensors, config = checkpoint.load(path)
         # Drawn from a generator of its own: loading a model leaves the global random state alone.

@@ -32,8 +32,8 @@ class Pairs(NamedTuple):
 class PairSampler:
     """Creates a source of pairs (a, b) that share exactly one concept and differ in all the others.
 
-    A concept is drawn (evenly, or by ``weights``), then a sample evenly among those that have a partner for it, then its
-    partner evenly among all of them. Batch k depends on the seed, k and its size alone: a run resumes bit for bit from
+    A concept is drawn (evenly, or by ``weights``), then a sample evenly among those that have a partner for it, then
+    its partner evenly among all of them. Batch k depends on the seed, k and its size alone: a run resumes bit for bit from
     ``state_dict()``, and workers of a DataLoader can draw different batches of one sequence (:meth:`batches`).
 
     Args:
@@ -45,13 +45,14 @@ class PairSampler:
 
     Raises:
         TypeError: labels that are not integers.
-        ValueError: empty labels, a negative label, names or weights that don't fit, a concept that no pair shares alone.
+        ValueError: empty labels, a negative label, names or weights that don't fit, a concept that no pair shares
+            alone.
 
     References:
         Esser, Rombach, Ommer, CVPR 2020, Sec. 3 (pairs that share a semantic concept).
 
     Example:
-        >>> from iin_fast.iin import PairSampler
+        >>> from iin_fast import PairSampler
         >>> labels = {"digit": [0, 0, 1, 1], "color": [0, 1, 0, 1]}
         >>> sampler = PairSampler(labels, seed=1)
         >>> pairs = sampler.sample(100)

@@ -89,7 +89,7 @@ def test_too_many_combinations_are_refused_at_once():
 @pytest.mark.parametrize("rounds", [0, 1, 16])
 @pytest.mark.parametrize("concepts", [1, 2, 3])
 def test_even(monkeypatch, rounds, concepts):
-    """Concepts evenly, anchors evenly within a concept, partners evenly within an anchor: 5 sigma of the multinomial."""
+    """Concepts evenly, anchors evenly within a concept, partners evenly within an anchor: to 5 sigma."""
     monkeypatch.setattr(pairs, "_ROUNDS", rounds)
     labels = np.random.default_rng(3).integers(3, size=(12, concepts))
     truth = partners(labels)
