@@ -26,7 +26,7 @@ def checked_int(where: str, name: str, value: object, least: int = 1) -> int:
 
 
 def check_latents(where: str, latents: Iterable[tuple[str, Tensor]], dim: int, like: Tensor) -> None:
-    """Floating-point tensors ``[batch, dim]`` of one shape, with the device and (without autocast) dtype of ``like``."""
+    """Floating tensors ``[batch, dim]`` of one shape, with the device and (without autocast) dtype of ``like``."""
     first: tuple[str, Tensor] | None = None
     for name, z in latents:
         check_floating(where, name, z)

@@ -26,9 +26,10 @@ def estimate_factor_dims(
         s_\text{residual} = N, \quad N_F = \lfloor \mathrm{softmax}(s)_F \, N \rfloor
 
     over the pairs that share factor F, with N = ``dim``; what rounding leaves goes to the residual. This is
-    ``method="paper"``. ``method="published"`` is what the authors' code computes: the covariance summed over all features, divided by the variance summed over all features (of all samples), and 1 for
-    the residual. Scores then lie in [-1, 1], so that the sizes come out even; the paper's lie in [-N, N], and a factor
-    that is correlated in few features gets 0 dimensions, which IIN refuses: take ``"published"`` there.
+    ``method="paper"``. ``method="published"`` is what the authors' code computes: the covariance summed over all
+    features, over the variance (of all samples) summed over all features, and 1 for the residual. These scores lie
+    in [-1, 1], so the sizes come out even. The paper's lie in [-N, N], so a factor that is correlated in part of the
+    features gets few dimensions or 0, which IIN refuses: take ``"published"`` there.
 
     A feature that does not vary has correlation 0.
 

@@ -58,7 +58,7 @@ class Factors(Mapping[str, Tensor]):
     .. math:: \tilde z = (\tilde z_1, \dots, \tilde z_K, \tilde z_\text{residual})
 
     All factors lie side by side in one tensor ``[batch, dim]``, :attr:`tensor`; ``factors["digit"]`` is a view of it.
-    Indexing with anything but a name picks samples: ``factors[:8]``, ``factors[mask]``, ``factors[3]`` (a batch of one).
+    Any index but a name picks samples: ``factors[:8]``, ``factors[mask]``, ``factors[3]`` (a batch of one).
     Factors is a pytree with that tensor as its one leaf: it passes through torch.compile, torch.export and tree_map.
 
     Args:

@@ -33,8 +33,8 @@ class PairSampler:
     """Creates a source of pairs (a, b) that share exactly one concept and differ in all the others.
 
     A concept is drawn (evenly, or by ``weights``), then a sample evenly among those that have a partner for it, then
-    its partner evenly among all of them. Batch k depends on the seed, k and its size alone: a run resumes bit for bit from
-    ``state_dict()``, and workers of a DataLoader can draw different batches of one sequence (:meth:`batches`).
+    its partner evenly among all of them. Batch k depends on the seed, k and its size alone: a run resumes bit for bit
+    from ``state_dict()``, and workers of a DataLoader can draw different batches of one sequence (:meth:`batches`).
 
     Args:
         labels: integers ``[n, concepts]``, or a mapping of concept name to ``[n]``; not negative.
