@@ -17,7 +17,7 @@ RESIDUAL = "residual"
 def factor_sizes(dim: int, factors: Mapping[str, int] | None, *, where: str = "factor_sizes") -> dict[str, int]:
     """Sizes of all factors of a latent ``[batch, dim]``; what ``factors`` leaves over is the last one, ``residual``.
 
-    An explicit ``"residual"`` is allowed as the last entry, where the sizes then sum to ``dim``. Sizes that fill ``dim``
+    An explicit ``"residual"`` is allowed as the last entry; the sizes then sum to ``dim``. Sizes that fill ``dim``
     without one leave no residual.
 
     Raises:
