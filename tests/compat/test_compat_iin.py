@@ -232,7 +232,7 @@ def test_nll():
 # What the published code cannot do
 
 
-@pytest.mark.parametrize("channels", [1, 2, 5, 6, 7])
+@pytest.mark.parametrize("channels", [2, 3, 6, 7])
 @pytest.mark.parametrize("batch", [0, 1, 4])
 def test_any_batch_and_number_of_channels(batch, channels):
     torch.manual_seed(0)
