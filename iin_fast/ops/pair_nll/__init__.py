@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import _library  # noqa: F401  (loads the compiled ops)
+from ..._library import libraries
 from ...backends import chosen, register
 from ..checks import check_device, check_dtype, check_floating, check_rank, check_shape
 from . import reference
@@ -17,6 +17,8 @@ from . import reference
 __all__ = ["pair_nll"]
 
 register("pair_nll", "cpp", "cpu")
+if "cuda" in libraries:
+    register("pair_nll", "cpp", "cuda")
 
 
 def pair_nll(
