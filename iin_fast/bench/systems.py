@@ -104,7 +104,7 @@ def frozen(size: FlowSize) -> System:
     """torch.compile for inference alone: max-autotune, weights frozen into the code."""
     system = compiled(size)
     flow = eager_flow(_started_flow(size), reads_flag=False).eval()
-    options = {"freezing": True, "max_autotune": True}
+    options: dict[str, Any] = {"freezing": True, "max_autotune": True}
     forward = torch.compile(flow.forward, dynamic=False, options=options)
     inverse = torch.compile(flow.reverse, dynamic=False, options=options)
     return System("compile, frozen", forward, inverse, system.parameters, {})
