@@ -15,7 +15,7 @@ import torch
 from ..info import collect
 from ..nn import Flow
 from .memory import measure
-from .systems import PUBLISHED, SYSTEMS, System, build
+from .systems import PUBLISHED, SYSTEMS, FlowSize, System, build
 from .workloads import WORKLOADS, Workload
 
 __all__ = ["run_bench"]
@@ -65,9 +65,10 @@ def run_bench(
         "peaks": peaks,
         "cases": {},
     }
+    bench = _Bench(peaks, quick)
     for workload in WORKLOADS.values():
         say(workload.name)
-        result["cases"][workload.name] = _time_case(workload, names, quick, peaks)
+        result["cases"][workload.name] = bench.time_case(workload, names)
     result["inversion"] = _inversion_errors()
     if not quick:
         sweep = {}
@@ -75,7 +76,7 @@ def run_bench(
             say(f"sweep: forward and forward+backward at batch {batch}")
             some = [name for name in names if name in ("eager", "iin-fast", "FrEIA", "nflows", "normflows")]
             sweep[batch] = {
-                kind: _time_case(Workload(f"{kind} {batch}", kind, batch), some, batch > 1000, peaks)["systems"]
+                kind: bench.time_case(Workload(f"{kind} {batch}", kind, batch), some)["systems"]
                 for kind in ("forward", "gradient")
             }
         result["sweep"] = sweep
@@ -131,57 +132,58 @@ def _timed(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _time_case(workload: Workload, names: list[str], quick: bool, peaks: dict[str, float]) -> dict[str, Any]:
-    calls: dict[str, Callable[[], object]] = {}
-    for name in names:
-        if name == "compile, frozen" and not workload.inference:
-            continue
-        if name == "eager, joint" and not workload.pairs:
-            continue
-        calls[name] = workload.prepare(_system(name, workload))
-    for call in calls.values():
-        call()
-        call()
-    once = min(_timed(call) for call in calls.values())
-    inner = max(1, int((0.005 if quick else 0.02) / max(once, 1e-6)))
-    slowest = max(_timed(call) for call in calls.values())
-    repeats = 5 if quick else max(7, min(25, int(4 / (slowest * inner + 1e-9))))
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    gc.collect()
-    gc.disable()
-    try:
-        for _ in range(repeats):
-            for name, call in calls.items():
-                start = time.perf_counter()
-                for _ in range(inner):
-                    call()
-                times[name].append((time.perf_counter() - start) / inner)
-    finally:
-        gc.enable()
-    base = statistics.median(times["eager"])
-    floor = workload.floor(peaks["gflops"] * 1e9, peaks["gbytes"] * 1e9)
-    systems = {
-        name: {
-            "min": min(t),
-            "median": statistics.median(t),
-            "max": max(t),
-            "times_eager": base / statistics.median(t),
-            "times_floor": statistics.median(t) / floor,
+class _Bench:
+    """Times workloads on systems, each of which is built once for a size."""
+
+    def __init__(self, peaks: dict[str, float], quick: bool) -> None:
+        self.flops, self.bandwidth = peaks["gflops"] * 1e9, peaks["gbytes"] * 1e9
+        self.quick = quick
+        self.built: dict[tuple[str, FlowSize], System] = {}
+        # every batch size is compiled for itself; by default dynamo gives up after a few
+        torch._dynamo.config.recompile_limit = 64
+
+    def system(self, name: str, size: FlowSize) -> System:
+        if (name, size) not in self.built:
+            self.built[name, size] = build(name, size)
+        return self.built[name, size]
+
+    def time_case(self, workload: Workload, names: list[str]) -> dict[str, Any]:
+        calls: dict[str, Callable[[], object]] = {}
+        for name in names:
+            if name == "compile, frozen" and not workload.inference:
+                continue
+            if name == "eager, joint" and not workload.pairs:
+                continue
+            calls[name] = workload.prepare(self.system(name, workload.size))
+        for call in calls.values():
+            call()
+            call()
+        once = [_timed(call) for call in calls.values()]
+        inner = max(1, int((0.005 if self.quick else 0.02) / max(min(once), 1e-6)))
+        repeats = 5 if self.quick else max(7, min(25, int(8 / (sum(once) * inner))))
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(repeats):
+                for name, call in calls.items():
+                    times[name].append(_timed(lambda call=call: [call() for _ in range(inner)]) / inner)
+        finally:
+            gc.enable()
+        base = statistics.median(times["eager"])
+        floor = workload.floor(self.flops, self.bandwidth)
+        systems = {
+            name: {
+                "min": min(t),
+                "median": statistics.median(t),
+                "max": max(t),
+                "times_eager": base / statistics.median(t),
+                "times_floor": statistics.median(t) / floor,
+            }
+            for name, t in times.items()
         }
-        for name, t in times.items()
-    }
-    return {
-        "repeats": repeats,
-        "calls_per_repeat": inner,
-        "floor": floor,
-        "target": workload.target,
-        "systems": systems,
-    }
-
-
-def _system(name: str, workload: Workload) -> System:
-    torch._dynamo.reset()
-    return build(name, workload.size)
+        case = {"repeats": repeats, "calls_per_repeat": inner, "floor": floor, "target": workload.target}
+        return {**case, "systems": systems}
 
 
 def _inversion_errors() -> dict[str, Any]:
