@@ -49,7 +49,8 @@ def speed_table() -> str:
     depths = sorted(next(iter(memory["systems"].values())), key=int)
     lines += [f"| | {' | '.join(f'{depth} blocks' for depth in depths)} |", f"|---|{'---:|' * len(depths)}"]
     for name, by_depth in memory["systems"].items():
-        lines.append(f"| {name} | {' | '.join(f'{by_depth[d]["above_gradients"]:.0f}' for d in depths)} |")
+        cells = [f"{by_depth[depth]['above_gradients']:.0f}" for depth in depths]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     errors = ", ".join(f"{name}: {row['max_error']:.0e}" for name, row in result["inversion"].items())
     lines += ["", f"Largest inversion error, max |T⁻¹(T(x)) − x|, with scales as large as after training: {errors}."]
     return "\n".join(lines)

@@ -126,9 +126,10 @@ def _peaks(quick: bool) -> dict[str, float]:
     return {"gflops": 2 * 2048**3 / product / 1e9, "gbytes": 2 * source.nbytes / copy / 1e9}
 
 
-def _timed(call: Callable[[], object]) -> float:
+def _timed(call: Callable[[], object], times: int = 1) -> float:
     start = time.perf_counter()
-    call()
+    for _ in range(times):
+        call()
     return time.perf_counter() - start
 
 
@@ -167,7 +168,7 @@ class _Bench:
         try:
             for _ in range(repeats):
                 for name, call in calls.items():
-                    times[name].append(_timed(lambda call=call: [call() for _ in range(inner)]) / inner)
+                    times[name].append(_timed(call, inner) / inner)
         finally:
             gc.enable()
         base = statistics.median(times["eager"])
