@@ -1,4 +1,4 @@
-"""Coloured handwritten digits, and pairs of them that share either the digit or the colour."""
+"""Colored handwritten digits, and pairs of them that share either the digit or the color."""
 
 from __future__ import annotations
 
@@ -8,7 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["FACTORS", "IMAGE_SIZE", "ColoredPairs", "Digits", "colorize", "draw_colors", "jitter", "load_digits"]
+__all__ = [
+    "FACTORS",
+    "IMAGE_SIZE",
+    "ColoredPairs",
+    "Digits",
+    "colorize",
+    "draw_batch",
+    "draw_colors",
+    "jitter",
+    "load_digits",
+]
 
 IMAGE_SIZE = 32
 FACTORS = ("digit", "color")  # the order of the columns of `shared`, and of every list of factors in the demo
@@ -16,7 +26,7 @@ FACTORS = ("digit", "color")  # the order of the columns of `shared`, and of eve
 
 @dataclass(frozen=True)
 class Digits:
-    """Digits without colour.
+    """Digits without color.
 
     Arguments:
         shapes: how much ink each pixel holds, in [0, 1], `[n, 1, 32, 32]`.
@@ -57,10 +67,10 @@ def load_digits(seed: int = 0, *, test_fraction: float = 0.25) -> tuple[Digits, 
 
 
 def draw_colors(n: int, generator: torch.Generator) -> Tensor:
-    """Draws `n` colours, RGB in [0, 1], `[n, 3]`.
+    """Draws `n` colors, RGB in [0, 1], `[n, 3]`.
 
-    Hue and saturation come from a uniform point of the RGB cube; the brightness (the largest channel) is then drawn from
-    [0.7, 1], because a digit in a nearly black colour on a black ground shows neither its shape nor its colour.
+    Hue and saturation come from a uniform point of the RGB cube; the brightness (the largest channel) is then drawn
+    from [0.7, 1], because a nearly black digit on a black ground shows neither its shape nor its color.
     """
     colors = torch.rand(n, 3, generator=generator)
     brightness = 0.7 + 0.3 * torch.rand(n, 1, generator=generator)
@@ -88,11 +98,18 @@ def jitter(shapes: Tensor, generator: torch.Generator) -> Tensor:
     return F.grid_sample(shapes, grid, align_corners=False)
 
 
+def draw_batch(digits: Digits, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draws `batch` digits, jittered and colored: images `[batch, 3, 32, 32]` and labels `[batch]`."""
+    index = torch.randint(len(digits), (batch,), generator=generator)
+    shapes = jitter(digits.shapes[index], generator)
+    return colorize(shapes, draw_colors(batch, generator)), digits.labels[index]
+
+
 class ColoredPairs:
-    """Draws pairs of coloured images that share exactly one concept: the digit, or the colour.
+    """Draws pairs of colored images that share exactly one concept: the digit, or the color.
 
     The protocol of ColorfulMNIST (Esser, Rombach, Ommer 2020, section 4): a pair shares the digit and has two
-    independent colours, or shares the colour and shows two different digits.
+    independent colors, or shares the color and shows two different digits.
 
     Arguments:
         digits: what to draw from.
@@ -120,7 +137,7 @@ class ColoredPairs:
         share_digit = torch.rand(batch, generator=rng) < 0.5
         count = torch.where(share_digit, self._count[label], len(self.digits) - self._count[label])
         rank = (torch.rand(batch, generator=rng) * count).long().clamp_max(count - 1)
-        # Among the images sorted by label, "another digit" is everything after this digit's run, continued at the front.
+        # In the images sorted by label, "another digit" is all that follows this digit's run, continued at the front.
         run_end = self._start[label] + self._count[label]
         position = torch.where(share_digit, self._start[label] + rank, (run_end + rank) % len(self.digits))
         second = self._by_label[position]

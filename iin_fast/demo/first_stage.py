@@ -1,4 +1,4 @@
-"""The pretrained model whose latent space is to be interpreted: a small convolutional VAE of coloured digits."""
+"""The pretrained model whose latent space is to be interpreted: a small convolutional VAE of colored digits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .data import Digits, colorize, draw_colors, jitter
+from .data import Digits, draw_batch
+from .training import train
 
 __all__ = ["LATENT_DIM", "VAE", "train_vae"]
 
@@ -65,7 +66,7 @@ class VAE(nn.Module):
         return self.decoder(z).sigmoid()
 
     def loss(self, images: Tensor, generator: torch.Generator, *, beta: float, noise: float = 0.1) -> Tensor:
-        """Negative evidence bound with pixels of Gaussian noise, and the KL term weighted by `beta`; mean over images."""
+        """Negative evidence bound, mean over images: Gaussian pixels of deviation `noise`, KL term times `beta`."""
         mean, std = self.posterior(images)
         z = mean + std * torch.randn(mean.shape, generator=generator)
         error = F.mse_loss(self.decoder(z).sigmoid(), images, reduction="sum") / (2 * noise**2)
@@ -74,19 +75,13 @@ class VAE(nn.Module):
 
 
 def train_vae(
-    digits: Digits, *, steps: int, seed: int, batch: int = 64, lr: float = 2e-3, beta: float = 1.0
-) -> Iterator[tuple[VAE, float]]:
-    """Trains a VAE on freshly jittered and coloured `digits`; yields it and its loss after every step."""
+    vae: VAE, digits: Digits, *, steps: int, seed: int, batch: int = 64, lr: float = 2e-3, beta: float = 1.0
+) -> Iterator[float]:
+    """Trains `vae` on freshly jittered and colored `digits`; yields the loss of every step, in nats per image."""
     generator = torch.Generator().manual_seed(seed)
-    vae = VAE()
-    optimizer = torch.optim.Adam(vae.parameters(), lr=lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
-    for _ in range(steps):
-        index = torch.randint(len(digits), (batch,), generator=generator)
-        images = colorize(jitter(digits.shapes[index], generator), draw_colors(batch, generator))
-        loss = vae.loss(images, generator, beta=beta)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        yield vae, loss.item()
+
+    def loss() -> Tensor:
+        images, _ = draw_batch(digits, batch, generator)
+        return vae.loss(images, generator, beta=beta)
+
+    return train(vae, loss, torch.optim.Adam(vae.parameters(), lr=lr), steps)

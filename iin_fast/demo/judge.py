@@ -1,4 +1,4 @@
-"""Who decides whether a swap worked: a classifier that reads the digit, and a formula that reads the colour."""
+"""Who decides whether a swap worked: a classifier that reads the digit, and a formula that reads the color."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .data import Digits, colorize, draw_colors, jitter
+from .data import Digits, draw_batch
+from .training import train
 
 __all__ = ["Judge", "read_color", "train_judge"]
 
 
 class Judge(nn.Module):
-    """Reads the digit from a coloured image. Knows nothing of the VAE or of the IIN."""
+    """Reads the digit from a colored image. Knows nothing of the VAE or of the IIN."""
 
     def __init__(self, width: int = 24) -> None:
         super().__init__()
@@ -41,29 +42,24 @@ class Judge(nn.Module):
 
 
 def read_color(images: Tensor) -> Tensor:
-    """The colour of the ink in `images` `[batch, 3, h, w]`: RGB in [0, 1], `[batch, 3]`.
+    """The color of the ink in `images` `[batch, 3, h, w]`: RGB in [0, 1], `[batch, 3]`.
 
     The mean RGB over all pixels, each weighted by the fourth power of its intensity (its largest channel), so that the
     ink counts, the ground doesn't, and the half-inked edge of a stroke hardly does. On an original image it gives the
-    colour the digit was painted in to about 0.02.
+    color the digit was painted in to about 0.02.
     """
     weight = images.amax(1, keepdim=True) ** 4
     return (weight * images).sum((2, 3)) / weight.sum((2, 3)).clamp_min(1e-8)
 
 
-def train_judge(digits: Digits, *, steps: int, seed: int, batch: int = 64, lr: float = 2e-3) -> Iterator[tuple[Judge, float]]:
-    """Trains a judge on freshly jittered and coloured `digits`; yields it and its loss after every step."""
+def train_judge(
+    judge: Judge, digits: Digits, *, steps: int, seed: int, batch: int = 64, lr: float = 2e-3
+) -> Iterator[float]:
+    """Trains `judge` on freshly jittered and colored `digits`; yields the loss of every step, in nats per image."""
     generator = torch.Generator().manual_seed(seed)
-    judge = Judge().train()
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=lr, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
-    for _ in range(steps):
-        index = torch.randint(len(digits), (batch,), generator=generator)
-        images = colorize(jitter(digits.shapes[index], generator), draw_colors(batch, generator))
-        loss = F.cross_entropy(judge(images), digits.labels[index])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        yield judge, loss.item()
-    judge.eval()
+
+    def loss() -> Tensor:
+        images, labels = draw_batch(digits, batch, generator)
+        return F.cross_entropy(judge(images), labels)
+
+    return train(judge, loss, torch.optim.AdamW(judge.parameters(), lr=lr, weight_decay=1e-2), steps)

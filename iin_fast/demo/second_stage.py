@@ -11,6 +11,7 @@ import iin_fast
 
 from .data import FACTORS, ColoredPairs, Digits
 from .first_stage import VAE
+from .training import train
 
 __all__ = ["draw_pair_latents", "estimate_dims", "train_iin", "train_unsupervised"]
 
@@ -49,7 +50,7 @@ def train_iin(
     steps: int,
     seed: int,
     batch: int = 64,
-    lr: float = 1e-3,
+    lr: float = 3e-3,
     rho: float = 0.975,
 ) -> Iterator[float]:
     """Trains `model` with the factor loss on pairs of latents; yields the loss of every step, in nats per pair."""
@@ -59,11 +60,11 @@ def train_iin(
     def loss() -> Tensor:
         return factor_loss(model, *draw_pair_latents(vae, pairs, batch))
 
-    return _optimize(model, loss, steps, lr)
+    return train(model, loss, _adam(model, lr), steps)
 
 
 def train_unsupervised(
-    model: iin_fast.IIN, vae: VAE, digits: Digits, *, steps: int, seed: int, batch: int = 128, lr: float = 1e-3
+    model: iin_fast.IIN, vae: VAE, digits: Digits, *, steps: int, seed: int, batch: int = 128, lr: float = 3e-3
 ) -> Iterator[float]:
     """Trains `model` by maximum likelihood on latents; yields the negative log-likelihood of every step, in nats."""
     pairs = ColoredPairs(digits, seed=seed)
@@ -72,19 +73,8 @@ def train_unsupervised(
         za, zb, _ = draw_pair_latents(vae, pairs, batch // 2)
         return -model.log_prob(torch.cat([za, zb])).mean()
 
-    return _optimize(model, loss, steps, lr)
+    return train(model, loss, _adam(model, lr), steps)
 
 
-def _optimize(model: iin_fast.IIN, loss, steps: int, lr: float) -> Iterator[float]:
-    """Adam with the published betas and a step size that falls to zero along a half cosine."""
-    model.train()
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr, betas=(0.5, 0.9), fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.05, cycle_momentum=False)
-    for _ in range(steps):
-        value = loss()
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-        schedule.step()
-        yield value.item()
-    model.eval()
+def _adam(model: iin_fast.IIN, lr: float) -> torch.optim.Adam:
+    return torch.optim.Adam(model.parameters(), lr=lr, betas=(0.5, 0.9), fused=True)  # the published betas
