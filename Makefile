@@ -1,0 +1,57 @@
+# make demo   the main job: environment, wheel, training, swaps, report in runs/demo
+# make test   the whole suite
+.PHONY: demo test wheel sdist build lint clean
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# The environment, made again when the list of packages changes.
+$(VENV)/.ready: requirements-dev.txt
+	@echo "== environment: $(VENV) (a few minutes the first time)"
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade pip
+	$(PIP) install --progress-bar on -r requirements-dev.txt
+	@touch $@
+
+SOURCES := $(shell find csrc iin_fast -type f -not -name '*.so' -not -name '*.pyc' -not -name _build_info.py) \
+           CMakeLists.txt setup.py pyproject.toml
+
+# The wheel, made again when a source changes.
+dist/.built: $(VENV)/.ready $(SOURCES)
+	@echo "== wheel"
+	@rm -rf dist build/lib build/bdist*
+	$(PIP) wheel --no-build-isolation --no-deps -w dist .
+	@touch $@
+
+wheel: dist/.built
+	@ls dist/*.whl
+
+sdist: $(VENV)/.ready
+	$(BIN)/python setup.py --quiet sdist
+
+# The main job, run from the installed wheel in an environment of its own, away from the source tree.
+demo: dist/.built
+	@echo "== install the wheel"
+	$(PIP) install --quiet --no-deps --force-reinstall dist/*.whl
+	@rm -rf runs/demo
+	@mkdir -p runs
+	cd runs && ../$(BIN)/iin-fast demo --out demo
+
+# An editable install for developers; run it again after a change in csrc/ and only that is compiled.
+build: $(VENV)/.ready
+	$(PIP) install --quiet --no-build-isolation --no-deps -e .
+
+lint: $(VENV)/.ready
+	ruff check .
+	ruff format --check .
+	clang-format --dry-run -Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' 'tests/*.h' 'tests/*.cpp')
+	mypy
+
+test: build lint
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf build dist *.egg-info iin_fast/lib iin_fast/_build_info.py

@@ -1,0 +1,77 @@
+// The affine coupling of one element, for host and device (Dinh et al. 2017, Eq. 7; the squashes are those of the
+// libraries that use them):
+//
+//   y = x exp(s) + t, log|dy/dx| = s, s = squash(raw)
+//
+// The reference for all of it is iin_fast/ops/affine_coupling/reference.py.
+#pragma once
+
+#include "common/math.h"
+
+namespace iin_fast {
+
+// Values are part of the op's schema (iin_fast/ops/affine_coupling/__init__.py holds the names).
+enum class Squash : int64_t { identity = 0, tanh = 1, atan = 2, sigmoid = 3, none = 4 };
+
+// s of raw. `clamp` bounds |s| for tanh and atan.
+template <Squash squash, class T> IIN_FAST_HD T log_scale(T raw, T clamp) {
+  if constexpr (squash == Squash::identity)
+    return raw;
+  else if constexpr (squash == Squash::tanh)
+    return clamp * math::tanh(raw);
+  else if constexpr (squash == Squash::atan)
+    return clamp * T(0.636) * math::atan(raw);
+  else if constexpr (squash == Squash::sigmoid)
+    return math::log(math::sigmoid(raw + T(2)) + T(1e-3));
+  else
+    return T(0);
+}
+
+// s and ds / draw.
+template <Squash squash, class T> IIN_FAST_HD T log_scale(T raw, T clamp, T &derivative) {
+  if constexpr (squash == Squash::identity) {
+    derivative = T(1);
+    return raw;
+  } else if constexpr (squash == Squash::tanh) {
+    const T unit = math::tanh(raw);
+    derivative = clamp * (T(1) - unit * unit);
+    return clamp * unit;
+  } else if constexpr (squash == Squash::atan) {
+    derivative = clamp * T(0.636) / (T(1) + raw * raw);
+    return clamp * T(0.636) * math::atan(raw);
+  } else if constexpr (squash == Squash::sigmoid) {
+    const T unit = math::sigmoid(raw + T(2)), scale = unit + T(1e-3);
+    derivative = unit * (T(1) - unit) / scale;
+    return math::log(scale);
+  } else {
+    derivative = T(0);
+    return T(0);
+  }
+}
+
+// One element: the transformed value, and its term of the log-det of the map that is computed.
+template <Squash squash, bool inverse, class T> IIN_FAST_HD T couple(T x, T raw, T shift, T clamp, T &logdet) {
+  const T s = log_scale<squash>(raw, clamp);
+  logdet = inverse ? -s : s;
+  if constexpr (squash == Squash::none)
+    return inverse ? x - shift : x + shift;
+  return inverse ? (x - shift) * math::exp(-s) : x * math::exp(s) + shift;
+}
+
+template <class T> struct CouplingGradient {
+  T x, raw, shift;
+};
+
+// `value` is what multiplies ds: the input x of the forward map, the output of the inverse map.
+template <Squash squash, bool inverse, class T>
+IIN_FAST_HD CouplingGradient<T> couple_backward(T value, T raw, T clamp, T grad_y, T grad_logdet) {
+  T derivative;
+  const T s = log_scale<squash>(raw, clamp, derivative);
+  const T sign = inverse ? T(-1) : T(1);
+  const T grad_x = squash == Squash::none ? grad_y : grad_y * math::exp(sign * s);
+  const T grad_shift = inverse ? -grad_x : grad_y;
+  const T grad_s = sign * ((inverse ? grad_y : grad_x) * value + grad_logdet);
+  return {grad_x, grad_s * derivative, grad_shift};
+}
+
+} // namespace iin_fast

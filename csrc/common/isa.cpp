@@ -1,0 +1,50 @@
+#include "common/isa.h"
+
+#include <cstdlib>
+#include <cstring>
+
+namespace iin_fast {
+namespace {
+
+Isa detect() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  Isa best = Isa::baseline;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+    best = Isa::avx2;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl"))
+      best = Isa::avx512;
+  }
+  const char *wanted = std::getenv("IIN_FAST_CPU");
+  if (wanted != nullptr) {
+    if (std::strcmp(wanted, "baseline") == 0)
+      return Isa::baseline;
+    if (std::strcmp(wanted, "avx2") == 0 && best != Isa::baseline)
+      return Isa::avx2;
+  }
+  return best;
+#else
+  return Isa::baseline;
+#endif
+}
+
+} // namespace
+
+Isa isa() {
+  static const Isa picked = detect();
+  return picked;
+}
+
+const char *isa_name() {
+  switch (isa()) {
+  case Isa::avx512:
+    return "avx512";
+  case Isa::avx2:
+    return "avx2";
+  default:
+    return "baseline";
+  }
+}
+
+} // namespace iin_fast

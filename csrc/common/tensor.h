@@ -1,0 +1,73 @@
+// What the glue of every CPU op needs of torch's stable ABI.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include "common/half.h"
+
+namespace iin_fast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// [batch, ...]: rows and the features of a row.
+inline int64_t row_count(const Tensor &t) { return t.size(0); }
+inline int64_t feature_count(const Tensor &t) {
+  int64_t features = 1;
+  for (int64_t d = 1; d < t.dim(); ++d)
+    features *= t.size(d);
+  return features;
+}
+
+// True if the features of a row lie side by side, whatever the distance between rows.
+inline bool has_contiguous_rows(const Tensor &t) {
+  int64_t expected = 1;
+  for (int64_t d = t.dim() - 1; d >= 1; --d) {
+    if (t.size(d) != 1 && t.stride(d) != expected)
+      return false;
+    expected *= t.size(d);
+  }
+  return true;
+}
+
+inline Tensor with_contiguous_rows(const Tensor &t) {
+  return has_contiguous_rows(t) ? t : torch::stable::contiguous(t);
+}
+
+// The type in which log-dets and losses of a tensor are kept: at least float32.
+inline ScalarType accumulate_type(ScalarType type) {
+  return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// Calls f(Storage()) with the storage type of a floating tensor.
+template <class F> void with_storage(const char *op, ScalarType type, F &&f) {
+  switch (type) {
+  case ScalarType::Float:
+    return f(float());
+  case ScalarType::Double:
+    return f(double());
+  case ScalarType::BFloat16:
+    return f(BFloat16());
+  case ScalarType::Half:
+    return f(Half());
+  default:
+    STD_TORCH_CHECK(false, op, ": expected float32, float64, bfloat16 or float16, got type code ",
+                    static_cast<int>(type));
+  }
+}
+
+// Rows that make one piece of parallel work worth its start.
+inline int64_t row_grain(int64_t features) {
+  constexpr int64_t elements = 8192;
+  return features >= elements ? 1 : elements / (features > 0 ? features : 1);
+}
+
+} // namespace iin_fast

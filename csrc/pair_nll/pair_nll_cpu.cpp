@@ -1,0 +1,104 @@
+// pair_nll on the CPU: tensor checks and the parallel loop. The loops are in pair_nll_loops.cpp.
+#include "common/tensor.h"
+#include "pair_nll/pair_nll_loops.h"
+
+namespace iin_fast {
+namespace {
+
+void check(const char *op, const Tensor &za, const Tensor &zb, const Tensor &shared,
+           const std::vector<int64_t> &sizes) {
+  STD_TORCH_CHECK(za.dim() == 2 && zb.dim() == 2 && za.size(0) == zb.size(0) && za.size(1) == zb.size(1) &&
+                      za.scalar_type() == zb.scalar_type(),
+                  op, ": za and zb must be [batch, dim] of one type");
+  STD_TORCH_CHECK(shared.dim() == 2 && shared.size(0) == za.size(0) &&
+                      shared.size(1) == static_cast<int64_t>(sizes.size()) && shared.scalar_type() == ScalarType::Bool,
+                  op, ": shared must be bool [batch, factors]");
+  int64_t sum = 0;
+  for (const int64_t size : sizes) {
+    STD_TORCH_CHECK(size >= 0, op, ": sizes must not be negative");
+    sum += size;
+  }
+  STD_TORCH_CHECK(sum == za.size(1), op, ": sizes must sum to dim");
+}
+
+void check_row_values(const char *op, const char *name, const Tensor &t, const Tensor &za) {
+  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == za.size(0) && t.scalar_type() == accumulate_type(za.scalar_type()), op,
+                  ": ", name, " must be [batch] in the type of a log-det");
+}
+
+Tensor pair_nll(const Tensor &za_in, const Tensor &zb_in,             // [batch, dim]
+                const Tensor &logdet_a_in, const Tensor &logdet_b_in, // [batch]
+                const Tensor &shared_in,                              // [batch, factors] bool
+                const std::vector<int64_t> sizes, double rho, bool normalized) {
+  check("pair_nll", za_in, zb_in, shared_in, sizes);
+  check_row_values("pair_nll", "logdet_a", logdet_a_in, za_in);
+  check_row_values("pair_nll", "logdet_b", logdet_b_in, za_in);
+  const Tensor za = torch::stable::contiguous(za_in), zb = torch::stable::contiguous(zb_in);
+  const Tensor logdet_a = torch::stable::contiguous(logdet_a_in), logdet_b = torch::stable::contiguous(logdet_b_in);
+  const Tensor shared = torch::stable::contiguous(shared_in);
+  const int64_t batch = za.size(0), dim = za.size(1);
+  Tensor loss = torch::stable::new_empty(za, {batch}, accumulate_type(za.scalar_type()));
+  with_storage("pair_nll", za.scalar_type(), [&](auto storage) {
+    using Storage = decltype(storage);
+    using T = compute_t<Storage>;
+    const PairNll<Storage> job{static_cast<const Storage *>(za.const_data_ptr()),
+                               static_cast<const Storage *>(zb.const_data_ptr()),
+                               static_cast<const T *>(logdet_a.const_data_ptr()),
+                               static_cast<const T *>(logdet_b.const_data_ptr()),
+                               static_cast<const bool *>(shared.const_data_ptr()),
+                               sizes.data(),
+                               static_cast<int64_t>(sizes.size()),
+                               dim,
+                               rho,
+                               normalized,
+                               static_cast<T *>(loss.mutable_data_ptr())};
+    const auto loop = IIN_FAST_LOOP(pair_nll<Storage>);
+    torch::stable::parallel_for(0, batch, row_grain(dim), [&](int64_t begin, int64_t end) { loop(job, begin, end); });
+  });
+  return loss;
+}
+
+std::tuple<Tensor, Tensor> pair_nll_backward(const Tensor &grad_in,                    // [batch]
+                                             const Tensor &za_in, const Tensor &zb_in, // [batch, dim]
+                                             const Tensor &shared_in,                  // [batch, factors] bool
+                                             const std::vector<int64_t> sizes, double rho) {
+  check("pair_nll_backward", za_in, zb_in, shared_in, sizes);
+  check_row_values("pair_nll_backward", "grad", grad_in, za_in);
+  const Tensor grad = torch::stable::contiguous(grad_in);
+  const Tensor za = torch::stable::contiguous(za_in), zb = torch::stable::contiguous(zb_in);
+  const Tensor shared = torch::stable::contiguous(shared_in);
+  const int64_t batch = za.size(0), dim = za.size(1);
+  Tensor grad_za = torch::stable::new_empty(za, {batch, dim}), grad_zb = torch::stable::new_empty(za, {batch, dim});
+  with_storage("pair_nll_backward", za.scalar_type(), [&](auto storage) {
+    using Storage = decltype(storage);
+    const PairNllBackward<Storage> job{static_cast<const Storage *>(za.const_data_ptr()),
+                                       static_cast<const Storage *>(zb.const_data_ptr()),
+                                       static_cast<const bool *>(shared.const_data_ptr()),
+                                       sizes.data(),
+                                       static_cast<const compute_t<Storage> *>(grad.const_data_ptr()),
+                                       static_cast<int64_t>(sizes.size()),
+                                       dim,
+                                       rho,
+                                       static_cast<Storage *>(grad_za.mutable_data_ptr()),
+                                       static_cast<Storage *>(grad_zb.mutable_data_ptr())};
+    const auto loop = IIN_FAST_LOOP(pair_nll_backward<Storage>);
+    torch::stable::parallel_for(0, batch, row_grain(dim), [&](int64_t begin, int64_t end) { loop(job, begin, end); });
+  });
+  return {grad_za, grad_zb};
+}
+
+} // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(iin_fast, m) {
+  m.def("pair_nll(Tensor za, Tensor zb, Tensor logdet_a, Tensor logdet_b, Tensor shared, int[] sizes, float rho,"
+        " bool normalized) -> Tensor");
+  m.def("pair_nll_backward(Tensor grad, Tensor za, Tensor zb, Tensor shared, int[] sizes, float rho)"
+        " -> (Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(iin_fast, CPU, m) {
+  m.impl("pair_nll", TORCH_BOX(&pair_nll));
+  m.impl("pair_nll_backward", TORCH_BOX(&pair_nll_backward));
+}
+
+} // namespace iin_fast

@@ -1,0 +1,24 @@
+"""iin-fast: normalizing-flow layers at the speed of the hardware, and the Invertible Interpretation Network on them."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from . import functional, nn
+from .backends import backend
+from .iin import IIN, FactorLoss, Factors, PairSampler, estimate_factor_dims
+
+try:
+    __version__ = version("iin-fast")
+except PackageNotFoundError:  # a source tree on the path, not installed
+    __version__ = "0+source"
+
+__all__ = [
+    "IIN",
+    "FactorLoss",
+    "Factors",
+    "PairSampler",
+    "__version__",
+    "backend",
+    "estimate_factor_dims",
+    "functional",
+    "nn",
+]

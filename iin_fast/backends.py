@@ -1,0 +1,79 @@
+"""Which implementation of an op runs: chosen by device, or forced by the user."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+__all__ = ["BackendUnavailable", "available", "backend", "chosen", "register"]
+
+NAMES = ("reference", "cpp", "triton")
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend is forced that has no implementation of an op on a device."""
+
+
+def _checked(name: str, where: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{where}: got {name!r}, expected one of {', '.join(NAMES)}")
+    return name
+
+
+_forced: str | None = None
+if os.environ.get("IIN_FAST_BACKEND"):
+    _forced = _checked(os.environ["IIN_FAST_BACKEND"], "IIN_FAST_BACKEND")
+
+_implemented: dict[str, set[tuple[str, str]]] = {}
+
+
+def register(op: str, name: str, device: str) -> None:
+    """Declare that ``op`` has an implementation ``name`` for tensors on ``device`` (a device type such as "cpu")."""
+    _implemented.setdefault(op, {("reference", "any")}).add((name, device))
+
+
+def available(op: str, device: str) -> list[str]:
+    """The backends that can run ``op`` on tensors of a device type, in the order of NAMES."""
+    have = _implemented.get(op, {("reference", "any")})
+    return [name for name in NAMES if (name, device) in have or (name, "any") in have]
+
+
+def chosen(op: str, x: Tensor) -> str:
+    """The backend for this call of ``op``.
+
+    Raises:
+        BackendUnavailable: a backend is forced that has no implementation of ``op`` on the device of ``x``.
+    """
+    have = available(op, x.device.type)
+    if _forced is not None:
+        if _forced not in have:
+            raise BackendUnavailable(
+                f"{op}: backend {_forced!r} is forced, but on {x.device.type} only {', '.join(have)} can run it"
+            )
+        return _forced
+    return "cpp" if "cpp" in have else have[-1]
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force a backend for all ops called in this context, in every thread of the process.
+
+    Args:
+        name: "reference" (plain torch, the executable definition), "cpp" (the compiled library, CPU and CUDA) or
+            "triton". The environment variable IIN_FAST_BACKEND does the same for a whole process.
+
+    Raises:
+        ValueError: the name is none of these.
+
+    Example:
+        >>> import iin_fast
+        >>> with iin_fast.backend("reference"):
+        ...     pass
+    """
+    global _forced
+    before, _forced = _forced, _checked(name, "backend")
+    try:
+        yield
+    finally:
+        _forced = before

@@ -1,0 +1,1 @@
+"""Published APIs, name for name: ``compat.iin`` and ``compat.net2net``."""

@@ -1,0 +1,174 @@
+"""How an IIN lies on disk: a folder with ``model.safetensors`` (the parameters) and ``config.json`` (what they are of).
+
+The configuration stands in both files, in the header of the first for programs and in the second for people: a pair of
+files that do not belong together is refused. So is a parameter file whose contents changed (CRC-32).
+"""
+
+import json
+import os
+import uuid
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["DTYPES", "FORMAT", "VERSION", "check", "config_file", "load", "save"]
+
+FORMAT = "iin_fast.IIN"
+VERSION = 1
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
+
+
+def config_file(path: str | os.PathLike[str]) -> Path:
+    """The configuration in the folder ``path``."""
+    return Path(path) / "config.json"
+
+
+def tensor_file(path: str | os.PathLike[str]) -> Path:
+    """The parameters in the folder ``path``."""
+    return Path(path) / "model.safetensors"
+
+
+def save(path: str | os.PathLike[str], state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+    """Write a state and its configuration into the folder ``path``.
+
+    Raises:
+        ValueError: NaN or Inf in a parameter.
+        OSError: the folder can't be made or written.
+    """
+    safetensors = _safetensors()
+    tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"IIN.save: parameter {name!r} has NaN or Inf, and would not load again")
+    text = json.dumps({"format": FORMAT, "version": VERSION, **config}, indent=2) + "\n"
+    data = safetensors.torch.save(tensors, {"config": text, "crc32": _checksum(tensors)})
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        _write(tensor_file(path), data)
+        _write(config_file(path), text.encode())
+    except OSError as error:
+        message = f"IIN.save: can't write to path {os.fspath(path)!r}: {error.strerror}"
+        raise OSError(error.errno, message) from error
+
+
+def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state and the configuration in the folder ``path``.
+
+    Raises:
+        FileNotFoundError: one of the files is missing.
+        ValueError: a file that is damaged or not of iin-fast.
+    """
+    safetensors = _safetensors()
+    for file in (config_file(path), tensor_file(path)):
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: no such file; IIN.load expects the folder that IIN.save wrote")
+    config = _read_config(config_file(path))
+    file = tensor_file(path)
+    try:
+        with safetensors.safe_open(file, framework="pt") as opened:
+            header = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{file}: damaged or no safetensors file ({error})") from error
+    if "config" not in header or "crc32" not in header:
+        raise ValueError(f"{file}: a safetensors file, but not of an IIN (no configuration in its header)")
+    try:
+        same = _parse(header["config"]) == config
+    except ValueError:
+        same = False
+    if not same:
+        raise ValueError(f"{file}: written with another configuration than {config_file(path).name} beside it")
+    if header["crc32"] != _checksum(tensors):
+        raise ValueError(f"{file}: damaged, its parameters are not those that were written (CRC-32 differs)")
+    del config["format"], config["version"]
+    return tensors, config
+
+
+def check(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Compare the loaded tensors with the state of a fresh model.
+
+    Raises:
+        ValueError: a parameter that is missing, unknown, of another shape or type, or not finite.
+    """
+    file = tensor_file(path)
+    for name in expected:
+        if name not in tensors:
+            raise ValueError(f"{file}: parameter {name!r} is missing")
+    for name, tensor in tensors.items():
+        if name not in expected:
+            raise ValueError(
+                f"{file}: parameter {name!r} is not one of the model that {config_file(path).name} describes"
+            )
+        like = expected[name]
+        if tensor.shape != like.shape:
+            raise ValueError(f"{file}: parameter {name!r} has shape {list(tensor.shape)}, expected {list(like.shape)}")
+        if tensor.dtype != like.dtype:
+            raise ValueError(f"{file}: parameter {name!r} is {tensor.dtype}, expected {like.dtype}")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{file}: parameter {name!r} has NaN or Inf")
+
+
+def _safetensors() -> ModuleType:
+    try:
+        import safetensors
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError("IIN.save and IIN.load need safetensors: pip install 'iin-fast[io]'") from error
+    return safetensors
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    """CRC-32 of all bytes, in the order of the names."""
+    crc = 0
+    for _, tensor in sorted(tensors.items()):
+        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), crc)
+    return f"{crc:08x}"
+
+
+def _write(file: Path, data: bytes) -> None:
+    """The file appears with all of ``data`` or stays as it was, also when the machine stops."""
+    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
+    try:
+        with open(temporary, "xb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # the new name reaches the disk with the folder
+        folder = os.open(file.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _parse(text: str) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        if len(set(names)) != len(names):
+            raise ValueError(f"a name twice in {names}")
+        return dict(pairs)
+
+    return json.loads(text, object_pairs_hook=unique)
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        config = _parse(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or a name twice
+        raise ValueError(f"{file}: damaged or no JSON file ({error})") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise ValueError(f'{file}: not written by IIN.save (expected "format": "{FORMAT}")')
+    if config.get("version") != VERSION:
+        raise ValueError(
+            f"{file}: version {config.get('version')!r} of the format, expected {VERSION}; update iin-fast"
+        )
+    return config

@@ -1,0 +1,147 @@
+"""The loss that teaches an IIN its factors."""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional
+from ..ops.checks import check_device, check_floating, check_shape
+from ._checks import check_latents
+from .factors import RESIDUAL, Factors
+from .model import IIN
+
+__all__ = ["FactorLoss"]
+
+
+class FactorLoss(nn.Module):
+    r"""Creates the negative log-likelihood of pairs of latents that share factors.
+
+    .. math::
+        \ell = \tfrac12 \|\tilde z^a\|^2 - \log|\det T'(z^a)|
+             + \sum_k \frac{\|\tilde z^b_k - m_k \rho \, \tilde z^a_k\|^2}{2 (1 - m_k \rho^2)} - \log|\det T'(z^b)|
+
+    with m_k = 1 where the pair shares factor k, else 0. The residual is never shared.
+
+    Args:
+        rho: correlation of a shared factor, the paper's σ_ab, between 0 and 1 exclusive.
+        normalized: add the constants that the formula drops (log 2π per dimension and pair, ½ log(1 − ρ²) per shared
+            dimension), so that the value is the true negative log-likelihood in nats. Gradients are the same.
+
+    Raises:
+        ValueError: ``rho`` outside (0, 1).
+
+    References:
+        Esser, Rombach, Ommer, CVPR 2020, Sec. 3.2; CompVis/iin, ``FactorLoss``.
+
+    Example:
+        >>> from iin_fast.iin import IIN, FactorLoss
+        >>> model = IIN(8, {"digit": 3, "color": 2}, n_flows=2, hidden_dim=16)
+        >>> za, zb = torch.randn(2, 4, 8).unbind()
+        >>> loss = FactorLoss(rho=0.975)
+        >>> loss(model, za, zb, "digit").shape
+        torch.Size([])
+        >>> mixed = loss(model, za, zb, ["digit", "color", "color", "digit"])
+        >>> mixed.backward()
+    """
+
+    def __init__(self, rho: float = 0.975, normalized: bool = False) -> None:
+        super().__init__()
+        if isinstance(rho, bool) or not isinstance(rho, int | float):
+            raise TypeError(f"FactorLoss: rho is {rho!r}, expected a number between 0 and 1, both excluded")
+        if not 0.0 < rho < 1.0:
+            raise ValueError(f"FactorLoss: rho is {rho}, expected a number between 0 and 1, both excluded")
+        self.rho = float(rho)
+        self.normalized = bool(normalized)
+
+    def extra_repr(self) -> str:
+        return f"rho={self.rho}, normalized={self.normalized}"
+
+    def forward(self, model: IIN, za: Tensor, zb: Tensor, shared: Tensor | str | Sequence[str]) -> Tensor:
+        """The mean loss over the batch, a scalar in nats. Both samples go through the flow as one batch.
+
+        Args:
+            model: the IIN.
+            za: first latents, ``[batch, dim]``.
+            zb: second latents, ``[batch, dim]``.
+            shared: what the pairs share: a boolean tensor ``[batch, concepts]`` in the order of ``model.concepts``, the
+                name of one factor for all pairs, or a sequence of ``batch`` names.
+
+        Raises:
+            TypeError, ValueError: latents that don't fit the model or each other, an empty batch, an unknown factor.
+        """
+        if not isinstance(model, IIN):
+            raise TypeError(f"FactorLoss: model is a {type(model).__name__}, expected an iin_fast.IIN")
+        check_latents("FactorLoss", (("za", za), ("zb", zb)), model.dim, model.device)
+        batch = za.shape[0]
+        if batch == 0:
+            raise ValueError("FactorLoss: za has no samples, expected at least one pair for a mean")
+        mask = self._mask(shared, model.sizes, batch, za.device)
+        factors, logdet = model(torch.cat([za, zb]))
+        a, b = factors.tensor.chunk(2)
+        return self._pair_nll(a, logdet[:batch], b, logdet[batch:], mask, model.sizes).mean()
+
+    def from_factors(
+        self,
+        factors_a: Factors,
+        logdet_a: Tensor,  # [batch]
+        factors_b: Factors,
+        logdet_b: Tensor,  # [batch]
+        shared: Tensor | str | Sequence[str],
+    ) -> Tensor:
+        """The loss of each pair, ``[batch]`` in nats, from what the model's forward gives for either sample.
+
+        ``shared`` is as in :meth:`forward`, in the order of the factors' names without the residual.
+
+        Raises:
+            TypeError, ValueError: factors or log-determinants that don't match, an unknown factor.
+        """
+        where = "FactorLoss.from_factors"
+        for name, factors in (("factors_a", factors_a), ("factors_b", factors_b)):
+            if not isinstance(factors, Factors):
+                raise TypeError(f"{where}: {name} is a {type(factors).__name__}, expected iin_fast.Factors")
+        sizes = factors_a.sizes
+        if list(factors_b.sizes.items()) != list(sizes.items()):
+            raise ValueError(f"{where}: factors_b has sizes {factors_b.sizes}, expected {sizes} like factors_a")
+        a, b = factors_a.tensor, factors_b.tensor
+        check_latents(where, (("factors_a", a), ("factors_b", b)), a.shape[1], a.device)
+        for name, logdet in (("logdet_a", logdet_a), ("logdet_b", logdet_b)):
+            check_floating(where, name, logdet)
+            check_shape(where, name, logdet, a.shape[:1], "([batch])")
+            check_device(where, name, logdet, a, "factors_a")
+        return self._pair_nll(a, logdet_a, b, logdet_b, self._mask(shared, sizes, a.shape[0], a.device), sizes)
+
+    def _pair_nll(
+        self, a: Tensor, logdet_a: Tensor, b: Tensor, logdet_b: Tensor, mask: Tensor, sizes: dict[str, int]
+    ) -> Tensor:
+        return functional.pair_nll(
+            a, b, logdet_a, logdet_b, mask, list(sizes.values()), self.rho, normalized=self.normalized
+        )
+
+    @staticmethod
+    def _mask(shared: Tensor | str | Sequence[str], sizes: dict[str, int], batch: int, device: torch.device) -> Tensor:
+        """``shared`` as a boolean mask ``[batch, factors]``, the residual included."""
+        concepts = [name for name in sizes if name != RESIDUAL]
+        if isinstance(shared, Tensor):
+            if shared.dtype != torch.bool:
+                raise TypeError(f"FactorLoss: shared is {shared.dtype}, expected torch.bool")
+            if shared.shape != (batch, len(concepts)):
+                expected = f"[{batch}, {len(concepts)}], one column for each of {concepts}"
+                raise ValueError(f"FactorLoss: shared has shape {list(shared.shape)}, expected {expected}")
+            if shared.device != device:
+                raise ValueError(f"FactorLoss: shared is on {shared.device}, expected {device} like the latents")
+            mask = shared
+        else:
+            names = [shared] if isinstance(shared, str) else list(cast(Sequence[str], shared))
+            for name in names:
+                if name not in concepts:
+                    raise ValueError(f"FactorLoss: shared names {name!r}, expected one of {concepts}")
+            if not isinstance(shared, str) and len(names) != batch:
+                raise ValueError(f"FactorLoss: shared has {len(names)} names, expected {batch}, one for each pair")
+            rows = [[name == concept for concept in concepts] for name in names]
+            mask = torch.tensor(rows, dtype=torch.bool, device=device).reshape(len(names), len(concepts))
+            mask = mask.expand(batch, len(concepts))
+        if len(concepts) < len(sizes):
+            mask = torch.cat([mask, mask.new_zeros(batch, 1)], dim=1)
+        return mask

@@ -1,0 +1,117 @@
+"""ActNorm: an affine map per feature whose start is set by the first batch."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from iin_fast.nn.checks import check_features
+
+__all__ = ["ActNorm", "DataDependentStart", "start_values"]
+
+
+def start_values(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The ``loc`` and ``scale`` that give every feature of a batch mean 0 and standard deviation 1.
+
+    loc = -mean, scale = 1 / (std + 1e-6) with the unbiased std. One row has no spread, so there scale = 1.
+
+    Args:
+        x: ``[batch, dim]``, at least one row.
+
+    Returns:
+        loc and scale, ``[dim]`` each, without gradient.
+    """
+    x = x.detach()
+    if x.shape[0] == 1:
+        return -x[0], torch.ones_like(x[0])
+    return -x.mean(dim=0), 1 / (x.std(dim=0) + 1e-6)
+
+
+class DataDependentStart(nn.Module):
+    """Remembers which parts of a module have had their data-dependent start.
+
+    The checkpoint knows it by the buffer ``initialized``; ``self._started`` mirrors it in Python, so that no call has to
+    read the buffer from the device.
+    """
+
+    initialized: Tensor
+    _started: tuple[bool, ...]
+
+    def _register_start(self, shape: tuple[int, ...], done: bool, device: torch.device | str | None) -> None:
+        """Add the buffer. ``done``: nothing is to be started, and the buffer stays out of checkpoints."""
+        flags = torch.full(shape, int(done), dtype=torch.uint8, device=device)
+        self.register_buffer("initialized", flags, persistent=not done)
+        self._started = (done,) * flags.numel()
+
+    def _finish_start(self) -> None:
+        self.initialized.fill_(1)
+        self._started = (True,) * len(self._started)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if not self.initialized.is_meta:
+            self._started = tuple(bool(flag) for flag in self.initialized.flatten().tolist())
+
+
+class ActNorm(DataDependentStart):
+    """An affine map per feature, started from the first batch so that its output has mean 0 and std 1.
+
+    y = scale * (x + loc),  log|det| = sum log|scale|.
+
+    The first call of ``forward`` sets loc = -mean and scale = 1 / (std + 1e-6) (unbiased std; a batch of one row gives
+    scale = 1; an empty batch starts nothing), whether the module trains or not. With several processes, make that call
+    before wrapping the module in DistributedDataParallel, so that all start alike.
+
+    References:
+        Kingma and Dhariwal 2018 (Glow), Sec. 3.1. Esser et al. 2020, Sec. 3.1.
+
+    Args:
+        dim: number of features.
+        device, dtype: of the parameters.
+
+    Example:
+        >>> norm = ActNorm(3)
+        >>> y, logdet = norm(torch.tensor([[1.0, 2.0, 3.0], [3.0, 2.5, 9.0]]))
+        >>> y.mean(dim=0).abs().max().item() < 1e-6
+        True
+    """
+
+    def __init__(self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.dim = dim
+        self.loc = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype))
+        self.scale = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
+        self._register_start((), False, device)
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}"
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor) -> None:
+        """Start from a batch ``[batch, dim]``, whatever came before."""
+        check_features("ActNorm", "x", x, self.dim)
+        if x.shape[0] > 0:
+            loc, scale = start_values(x)
+            self.loc.copy_(loc)
+            self.scale.copy_(scale)
+            self._finish_start()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map ``x [batch, dim]``.
+
+        Returns:
+            y ``[batch, dim]`` and log|det| ``[batch]`` in nats.
+
+        Raises:
+            ValueError, TypeError: x has another rank, feature count or a type that is not floating.
+        """
+        check_features("ActNorm", "x", x, self.dim)
+        if not all(self._started):
+            self.initialize(x)
+        return self.scale * (x + self.loc), self.scale.abs().log().sum().expand(x.shape[0])
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Map ``z [batch, dim]`` back; the log-det is that of the inverse map. Raises like ``forward``."""
+        check_features("ActNorm", "z", z, self.dim)
+        return z / self.scale - self.loc, -self.scale.abs().log().sum().expand(z.shape[0])

@@ -1,0 +1,142 @@
+"""What a stacked flow shows at the state_dict border: which keys, in which order and shape.
+
+A :class:`~iin_fast.nn.Flow` keeps its parameters stacked over blocks, halves and nets, weights in the panel layout of its
+kernels. Neither belongs in a checkpoint. An :class:`Entry` says, for one key, which stored tensor it is cut from;
+``export_tensors`` cuts, ``import_tensors`` puts the pieces back. Both move layout only: they work for parameters, for
+their gradients, and for anything else of their shapes.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from iin_fast.ops.flow.layout import pack, unpack
+
+__all__ = ["Entry", "export_tensors", "import_tensors"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One key of a state_dict.
+
+    ``name`` is the stored tensor, ``index`` the part of it, ``shape`` the shape under the key. ``panels`` gives the
+    (out, in) of a weight that is stored in panels. ``inverse`` marks the inverse of a stored permutation, which is
+    written and, when read, only compared.
+    """
+
+    key: str
+    name: str
+    index: tuple[int, ...]
+    shape: tuple[int, ...]
+    panels: tuple[int, int] | None = None
+    inverse: bool = False
+
+
+def export_tensors(entries: Iterable[Entry], stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under their keys. Stored tensors that are absent from ``stored`` are left out.
+
+    Each result is a copy of its own, and differentiable.
+    """
+    neutral: dict[str, Tensor] = {}
+    result = {}
+    for entry in entries:
+        if entry.name not in stored:
+            continue
+        if entry.name not in neutral:
+            tensor = stored[entry.name]
+            neutral[entry.name] = unpack(tensor, *entry.panels) if entry.panels else tensor
+        piece = neutral[entry.name][entry.index]
+        result[entry.key] = piece.argsort() if entry.inverse else piece.reshape(entry.shape).clone()
+    return result
+
+
+def import_tensors(
+    entries: Iterable[Entry],
+    current: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    prefix: str,
+    *,
+    keep_dtype: bool,
+    missing: list[str],
+    errors: list[str],
+) -> dict[str, Tensor]:
+    """The stored tensors that the keys of ``state`` describe; what is missing keeps its current value.
+
+    Args:
+        entries: the keys.
+        current: the tensors as they are stored now.
+        state: tensors under ``prefix`` + key.
+        prefix: stands before every key.
+        keep_dtype: True keeps the type of ``state``, False converts to the stored type.
+        missing: gets the keys that ``state`` lacks.
+        errors: gets a message for every shape that does not fit.
+
+    Returns:
+        One tensor for each name of ``current``, in storage layout.
+
+    Raises:
+        ValueError: a tensor holds NaN or Inf, or an index is no permutation, or not the inverse of its partner.
+    """
+    entries = list(entries)
+    found: dict[str, list[tuple[Entry, Tensor]]] = {name: [] for name in current}
+    complete = dict.fromkeys(current, True)
+    for entry in entries:
+        key = prefix + entry.key
+        if key not in state:
+            missing.append(key)
+        elif tuple(state[key].shape) != entry.shape:
+            errors.append(
+                f"size mismatch for {key}: copying a param with shape {state[key].shape} from checkpoint, "
+                f"the shape in current model is {torch.Size(entry.shape)}."
+            )
+        else:
+            check_values(key, state[key], entry)
+            found[entry.name].append((entry, state[key]))
+            continue
+        if not entry.inverse:
+            complete[entry.name] = False
+
+    result = {}
+    for name, pieces in found.items():
+        if not pieces:
+            result[name] = current[name]
+            continue
+        panels = pieces[0][0].panels
+        shape = current[name].shape[:-1] + panels if panels else current[name].shape
+        dtype, device = (pieces[0][1] if keep_dtype else current[name]).dtype, pieces[0][1].device
+        if complete[name]:
+            neutral = torch.empty(shape, dtype=dtype, device=device)
+        else:
+            kept = unpack(current[name].detach(), *panels) if panels else current[name].detach()
+            neutral = kept.to(device=device, dtype=dtype, copy=True)
+        for entry, tensor in pieces:
+            if not entry.inverse:
+                neutral[entry.index] = tensor.detach().reshape(neutral[entry.index].shape).to(neutral)
+        for entry, tensor in pieces:
+            if entry.inverse and not tensor.is_meta and not torch.equal(tensor, neutral[entry.index].argsort()):
+                raise ValueError(
+                    f"load_state_dict: {prefix + entry.key} is not the inverse of the permutation it stands beside; "
+                    f"the checkpoint is corrupt or foreign"
+                )
+        result[name] = pack(neutral) if panels else neutral
+    return result
+
+
+def check_values(key: str, tensor: Tensor, entry: Entry) -> None:
+    """Refuse a parameter that is not finite, and an index that is no permutation."""
+    if tensor.is_meta:
+        return
+    if tensor.is_floating_point() and not (finite := tensor.isfinite()).all():
+        raise ValueError(
+            f"load_state_dict: {key} holds NaN or Inf in {int((~finite).sum())} of {tensor.numel()} values; "
+            f"expected finite parameters: the checkpoint is corrupt, or was saved after training had diverged"
+        )
+    if entry.name == "permutation":
+        rows = tensor.sort(dim=-1).values
+        if not torch.equal(rows, torch.arange(rows.shape[-1], device=rows.device).expand_as(rows)):
+            raise ValueError(
+                f"load_state_dict: {key} is not a permutation of 0 … {rows.shape[-1] - 1}; "
+                f"the checkpoint is corrupt or foreign"
+            )

@@ -1,0 +1,63 @@
+"""A fixed permutation of the features."""
+
+import torch
+from torch import Tensor, nn
+
+from iin_fast.nn.checks import check_features
+
+__all__ = ["Permutation"]
+
+
+class Permutation(nn.Module):
+    """A fixed permutation of the features: y[:, j] = x[:, permutation[j]], log|det| = 0.
+
+    References:
+        Esser et al. 2020, Sec. 3.1 ("shuffling"). Dinh et al. 2017, Sec. 3.5.
+
+    Args:
+        dim: number of features.
+        permutation: ``[dim]`` int64, each of 0 … dim - 1 once; drawn at random when left out.
+        generator: draws the permutation.
+        device: of the index.
+
+    Raises:
+        ValueError: ``permutation`` is not a permutation of 0 … dim - 1.
+
+    Example:
+        >>> flip = Permutation(3, torch.tensor([2, 1, 0]))
+        >>> flip(torch.tensor([[1.0, 2.0, 3.0]]))[0]
+        tensor([[3., 2., 1.]])
+    """
+
+    permutation: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        permutation: Tensor | None = None,
+        *,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.dim = dim
+        if permutation is None:
+            permutation = torch.randperm(dim, generator=generator, device=generator.device if generator else None)
+        elif permutation.shape != (dim,) or sorted(permutation.tolist()) != list(range(dim)):
+            raise ValueError(
+                f"Permutation: permutation is {permutation.tolist()}, expected each of 0 … {dim - 1} exactly once"
+            )
+        self.register_buffer("permutation", permutation.to(device=device, dtype=torch.int64))
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}"
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Permute ``x [batch, dim]``; returns y ``[batch, dim]`` and zeros ``[batch]``."""
+        check_features("Permutation", "x", x, self.dim)
+        return x[:, self.permutation], x.new_zeros(x.shape[0])
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Undo the permutation of ``z [batch, dim]``."""
+        check_features("Permutation", "z", z, self.dim)
+        return z[:, self.permutation.argsort()], z.new_zeros(z.shape[0])

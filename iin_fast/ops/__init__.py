@@ -1,0 +1,1 @@
+"""Ops: each in its folder, with the definition in reference.py."""

@@ -1,0 +1,160 @@
+"""The op ``affine_coupling``: argument checks, choice of the backend, autograd.
+
+Files: reference.py (plain torch, the definition) and csrc/affine_coupling (CPU and CUDA).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import _library  # noqa: F401  (loads the compiled ops)
+from ...backends import chosen, register
+from ..checks import check_device, check_dtype, check_floating, check_shape
+from . import reference
+
+__all__ = ["SQUASHES", "affine_coupling"]
+
+# Codes of csrc/affine_coupling/affine_coupling.h, and the default clamp of each.
+SQUASHES: dict[str, tuple[int, float]] = {
+    "identity": (0, 1.0),
+    "tanh": (1, 1.0),
+    "atan": (2, 2.0),
+    "sigmoid": (3, 1.0),
+    "none": (4, 1.0),
+}
+_NAMES = {code: name for name, (code, _) in SQUASHES.items()}
+
+register("affine_coupling", "cpp", "cpu")
+
+
+def affine_coupling(
+    x: Tensor,
+    raw_scale: Tensor | None,
+    shift: Tensor,
+    *,
+    squash: str = "tanh",
+    clamp: float | None = None,
+    inverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    r"""The affine coupling of one half of the features, and its log-determinant, in one pass.
+
+    Forward: :math:`y = x \exp(s) + t`, :math:`\log|\det| = \sum_j s_j`; inverse: :math:`x = (y - t)\exp(-s)`,
+    :math:`\log|\det| = -\sum_j s_j`, with :math:`s` = squash(``raw_scale``) and :math:`t` = ``shift``:
+
+    ============  =========================================  =================
+    squash        s                                          used by
+    ============  =========================================  =================
+    ``tanh``      clamp · tanh(raw), clamp 1 by default      IIN, FrEIA
+    ``atan``      clamp · 0.636 · atan(raw), clamp 2         FrEIA's soft clamp
+    ``sigmoid``   log(sigmoid(raw + 2) + 0.001)              nflows
+    ``identity``  raw                                        RealNVP, Glow
+    ``none``      0 (additive coupling)                      NICE
+    ============  =========================================  =================
+
+    Args:
+        x: ``[batch, ...]``, float32, float64, bfloat16 or float16, any strides; batch may be 0.
+        raw_scale: like ``x``; None, and only None, for squash "none".
+        shift: like ``x``.
+        squash: name of the function that maps ``raw_scale`` to the log-scale.
+        clamp: bound of \|s\|, above 0; only for tanh and atan.
+        inverse: compute x from y.
+
+    Returns:
+        ``y`` like ``x``, and the log-determinant ``[batch]`` in nats of the map that was computed, in float32 for
+        inputs of 16 bits. Both are differentiable, to any order.
+
+    Raises:
+        TypeError: a dtype that is not floating, or dtypes that differ.
+        ValueError: shapes or devices that differ, an unknown squash, a clamp that is not positive or has no meaning.
+
+    References:
+        Dinh, Sohl-Dickstein, Bengio: Density estimation using Real NVP, 2017, Eq. 7-8.
+        Esser, Rombach, Ommer: A disentangling invertible interpretation network, CVPR 2020, Sec. 3.1.
+
+    Example:
+        >>> import torch, iin_fast
+        >>> x, raw, shift = torch.randn(3, 5, 8)
+        >>> y, logdet = iin_fast.functional.affine_coupling(x, raw, shift)
+        >>> back, _ = iin_fast.functional.affine_coupling(y, raw, shift, inverse=True)
+        >>> torch.allclose(back, x, atol=1e-5)
+        True
+    """
+    op = "affine_coupling"
+    if squash not in SQUASHES:
+        raise ValueError(f"{op}: squash is {squash!r}, expected one of {', '.join(SQUASHES)}")
+    if clamp is not None and squash not in ("tanh", "atan"):
+        raise ValueError(f"{op}: clamp is {clamp}, but squash {squash!r} takes none")
+    if clamp is not None and not clamp > 0:
+        raise ValueError(f"{op}: clamp is {clamp}, expected a number above 0")
+    check_floating(op, "x", x)
+    if x.dim() < 1:
+        raise ValueError(f"{op}: x has shape [], expected [batch, ...]")
+    if (raw_scale is None) != (squash == "none"):
+        got = "None" if raw_scale is None else "a tensor"
+        raise ValueError(
+            f"{op}: raw_scale is {got}, expected {'None' if squash == 'none' else 'a tensor'} for {squash}"
+        )
+    for name, value in (("raw_scale", raw_scale), ("shift", shift)):
+        if name == "raw_scale" and value is None:
+            continue
+        tensor = check_floating(op, name, value)
+        check_device(op, name, tensor, x, "x")
+        check_shape(op, name, tensor, x.shape, "like x")
+        if not torch.is_autocast_enabled(x.device.type):
+            check_dtype(op, name, tensor, x.dtype, "like x")
+    code, default = SQUASHES[squash]
+    if chosen(op, x) == "reference":
+        return reference.affine_coupling(x, raw_scale, shift, squash, clamp or default, inverse)
+    return torch.ops.iin_fast.affine_coupling(x, raw_scale, shift, code, float(clamp or default), inverse)
+
+
+@torch.library.register_fake("iin_fast::affine_coupling")
+def _fake(
+    x: Tensor, raw_scale: Tensor | None, shift: Tensor, squash: int, clamp: float, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.new_empty(x.shape), x.new_empty(x.shape[:1], dtype=wide)
+
+
+@torch.library.register_fake("iin_fast::affine_coupling_backward")
+def _fake_backward(
+    grad_y: Tensor,
+    grad_logdet: Tensor,
+    value: Tensor,
+    raw_scale: Tensor | None,
+    squash: int,
+    clamp: float,
+    inverse: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    grad_raw = None if raw_scale is None else value.new_empty(value.shape)
+    return value.new_empty(value.shape), grad_raw, value.new_empty(value.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, raw_scale, shift, ctx.squash, ctx.clamp, ctx.inverse = inputs
+    ctx.save_for_backward(x, raw_scale, shift, output[0] if ctx.inverse else None)
+
+
+def _backward(ctx: Any, grad_y: Tensor, grad_logdet: Tensor) -> tuple[Tensor | None, ...]:
+    x, raw_scale, shift, y = ctx.saved_tensors
+    if torch.is_grad_enabled():  # create_graph=True: derivatives of derivatives come from the definition itself
+        inputs = [t for t in (x, raw_scale, shift) if t is not None]
+        outputs = reference.affine_coupling(x, raw_scale, shift, _NAMES[ctx.squash], ctx.clamp, ctx.inverse)
+        differentiable = [(o, g) for o, g in zip(outputs, (grad_y, grad_logdet), strict=True) if o.requires_grad]
+        wanted = [t for t in inputs if t.requires_grad]
+        found = torch.autograd.grad(
+            [o for o, _ in differentiable], wanted, [g for _, g in differentiable], create_graph=True, allow_unused=True
+        )
+        grads = dict(zip(map(id, wanted), found, strict=True))
+        return grads.get(id(x)), grads.get(id(raw_scale)), grads.get(id(shift)), None, None, None
+    value = y if ctx.inverse else x
+    grad_x, grad_raw, grad_shift = torch.ops.iin_fast.affine_coupling_backward(
+        grad_y, grad_logdet, value, raw_scale, ctx.squash, ctx.clamp, ctx.inverse
+    )
+    return grad_x, grad_raw, grad_shift, None, None, None
+
+
+torch.library.register_autograd("iin_fast::affine_coupling", _backward, setup_context=_setup)
+for _device in ("cpu", "cuda"):
+    torch.library.register_autocast("iin_fast::affine_coupling", _device, torch.float32)

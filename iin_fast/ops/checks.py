@@ -1,0 +1,42 @@
+"""Checks of arguments that all ops share. Each error names the op, the argument, what came and what was expected."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_device", "check_dtype", "check_floating", "check_rank", "check_shape"]
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check_floating(op: str, name: str, value: object, allowed: tuple[torch.dtype, ...] = FLOATING) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} is a {type(value).__name__}, expected a torch.Tensor")
+    if value.dtype not in allowed:
+        raise TypeError(
+            f"{op}: {name} has dtype {_short(value.dtype)}, expected one of {', '.join(map(_short, allowed))}"
+        )
+    return value
+
+
+def check_rank(op: str, name: str, value: Tensor, expected: str, *ranks: int) -> None:
+    if value.dim() not in ranks:
+        raise ValueError(f"{op}: {name} has shape {list(value.shape)}, expected {expected}")
+
+
+def check_shape(op: str, name: str, value: Tensor, shape: tuple[int, ...] | torch.Size, like: str) -> None:
+    if value.shape != torch.Size(shape):
+        raise ValueError(f"{op}: {name} has shape {list(value.shape)}, expected {list(shape)} {like}")
+
+
+def check_dtype(op: str, name: str, value: Tensor, dtype: torch.dtype, like: str) -> None:
+    if value.dtype != dtype:
+        raise TypeError(f"{op}: {name} has dtype {_short(value.dtype)}, expected {_short(dtype)} {like}")
+
+
+def check_device(op: str, name: str, value: Tensor, like: Tensor, like_name: str) -> None:
+    if value.device != like.device:
+        raise ValueError(f"{op}: {name} is on {value.device}, expected {like.device} like {like_name}")

@@ -1,0 +1,15 @@
+// The elementary functions of csrc/common/math.h as loops over arrays, for tests/common/test_math.py.
+#include <cstdint>
+
+#include "common/math.h"
+
+#define LOOP(name, T)                                                                                                  \
+  extern "C" void name##_##T(const T *__restrict x, T *__restrict y, int64_t count) {                                  \
+    _Pragma("omp simd") for (int64_t i = 0; i < count; ++i) y[i] = iin_fast::math::name(x[i]);                         \
+  }
+#define LOOPS(name) LOOP(name, float) LOOP(name, double)
+LOOPS(exp)
+LOOPS(log)
+LOOPS(tanh)
+LOOPS(sigmoid)
+LOOPS(atan)

@@ -1,0 +1,130 @@
+"""pair_nll: every backend against the definition, and the definition against a density of torch.distributions."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import gradcheck, gradgradcheck
+from torch.testing import assert_close
+
+import iin_fast
+from iin_fast.functional import pair_nll
+
+CASES = [
+    (0, [4]),
+    (1, [1]),
+    (1, [3, 1]),
+    (7, [3, 4, 5]),
+    (25, [22, 11, 31]),
+    (130, [70]),
+    (3, [0, 600, 1]),
+    (2, [1] * 9),
+]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+def inputs(batch: int, sizes: list[int], dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    samples = torch.randn(2, batch, sum(sizes), generator=generator, dtype=torch.float64).to(dtype)
+    logdets = torch.randn(2, batch, generator=generator, dtype=torch.float64).to(wide)
+    shared = torch.rand(batch, len(sizes), generator=generator) < 0.5
+    return [*samples, *logdets], shared
+
+
+def with_gradients(arguments: list[Tensor], *rest: object, **options: object) -> list[Tensor]:
+    leaves = [a.detach().clone().requires_grad_() for a in arguments]
+    loss = pair_nll(*leaves, *rest, **options)
+    weight = torch.linspace(0.5, 2, max(len(loss), 1), dtype=loss.dtype)[: len(loss)]
+    return [loss, *torch.autograd.grad(loss, leaves, weight)]
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equals_the_definition(normalized: bool, dtype: torch.dtype) -> None:
+    for batch, sizes in CASES:
+        arguments, shared = inputs(batch, sizes, dtype)
+        ours = with_gradients(arguments, shared, sizes, 0.975, normalized=normalized)
+        with iin_fast.backend("reference"):
+            expected = with_gradients(arguments, shared, sizes, 0.975, normalized=normalized)
+        relative = {torch.float64: 1e-12, torch.float32: 5e-6}.get(dtype, torch.finfo(dtype).eps * 4)
+        for got, want in zip(ours, expected, strict=True):
+            assert got.dtype == want.dtype
+            largest = want.abs().max().item() if want.numel() else 0.0
+            assert_close(got, want, rtol=relative, atol=relative * max(1.0, largest))
+
+
+def test_normalized_is_the_joint_density_of_the_pair() -> None:
+    (za, zb, logdet_a, logdet_b), shared = inputs(6, [2, 3], torch.float64)
+    rho = 0.8
+    got = pair_nll(za, zb, logdet_a, logdet_b, shared, [2, 3], rho, normalized=True)
+    correlation = rho * shared.repeat_interleave(torch.tensor([2, 3]), 1).double()
+    for i in range(6):
+        covariance = torch.eye(10, dtype=torch.float64)
+        covariance[:5, 5:] = covariance[5:, :5] = torch.diag(correlation[i])
+        joint = torch.distributions.MultivariateNormal(torch.zeros(10, dtype=torch.float64), covariance)
+        assert_close(got[i], -joint.log_prob(torch.cat([za[i], zb[i]])) - logdet_a[i] - logdet_b[i])
+
+
+def test_first_and_second_derivatives() -> None:
+    arguments, shared = inputs(3, [2, 1, 2], torch.float64)
+    leaves = [a.requires_grad_() for a in arguments]
+    for normalized in (False, True):
+        assert gradcheck(lambda *a, n=normalized: pair_nll(*a, shared, [2, 1, 2], 0.9, normalized=n), leaves)
+        assert gradgradcheck(lambda *a, n=normalized: pair_nll(*a, shared, [2, 1, 2], 0.9, normalized=n), leaves)
+
+
+def test_strides_of_every_kind() -> None:
+    (za, zb, logdet_a, logdet_b), shared = inputs(6, [2, 3], torch.float64)
+    expected = pair_nll(za, zb, logdet_a, logdet_b, shared, [2, 3], 0.9)
+    strided = [t.t().contiguous().t() for t in (za, zb)] + [torch.stack([t, t], 1)[:, 0] for t in (logdet_a, logdet_b)]
+    got = pair_nll(*strided, shared.t().contiguous().t(), [2, 3], 0.9)
+    assert_close(got, expected, rtol=0, atol=0)
+
+
+def test_opcheck() -> None:
+    arguments, shared = inputs(4, [2, 3], torch.float32)
+    torch.library.opcheck(torch.ops.iin_fast.pair_nll, (*arguments, shared, [2, 3], 0.9, True))
+    leaves = [a.requires_grad_() for a in arguments]
+    torch.library.opcheck(torch.ops.iin_fast.pair_nll, (*leaves, shared, [2, 3], 0.9, False))
+    backward = (torch.ones(4), *(a.detach() for a in leaves[:2]), shared, [2, 3], 0.9)
+    torch.library.opcheck(torch.ops.iin_fast.pair_nll_backward, backward)
+
+
+def test_compiles_into_one_graph() -> None:
+    arguments, shared = inputs(4, [2, 3], torch.float32)
+    leaves = [a.requires_grad_() for a in arguments]
+    compiled = torch.compile(lambda *a: pair_nll(*a, shared, [2, 3], 0.9).mean(), fullgraph=True, backend="aot_eager")
+    got, expected = compiled(*leaves), pair_nll(*leaves, shared, [2, 3], 0.9).mean()
+    assert_close(got, expected)
+    assert_close(torch.autograd.grad(got, leaves), torch.autograd.grad(expected, leaves))
+
+
+def test_autocast_computes_in_float32() -> None:
+    (za, zb, logdet_a, logdet_b), shared = inputs(4, [2, 3], torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = pair_nll(za.float(), zb, logdet_a, logdet_b, shared, [2, 3], 0.9)
+    assert_close(loss, pair_nll(za.float(), zb.float(), logdet_a, logdet_b, shared, [2, 3], 0.9))
+
+
+class TestBadInput:
+    def check(self, error: type[Exception], message: str, **changed: object) -> None:
+        (za, zb, logdet_a, logdet_b), shared = inputs(4, [2, 3], torch.float32)
+        named = dict(za=za, zb=zb, logdet_a=logdet_a, logdet_b=logdet_b, shared=shared, sizes=[2, 3], rho=0.9)
+        with pytest.raises(error, match=message):
+            pair_nll(**{**named, **changed})
+
+    def test_each(self) -> None:
+        self.check(ValueError, r"za has shape \[4\], expected \[batch, dim\]", za=torch.randn(4))
+        self.check(ValueError, r"zb has shape \[4, 6\], expected \[4, 5\] like za", zb=torch.randn(4, 6))
+        self.check(TypeError, "zb has dtype float64", zb=torch.randn(4, 5).double())
+        self.check(TypeError, "za has dtype int64", za=torch.ones(4, 5).long())
+        self.check(TypeError, "za has dtype complex64", za=torch.ones(4, 5).to(torch.complex64))
+        self.check(ValueError, r"logdet_b has shape \[3\]", logdet_b=torch.randn(3))
+        self.check(TypeError, "logdet_a has dtype bfloat16", logdet_a=torch.randn(4).bfloat16())
+        self.check(TypeError, "shared is torch.float32, expected a bool tensor", shared=torch.ones(4, 2))
+        self.check(ValueError, r"shared has shape \[4, 3\]", shared=torch.ones(4, 3).bool())
+        self.check(ValueError, "sum to 6, expected sizes that sum to 5", sizes=[2, 4])
+        self.check(ValueError, r"sizes are \[-1, 6\]", sizes=[-1, 6])
+        for rho in (0.0, 1.0, -0.5, 2.0, float("nan")):
+            self.check(ValueError, r"rho is .*, expected a correlation inside \(0, 1\)", rho=rho)
+        self.check(ValueError, "zb is on meta, expected cpu like za", zb=torch.randn(4, 5, device="meta"))
