@@ -21,16 +21,16 @@ __all__ = [
 ]
 
 IMAGE_SIZE = 32
-FACTORS = ("digit", "color")  # the order of the columns of `shared`, and of every list of factors in the demo
+FACTORS = ("digit", "color")  # the order of the columns of ``shared``, and of every list of factors in the demo
 
 
 @dataclass(frozen=True)
 class Digits:
     """Digits without color.
 
-    Arguments:
-        shapes: how much ink each pixel holds, in [0, 1], `[n, 1, 32, 32]`.
-        labels: the digit, 0 to 9, `[n]`.
+    Args:
+        shapes: how much ink each pixel holds, in [0, 1], ``[n, 1, 32, 32]``.
+        labels: the digit, 0 to 9, ``[n]``.
     """
 
     shapes: Tensor  # [n, 1, 32, 32]
@@ -40,7 +40,7 @@ class Digits:
         return len(self.labels)
 
     def take(self, index: Tensor) -> Digits:
-        """The digits at `index`, in that order."""
+        """The digits at ``index``, in that order."""
         return Digits(self.shapes[index], self.labels[index])
 
 
@@ -67,7 +67,7 @@ def load_digits(seed: int = 0, *, test_fraction: float = 0.25) -> tuple[Digits, 
 
 
 def draw_colors(n: int, generator: torch.Generator) -> Tensor:
-    """Draws `n` colors, RGB in [0, 1], `[n, 3]`.
+    """Draws ``n`` colors, RGB in [0, 1], ``[n, 3]``.
 
     Hue and saturation come from a uniform point of the RGB cube; the brightness (the largest channel) is then drawn
     from [0.7, 1], because a nearly black digit on a black ground shows neither its shape nor its color.
@@ -78,7 +78,7 @@ def draw_colors(n: int, generator: torch.Generator) -> Tensor:
 
 
 def colorize(shapes: Tensor, colors: Tensor) -> Tensor:
-    """Paints `shapes` `[n, 1, h, w]` in `colors` `[n, 3]` on black: images `[n, 3, h, w]` in [0, 1]."""
+    """Paints ``shapes`` ``[n, 1, h, w]`` in ``colors`` ``[n, 3]`` on black: images ``[n, 3, h, w]`` in [0, 1]."""
     return shapes * colors[:, :, None, None]
 
 
@@ -99,7 +99,7 @@ def jitter(shapes: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def draw_batch(digits: Digits, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draws `batch` digits, jittered and colored: images `[batch, 3, 32, 32]` and labels `[batch]`."""
+    """Draws ``batch`` digits, jittered and colored: images ``[batch, 3, 32, 32]`` and labels ``[batch]``."""
     index = torch.randint(len(digits), (batch,), generator=generator)
     shapes = jitter(digits.shapes[index], generator)
     return colorize(shapes, draw_colors(batch, generator)), digits.labels[index]
@@ -111,7 +111,7 @@ class ColoredPairs:
     The protocol of ColorfulMNIST (Esser, Rombach, Ommer 2020, section 4): a pair shares the digit and has two
     independent colors, or shares the color and shows two different digits.
 
-    Arguments:
+    Args:
         digits: what to draw from.
         seed: of the drawing; the same seed gives the same pairs in the same order.
     """
@@ -125,11 +125,11 @@ class ColoredPairs:
         self._count, self._start = counts, counts.cumsum(0) - counts
 
     def draw(self, batch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Draws `batch` pairs.
+        """Draws ``batch`` pairs.
 
         Returns:
-            images of the first of each pair `[batch, 3, 32, 32]`, of the second, and which concept each pair shares, a
-            boolean `[batch, 2]` with the columns digit and color.
+            images of the first of each pair ``[batch, 3, 32, 32]``, of the second, and which concept each pair shares, a
+            boolean ``[batch, 2]`` with the columns digit and color.
         """
         rng = self.generator
         first = torch.randint(len(self.digits), (batch,), generator=rng)

@@ -25,7 +25,7 @@ __all__ = [
     "score_swaps",
 ]
 
-# (factor, index of the images that keep the rest, index of the images that give the factor) -> z `[n, dim]`
+# (factor, index of the images that keep the rest, index of the images that give the factor) -> z ``[n, dim]``
 Swap = Callable[[str, Tensor, Tensor], Tensor]
 
 
@@ -33,11 +33,11 @@ Swap = Callable[[str, Tensor, Tensor], Tensor]
 class HeldOut:
     """Colored images with their latents: what the pictures show and the numbers are taken on.
 
-    Arguments:
-        images: `[n, 3, 32, 32]`.
-        labels: the digit, `[n]`.
-        colors: the color each was painted in, `[n, 3]`.
-        z: the posterior mean, `[n, dim]`.
+    Args:
+        images: ``[n, 3, 32, 32]``.
+        labels: the digit, ``[n]``.
+        colors: the color each was painted in, ``[n, 3]``.
+        z: the posterior mean, ``[n, dim]``.
     """
 
     images: Tensor  # [n, 3, 32, 32]
@@ -57,13 +57,11 @@ class HeldOut:
 
 
 def iin_swap(model: iin_fast.IIN, data: HeldOut) -> Swap:
-    """Swaps in factor space: z~ of the one image with the factor of the other, decoded back to z."""
+    """The swap between images of ``data`` in the factor space of ``model``."""
 
     @torch.no_grad()
     def swap(factor: str, keeper: Tensor, donor: Tensor) -> Tensor:
-        factors = dict(model.encode(data.z[keeper]))
-        factors[factor] = model.encode(data.z[donor])[factor]
-        return model.decode(factors)
+        return model.swap(data.z[keeper], data.z[donor], factor)
 
     return swap
 
@@ -76,7 +74,7 @@ class MeanShift:
     difference between its two values. Unlike the IIN, which sees only z, the baseline is told the digits and colors of
     the images it swaps between.
 
-    Arguments:
+    Args:
         train: what the means are taken on.
     """
 
@@ -86,7 +84,7 @@ class MeanShift:
         self.color_slopes = torch.linalg.lstsq(centred, train.z - train.z.mean(0)).solution  # [3, dim]
 
     def on(self, data: HeldOut) -> Swap:
-        """The swap between images of `data`."""
+        """The swap between images of ``data``."""
 
         def swap(factor: str, keeper: Tensor, donor: Tensor) -> Tensor:
             if factor == "digit":
@@ -99,8 +97,8 @@ class MeanShift:
 def score_swaps(swap: Swap, data: HeldOut, vae: VAE, judge: Judge, *, seed: int, rounds: int = 4) -> dict[str, float]:
     """Swaps digit and color between held-out images and lets the judge read the results.
 
-    Every image keeps its rest `rounds` times and receives the factor of a random image that shows another digit.
-    Colors are compared as `read_color` reads them, as the mean absolute difference over R, G and B, in [0, 1].
+    Every image keeps its rest ``rounds`` times and receives the factor of a random image that shows another digit.
+    Colors are compared as ``read_color`` reads them, as the mean absolute difference over R, G and B, in [0, 1].
 
     Returns:
         swap_digit_accuracy: share of digit swaps in which the judge reads the donor's digit.
@@ -143,7 +141,7 @@ def likelihoods(
     """Negative log-likelihood of held-out latents, drawn from the posterior as in training, in nats per dimension.
 
     Returns:
-        nll_nats_per_dim of `iin`, unsupervised_nll_nats_per_dim of `unsupervised`, and normal_nll_nats_per_dim of
+        nll_nats_per_dim of ``iin``, unsupervised_nll_nats_per_dim of ``unsupervised``, and normal_nll_nats_per_dim of
         N(0, I), the prior that the VAE itself assumes.
     """
     z = vae.encode(data.images, torch.Generator().manual_seed(seed))
@@ -157,11 +155,11 @@ def likelihoods(
 
 @torch.no_grad()
 def invertibility_error(iin: iin_fast.IIN, data: HeldOut) -> float:
-    """max |T^-1(T(z)) - z| over the latents of `data`."""
+    """max |T^-1(T(z)) - z| over the latents of ``data``."""
     return (iin.decode(iin.encode(data.z)) - data.z).abs().max().item()
 
 
 def _other_digit(labels: Tensor, rounds: int, generator: torch.Generator) -> Tensor:
-    """For each image, `rounds` times over, the index of a random image with another digit, `[rounds * n]`."""
+    """For each image, ``rounds`` times over, the index of a random image with another digit, ``[rounds * n]``."""
     differs = (labels[:, None] != labels[None, :]).float()
     return torch.multinomial(differs, rounds, replacement=True, generator=generator).T.reshape(-1)

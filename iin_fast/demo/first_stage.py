@@ -17,9 +17,9 @@ LATENT_DIM = 64
 
 
 class VAE(nn.Module):
-    """A convolutional variational autoencoder for images `[batch, 3, 32, 32]` in [0, 1].
+    """A convolutional variational autoencoder for images ``[batch, 3, 32, 32]`` in [0, 1].
 
-    Arguments:
+    Args:
         dim: size of the latent z.
         width: channels of the first convolution; the deeper ones have two and four times as many.
     """
@@ -50,23 +50,23 @@ class VAE(nn.Module):
         )
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of q(z | image), each `[batch, dim]`."""
+        """Mean and standard deviation of q(z | image), each ``[batch, dim]``."""
         mean, log_std = self.encoder(images).chunk(2, 1)
         return mean, log_std.clamp(-8, 4).exp()
 
     @torch.no_grad()
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """z of `images`, `[batch, dim]`: a draw from the posterior if there is a generator, else its mean."""
+        """z of ``images``, ``[batch, dim]``: a draw from the posterior if there is a generator, else its mean."""
         mean, std = self.posterior(images)
         return mean if generator is None else mean + std * torch.randn(mean.shape, generator=generator)
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
-        """Images `[batch, 3, 32, 32]` in [0, 1] of `z` `[batch, dim]`."""
+        """Images ``[batch, 3, 32, 32]`` in [0, 1] of ``z`` ``[batch, dim]``."""
         return self.decoder(z).sigmoid()
 
     def loss(self, images: Tensor, generator: torch.Generator, *, beta: float, noise: float = 0.1) -> Tensor:
-        """Negative evidence bound, mean over images: Gaussian pixels of deviation `noise`, KL term times `beta`."""
+        """Negative evidence bound, mean over images: Gaussian pixels of deviation ``noise``, KL term times ``beta``."""
         mean, std = self.posterior(images)
         z = mean + std * torch.randn(mean.shape, generator=generator)
         error = F.mse_loss(self.decoder(z).sigmoid(), images, reduction="sum") / (2 * noise**2)
@@ -77,7 +77,7 @@ class VAE(nn.Module):
 def train_vae(
     vae: VAE, digits: Digits, *, steps: int, seed: int, batch: int = 64, lr: float = 2e-3, beta: float = 1.0
 ) -> Iterator[float]:
-    """Trains `vae` on freshly jittered and colored `digits`; yields the loss of every step, in nats per image."""
+    """Trains ``vae`` on freshly jittered and colored ``digits``; yields the loss of every step, in nats per image."""
     generator = torch.Generator().manual_seed(seed)
 
     def loss() -> Tensor:

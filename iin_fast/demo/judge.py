@@ -32,17 +32,17 @@ class Judge(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits `[batch, 10]` of images `[batch, 3, 32, 32]`."""
+        """Logits ``[batch, 10]`` of images ``[batch, 3, 32, 32]``."""
         return self.net(images)
 
     @torch.no_grad()
     def read(self, images: Tensor) -> Tensor:
-        """The digit in each image, `[batch]`."""
+        """The digit in each image, ``[batch]``."""
         return self(images).argmax(1)
 
 
 def read_color(images: Tensor) -> Tensor:
-    """The color of the ink in `images` `[batch, 3, h, w]`: RGB in [0, 1], `[batch, 3]`.
+    """The color of the ink in ``images`` ``[batch, 3, h, w]``: RGB in [0, 1], ``[batch, 3]``.
 
     The mean RGB over all pixels, each weighted by the fourth power of its intensity (its largest channel), so that the
     ink counts, the ground doesn't, and the half-inked edge of a stroke hardly does. On an original image it gives the
@@ -55,7 +55,7 @@ def read_color(images: Tensor) -> Tensor:
 def train_judge(
     judge: Judge, digits: Digits, *, steps: int, seed: int, batch: int = 64, lr: float = 2e-3
 ) -> Iterator[float]:
-    """Trains `judge` on freshly jittered and colored `digits`; yields the loss of every step, in nats per image."""
+    """Trains ``judge`` on freshly jittered and colored ``digits``; yields the loss of every step, in nats per image."""
     generator = torch.Generator().manual_seed(seed)
 
     def loss() -> Tensor:

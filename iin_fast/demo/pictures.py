@@ -11,7 +11,7 @@ from torch import Tensor
 
 import iin_fast
 
-from .data import FACTORS, IMAGE_SIZE
+from .data import IMAGE_SIZE
 from .evaluate import HeldOut, Swap
 from .first_stage import VAE
 
@@ -24,7 +24,7 @@ COLORS = {"iin": "#2f6fde", "other": "#d97706"}
 
 
 def draw_swap(path: Path, factor: str, swap: Swap, data: HeldOut, vae: VAE, *, rows: int = 8) -> None:
-    """Draws the grid of the paper's figure 2: each row keeps all of its image but `factor`, each column gives `factor`.
+    """Draws the grid of the paper's figure 2: each row keeps all of its image but ``factor``, each column gives ``factor``.
 
     The columns' images show the digits 0 to 9; the rows' images follow them in the held-out set.
     """
@@ -44,19 +44,15 @@ def draw_interpolation(path: Path, model: iin_fast.IIN, data: HeldOut, vae: VAE,
     The last row of each pair mixes z itself, without the IIN.
     """
     pairs = [_first(data, 3, 0), _first(data, 7, 1)], [_first(data, 6, 2), _first(data, 2, 3)]
-    weights = torch.linspace(0, 1, steps)
+    ways = {"digit": "digit", "color": "color", "all factors": None}
     blocks, labels = [], []
     for a, b in pairs:
-        start, end = dict(model.encode(data.z[[a]])), dict(model.encode(data.z[[b]]))
-        for moved in ([FACTORS[0]], [FACTORS[1]], [*FACTORS, "residual"]):
-            mixed = {
-                name: _way(start[name], end[name], weights if name in moved else torch.zeros(steps)) for name in start
-            }
-            with torch.no_grad():
-                blocks.append(vae.decode(model.decode(mixed)))
-            labels.append(moved[0] if len(moved) == 1 else "all factors")
-        blocks.append(vae.decode(torch.lerp(data.z[[a]], data.z[[b]], weights[:, None])))
-        labels.append("z, without IIN")
+        start, end = data.z[[a]], data.z[[b]]
+        with torch.no_grad():
+            lines = {label: model.interpolate(start, end, steps, factor) for label, factor in ways.items()}
+        lines["z, without IIN"] = torch.lerp(start, end, torch.linspace(0, 1, steps)[:, None])
+        blocks += [vae.decode(line.reshape(steps, -1)) for line in lines.values()]
+        labels += lines
     body = torch.stack(blocks)
     source = torch.stack([data.images[i] for a, _ in pairs for i in [a] * 4])
     target = torch.stack([data.images[i] for _, b in pairs for i in [b] * 4])
@@ -101,31 +97,20 @@ def draw_loss(path: Path, losses: Mapping[str, Sequence[float]], units: Mapping[
 
 
 def _first(data: HeldOut, digit: int, skip: int) -> int:
-    """Index of the held-out image of `digit` after `skip` others of it."""
+    """Index of the held-out image of ``digit`` after ``skip`` others of it."""
     return int((data.labels == digit).nonzero()[skip, 0])
 
 
 def _varied(data: HeldOut, candidates: Tensor, n: int) -> Tensor:
-    """`n` of the `candidates`, of as many different digits as there are."""
+    """``n`` of the ``candidates``, of as many different digits as there are."""
     chosen: list[int] = []
     for digit in [2, 5, 8, 0, 3, 6, 9, 4, 7, 1][:n]:
         chosen.append(int(candidates[data.labels[candidates] == digit][0]))
     return torch.tensor(chosen)
 
 
-def _way(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
-    """Points at `weights` `[n]` on the way from `a` to `b`, each `[1, dim]`: `[n, dim]`.
-
-    A straight line, each point brought to the length between those of its ends: factors are Gaussian, so that the
-    middle of the line itself is shorter than nearly every factor the network has seen.
-    """
-    line = torch.lerp(a, b, weights[:, None])
-    length = torch.lerp(a.norm(dim=1), b.norm(dim=1), weights)
-    return line * (length / line.norm(dim=1).clamp_min(1e-6))[:, None]
-
-
 def _grid(images: Tensor) -> np.ndarray:
-    """Puts `images` `[rows, columns, 3, h, w]` side by side with white gaps: `[height, width, 3]`."""
+    """Puts ``images`` ``[rows, columns, 3, h, w]`` side by side with white gaps: ``[height, width, 3]``."""
     rows, columns, _, h, w = images.shape
     page = np.ones((rows * (h + GAP) - GAP, columns * (w + GAP) - GAP, 3), dtype=np.float32)
     for r in range(rows):
@@ -165,7 +150,7 @@ def _plots():
 
 
 def _save_image(path: Path, page: np.ndarray, *, top: str = "", left: str = "", rows: Sequence[str] = ()) -> None:
-    """Writes `page`, three screen pixels to a pixel, with what its sides mean."""
+    """Writes ``page``, three screen pixels to a pixel, with what its sides mean."""
     height, width = page.shape[:2]
     scale, dpi = 3, 100
     margin = 1.35 if rows else 0.32

@@ -42,13 +42,13 @@ code { background: var(--soft); padding: 1px 5px; border-radius: 4px; font-size:
 
 
 def write(path: Path, metrics: dict, throughput: dict, run: dict) -> None:
-    """Writes the page to `path`; the pictures are taken from its folder.
+    """Writes the page to ``path``; the pictures are taken from its folder.
 
-    Arguments:
+    Args:
         path: the HTML file.
-        metrics: as in `metrics.json`.
-        throughput: as in `throughput.json`.
-        run: as in `run.json`.
+        metrics: as in ``metrics.json``.
+        throughput: as in ``throughput.json``.
+        run: as in ``run.json``.
     """
     sections = [
         _opening(metrics, throughput),

@@ -26,7 +26,7 @@ __all__ = ["Plan", "run_demo"]
 class Plan:
     """How much is done: steps of each training, the size of the IIN, and timed repeats.
 
-    The defaults take about five minutes on two cores; `Plan.quick()` walks the same way in a few seconds.
+    The defaults take about five minutes on two cores; ``Plan.quick()`` walks the same way in a few seconds.
     """
 
     judge_steps: int = 800
@@ -57,21 +57,21 @@ class Plan:
 def run_demo(out: Path, *, seed: int = 0, quick: bool = False) -> dict:
     """Trains first stages and IINs on colored digits, swaps factors of held-out images, and writes what came out.
 
-    Writes into `out`: `swap_digit.png`, `swap_color.png`, `interpolation.png`, `samples.png`, `loss.png`,
-    `metrics.json` (the same for the same seed on one machine), `throughput.json` and `run.json` (times, versions,
-    machine), `iin.safetensors` and `vae.pt` (the trained models), and `report.html`, which shows all of it.
+    Writes into ``out``: ``swap_digit.png``, ``swap_color.png``, ``interpolation.png``, ``samples.png``, ``loss.png``,
+    ``metrics.json`` (the same for the same seed on one machine), ``throughput.json`` and ``run.json`` (times, versions,
+    machine), ``iin`` and ``vae.pt`` (the trained models), and ``report.html``, which shows all of it.
 
-    Arguments:
+    Args:
         out: folder for the results; made if it isn't there.
         seed: of every draw and every weight.
         quick: a few steps of everything, in seconds; the results then say nothing.
 
     Returns:
-        the metrics, as in `metrics.json`
+        the metrics, as in ``metrics.json``
 
     Raises:
         ImportError: scikit-learn, matplotlib or rich is missing.
-        OSError: `out` can't be written.
+        OSError: ``out`` can't be written.
     """
     _require_extras()
     out = _writable_folder(out)
@@ -157,7 +157,7 @@ def _run(out: Path, plan: Plan, seed: int) -> dict:
             step()
             units = {"VAE": "nats per image", "Judge": "nats per image", "IIN": "nats per pair"}
             pictures.draw_loss(out / "loss.png", losses, {name: units.get(name, "nats per z") for name in losses})
-            iin.save(out / "iin.safetensors")
+            iin.save(out / "iin")
             torch.save(vae.state_dict(), out / "vae.pt")
             step()
 
@@ -239,9 +239,9 @@ def _progress() -> Progress:
 def _stage(
     progress: Progress, name: str, steps: int, seconds: dict[str, float], losses: dict[str, list[float]] | None = None
 ) -> Iterator[Callable[..., None]]:
-    """A bar of `steps` steps; what it yields is called after each, with the loss if there is one.
+    """A bar of ``steps`` steps; what it yields is called after each, with the loss if there is one.
 
-    Notes in `seconds` how long the stage took and in `losses` the loss of every step.
+    Notes in ``seconds`` how long the stage took and in ``losses`` the loss of every step.
     """
     task = progress.add_task(name, total=steps, note="")
     history = losses.setdefault(name, []) if losses is not None else []

@@ -20,7 +20,7 @@ def draw_pair_latents(vae: VAE, pairs: ColoredPairs, batch: int) -> tuple[Tensor
     """Draws pairs of images and, for each image, one z from its posterior.
 
     Returns:
-        za `[batch, dim]`, zb `[batch, dim]`, shared `[batch, 2]`
+        za ``[batch, dim]``, zb ``[batch, dim]``, shared ``[batch, 2]``
     """
     a, b, shared = pairs.draw(batch)
     za, zb = vae.encode(torch.cat([a, b]), pairs.generator).chunk(2)
@@ -38,7 +38,7 @@ def estimate_dims(vae: VAE, digits: Digits, *, seed: int, n_pairs: int = 4000) -
     """
     za, zb, shared = draw_pair_latents(vae, ColoredPairs(digits, seed=seed), n_pairs)
     factor = shared.to(torch.int64).argmax(1)
-    sizes = iin_fast.estimate_factor_dims(za, zb, factor, method="published", n_factors=len(FACTORS))
+    sizes = iin_fast.estimate_factor_dims(za, zb, factor, method="published", n_factors=len(FACTORS) + 1)
     return dict(zip((*FACTORS, "residual"), map(int, sizes), strict=True))
 
 
@@ -53,7 +53,7 @@ def train_iin(
     lr: float = 3e-3,
     rho: float = 0.975,
 ) -> Iterator[float]:
-    """Trains `model` with the factor loss on pairs of latents; yields the loss of every step, in nats per pair."""
+    """Trains ``model`` with the factor loss on pairs of latents; yields the loss of every step, in nats per pair."""
     pairs = ColoredPairs(digits, seed=seed)
     factor_loss = iin_fast.FactorLoss(rho)
 
@@ -66,7 +66,7 @@ def train_iin(
 def train_unsupervised(
     model: iin_fast.IIN, vae: VAE, digits: Digits, *, steps: int, seed: int, batch: int = 128, lr: float = 3e-3
 ) -> Iterator[float]:
-    """Trains `model` by maximum likelihood on latents; yields the negative log-likelihood of every step, in nats."""
+    """Trains ``model`` by maximum likelihood on latents; yields the negative log-likelihood of every step, in nats."""
     pairs = ColoredPairs(digits, seed=seed)
 
     def loss() -> Tensor:

@@ -28,13 +28,13 @@ def measure_throughput(
     composition, which is what the published training uses, and the fused one for ours, whose parameters are few and
     large. Each number is one call after one that warms up.
 
-    Arguments:
+    Args:
         repeats: how many timed calls of each.
         batch: samples per call; the default is the published training's.
-        size: of the IIN; `PUBLISHED_SIZE` if None.
+        size: of the IIN; ``PUBLISHED_SIZE`` if None.
 
     Yields:
-        the name of a measurement and `{"published_eager": {...}, "iin_fast": {...}, "speedup": ...}` with minimum,
+        the name of a measurement and ``{"published_eager": {...}, "iin_fast": {...}, "speedup": ...}`` with minimum,
         median and maximum in milliseconds; speedup is the ratio of the medians.
     """
     ours = iin_fast.IIN(**(size or PUBLISHED_SIZE)).train()

@@ -14,9 +14,9 @@ __all__ = ["train"]
 def train(
     model: nn.Module, loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer, steps: int, *, warmup: float = 0.05
 ) -> Iterator[float]:
-    """Takes `steps` steps down `loss`, which draws its own batch at each call, and leaves `model` in eval mode.
+    """Takes ``steps`` steps down ``loss``, which draws its own batch at each call, and leaves ``model`` in eval mode.
 
-    The step size rises linearly for the first `warmup` share of the steps and then falls to zero along half a cosine.
+    The step size rises linearly for the first ``warmup`` share of the steps and then falls to zero along half a cosine.
 
     Yields:
         the loss of every step
