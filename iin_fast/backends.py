@@ -77,3 +77,8 @@ def backend(name: str) -> Iterator[None]:
         yield
     finally:
         _forced = before
+
+
+def registered() -> dict[str, set[tuple[str, str]]]:
+    """All implementations: op -> {(backend, device type)}."""
+    return {op: set(have) for op, have in _implemented.items()}

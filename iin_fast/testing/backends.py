@@ -145,8 +145,15 @@ def _pair_nll_cases(dtype: torch.dtype, device: str) -> Iterator[tuple[str, Call
         logdet_a, logdet_b = torch.randn(2, batch, generator=generator, dtype=torch.float64).to(device, wide)
         shared = (torch.rand(batch, len(sizes), generator=generator) < 0.5).to(device)
 
-        def call(*given: Tensor, shared: Tensor = shared, sizes: list[int] = sizes) -> Tensor:
-            return pair_nll(*given, shared, sizes, 0.975, normalized=True)
+        def call(
+            za: Tensor,
+            zb: Tensor,
+            logdet_a: Tensor,
+            logdet_b: Tensor,
+            shared: Tensor = shared,
+            sizes: list[int] = sizes,
+        ) -> Tensor:
+            return pair_nll(za, zb, logdet_a, logdet_b, shared, sizes, 0.975, normalized=True)
 
         yield f"[{batch}, {sum(sizes)}] in {len(sizes)} factors", call, [za, zb, logdet_a, logdet_b]
 

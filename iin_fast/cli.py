@@ -1,0 +1,83 @@
+"""The command line: iin-fast info, check, demo."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.table import Table
+except ImportError as missing:
+    raise SystemExit(f"iin-fast: the command line needs {missing.name}: pip install 'iin-fast[cli]'") from missing
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+console = Console()
+
+
+@app.command()
+def info() -> None:
+    """Show version, commit, torch, Python, backends, CPU instruction set, GPU targets and GPUs."""
+    from .info import collect
+
+    table = Table(show_header=False, box=None)
+    for name, value in collect().items():
+        table.add_row(name, value)
+    console.print(table)
+
+
+@app.command()
+def check(
+    device: Annotated[str, typer.Option(help="cpu or cuda; default: cuda where there is a GPU")] = "",
+    verbose: Annotated[bool, typer.Option(help="show every row, not only the worst of each op")] = False,
+) -> None:
+    """Run every op on every backend on this machine and compare it with its definition in plain torch."""
+    import torch
+
+    from .testing.backends import Row, check_ops
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with console.status(f"all ops, backends and dtypes on {device}"):
+        comparison = check_ops(device)
+    table = Table("op", "dtype", "backend", "tensors", "error", "tolerance", "")
+    table.columns[0].no_wrap = True
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in comparison.rows:
+        op, dtype, label = row.name.split(" ", 2)
+        groups.setdefault((op, dtype, label if verbose else "", row.backend), []).append(row)
+    for (op, dtype, label, name), rows in groups.items():
+        worst = max(rows, key=lambda row: row.error if row.error == row.error else float("inf"))
+        verdict = "ok" if all(row.ok for row in rows) else "[red]DIFFERS[/red]"
+        numbers = (str(len(rows)), f"{worst.error:.1e}", f"{worst.tolerance:.1e}")
+        table.add_row(f"{op} {label}".strip(), dtype, name, *numbers, verdict)
+    console.print(table)
+    for name, reason in comparison.skipped.items():
+        console.print(f"not run: {name}: {reason}", style="dim", highlight=False)
+    wrong = sum(not row.ok for row in comparison.rows)
+    console.print(f"{len(comparison.rows)} tensors compared, {wrong} differ")
+    if wrong:
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="folder for pictures, metrics and report")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="the whole run follows from it")] = 0,
+    quick: Annotated[bool, typer.Option(help="a run of a minute that only shows that everything works")] = False,
+) -> None:
+    """Coloured digits: train an autoencoder and an IIN on its latents, swap digit and colour, write a report."""
+    from .demo import run_demo
+
+    run_demo(out, seed=seed, quick=quick)
+
+
+def main() -> None:
+    try:
+        app()
+    except (OSError, TypeError, ValueError, ImportError) as error:
+        console.print(f"[red]error:[/red] {error}", highlight=False)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""What this installation is and what it runs on."""
+
+import platform
+from pathlib import Path
+
+import torch
+
+from . import __version__
+from ._library import cpu_isa, libraries
+from .backends import NAMES
+
+__all__ = ["collect"]
+
+
+def commit() -> str:
+    """The commit that the package was built from."""
+    try:
+        from ._build_info import COMMIT  # type: ignore[import-not-found,unused-ignore]
+    except ImportError:
+        return "unknown (a source tree that was not built)"
+    return COMMIT
+
+
+def _gpus() -> str:
+    if not torch.cuda.is_available():
+        return "none found"
+    found = []
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        found.append(f"{torch.cuda.get_device_name(index)} (sm_{major}{minor})")
+    return ", ".join(found)
+
+
+def _backends() -> str:
+    from .backends import registered
+
+    parts = []
+    for name in NAMES:
+        devices = sorted({device for op in registered().values() for (n, device) in op if n == name})
+        if devices:
+            parts.append(name if devices == ["any"] else f"{name} ({', '.join(devices)})")
+    return ", ".join(parts)
+
+
+def _cpu_model() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def collect() -> dict[str, str]:
+    """Version, commit, torch, Python, backends, CPU instruction set, GPU targets of the build, GPUs found."""
+    targets = "none: built without a CUDA compiler, CPU only"
+    if "cuda" in libraries:
+        targets = torch.ops.iin_fast.cuda_targets()
+    return {
+        "iin-fast": __version__,
+        "commit": commit(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "backends": _backends(),
+        "CPU": f"{_cpu_model()}, {torch.get_num_threads()} threads",
+        "CPU instruction set": cpu_isa(),
+        "GPU targets in this build": targets,
+        "GPU": _gpus(),
+    }
