@@ -128,8 +128,8 @@ class ColoredPairs:
         """Draws ``batch`` pairs.
 
         Returns:
-            images of the first of each pair ``[batch, 3, 32, 32]``, of the second, and which concept each pair shares, a
-            boolean ``[batch, 2]`` with the columns digit and color.
+            images of the first of each pair ``[batch, 3, 32, 32]``, images of the second, and which concept each pair
+            shares, a boolean ``[batch, 2]`` with the columns digit and color.
         """
         rng = self.generator
         first = torch.randint(len(self.digits), (batch,), generator=rng)

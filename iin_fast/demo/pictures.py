@@ -45,7 +45,8 @@ def draw_interpolation(path: Path, model: iin_fast.IIN, data: HeldOut, vae: VAE,
     """
     pairs = [_first(data, 3, 0), _first(data, 7, 1)], [_first(data, 6, 2), _first(data, 2, 3)]
     ways = {"digit": "digit", "color": "color", "all factors": None}
-    blocks, labels = [], []
+    blocks: list[Tensor] = []
+    labels: list[str] = []
     for a, b in pairs:
         start, end = data.z[[a]], data.z[[b]]
         with torch.no_grad():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .throughput import MEASUREMENTS
 
-__all__ = ["write"]
+__all__ = ["write_report"]
 
 STYLE = """
 :root { --ink: #1f2430; --muted: #667085; --line: #e4e7ec; --iin: #2f6fde; --other: #d97706; --soft: #f6f8fb; }
@@ -35,13 +35,14 @@ td.best { font-weight: 650; }
 .bar { height: 14px; border-radius: 3px; background: var(--other); min-width: 2px; }
 .bar.iin { background: var(--iin); }
 .bars td { border: 0; padding: 3px 12px; }
-.bars td.track { width: 52%; }
+.bars td { white-space: nowrap; }
+.bars td.track { width: 45%; }
 .bars tr.first td { padding-top: 16px; }
 code { background: var(--soft); padding: 1px 5px; border-radius: 4px; font-size: 0.9em; }
 """
 
 
-def write(path: Path, metrics: dict, throughput: dict, run: dict) -> None:
+def write_report(path: Path, metrics: dict, throughput: dict, run: dict) -> None:
     """Writes the page to ``path``; the pictures are taken from its folder.
 
     Args:
@@ -170,7 +171,7 @@ def _speed(throughput: dict) -> str:
                 f"<td>{times['median_ms']:.1f} ms</td>"
                 f'<td class="small">{times["min_ms"]:.1f} – {times["max_ms"]:.1f}</td><td><b>{speedup}</b></td></tr>'
             )
-    size = throughput["size"]
+    size, environment = throughput["size"], throughput["environment"]
     return f"""
 <h2>Speed on this machine</h2>
 <p>A flow of the published size ({size["n_flows"]} blocks of {size["hidden_dim"]} hidden units, {size["dim"]}
@@ -178,8 +179,9 @@ dimensions), batch {throughput["batch"]}, computed in the published way and by i
 turns in the same run. Bars show the median of {throughput["forward"]["iin_fast"]["repeats"]} calls, the numbers behind
 it the fastest and the slowest.</p>
 <table class="bars">{rows}</table>
-<p class="small">{escape(str(throughput["processor"]))}, {throughput["threads"]} threads, torch {throughput["torch"]},
-iin-fast {throughput["iin_fast"]}.</p>"""
+<p class="small">{escape(environment["CPU"])} ({escape(environment["CPU instruction set"])}), torch
+{escape(environment["torch"])}, iin-fast {escape(environment["iin-fast"])}, commit
+{escape(environment["commit"])}.</p>"""
 
 
 def _making(folder: Path, metrics: dict, run: dict) -> str:
@@ -194,4 +196,5 @@ shares: the digit, or the color. It never saw a label or a color value.</p>
 <p class="small">Translating z there and back changes it by at most {metrics["invertibility_error"]:.1e}. Seed
 {metrics["seed"]}. {run["seconds"]["total"] / 60:.1f} minutes in all: {times}. The same numbers are in
 <code>metrics.json</code>, <code>throughput.json</code> and <code>run.json</code> beside this page. The method: Esser,
-Rombach, Ommer, “A Disentangling Invertible Interpretation Network for Explaining Latent Representations”, CVPR 2020.</p>"""
+Rombach, Ommer, “A Disentangling Invertible Interpretation Network for Explaining Latent Representations”, CVPR
+2020.</p>"""

@@ -5,21 +5,40 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
-if TYPE_CHECKING:
-    from rich.progress import Progress
+import iin_fast
+from iin_fast.info import collect
+
+from . import pictures
+from .data import FACTORS, Digits, load_digits
+from .evaluate import (
+    HeldOut,
+    MeanShift,
+    iin_swap,
+    invertibility_error,
+    likelihoods,
+    reconstruction_scores,
+    score_swaps,
+)
+from .first_stage import VAE, train_vae
+from .judge import Judge, train_judge
+from .report import write_report
+from .second_stage import estimate_dims, train_iin, train_unsupervised
+from .throughput import MEASUREMENTS, PUBLISHED_BATCH, PUBLISHED_SIZE, measure_throughput
 
 __all__ = ["Plan", "run_demo"]
+
+# What is drawn at random, each from a generator of its own.
+DRAWS = ("judge", "vae", "dims", "iin", "unsupervised", "held_out", "swaps", "baseline", "likelihoods", "samples")
 
 
 @dataclass(frozen=True)
@@ -75,130 +94,120 @@ def run_demo(out: Path, *, seed: int = 0, quick: bool = False) -> dict:
     """
     _require_extras()
     out = _writable_folder(out)
-    plan = Plan.quick() if quick else Plan()
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"run_demo: seed is {seed}, expected 0 to 2**32 - 1")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # the weights; everything else is drawn from generators of its own
-        return _run(out, plan, seed)
+        torch.manual_seed(seed)  # for the weights; everything else is drawn from generators of its own
+        return _run(out, Plan.quick() if quick else Plan(), seed)
 
 
 def _run(out: Path, plan: Plan, seed: int) -> dict:
-    import iin_fast
-
-    from . import pictures, report
-    from .data import load_digits
-    from .evaluate import (
-        HeldOut,
-        MeanShift,
-        iin_swap,
-        invertibility_error,
-        likelihoods,
-        reconstruction_scores,
-        score_swaps,
-    )
-    from .first_stage import VAE, train_vae
-    from .judge import Judge, train_judge
-    from .second_stage import estimate_dims, train_iin, train_unsupervised
-    from .throughput import MEASUREMENTS, PUBLISHED_BATCH, PUBLISHED_SIZE, measure_throughput
-
-    seconds: dict[str, float] = {}
-    losses: dict[str, list[float]] = {}
-    with _progress() as progress:
-        note = progress.console.print
-
-        with _stage(progress, "Judge", plan.judge_steps, seconds, losses) as step:
-            train, test = load_digits(seed)
-            note(f"Data: {len(train)} digits to train on, {len(test)} held out, colored at random")
-            judge = Judge()
-            for loss in train_judge(judge, train, steps=plan.judge_steps, seed=seed + 1):
-                step(loss)
-        with _stage(progress, "VAE", plan.vae_steps, seconds, losses) as step:
-            vae = VAE()
-            for loss in train_vae(vae, train, steps=plan.vae_steps, seed=seed + 2):
-                step(loss)
-        held_out = HeldOut.of(vae, test, seed=seed + 3)
-
-        dims = estimate_dims(vae, train, seed=seed + 4, n_pairs=plan.dims_pairs)
-        note("Factor dimensions, estimated: " + ", ".join(f"{name} {size}" for name, size in dims.items()))
-        named = {name: size for name, size in dims.items() if name != "residual"}
-        size = {"n_flows": plan.n_flows, "hidden_dim": plan.hidden_dim, "hidden_depth": plan.hidden_depth}
-
-        iin = iin_fast.IIN(vae.dim, factors=named, **size)
-        with _stage(progress, "IIN", plan.iin_steps, seconds, losses) as step:
-            for loss in train_iin(iin, vae, train, steps=plan.iin_steps, seed=seed + 5):
-                step(loss)
-        unsupervised = iin_fast.IIN(vae.dim, **size)
-        with _stage(progress, "Unsupervised IIN", plan.unsupervised_steps, seconds, losses) as step:
-            for loss in train_unsupervised(unsupervised, vae, train, steps=plan.unsupervised_steps, seed=seed + 6):
-                step(loss)
-
-        with _stage(progress, "Judging and drawing", 7, seconds) as step:
-            swap = iin_swap(iin, held_out)
-            scores = score_swaps(swap, held_out, vae, judge, seed=seed + 7)
-            step()
-            baseline = MeanShift(HeldOut.of(vae, train, seed=seed + 8)).on(held_out)
-            baseline_scores = score_swaps(baseline, held_out, vae, judge, seed=seed + 7)
-            step()
-            metrics = {
-                **reconstruction_scores(held_out, vae, judge),
-                **scores,
-                **{f"baseline_{name}": value for name, value in baseline_scores.items()},
-                "factor_dims": dims,
-                **likelihoods(iin, unsupervised, vae, held_out, seed=seed + 9),
-                "invertibility_error": invertibility_error(iin, held_out),
-                "seed": seed,
-            }
+    seeds = dict(zip(DRAWS, np.random.SeedSequence(seed).generate_state(len(DRAWS)).tolist(), strict=True))
+    with _Bars() as bars:
+        work = _train(bars, plan, seed, seeds)
+        with bars.stage("Judging", 3) as step:
+            metrics = {**_judge(work, seeds, step), "seed": seed}
             _write_json(out / "metrics.json", metrics)
-            for factor in named:
-                pictures.draw_swap(out / f"swap_{factor}.png", factor, swap, held_out, vae)
-                step()
-            pictures.draw_interpolation(out / "interpolation.png", iin, held_out, vae)
-            step()
-            pictures.draw_samples(out / "samples.png", unsupervised, vae, seed=seed + 10)
-            step()
-            units = {"VAE": "nats per image", "Judge": "nats per image", "IIN": "nats per pair"}
-            pictures.draw_loss(out / "loss.png", losses, {name: units.get(name, "nats per z") for name in losses})
-            iin.save(out / "iin")
-            torch.save(vae.state_dict(), out / "vae.pt")
-            step()
-
-        with _stage(progress, "Throughput", len(MEASUREMENTS), seconds) as step:
-            throughput: dict = {"size": PUBLISHED_SIZE, "batch": PUBLISHED_BATCH, **_environment()}
+            work.iin.save(out / "iin")
+            torch.save(work.vae.state_dict(), out / "vae.pt")
+        with bars.stage("Drawing", 5) as step:
+            _draw(out, work, bars.losses, seeds, step)
+        with bars.stage("Throughput", len(MEASUREMENTS)) as step:
+            throughput: dict = {"size": PUBLISHED_SIZE, "batch": PUBLISHED_BATCH, "environment": collect()}
             for name, result in measure_throughput(repeats=plan.throughput_repeats):
                 throughput[name] = result
                 step()
-
-        run = {"seconds": {**seconds, "total": sum(seconds.values())}, "plan": asdict(plan), **_environment()}
-        _write_json(out / "throughput.json", throughput)
-        _write_json(out / "run.json", run)
-        report.write(out / "report.html", metrics, throughput, run)
+            _write_json(out / "throughput.json", throughput)
+    seconds = {**bars.seconds, "total": sum(bars.seconds.values())}
+    run = {"seconds": seconds, "plan": asdict(plan), "environment": collect()}
+    _write_json(out / "run.json", run)
+    write_report(out / "report.html", metrics, throughput, run)
     _summarize(out, metrics, throughput, run)
     return metrics
 
 
-def _environment() -> dict[str, str | int]:
-    """What the numbers were taken on."""
-    import iin_fast
+@dataclass(frozen=True)
+class _Work:
+    """What the trainings leave behind."""
 
-    return {
-        "iin_fast": getattr(iin_fast, "__version__", "unknown"),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "processor": _processor(),
-        "threads": torch.get_num_threads(),
+    train: Digits
+    held_out: HeldOut
+    judge: Judge
+    vae: VAE
+    iin: iin_fast.IIN
+    unsupervised: iin_fast.IIN
+
+
+def _train(bars: _Bars, plan: Plan, seed: int, seeds: dict[str, int]) -> _Work:
+    """Trains the judge and the VAE, estimates the factor dimensions, and trains both IINs."""
+    with bars.stage("Judge", plan.judge_steps) as step:
+        train, test = load_digits(seed)
+        bars.note(f"Data: {len(train)} digits to train on, {len(test)} held out, colored at random")
+        judge = Judge()
+        for loss in train_judge(judge, train, steps=plan.judge_steps, seed=seeds["judge"]):
+            step(loss)
+    with bars.stage("VAE", plan.vae_steps) as step:
+        vae = VAE()
+        for loss in train_vae(vae, train, steps=plan.vae_steps, seed=seeds["vae"]):
+            step(loss)
+
+    dims = estimate_dims(vae, train, seed=seeds["dims"], n_pairs=plan.dims_pairs)
+    bars.note("Factor dimensions, estimated: " + ", ".join(f"{name} {size}" for name, size in dims.items()))
+    named = {name: dims[name] for name in FACTORS}
+    size = plan.n_flows, plan.hidden_dim, plan.hidden_depth
+
+    with bars.stage("IIN", plan.iin_steps) as step:
+        iin = iin_fast.IIN(vae.dim, named, *size)
+        for loss in train_iin(iin, vae, train, steps=plan.iin_steps, seed=seeds["iin"]):
+            step(loss)
+    with bars.stage("Unsupervised IIN", plan.unsupervised_steps) as step:
+        unsupervised = iin_fast.IIN(vae.dim, None, *size)
+        for loss in train_unsupervised(
+            unsupervised, vae, train, steps=plan.unsupervised_steps, seed=seeds["unsupervised"]
+        ):
+            step(loss)
+    return _Work(train, HeldOut.of(vae, test, seed=seeds["held_out"]), judge, vae, iin, unsupervised)
+
+
+def _judge(work: _Work, seeds: dict[str, int], step: Callable[[], None]) -> dict:
+    """All numbers about held-out images."""
+    data, vae, judge = work.held_out, work.vae, work.judge
+    scores = score_swaps(iin_swap(work.iin, data), data, vae, judge, seed=seeds["swaps"])
+    step()
+    baseline = MeanShift(HeldOut.of(vae, work.train, seed=seeds["baseline"])).on(data)
+    baseline_scores = score_swaps(baseline, data, vae, judge, seed=seeds["swaps"])
+    step()
+    metrics = {
+        **reconstruction_scores(data, vae, judge),
+        **scores,
+        **{f"baseline_{name}": value for name, value in baseline_scores.items()},
+        "factor_dims": work.iin.sizes,
+        **likelihoods(work.iin, work.unsupervised, vae, data, seed=seeds["likelihoods"]),
+        "invertibility_error": invertibility_error(work.iin, data),
     }
+    step()
+    return metrics
 
 
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+def _draw(
+    out: Path, work: _Work, losses: dict[str, list[float]], seeds: dict[str, int], step: Callable[[], None]
+) -> None:
+    """All pictures of held-out images, and of the losses."""
+    swap = iin_swap(work.iin, work.held_out)
+    for factor in FACTORS:
+        pictures.draw_swap(out / f"swap_{factor}.png", factor, swap, work.held_out, work.vae)
+        step()
+    pictures.draw_interpolation(out / "interpolation.png", work.iin, work.held_out, work.vae)
+    step()
+    pictures.draw_samples(out / "samples.png", work.unsupervised, work.vae, seed=seeds["samples"])
+    step()
+    units = {"Judge": "image", "VAE": "image", "IIN": "pair", "Unsupervised IIN": "z"}
+    pictures.draw_loss(out / "loss.png", losses, {name: f"nats per {unit}" for name, unit in units.items()})
+    step()
 
 
 def _require_extras() -> None:
-    needed = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich"}
+    needed = {"sklearn": "scikit-learn", "matplotlib": "matplotlib", "rich": "rich", "safetensors": "safetensors"}
     missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise ImportError(f"the demo needs {', '.join(missing)}: pip install 'iin-fast[demo]'")
@@ -223,37 +232,45 @@ def _write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def _progress() -> Progress:
-    from rich import progress
+class _Bars:
+    """Progress bars, one for each stage; keeps how long each took and the losses of those that have one."""
 
-    return progress.Progress(
-        progress.TextColumn("{task.description:<20}"),
-        progress.BarColumn(bar_width=30),
-        progress.MofNCompleteColumn(),
-        progress.TimeElapsedColumn(),
-        progress.TextColumn("{task.fields[note]}"),
-    )
+    def __init__(self) -> None:
+        from rich import progress
 
+        self._progress = progress.Progress(
+            progress.TextColumn("{task.description:<16}"),
+            progress.BarColumn(bar_width=30),
+            progress.MofNCompleteColumn(),
+            progress.TimeElapsedColumn(),
+            progress.TextColumn("{task.fields[loss]}"),
+        )
+        self.note = self._progress.console.print
+        self.seconds: dict[str, float] = {}
+        self.losses: dict[str, list[float]] = {}
 
-@contextmanager
-def _stage(
-    progress: Progress, name: str, steps: int, seconds: dict[str, float], losses: dict[str, list[float]] | None = None
-) -> Iterator[Callable[..., None]]:
-    """A bar of ``steps`` steps; what it yields is called after each, with the loss if there is one.
+    def __enter__(self) -> _Bars:
+        self._progress.start()
+        return self
 
-    Notes in ``seconds`` how long the stage took and in ``losses`` the loss of every step.
-    """
-    task = progress.add_task(name, total=steps, note="")
-    history = losses.setdefault(name, []) if losses is not None else []
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
 
-    def step(loss: float | None = None) -> None:
-        if loss is not None:
-            history.append(loss)
-        progress.update(task, advance=1, note="" if loss is None else f"loss {loss:.2f}")
+    @contextmanager
+    def stage(self, name: str, steps: int) -> Iterator[Callable[..., None]]:
+        """A bar of ``steps`` steps; what it yields is called after each of them, with the loss if there is one."""
+        task = self._progress.add_task(name, total=steps, loss="")
 
-    start = time.perf_counter()
-    yield step
-    seconds[name] = time.perf_counter() - start
+        def step(loss: float | None = None) -> None:
+            if loss is not None:
+                self.losses.setdefault(name, []).append(loss)
+            self._progress.update(task, advance=1, loss="" if loss is None else f"loss {loss:.2f}")
+
+        start = time.perf_counter()
+        yield step
+        self.seconds[name] = time.perf_counter() - start
+        if not self._progress.console.is_terminal:  # there, bars aren't drawn before the end
+            self.note(f"{name}: {self.seconds[name]:.0f} s")
 
 
 def _summarize(out: Path, metrics: dict, throughput: dict, run: dict) -> None:
@@ -268,19 +285,19 @@ def _summarize(out: Path, metrics: dict, throughput: dict, run: dict) -> None:
         "digit swap: reads as the donor's digit": ("swap_digit_accuracy", "reconstruction_accuracy"),
         "digit swap: change of color": ("swap_digit_color_error", "reconstruction_color_error"),
         "color swap: digit kept": ("swap_color_accuracy", "reconstruction_accuracy"),
-        "color swap: distance to the donor's color": ("swap_color_error", "reconstruction_color_error"),
+        "color swap: distance to the donor": ("swap_color_error", "reconstruction_color_error"),
     }
     for text, (key, floor) in rows.items():
         table.add_row(text, *(f"{metrics[name]:.3f}" for name in (key, f"baseline_{key}", floor)))
     console = Console()
     console.print(table)
     console.print(f"The judge reads {metrics['judge_accuracy']:.1%} of the original held-out images right.")
-    from .throughput import MEASUREMENTS
-
+    size = ", ".join(f"{name} {value}" for name, value in throughput["size"].items())
+    console.print(f"Speed at {size}, batch {throughput['batch']}:")
     for name in MEASUREMENTS:
         ours, eager = throughput[name]["iin_fast"]["median_ms"], throughput[name]["published_eager"]["median_ms"]
         console.print(
-            f"{name.replace('_', ' ')}: {ours:.1f} ms, published composition {eager:.1f} ms, "
-            f"{throughput[name]['speedup']:.1f}x (batch {throughput['batch']}, {throughput['size']})"
+            f"  {name.replace('_', ' ')}: {ours:.1f} ms, published composition {eager:.1f} ms, "
+            f"{throughput[name]['speedup']:.1f}x"
         )
     console.print(f"Everything took {run['seconds']['total'] / 60:.1f} min. Open {out / 'report.html'}")
