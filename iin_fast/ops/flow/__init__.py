@@ -1,10 +1,37 @@
-"""The whole flow as one op; stands for the compiled op until that is built."""
+"""The op ``flow``: a whole stack of flow blocks in one call. Argument checks, choice of the backend, autograd.
 
+Files: reference.py (plain torch, the definition), layout.py (how weights lie) and csrc/flow (CPU).
+"""
+
+from typing import Any
+
+import torch
 from torch import Tensor
 
+from ... import _library  # noqa: F401  (loads the compiled ops)
+from ...backends import chosen, register
+from ..checks import check_device, check_dtype, check_floating, check_rank, check_shape
 from . import reference
+from .layout import pack, unpack
 
-__all__ = ["flow"]
+__all__ = ["AUTO_SAVE_BYTES", "flow", "pack", "unpack"]
+
+AUTO_SAVE_BYTES = 256 * 2**20
+"""``memory="auto"`` saves activations up to this many bytes and inverts beyond (docs/performance.md)."""
+
+register("flow", "cpp", "cpu")
+
+_TYPES = (torch.float32, torch.float64)
+_PARAMETERS = (
+    "loc",
+    "scale",
+    "weight_in",
+    "bias_in",
+    "weight_hidden",
+    "bias_hidden",
+    "weight_out",
+    "bias_out",
+)
 
 
 def flow(
@@ -12,12 +39,12 @@ def flow(
     context: Tensor | None,  # [1 or n_flows, batch, context_dim]
     loc: Tensor,  # [n_flows, dim]
     scale: Tensor,  # [n_flows, dim]
-    weight_in: Tensor,
-    bias_in: Tensor,
-    weight_hidden: Tensor,
-    bias_hidden: Tensor,
-    weight_out: Tensor,
-    bias_out: Tensor,
+    weight_in: Tensor,  # [n_flows, 2 (half), 2 (s, t), (c + context_dim) * hidden]
+    bias_in: Tensor,  # [n_flows, 2, 2, hidden]
+    weight_hidden: Tensor,  # [n_flows, 2, 2, depth, hidden * hidden]
+    bias_hidden: Tensor,  # [n_flows, 2, 2, depth, hidden]
+    weight_out: Tensor,  # [n_flows, 2, 2, hidden * (dim - c)]
+    bias_out: Tensor,  # [n_flows, 2, 2, dim - c]
     permutation: Tensor,  # [n_flows, dim] int64
     *,
     leaky_slope: float = 0.01,
@@ -25,22 +52,241 @@ def flow(
     exact_logdet: bool = False,
     inverse: bool = False,
     memory: str = "auto",
-) -> tuple[Tensor, Tensor]:  # [batch, dim], [batch]
-    """See :func:`iin_fast.ops.flow.reference.flow`."""
-    return reference.flow(
-        x,
-        context,
-        loc,
-        scale,
-        weight_in,
-        bias_in,
-        weight_hidden,
-        bias_hidden,
-        weight_out,
-        bias_out,
-        permutation,
-        leaky_slope,
-        activation_slope,
-        exact_logdet,
-        inverse,
+) -> tuple[Tensor, Tensor]:
+    r"""A stack of flow blocks, forward or inverse, with its log-determinant, in one pass.
+
+    A block is an ActNorm :math:`h = \text{scale}\,(x + \text{loc})`, an optional leaky activation, two affine couplings
+    :math:`y_2 = x_2 \exp(\tanh S(u)) + T(u)` with the halves swapped in between, where u is the other half and the
+    context, and a fixed permutation. reference.py is the definition, c = ceil(dim / 2).
+
+    Args:
+        x: ``[batch, dim]``, float32 or float64, any strides; dim of at least 2, batch may be 0.
+        context: ``[1, batch, context_dim]`` for all blocks or ``[n_flows, batch, context_dim]``; None for none.
+        loc, scale: ``[n_flows, dim]``, ActNorm; scale not 0.
+        weight_in, bias_in, weight_hidden, bias_hidden, weight_out, bias_out: the nets S and T of every half of every
+            block, stacked, each weight packed in panels by :func:`pack`; shapes as in the signature.
+        permutation: ``[n_flows, dim]`` int64; ``y[:, j] = h[:, permutation[j]]``.
+        leaky_slope: slope of the nets' LeakyReLU below 0, at least 0.
+        activation_slope: slope of the activation after ActNorm below 0, above 0; 1 is no activation.
+        exact_logdet: count the activation in the log-det (the published net2net code does not).
+        inverse: compute x from y.
+        memory: what is kept for backward. "save": all activations; "invert": only the output, from which backward
+            recomputes block by block, so that memory does not grow with depth, at about a third more time; "auto":
+            "save" up to ``AUTO_SAVE_BYTES`` of activations.
+
+    Returns:
+        The mapped ``[batch, dim]`` and the log-determinant ``[batch]``, in nats, of the map that was computed.
+
+    Raises:
+        TypeError: a dtype that is not float32 or float64, or dtypes that differ.
+        ValueError: shapes or devices that don't fit, slopes out of range, an unknown ``memory``.
+
+    References:
+        Esser, Rombach, Ommer: A disentangling invertible interpretation network, CVPR 2020, Sec. 3.1.
+        Gomez, Ren, Urtasun, Grosse: The reversible residual network, 2017 (backward by inversion).
+
+    See also:
+        ``iin_fast.ops.affine_coupling`` for a single coupling with conditioners of your own.
+    """
+    _check(x, context, (loc, scale, weight_in, bias_in, weight_hidden, bias_hidden, weight_out, bias_out), permutation)
+    if memory not in ("auto", "save", "invert"):
+        raise ValueError(f"flow: memory is {memory!r}, expected auto, save or invert")
+    if not leaky_slope >= 0:
+        raise ValueError(f"flow: leaky_slope is {leaky_slope}, expected at least 0")
+    if not activation_slope > 0:
+        raise ValueError(f"flow: activation_slope is {activation_slope}, expected a number above 0")
+    # fmt: off
+    tensors = (
+        x, context, loc, scale, weight_in, bias_in, weight_hidden, bias_hidden, weight_out, bias_out, permutation,
     )
+    # fmt: on
+    if chosen("flow", x) == "reference":
+        return reference.flow(*tensors, leaky_slope, activation_slope, exact_logdet, inverse)
+    save = memory != "invert" and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if save and memory == "auto":
+        size = _saved_size(x, bias_in.shape[-1], bias_hidden.shape[-2], context, loc.shape[0])
+        save = size * x.element_size() <= AUTO_SAVE_BYTES
+    y, logdet, _ = torch.ops.iin_fast.flow(
+        *tensors, float(leaky_slope), float(activation_slope), exact_logdet, inverse, save
+    )
+    return y, logdet
+
+
+def _check(x: Tensor, context: Tensor | None, parameters: tuple[Tensor, ...], permutation: Tensor) -> None:
+    op = "flow"
+    autocast = isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type)
+    for name, value in (("x", x), *zip(_PARAMETERS, parameters, strict=True), ("context", context)):
+        if value is None and name == "context":
+            continue
+        if not isinstance(value, Tensor) or (value.dtype not in _TYPES and not autocast):
+            check_floating(op, name, value, _TYPES)
+        if value.dtype != x.dtype and not autocast:
+            check_dtype(op, name, value, x.dtype, "like x")
+        if value.device != x.device:
+            check_device(op, name, value, x, "x")
+    if x.dim() != 2 or x.shape[1] < 2:
+        raise ValueError(f"{op}: x has shape {list(x.shape)}, expected [batch, dim] with dim of at least 2")
+    loc, _, _, bias_in, _, bias_hidden, _, _ = parameters
+    dim = x.shape[1]
+    if loc.dim() != 2 or loc.shape[0] < 1:
+        raise ValueError(f"{op}: loc has shape {list(loc.shape)}, expected [n_flows, {dim}] with at least one flow")
+    n_flows = loc.shape[0]
+    check_rank(op, "bias_in", bias_in, f"[{n_flows}, 2, 2, hidden]", 4)
+    check_rank(op, "bias_hidden", bias_hidden, f"[{n_flows}, 2, 2, depth, hidden]", 5)
+    hidden, depth = bias_in.shape[3], bias_hidden.shape[3]
+    if hidden < 1:
+        raise ValueError(f"{op}: bias_in has shape {list(bias_in.shape)}, expected a hidden width of at least 1")
+    wide = 0
+    if context is not None:
+        check_rank(op, "context", context, f"[1 or {n_flows}, {x.shape[0]}, context_dim]", 3)
+        if context.shape[0] not in (1, n_flows) or context.shape[1] != x.shape[0]:
+            raise ValueError(
+                f"{op}: context has shape {list(context.shape)}, expected [1 or {n_flows}, {x.shape[0]}, context_dim]"
+            )
+        wide = context.shape[2]
+    out = dim // 2
+    shapes = (
+        (n_flows, dim),
+        (n_flows, dim),
+        (n_flows, 2, 2, (dim - out + wide) * hidden),
+        (n_flows, 2, 2, hidden),
+        (n_flows, 2, 2, depth, hidden * hidden),
+        (n_flows, 2, 2, depth, hidden),
+        (n_flows, 2, 2, hidden * out),
+        (n_flows, 2, 2, out),
+    )
+    for name, value, shape in zip(_PARAMETERS, parameters, shapes, strict=True):
+        if value.shape != shape:
+            check_shape(
+                op,
+                name,
+                value,
+                shape,
+                f"for dim {dim}, context {wide}, {n_flows} flows, hidden {hidden}, depth {depth}",
+            )
+    if not isinstance(permutation, Tensor) or permutation.dtype != torch.int64:
+        got = permutation.dtype if isinstance(permutation, Tensor) else type(permutation).__name__
+        raise TypeError(f"{op}: permutation is {got}, expected an int64 tensor")
+    if permutation.device != x.device:
+        check_device(op, "permutation", permutation, x, "x")
+    if permutation.shape != (n_flows, dim):
+        check_shape(op, "permutation", permutation, (n_flows, dim), "like loc")
+
+
+def _saved_size(x: Tensor, hidden: int, depth: int, context: Tensor | None, n_flows: int) -> int:
+    """Elements of ``saved``: saved_half in csrc/flow/flow_loops.cpp, for every half."""
+    line = 64 // x.element_size()
+
+    def padded(width: int) -> int:
+        return ((max(width, 1) + line - 1) // line | 1) * line
+
+    batch, dim = x.shape
+    row = dim + (0 if context is None else context.shape[2])
+    return 2 * n_flows * batch * (padded(row) + padded(dim // 2) + 2 * (depth + 1) * padded(hidden))
+
+
+@torch.library.register_fake("iin_fast::flow")
+def _fake(
+    x: Tensor,
+    context: Tensor | None,
+    loc: Tensor,
+    scale: Tensor,
+    weight_in: Tensor,
+    bias_in: Tensor,
+    weight_hidden: Tensor,
+    bias_hidden: Tensor,
+    weight_out: Tensor,
+    bias_out: Tensor,
+    permutation: Tensor,
+    leaky_slope: float,
+    activation_slope: float,
+    exact_logdet: bool,
+    inverse: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    saved = _saved_size(x, bias_in.shape[3], bias_hidden.shape[3], context, loc.shape[0]) if save else 0
+    return x.new_empty(x.shape), x.new_empty(x.shape[:1]), x.new_empty(saved)
+
+
+@torch.library.register_fake("iin_fast::flow_backward")
+def _fake_backward(
+    grad_y: Tensor,
+    grad_logdet: Tensor,
+    y: Tensor,
+    saved: Tensor,
+    context: Tensor | None,
+    loc: Tensor,
+    scale: Tensor,
+    weight_in: Tensor,
+    bias_in: Tensor,
+    weight_hidden: Tensor,
+    bias_hidden: Tensor,
+    weight_out: Tensor,
+    bias_out: Tensor,
+    permutation: Tensor,
+    leaky_slope: float,
+    activation_slope: float,
+    inverse: bool,
+    context_grad: bool,
+    weight_grads: bool,
+) -> tuple[Tensor | None, ...]:
+    def like(t: Tensor) -> Tensor:
+        return t.new_empty(t.shape)
+
+    weights = (weight_in, bias_in, weight_hidden, bias_hidden, weight_out, bias_out)
+    return (
+        like(y),
+        like(context) if context_grad and context is not None else None,
+        like(loc),
+        like(scale),
+        *(like(t) if weight_grads else None for t in weights),
+    )
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, ctx.leaky_slope, ctx.activation_slope, ctx.exact_logdet, ctx.inverse, _ = inputs
+    y, _, saved = output
+    ctx.mark_non_differentiable(saved)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(y, saved, *tensors)
+
+
+def _backward(ctx: Any, grad_y: Tensor | None, grad_logdet: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    y, saved, *tensors = ctx.saved_tensors
+    nothing = (None,) * 5
+    if grad_y is None and grad_logdet is None:
+        return (None,) * 11 + nothing
+    if torch.is_grad_enabled():  # create_graph=True: derivatives of derivatives come from the definition itself
+        outputs = reference.flow(*tensors, ctx.leaky_slope, ctx.activation_slope, ctx.exact_logdet, ctx.inverse)
+        wanted = [i for i, t in enumerate(tensors) if t is not None and t.requires_grad]
+        pairs = [(o, g) for o, g in zip(outputs, (grad_y, grad_logdet), strict=True) if g is not None]
+        found = torch.autograd.grad(
+            [o for o, _ in pairs],
+            [tensors[i] for i in wanted],
+            [g for _, g in pairs],
+            create_graph=True,
+            allow_unused=True,
+        )
+        grads = dict(zip(wanted, found, strict=True))
+        return tuple(grads.get(i) for i in range(11)) + nothing
+    grad_y = torch.zeros_like(y) if grad_y is None else grad_y
+    grad_logdet = y.new_zeros(y.shape[0]) if grad_logdet is None else grad_logdet
+    context, weights = tensors[1], tensors[4:10]
+    found = torch.ops.iin_fast.flow_backward(
+        grad_y,
+        grad_logdet,
+        y,
+        saved,
+        *tensors[1:],
+        ctx.leaky_slope,
+        ctx.activation_slope,
+        ctx.inverse,
+        context is not None and ctx.needs_input_grad[1],
+        any(ctx.needs_input_grad[4 : 4 + len(weights)]),
+    )
+    needed = ctx.needs_input_grad
+    return tuple(g if needed[i] else None for i, g in enumerate(found)) + (None, *nothing)
+
+
+torch.library.register_autograd("iin_fast::flow", _backward, setup_context=_setup)
+torch.library.register_autocast("iin_fast::flow", "cpu", torch.float32)

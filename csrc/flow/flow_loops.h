@@ -1,0 +1,63 @@
+// The whole flow on the CPU: what the glue (flow_cpu.cpp) hands to the loops (flow_loops.cpp). No torch here.
+#pragma once
+
+#include <cstdint>
+
+#include "common/isa.h"
+
+namespace iin_fast {
+
+struct FlowSizes {
+  int64_t batch, dim, n_flows, hidden, depth; // depth: hidden layers between the first and the last of a net
+  int64_t context_dim, context_count;         // 0: no context; 1: one for all blocks; n_flows: one each
+};
+
+// The arrays that belong to weights; shapes as in iin_fast/ops/flow/reference.py. T is const for the weights
+// themselves.
+template <class T> struct FlowWeights {
+  T *loc, *scale;                 // [n_flows, dim]
+  T *weight_in, *bias_in;         // [n_flows, 2, 2, in * hidden], [n_flows, 2, 2, hidden]
+  T *weight_hidden, *bias_hidden; // [n_flows, 2, 2, depth, hidden * hidden], [n_flows, 2, 2, depth, hidden]
+  T *weight_out, *bias_out;       // [n_flows, 2, 2, hidden * out], [n_flows, 2, 2, out]
+};
+
+// Runs body(begin, end, data) on pieces of [0, count), on several threads.
+using ParallelFor = void (*)(int64_t count, void (*body)(int64_t, int64_t, void *), void *data);
+
+template <class T> struct FlowJob {
+  FlowSizes sizes;
+  FlowWeights<const T> weights;
+  const int64_t *permutation; // [n_flows, dim]
+  const T *context;           // [context_count, batch, context_dim]
+  T leaky_slope, activation_slope;
+  bool exact_logdet, inverse;
+
+  const T *x; // [batch, dim]
+  T *y;       // [batch, dim]
+  T *logdet;  // [batch]
+  T *saved;   // flow_saved_size(sizes) elements, or null
+
+  T *workspace; // as many elements as flow_forward_workspace or flow_backward_workspace says, aligned to 64 bytes
+  int64_t threads;
+  ParallelFor parallel_for;
+};
+
+// The backward of either direction. With `forward.saved` it reads what was saved there, else it inverts block by block
+// from `forward.y`, the output.
+template <class T> struct FlowBackwardJob {
+  FlowJob<T> forward;
+  const T *grad_y;      // [batch, dim]
+  const T *grad_logdet; // [batch]
+  T *grad_x;            // [batch, dim]
+  T *grad_context;      // like context, or null if not wanted
+  FlowWeights<T> grads; // null for the conditioners if not wanted
+};
+
+IIN_FAST_DECLARE_LOOPS(template <class T> int64_t flow_saved_size(const FlowSizes &sizes); template <class T>
+                       int64_t flow_forward_workspace(const FlowSizes &sizes, int64_t threads, bool save);
+                       template <class T> int64_t flow_backward_workspace(const FlowSizes &sizes, int64_t threads,
+                                                                          bool saved, bool weight_grads);
+                       template <class T> void flow_forward(const FlowJob<T> &job);
+                       template <class T> void flow_backward(const FlowBackwardJob<T> &job);)
+
+} // namespace iin_fast

@@ -1,0 +1,266 @@
+// The matrix products of a conditioner on weights in panels (iin_fast/ops/flow/layout.py).
+//
+//   multiply_panel   C[rows, panel] = act(A[rows, k] W[k, panel] + bias), or C = mask' * (A W), see Finish
+//   outer_product    dW[k, panel] (+)= A[rows, k]^T dC[rows, panel]
+//   transpose_panel  a piece of a panel turned, so that multiply_panel also computes dA = dC W^T
+//
+// Activations are row-major with rows padded to whole vectors (padded()), so a product may write the padding; a panel
+// is not padded: a vector that reaches beyond its row reads the next row, whose lanes are dropped, and only the last
+// rows of the last panel are read from a copy. All loops are register tiles of R rows x C vectors; R and C are chosen
+// for 32 or 16 vector registers. Tuned on AVX-512 (Zen 5) at hidden 512, batch 25 and 256, benchmarks/flow_cpu.py.
+#pragma once
+
+#include "flow/simd.h"
+
+namespace iin_fast {
+namespace IIN_FAST_ISA {
+namespace {
+
+constexpr int64_t panel_width = 64; // layout.py, PANEL
+
+// Elements from one row of an activation to the next: whole cache lines, an odd number of them, since rows a power of
+// two apart would share the sets of the first cache.
+template <class T> IIN_FAST_INLINE int64_t padded(int64_t width) {
+  constexpr int64_t line = 64 / sizeof(T);
+  return (ceil_div(larger(width, 1), line) | 1) * line;
+}
+
+// What happens to a sum when it is complete.
+enum class Finish {
+  store, // c = sum
+  leaky, // c = sum > 0 ? sum : slope * sum
+  mask,  // c = mask > 0 ? sum : slope * sum, the derivative of the above at the activation `mask`
+};
+
+template <class T> struct Product {
+  const T *a; // [rows, k], row stride lda
+  int64_t lda;
+  const T *w; // [k, columns], row stride ldw
+  int64_t ldw, k;
+  T *c; // [rows, columns], row stride ldc
+  int64_t ldc;
+  const T *start; // [columns] added to the product; null: c holds the sum over earlier k
+  Finish finish;
+  T slope;
+  const T *mask; // [rows, columns], row stride ldmask
+  int64_t ldmask;
+};
+
+template <class T, int R, int C> void multiply_tile(const Product<T> &p) {
+  constexpr int n = lanes<T>;
+  vec<T> sum[R][C];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c)
+      sum[r][c] = p.start ? load(p.start + c * n) : load(p.c + r * p.ldc + c * n);
+  const T *a = p.a, *w = p.w;
+  const int64_t lda = p.lda, ldw = p.ldw;
+  for (int64_t k = p.k; k > 0; --k) {
+    vec<T> b[C];
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c)
+      b[c] = load(w + c * n);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const vec<T> value = broadcast(a[r * lda]);
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c)
+        sum[r][c] += value * b[c];
+    }
+    ++a;
+    w += ldw;
+  }
+  const vec<T> zero{}, slope = broadcast(p.slope);
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+      vec<T> v = sum[r][c];
+      if (p.finish == Finish::leaky)
+        v = v > zero ? v : slope * v;
+      else if (p.finish == Finish::mask)
+        v = load(p.mask + r * p.ldmask + c * n) > zero ? v : slope * v;
+      store(p.c + r * p.ldc + c * n, v);
+    }
+}
+
+template <class T> struct Outer {
+  const T *a; // [rows, k], row stride lda
+  int64_t lda;
+  const T *d; // [rows, columns], row stride ldd
+  int64_t ldd, rows;
+  T *w; // [k, columns], row stride ldw
+  int64_t ldw;
+  int64_t columns; // at most C vectors
+  bool add;        // to what w holds
+};
+
+template <class T, int R, int C> void outer_tile(const Outer<T> &p) {
+  constexpr int n = lanes<T>;
+  vec<T> sum[R][C] = {};
+  const T *a = p.a, *d = p.d;
+  const int64_t lda = p.lda, ldd = p.ldd;
+  for (int64_t row = p.rows; row > 0; --row) {
+    vec<T> b[C];
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c)
+      b[c] = load(d + c * n);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const vec<T> value = broadcast(a[r]);
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c)
+        sum[r][c] += value * b[c];
+    }
+    a += lda;
+    d += ldd;
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) {
+      T *w = p.w + r * p.ldw + c * n;
+      const int64_t count = p.columns - c * n;
+      if (count >= n)
+        store(w, p.add ? load(w) + sum[r][c] : sum[r][c]);
+      else
+        store_some(w, p.add ? load_some(w, count) + sum[r][c] : sum[r][c], count);
+    }
+}
+
+// Register tiles: for C vectors a tile has at most max_rows(C) rows.
+constexpr int max_columns = vector_registers == 32 ? 4 : 2;
+constexpr int max_rows(int columns) {
+  return vector_registers == 32 ? (columns == 4   ? 6
+                                   : columns == 3 ? 8
+                                   : columns == 2 ? 12
+                                                  : 14)
+                                : (columns == 2 ? 6 : 8);
+}
+
+template <class T> using MultiplyTile = void (*)(const Product<T> &);
+template <class T> using OuterTile = void (*)(const Outer<T> &);
+
+template <class T, int C, int... R> MultiplyTile<T> multiply_of(int64_t rows, std::integer_sequence<int, R...>) {
+  static constexpr MultiplyTile<T> tiles[] = {multiply_tile<T, R + 1, C>...};
+  return tiles[rows - 1];
+}
+
+template <class T, int C, int... R> OuterTile<T> outer_of(int64_t rows, std::integer_sequence<int, R...>) {
+  static constexpr OuterTile<T> tiles[] = {outer_tile<T, R + 1, C>...};
+  return tiles[rows - 1];
+}
+
+template <class T, int C = max_columns> MultiplyTile<T> multiply_with(int64_t rows, int64_t columns) {
+  if constexpr (C > 1)
+    if (columns < C)
+      return multiply_with<T, C - 1>(rows, columns);
+  return multiply_of<T, C>(rows, std::make_integer_sequence<int, max_rows(C)>());
+}
+
+template <class T, int C = max_columns> OuterTile<T> outer_with(int64_t rows, int64_t columns) {
+  if constexpr (C > 1)
+    if (columns < C)
+      return outer_with<T, C - 1>(rows, columns);
+  return outer_of<T, C>(rows, std::make_integer_sequence<int, max_rows(C)>());
+}
+
+// Weights of one pass over the rows stay in the first cache: bytes of W that a block of k may hold.
+constexpr int64_t block_bytes = 24 * 1024;
+
+// C[rows, columns] of one panel. `readable`: whether a vector may be read that begins in any row of w and ends beyond
+// it, i.e. whether w is padded.
+template <class T> void multiply_panel(const Product<T> &whole, int64_t rows, int64_t columns, bool readable) {
+  constexpr int n = lanes<T>;
+  alignas(64) T tail[n * max_columns * n]; // the last rows of w, padded
+  alignas(64) T start[max_columns * n];
+  for (int64_t column = 0; column < columns;) {
+    const int64_t vectors = smaller(ceil_div(columns - column, n), max_columns), width = vectors * n;
+    const int64_t beyond = readable ? 0 : larger(column + width - columns, 0);
+    const int64_t tail_rows = beyond ? smaller(ceil_div(beyond, whole.ldw), whole.k) : 0;
+    const int64_t tiles = ceil_div(rows, max_rows(vectors));
+    const int64_t direct = whole.k - tail_rows;
+    const int64_t block = tiles == 1 ? larger(direct, 1) : larger(16, block_bytes / (width * (int64_t)sizeof(T)));
+    const T *first = whole.start == nullptr ? nullptr : whole.start + column;
+    if (first != nullptr && column + width > columns) {
+      for (int64_t j = 0; j < width; ++j)
+        start[j] = column + j < columns ? first[j] : T(0);
+      first = start;
+    }
+    for (int64_t i = 0; i < tail_rows; ++i)
+      for (int64_t j = 0; j < width; ++j)
+        tail[i * width + j] = column + j < columns ? whole.w[(direct + i) * whole.ldw + column + j] : T(0);
+    // the pieces of k: blocks of w itself, then the tail
+    for (int64_t k = 0; k < whole.k;) {
+      Product<T> p = whole;
+      p.k = k < direct ? smaller(block, direct - k) : whole.k - k;
+      if (k < direct)
+        p.w += k * p.ldw + column;
+      else
+        p.w = tail, p.ldw = width;
+      p.start = k == 0 ? first : nullptr;
+      p.a += k;
+      p.c += column;
+      p.mask += whole.mask ? column : 0;
+      if (k + p.k < whole.k)
+        p.finish = Finish::store;
+      for (int64_t tile = 0, row = 0; tile < tiles; ++tile) {
+        const int64_t end = (tile + 1) * rows / tiles; // tiles of nearly equal height
+        multiply_with<T>(end - row, vectors)(p);
+        p.a += (end - row) * p.lda;
+        p.c += (end - row) * p.ldc;
+        p.mask += whole.mask ? (end - row) * p.ldmask : 0;
+        row = end;
+      }
+      k += p.k;
+    }
+    column += width;
+  }
+}
+
+// dW[k, columns] of one panel from `rows` rows.
+template <class T> void outer_product(const Outer<T> &whole, int64_t k, int64_t columns) {
+  constexpr int n = lanes<T>;
+  const int64_t row_block = 128; // A and dC of a pass stay in the second cache
+  for (int64_t row = 0; row < whole.rows; row += row_block)
+    for (int64_t column = 0; column < columns;) {
+      const int64_t vectors = smaller(ceil_div(columns - column, n), max_columns);
+      const int64_t tiles = ceil_div(k, max_rows(vectors));
+      Outer<T> p = whole;
+      p.rows = smaller(row_block, whole.rows - row);
+      p.a += row * p.lda;
+      p.d += row * p.ldd + column;
+      p.w += column;
+      p.columns = columns - column;
+      p.add = whole.add || row > 0;
+      for (int64_t tile = 0, at = 0; tile < tiles; ++tile) {
+        const int64_t end = (tile + 1) * k / tiles;
+        outer_with<T>(end - at, vectors)(p);
+        p.a += end - at;
+        p.w += (end - at) * p.ldw;
+        at = end;
+      }
+      column += vectors * n;
+    }
+}
+
+// to[column * to_stride + row] = from[row * from_stride + column]; rows of `to` may be written up to a whole vector.
+template <class T>
+void transpose_panel(const T *from, int64_t from_stride, int64_t rows, int64_t columns, T *to, int64_t to_stride) {
+  constexpr int n = lanes<T>;
+  for (int64_t row = 0; row < rows; row += n)
+    for (int64_t column = 0; column < columns; column += n) {
+      if (rows - row >= n && columns - column >= n) {
+        transpose_square(from + row * from_stride + column, from_stride, to + column * to_stride + row, to_stride);
+        continue;
+      }
+      for (int64_t j = column; j < smaller(column + n, columns); ++j)
+        for (int64_t i = row; i < row + n; ++i)
+          to[j * to_stride + i] = i < rows ? from[i * from_stride + j] : T(0);
+    }
+}
+
+} // namespace
+} // namespace IIN_FAST_ISA
+} // namespace iin_fast
