@@ -154,17 +154,17 @@ def _save_image(path: Path, page: np.ndarray, *, top: str = "", left: str = "", 
     """Writes ``page``, three screen pixels to a pixel, with what its sides mean."""
     height, width = page.shape[:2]
     scale, dpi = 3, 100
-    margin = 1.35 if rows else 0.32
-    size = width * scale / dpi + margin, height * scale / dpi + (0.32 if top else 0.05)
+    margin = 1.35 if rows else 0.45
+    size = width * scale / dpi + margin, height * scale / dpi + (0.45 if top else 0.05)
     figure, axis = _plots().subplots(1, 1, figsize=size, layout=None)
     axis.set_position((margin / size[0], 0, 1 - margin / size[0], height * scale / dpi / size[1]))
     axis.imshow(page, interpolation="nearest", aspect="auto")
     axis.axis("off")
     body = IMAGE_SIZE + RULE
     if top:
-        axis.text((body + width) / 2, -3, f"{top} →", ha="center", va="bottom", color=INK, fontsize=12)
+        axis.text((body + width) / 2, -3, f"{top} →", ha="center", va="bottom", color=INK, fontsize=20)
     if left:
-        axis.text(-3, (body + height) / 2, f"← {left}", ha="right", va="center", rotation=90, color=INK, fontsize=12)
+        axis.text(-3, (body + height) / 2, f"← {left}", ha="right", va="center", rotation=90, color=INK, fontsize=20)
     for r, label in enumerate(rows):
         axis.text(-4, r * (IMAGE_SIZE + GAP) + IMAGE_SIZE / 2, label, ha="right", va="center", color=INK, fontsize=11)
     _save(figure, path, dpi=dpi)

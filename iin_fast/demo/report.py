@@ -114,7 +114,7 @@ def _swaps(folder: Path, metrics: dict) -> str:
         ours, other = metrics[key], metrics[f"baseline_{key}"]
         form = "{:.1%}" if better is max else "{:.3f}"
         cells = "".join(
-            f'<td class="{"best" if value == better(ours, other) else ""}">{form.format(value)}</td>'
+            f'<td class="{"best" if ours != other and value == better(ours, other) else ""}">{form.format(value)}</td>'
             for value in (ours, other)
         )
         body += f"<tr><td>{text}</td>{cells}<td>{form.format(metrics[bound])}</td></tr>"

@@ -23,6 +23,7 @@ from .data import FACTORS, Digits, load_digits
 from .evaluate import (
     HeldOut,
     MeanShift,
+    Swap,
     iin_swap,
     invertibility_error,
     likelihoods,
@@ -49,14 +50,15 @@ class Plan:
     """
 
     judge_steps: int = 800
-    vae_steps: int = 2400
-    iin_steps: int = 1500
-    unsupervised_steps: int = 500
+    vae_steps: int = 2800
+    iin_steps: int = 2000
+    unsupervised_steps: int = 800
     n_flows: int = 8
     hidden_dim: int = 256
     hidden_depth: int = 2
     dims_pairs: int = 4000
-    throughput_repeats: int = 15
+    swap_rounds: int = 4
+    throughput_repeats: int = 20
 
     @classmethod
     def quick(cls) -> Plan:
@@ -69,6 +71,7 @@ class Plan:
             n_flows=2,
             hidden_dim=64,
             dims_pairs=400,
+            swap_rounds=1,
             throughput_repeats=2,
         )
 
@@ -106,7 +109,7 @@ def _run(out: Path, plan: Plan, seed: int) -> dict:
     with _Bars() as bars:
         work = _train(bars, plan, seed, seeds)
         with bars.stage("Judging", 3) as step:
-            metrics = {**_judge(work, seeds, step), "seed": seed}
+            metrics = {**_judge(work, plan, seeds, step), "seed": seed}
             _write_json(out / "metrics.json", metrics)
             work.iin.save(out / "iin")
             torch.save(work.vae.state_dict(), out / "vae.pt")
@@ -169,17 +172,21 @@ def _train(bars: _Bars, plan: Plan, seed: int, seeds: dict[str, int]) -> _Work:
     return _Work(train, HeldOut.of(vae, test, seed=seeds["held_out"]), judge, vae, iin, unsupervised)
 
 
-def _judge(work: _Work, seeds: dict[str, int], step: Callable[[], None]) -> dict:
+def _judge(work: _Work, plan: Plan, seeds: dict[str, int], step: Callable[[], None]) -> dict:
     """All numbers about held-out images."""
     data, vae, judge = work.held_out, work.vae, work.judge
-    scores = score_swaps(iin_swap(work.iin, data), data, vae, judge, seed=seeds["swaps"])
+
+    def scores(swap: Swap) -> dict[str, float]:
+        return score_swaps(swap, data, vae, judge, seed=seeds["swaps"], rounds=plan.swap_rounds)
+
+    iin_scores = scores(iin_swap(work.iin, data))
     step()
     baseline = MeanShift(HeldOut.of(vae, work.train, seed=seeds["baseline"])).on(data)
-    baseline_scores = score_swaps(baseline, data, vae, judge, seed=seeds["swaps"])
+    baseline_scores = scores(baseline)
     step()
     metrics = {
         **reconstruction_scores(data, vae, judge),
-        **scores,
+        **iin_scores,
         **{f"baseline_{name}": value for name, value in baseline_scores.items()},
         "factor_dims": work.iin.sizes,
         **likelihoods(work.iin, work.unsupervised, vae, data, seed=seeds["likelihoods"]),

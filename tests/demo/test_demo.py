@@ -1,6 +1,7 @@
 """The demo: its data and pairs, how swaps are judged, and a whole run of a few steps."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,14 +11,26 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 pytest.importorskip("safetensors")
 
-from iin_fast.demo import run_demo
+from iin_fast.demo import data, run_demo
 from iin_fast.demo.data import ColoredPairs, colorize, draw_colors, jitter, load_digits
 from iin_fast.demo.evaluate import HeldOut, MeanShift, score_swaps
 from iin_fast.demo.first_stage import VAE
-from iin_fast.demo.judge import Judge, read_color
+from iin_fast.demo.judge import read_color
 
 PICTURES = ["swap_digit.png", "swap_color.png", "interpolation.png", "samples.png", "loss.png"]
 SWAPS = ["swap_digit_accuracy", "swap_digit_color_error", "swap_color_accuracy", "swap_color_error"]
+
+
+def marked_digits(n):
+    """Shapes of one inked pixel, whose column is the label."""
+    labels = torch.arange(n) % 10
+    shapes = torch.zeros(n, 1, 32, 32)
+    shapes[torch.arange(n), 0, 0, labels] = 1
+    return data.Digits(shapes, labels)
+
+
+def read_mark(images):
+    return images[:, :, 0].amax(1).argmax(1)
 
 
 @pytest.fixture(scope="module")
@@ -25,10 +38,22 @@ def digits():
     return load_digits(0)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Two busy threads on a core that others use too wait for each other; these nets are too small to need them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "made" / "by the run"
-    return out, run_demo(out, seed=3, quick=True)
+    random_state = torch.get_rng_state()
+    metrics = run_demo(out, seed=3, quick=True)
+    assert torch.equal(torch.get_rng_state(), random_state)  # the caller's own draws are not disturbed
+    return out, metrics
 
 
 def test_digits_are_split_by_image_with_every_digit_on_both_sides(digits):
@@ -61,20 +86,12 @@ def test_pairs_share_exactly_one_concept(digits):
     assert same_color[shared[:, 0]].float().mean() < 0.2
 
 
-def test_pairs_share_the_digit_they_say(digits):
-    train = digits[0]
-    # Shapes that spell their own label, so that the label can be read back from an image.
-    marked = type(train)(torch.ones_like(train.shapes) * (train.labels[:, None, None, None] + 1) / 10, train.labels)
-    pairs = ColoredPairs(marked, seed=0)
-    label_a, label_b = [], []
-    original = colorize(marked.shapes, torch.ones(len(marked), 3))
-    assert torch.equal((original[:, 0, 16, 16] * 10 - 1).round().long(), train.labels)
-    a, b, shared = pairs.draw(400)
-    brightness_a, brightness_b = a[:, :, 16, 16].amax(1), b[:, :, 16, 16].amax(1)
-    label_a, label_b = brightness_a, brightness_b
-    # A pair that shares the color has one brightness for both: then the ratio is 1 only for the same label.
-    ratio = (label_a / label_b)[shared[:, 1]]
-    assert ((ratio - 1).abs() > 0.05).all()
+def test_pairs_share_the_digit_they_say(monkeypatch):
+    monkeypatch.setattr(data, "jitter", lambda shapes, generator: shapes)
+    digits = marked_digits(200)
+    a, b, shared = data.ColoredPairs(digits, seed=0).draw(500)
+    assert torch.equal(read_mark(a) == read_mark(b), shared[:, 0])
+    assert read_mark(a).unique().tolist() == read_mark(b).unique().tolist() == list(range(10))
 
 
 def test_pairs_repeat_with_their_seed(digits):
@@ -91,20 +108,20 @@ def test_color_is_read_as_it_was_painted(digits):
     assert torch.isfinite(read_color(torch.zeros(2, 3, 32, 32))).all()
 
 
-def test_scores_of_a_swap_that_does_nothing_and_of_one_that_gives_everything(digits):
-    torch.manual_seed(0)
-    vae, judge = VAE(width=4).eval(), Judge(width=4).eval()
-    data = HeldOut.of(vae, digits[1].take(torch.arange(100)), seed=0)
-    reads = judge.read(vae.decode(data.z))
-    data = HeldOut(vae.decode(data.z), reads, data.colors, data.z)  # a perfect first stage and a perfect judge
-    if len(reads.unique()) < 2:  # an untrained judge may see one digit only; then no donor shows another
-        data = HeldOut(data.images, torch.arange(100) % 2, data.colors, data.z)
-        judge.read = lambda images: torch.zeros(len(images), dtype=torch.int64)
-    nothing = score_swaps(lambda factor, keeper, donor: data.z[keeper], data, vae, judge, seed=0)
-    everything = score_swaps(lambda factor, keeper, donor: data.z[donor], data, vae, judge, seed=0)
-    assert set(nothing) == set(SWAPS)
-    assert nothing["swap_digit_color_error"] < 1e-5 and everything["swap_color_error"] < 1e-5
-    assert nothing["swap_digit_accuracy"] <= 0.5 + 1e-6
+def test_scores_tell_a_swap_of_nothing_from_a_swap_of_everything():
+    digits = marked_digits(100)
+    images = colorize(digits.shapes, draw_colors(100, torch.Generator().manual_seed(0)))
+    held_out = HeldOut(images, digits.labels, images[:, :, 0].amax(2), z=images.flatten(1))
+    vae = SimpleNamespace(decode=lambda z: z.unflatten(1, images.shape[1:]))
+    judge = SimpleNamespace(read=read_mark)
+
+    def scores(swap):
+        return tuple(score_swaps(swap, held_out, vae, judge, seed=0)[name] for name in SWAPS)
+
+    digit_read, color_changed, digit_kept, color_missed = scores(lambda factor, keeper, donor: held_out.z[keeper])
+    assert (digit_read, color_changed, digit_kept) == (0, 0, 1) and color_missed > 0.1
+    digit_read, color_changed, digit_kept, color_missed = scores(lambda factor, keeper, donor: held_out.z[donor])
+    assert (digit_read, digit_kept, color_missed) == (1, 0, 0) and color_changed > 0.1
 
 
 def test_mean_shift_moves_means_onto_means(digits):
@@ -160,12 +177,3 @@ def test_output_folder_that_cannot_be_written_fails_at_once(tmp_path):
 def test_seed_out_of_range_fails_at_once(tmp_path):
     with pytest.raises(ValueError, match="seed is -1"):
         run_demo(tmp_path, seed=-1)
-
-
-def test_run_leaves_the_global_random_state_alone(finished, tmp_path):
-    torch.manual_seed(0)
-    expected = torch.rand(3)
-    torch.manual_seed(0)
-    with pytest.raises(ValueError):
-        run_demo(tmp_path, seed=-1)
-    assert torch.equal(torch.rand(3), expected)
