@@ -43,7 +43,7 @@ def draw_interpolation(path: Path, model: iin_fast.IIN, data: HeldOut, vae: VAE,
 
     The last row of each pair mixes z itself, without the IIN.
     """
-    pairs = [_first(data, 3, 0), _first(data, 7, 1)], [_first(data, 6, 2), _first(data, 2, 3)]
+    pairs = [_first(data, 3, 0), _first(data, 7, 0)], [_first(data, 6, 2), _first(data, 2, 3)]
     ways = {"digit": "digit", "color": "color", "all factors": None}
     blocks: list[Tensor] = []
     labels: list[str] = []
