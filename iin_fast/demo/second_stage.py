@@ -55,8 +55,8 @@ def train_iin(
 ) -> Iterator[float]:
     """Trains ``model`` with the factor loss on pairs of latents; yields the loss of every step, in nats per pair.
 
-    Pairs share their color exactly, so ``rho`` is above the published 0.975: with 0.99 the color errors of both swaps
-    fell from 0.036 to 0.031 after 1500 to 2000 steps, and the digits were read as well.
+    Pairs share their color exactly, so ``rho`` is above the published 0.975: in the whole demo with seed 0 it brings the
+    color error of both swaps from 0.036 down to 0.030, and the digits read after a swap from 0.974 up to 0.983.
     """
     pairs = ColoredPairs(digits, seed=seed)
     factor_loss = iin_fast.FactorLoss(rho)
