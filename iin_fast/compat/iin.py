@@ -252,7 +252,7 @@ class FactorTransformer(VectorTransformer):
 
     Args:
         config: as for :class:`VectorTransformer`, and either ``Transformer/factor_config``, the sizes of all factors
-            with the residual as factor 0, or ``Transformer/n_factors`` (default 2) for equal parts.
+            in order, or ``Transformer/n_factors`` (default 2) for equal parts.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -295,7 +295,7 @@ class Loss(nn.Module):
     """Negative log-likelihood under a standard normal, without its constant: mean of 0.5 ||z||² - logdet.
 
     References:
-        Esser et al. 2020, Eq. 5.
+        Esser et al. 2020, Sec. 3.1.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -332,7 +332,7 @@ class FactorLoss(nn.Module):
     A factor code f >= 0 says that factor f is shared; f < 0 that all are shared but factor -f.
 
     References:
-        Esser et al. 2020, Eq. 9–11.
+        Esser et al. 2020, Sec. 3.2.
 
     Args:
         config: may hold ``Loss/rho``, the correlation of a shared factor, in (0, 1); 0.975 when left out.

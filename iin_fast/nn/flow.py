@@ -46,7 +46,7 @@ class Flow(DataDependentStart):
         Esser et al. 2020, Sec. 3.1. Dinh et al. 2017 (RealNVP), Eq. 4–8. Kingma and Dhariwal 2018 (Glow), Sec. 3.1.
 
     Args:
-        dim: number of features.
+        dim: number of features, at least 2.
         n_flows: number of blocks.
         hidden_dim: width of the MLPs.
         hidden_depth: number of hidden-to-hidden layers of each MLP.
@@ -96,7 +96,7 @@ class Flow(DataDependentStart):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        sizes = {"dim": (dim, 1), "n_flows": (n_flows, 1), "hidden_dim": (hidden_dim, 1)}
+        sizes = {"dim": (dim, 2), "n_flows": (n_flows, 1), "hidden_dim": (hidden_dim, 1)}
         sizes |= {"hidden_depth": (hidden_depth, 0), "context_dim": (context_dim, 0)}
         for name, (size, least) in sizes.items():
             if size < least:
@@ -167,10 +167,9 @@ class Flow(DataDependentStart):
             out_features, in_features = self.matrices[f"weight_{layer}"]
             weight = torch.empty(out_features, in_features, device=device, dtype=self.weight_in.dtype)
             bias = torch.empty(out_features, device=device, dtype=self.weight_in.dtype)
-            if weight.numel():
-                nn.init.kaiming_uniform_(weight, a=5**0.5, generator=generator)
-                bound = in_features**-0.5
-                nn.init.uniform_(bias, -bound, bound, generator=generator)
+            nn.init.kaiming_uniform_(weight, a=5**0.5, generator=generator)
+            bound = in_features**-0.5
+            nn.init.uniform_(bias, -bound, bound, generator=generator)
             getattr(self, f"weight_{layer}")[index].copy_(pack(weight))
             getattr(self, f"bias_{layer}")[index].copy_(bias)
 

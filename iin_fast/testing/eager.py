@@ -12,7 +12,7 @@ __all__ = ["EagerFlow", "eager_flow"]
 NAMES = Names(norm="norm", coupling="coupling", shuffle="shuffle")
 
 
-def eager_flow(flow: Flow) -> "EagerFlow":
+def eager_flow(flow: Flow, *, reads_flag: bool = True) -> "EagerFlow":
     """A plain-torch copy of ``flow`` with the same weights, that runs the operations of the published code one by one.
 
     Every net is its own Sequential of Linear, LeakyReLU and Tanh; halves are chunked and concatenated; features are
@@ -20,6 +20,8 @@ def eager_flow(flow: Flow) -> "EagerFlow":
 
     Args:
         flow: to copy; later changes of either side do not reach the other.
+        reads_flag: read ``initialized`` from the device at every call, as published. False leaves that out, so that
+            torch.compile sees one graph; ``flow`` must then have had its data-dependent start.
 
     Returns:
         A module with ``forward(z) -> (z, log-det [batch])`` and ``reverse(z) -> x``, on the device and of the type of
@@ -37,6 +39,9 @@ def eager_flow(flow: Flow) -> "EagerFlow":
     with torch.no_grad():
         state = export_tensors(published_entries(flow, NAMES), stored)
     eager.blocks.load_state_dict(state)
+    for module in eager.modules():
+        if isinstance(module, EagerActNorm):
+            module.reads_flag = reads_flag
     return eager.train(flow.training)
 
 
@@ -95,10 +100,11 @@ class EagerActNorm(nn.Module):
         self.loc = nn.Parameter(torch.zeros(1, dim, 1, 1))
         self.scale = nn.Parameter(torch.ones(1, dim, 1, 1))
         self.register_buffer("initialized", torch.tensor(0, dtype=torch.uint8))
+        self.reads_flag = True
 
     def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
         h = h[:, :, None, None]
-        if self.initialized.item() == 0:
+        if self.reads_flag and self.initialized.item() == 0:
             with torch.no_grad():
                 self.loc.copy_(-h.mean(0, keepdim=True))
                 self.scale.copy_(1 / (h.std(0, keepdim=True) + 1e-6))

@@ -15,7 +15,6 @@ from iin_fast.ops.flow.layout import unpack
 CONFIGS = {
     "even": dict(dim=6),
     "odd": dict(dim=7),
-    "one feature": dict(dim=1),
     "two features": dict(dim=2, n_flows=4),
     "deep": dict(dim=5, n_flows=1, hidden_depth=4, hidden_dim=9),
     "shallow": dict(dim=6, hidden_depth=0),
@@ -122,7 +121,7 @@ def test_every_parameter_gets_a_gradient_and_a_step(case):
     z, logdet = flow(x, context)
     (z.square().sum() - logdet.sum()).backward()
     torch.optim.Adam(flow.parameters(), lr=1e-2).step()
-    learned = {"loc", "scale"} if flow.dim == 1 else before.keys() - {"initialized", "permutation"}
+    learned = before.keys() - {"initialized", "permutation"}
     for key, tensor in flow.state_dict().items():
         assert torch.equal(tensor, before[key]) == (key not in learned or tensor.numel() == 0), key
 
@@ -453,7 +452,7 @@ def test_context_that_nobody_reads():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        (dict(dim=0), "dim is 0, expected at least 1"),
+        (dict(dim=1), "dim is 1, expected at least 2"),
         (dict(n_flows=0), "n_flows is 0"),
         (dict(hidden_dim=0), "hidden_dim is 0"),
         (dict(hidden_depth=-1), "hidden_depth is -1, expected at least 0"),

@@ -38,7 +38,7 @@ def unpack(panels: Tensor, out_features: int, in_features: int) -> Tensor:
     Returns:
         ``[..., out_features, in_features]``. Differentiable.
     """
-    widths = [min(PANEL, out_features - start) for start in range(0, max(out_features, 1), PANEL)]
+    widths = [min(PANEL, out_features - start) for start in range(0, out_features, PANEL)]
     blocks = panels.split([width * in_features for width in widths], dim=-1)
     rows = [
         block.unflatten(-1, (in_features, width)).transpose(-1, -2) for block, width in zip(blocks, widths, strict=True)

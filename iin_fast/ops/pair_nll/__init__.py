@@ -58,7 +58,7 @@ def pair_nll(
         ValueError: wrong rank or shape, tensors on two devices, sizes that do not sum to dim, rho outside (0, 1).
 
     References:
-        Esser, Rombach, Ommer: A disentangling invertible interpretation network, CVPR 2020, Eq. 8-11.
+        Esser, Rombach, Ommer: A disentangling invertible interpretation network, CVPR 2020, Sec. 3.2 (the loss of a pair).
     """
     op = "pair_nll"
     check_floating(op, "za", za)
