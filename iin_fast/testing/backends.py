@@ -64,7 +64,8 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
     same_special = (got == expected) | (got.isnan() & expected.isnan())
     difference = torch.where(same_special, 0.0, (got - expected).abs())
     scale = expected[expected.isfinite()].abs().max().item() if expected.isfinite().any() else 0.0
-    return difference.max().item() / max(scale, 1e-30) if difference.max() > 0 else 0.0
+    largest = difference.max().item()  # NaN if there is one
+    return 0.0 if largest == 0 else largest / max(scale, 1e-30)
 
 
 def _run(function: Callable[..., Any], inputs: list[Any], parameters: dict[str, Tensor]) -> dict[str, Tensor]:
