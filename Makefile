@@ -1,6 +1,6 @@
 # make demo   the main job: environment, wheel, training, swaps, report in runs/demo
 # make test   the whole suite
-.PHONY: demo test wheel sdist build lint clean
+.PHONY: demo test wheel sdist build lint bench torch-check clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -52,6 +52,22 @@ lint: $(VENV)/.ready
 
 test: build lint
 	$(BIN)/python -m pytest
+
+# The benchmarks whose results are committed, on an otherwise idle machine (a quarter of an hour).
+bench: build
+	$(PIP) install --quiet --no-deps FrEIA nflows normflows
+	iin-fast bench --out benchmarks/results
+	$(BIN)/python -m pytest benchmarks/test_ops.py -q --benchmark-json=build/ops.json
+	$(BIN)/python benchmarks/ops_summary.py build/ops.json benchmarks/results/ops_cpu.json
+	$(BIN)/python benchmarks/readme.py
+
+# The wheel in an environment of its own with another torch: make torch-check TORCH=2.14.1 (several GB, not in CI).
+TORCH ?= 2.14.1
+torch-check: dist/.built
+	rm -rf build/torch-check && $(PYTHON) -m venv build/torch-check
+	build/torch-check/bin/python -m pip install --quiet torch==$(TORCH) numpy typer rich
+	build/torch-check/bin/python -m pip install --quiet --no-deps --no-index dist/*.whl
+	cd build && torch-check/bin/iin-fast info && torch-check/bin/iin-fast check
 
 clean:
 	rm -rf build dist *.egg-info iin_fast/lib iin_fast/_build_info.py

@@ -1,4 +1,4 @@
-"""The command line: iin-fast info, check, demo."""
+"""The command line: iin-fast info, check, demo, bench."""
 
 import sys
 from pathlib import Path
@@ -69,6 +69,36 @@ def demo(
     from .demo import run_demo
 
     run_demo(out, seed=seed, quick=quick)
+
+
+@app.command()
+def bench(
+    out: Annotated[Path, typer.Option(help="folder for JSON and pictures")] = Path("runs/bench"),
+    peers: Annotated[str, typer.Option(help="comma-separated: FrEIA,nflows,normflows,compile; default: all")] = "",
+    quick: Annotated[bool, typer.Option(help="a minute or two: few repeats, no compile, no sweeps")] = False,
+) -> None:
+    """Time the flow against the published composition, torch.compile and other libraries, in one run."""
+    from .bench import run_bench
+
+    wanted = [name.strip() for name in peers.split(",") if name.strip()] or None
+    result = run_bench(
+        out, peers=wanted, quick=quick, say=lambda line: console.print(line, style="dim", highlight=False)
+    )
+    table = Table("case", "system", "median ms", "min", "max", "x eager", "x floor")
+    for case, found in result["cases"].items():
+        for name, row in found["systems"].items():
+            times = (f"{1e3 * row[key]:.2f}" for key in ("median", "min", "max"))
+            ratios = (f"{row['times_eager']:.2f}", f"{row['times_floor']:.2f}")
+            table.add_row(
+                case, name, *times, *ratios, style="bold" if name == "iin-fast" else "", end_section=name == "iin-fast"
+            )
+    console.print(table)
+    for name, row in result["inversion"].items():
+        console.print(f"inversion error, {name}: {row['max_error']:.1e}", highlight=False)
+    for name, by_depth in result.get("memory", {}).get("systems", {}).items():
+        parts = ", ".join(f"{depth} blocks {row['above_gradients']:.0f} MiB" for depth, row in by_depth.items())
+        console.print(f"peak memory above gradients, {name}: {parts}", highlight=False)
+    console.print(f"written to {out}")
 
 
 def main() -> None:

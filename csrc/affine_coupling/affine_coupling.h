@@ -6,12 +6,35 @@
 // The reference for all of it is iin_fast/ops/affine_coupling/reference.py.
 #pragma once
 
+#include <type_traits>
+
 #include "common/math.h"
 
 namespace iin_fast {
 
 // Values are part of the op's schema (iin_fast/ops/affine_coupling/__init__.py holds the names).
 enum class Squash : int64_t { identity = 0, tanh = 1, atan = 2, sigmoid = 3, none = 4 };
+
+// Calls f with the squash and the direction as compile-time constants.
+template <class F> IIN_FAST_HD void with_constants(Squash squash, bool inverse, F &&f) {
+  switch (squash) {
+  case Squash::identity:
+    return inverse ? f(std::integral_constant<Squash, Squash::identity>(), std::true_type())
+                   : f(std::integral_constant<Squash, Squash::identity>(), std::false_type());
+  case Squash::tanh:
+    return inverse ? f(std::integral_constant<Squash, Squash::tanh>(), std::true_type())
+                   : f(std::integral_constant<Squash, Squash::tanh>(), std::false_type());
+  case Squash::atan:
+    return inverse ? f(std::integral_constant<Squash, Squash::atan>(), std::true_type())
+                   : f(std::integral_constant<Squash, Squash::atan>(), std::false_type());
+  case Squash::sigmoid:
+    return inverse ? f(std::integral_constant<Squash, Squash::sigmoid>(), std::true_type())
+                   : f(std::integral_constant<Squash, Squash::sigmoid>(), std::false_type());
+  case Squash::none:
+    return inverse ? f(std::integral_constant<Squash, Squash::none>(), std::true_type())
+                   : f(std::integral_constant<Squash, Squash::none>(), std::false_type());
+  }
+}
 
 // s of raw. `clamp` bounds |s| for tanh and atan.
 template <Squash squash, class T> IIN_FAST_HD T log_scale(T raw, T clamp) {

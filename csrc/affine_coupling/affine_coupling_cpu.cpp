@@ -1,6 +1,6 @@
 // affine_coupling on the CPU: tensor checks and the parallel loop. The loops are in affine_coupling_loops.cpp.
+#include "affine_coupling/affine_coupling_checks.h"
 #include "affine_coupling/affine_coupling_loops.h"
-#include "common/tensor.h"
 
 namespace iin_fast {
 namespace {
@@ -9,27 +9,15 @@ template <class Storage> Rows<const Storage> const_rows(const Tensor &t) {
   return {static_cast<const Storage *>(t.const_data_ptr()), t.size(0) > 1 ? t.stride(0) : 0};
 }
 
-void check_like(const char *op, const char *name, const Tensor &t, const Tensor &x) {
-  bool same = t.dim() == x.dim() && t.scalar_type() == x.scalar_type();
-  for (int64_t d = 0; same && d < x.dim(); ++d)
-    same = t.size(d) == x.size(d);
-  STD_TORCH_CHECK(same, op, ": ", name, " must have the shape and type of x");
-}
-
 std::tuple<Tensor, Tensor> affine_coupling(const Tensor &x_in,                  // [batch, ...]
                                            const std::optional<Tensor> &raw_in, // [batch, ...]
                                            const Tensor &shift_in,              // [batch, ...]
                                            int64_t squash, double clamp, bool inverse) {
-  STD_TORCH_CHECK(x_in.dim() >= 1, "affine_coupling: x must have a batch dimension");
-  check_like("affine_coupling", "shift", shift_in, x_in);
-  STD_TORCH_CHECK(raw_in.has_value() == (static_cast<Squash>(squash) != Squash::none),
-                  "affine_coupling: raw_scale must be given, except for squash none");
+  check_coupling(x_in, raw_in, shift_in, squash);
   const Tensor x = with_contiguous_rows(x_in), shift = with_contiguous_rows(shift_in);
   std::optional<Tensor> raw;
-  if (raw_in.has_value()) {
-    check_like("affine_coupling", "raw_scale", *raw_in, x_in);
+  if (raw_in.has_value())
     raw = with_contiguous_rows(*raw_in);
-  }
   const int64_t rows = row_count(x), features = feature_count(x);
   Tensor y = torch::stable::new_empty(x, x.sizes());
   Tensor logdet = torch::stable::new_empty(x, {rows}, accumulate_type(x.scalar_type()));
@@ -57,19 +45,15 @@ affine_coupling_backward(const Tensor &grad_y_in,      // [batch, ...]
                          const Tensor &value_in,       // [batch, ...]: x of the forward map, y of the inverse map
                          const std::optional<Tensor> &raw_in, // [batch, ...]
                          int64_t squash, double clamp, bool inverse) {
-  check_like("affine_coupling_backward", "grad_y", grad_y_in, value_in);
+  check_coupling_backward(grad_y_in, grad_logdet_in, value_in, raw_in, squash);
   const Tensor grad_y = with_contiguous_rows(grad_y_in), value = with_contiguous_rows(value_in);
   const Tensor grad_logdet = torch::stable::contiguous(grad_logdet_in);
   std::optional<Tensor> raw, grad_raw;
   if (raw_in.has_value()) {
-    check_like("affine_coupling_backward", "raw_scale", *raw_in, value_in);
     raw = with_contiguous_rows(*raw_in);
     grad_raw = torch::stable::new_empty(value, value.sizes());
   }
   const int64_t rows = row_count(value), features = feature_count(value);
-  STD_TORCH_CHECK(grad_logdet.dim() == 1 && grad_logdet.size(0) == rows &&
-                      grad_logdet.scalar_type() == accumulate_type(value.scalar_type()),
-                  "affine_coupling_backward: grad_logdet must be [batch] in the type of the log-det");
   Tensor grad_x = torch::stable::new_empty(value, value.sizes());
   Tensor grad_shift = torch::stable::new_empty(value, value.sizes());
   with_storage("affine_coupling_backward", value.scalar_type(), [&](auto storage) {

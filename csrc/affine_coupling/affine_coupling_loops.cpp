@@ -69,28 +69,6 @@ void backward_rows(const CouplingBackward<Storage> &job, int64_t begin, int64_t 
   }
 }
 
-// Calls f with the squash and the direction as compile-time constants.
-template <class F> void with_constants(Squash squash, bool inverse, F &&f) {
-  const auto with_squash = [&](auto s) {
-    if (inverse)
-      f(s, std::true_type());
-    else
-      f(s, std::false_type());
-  };
-  switch (squash) {
-  case Squash::identity:
-    return with_squash(std::integral_constant<Squash, Squash::identity>());
-  case Squash::tanh:
-    return with_squash(std::integral_constant<Squash, Squash::tanh>());
-  case Squash::atan:
-    return with_squash(std::integral_constant<Squash, Squash::atan>());
-  case Squash::sigmoid:
-    return with_squash(std::integral_constant<Squash, Squash::sigmoid>());
-  case Squash::none:
-    return with_squash(std::integral_constant<Squash, Squash::none>());
-  }
-}
-
 } // namespace
 
 template <class Storage> void coupling_forward(const CouplingForward<Storage> &job, int64_t begin, int64_t end) {

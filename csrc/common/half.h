@@ -14,6 +14,13 @@
 
 namespace iin_fast {
 
+// The compiler's own half type, for what hardware instructions don't cover.
+#if defined(__aarch64__)
+using half_t = __fp16;
+#else
+using half_t = _Float16;
+#endif
+
 struct BFloat16 {
   uint16_t bits;
 };
@@ -53,7 +60,7 @@ IIN_FAST_INLINE const float *load(const Half *row, float *buffer, int64_t count)
     _mm256_storeu_ps(buffer + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i *>(row + i))));
 #endif
   for (; i < count; ++i) {
-    _Float16 value;
+    half_t value;
     __builtin_memcpy(&value, row + i, sizeof value);
     buffer[i] = static_cast<float>(value);
   }
@@ -85,7 +92,7 @@ IIN_FAST_INLINE void store(const float *buffer, Half *row, int64_t count) {
                      _mm256_cvtps_ph(_mm256_loadu_ps(buffer + i), _MM_FROUND_TO_NEAREST_INT));
 #endif
   for (; i < count; ++i) {
-    const _Float16 value = static_cast<_Float16>(buffer[i]);
+    const half_t value = static_cast<half_t>(buffer[i]);
     __builtin_memcpy(row + i, &value, sizeof value);
   }
 }

@@ -1,4 +1,4 @@
-// The factor loss of a pair (Esser et al. 2020, Eq. 9-11), element by element, for host and device.
+// The factor loss of a pair (Esser et al. 2020, Sec. 3.2), element by element, for host and device.
 //
 //   loss = sum ½ a² - logdet_a + sum ½ (b - m ρ a)² / (1 - m ρ²) - logdet_b, m = 1 where the element's factor is shared
 //

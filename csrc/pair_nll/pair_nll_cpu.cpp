@@ -1,36 +1,15 @@
 // pair_nll on the CPU: tensor checks and the parallel loop. The loops are in pair_nll_loops.cpp.
-#include "common/tensor.h"
+#include "pair_nll/pair_nll_checks.h"
 #include "pair_nll/pair_nll_loops.h"
 
 namespace iin_fast {
 namespace {
 
-void check(const char *op, const Tensor &za, const Tensor &zb, const Tensor &shared,
-           const std::vector<int64_t> &sizes) {
-  STD_TORCH_CHECK(za.dim() == 2 && zb.dim() == 2 && za.size(0) == zb.size(0) && za.size(1) == zb.size(1) &&
-                      za.scalar_type() == zb.scalar_type(),
-                  op, ": za and zb must be [batch, dim] of one type");
-  STD_TORCH_CHECK(shared.dim() == 2 && shared.size(0) == za.size(0) &&
-                      shared.size(1) == static_cast<int64_t>(sizes.size()) && shared.scalar_type() == ScalarType::Bool,
-                  op, ": shared must be bool [batch, factors]");
-  int64_t sum = 0;
-  for (const int64_t size : sizes) {
-    STD_TORCH_CHECK(size >= 0, op, ": sizes must not be negative");
-    sum += size;
-  }
-  STD_TORCH_CHECK(sum == za.size(1), op, ": sizes must sum to dim");
-}
-
-void check_row_values(const char *op, const char *name, const Tensor &t, const Tensor &za) {
-  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == za.size(0) && t.scalar_type() == accumulate_type(za.scalar_type()), op,
-                  ": ", name, " must be [batch] in the type of a log-det");
-}
-
 Tensor pair_nll(const Tensor &za_in, const Tensor &zb_in,             // [batch, dim]
                 const Tensor &logdet_a_in, const Tensor &logdet_b_in, // [batch]
                 const Tensor &shared_in,                              // [batch, factors] bool
                 const std::vector<int64_t> sizes, double rho, bool normalized) {
-  check("pair_nll", za_in, zb_in, shared_in, sizes);
+  check_pair("pair_nll", za_in, zb_in, shared_in, sizes);
   check_row_values("pair_nll", "logdet_a", logdet_a_in, za_in);
   check_row_values("pair_nll", "logdet_b", logdet_b_in, za_in);
   const Tensor za = torch::stable::contiguous(za_in), zb = torch::stable::contiguous(zb_in);
@@ -62,7 +41,7 @@ std::tuple<Tensor, Tensor> pair_nll_backward(const Tensor &grad_in,             
                                              const Tensor &za_in, const Tensor &zb_in, // [batch, dim]
                                              const Tensor &shared_in,                  // [batch, factors] bool
                                              const std::vector<int64_t> sizes, double rho) {
-  check("pair_nll_backward", za_in, zb_in, shared_in, sizes);
+  check_pair("pair_nll_backward", za_in, zb_in, shared_in, sizes);
   check_row_values("pair_nll_backward", "grad", grad_in, za_in);
   const Tensor grad = torch::stable::contiguous(grad_in);
   const Tensor za = torch::stable::contiguous(za_in), zb = torch::stable::contiguous(zb_in);

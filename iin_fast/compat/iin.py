@@ -22,8 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from iin_fast.compat.published import Names, PublishedFlow, PublishedNorm, Shuffle, flat
-from iin_fast.functional import affine_coupling, pair_nll
+from ..functional import pair_nll
+from .blocks import Flow, FullyConnected, PublishedNorm, Shuffle, double_coupling, flat
+from .published import Names, PublishedFlow
 
 __all__ = [
     "BasicFullyConnectedNet",
@@ -64,7 +65,7 @@ def retrieve(config: Mapping[str, Any], key: str, default: Any = REQUIRED) -> An
     return value
 
 
-class BasicFullyConnectedNet(nn.Module):
+class BasicFullyConnectedNet(FullyConnected):
     """An MLP with LeakyReLU (slope 0.01): ``depth + 2`` linear layers.
 
     Args:
@@ -72,7 +73,7 @@ class BasicFullyConnectedNet(nn.Module):
         depth: number of hidden-to-hidden layers.
         hidden_dim: hidden width.
         use_tanh: end with tanh.
-        use_bn: batch normalisation after every hidden linear layer.
+        use_bn: batch normalisation after every linear layer but the last.
         out_dim: output features; ``dim`` when left out.
     """
 
@@ -85,56 +86,8 @@ class BasicFullyConnectedNet(nn.Module):
         use_bn: bool = False,
         out_dim: int | None = None,
     ) -> None:
-        super().__init__()
-        widths = [dim] + [hidden_dim] * (depth + 1)
-        layers: list[nn.Module] = []
-        for i in range(depth + 1):
-            layers.append(nn.Linear(widths[i], widths[i + 1]))
-            layers += self._norms(hidden_dim, i, use_bn)
-            layers.append(nn.LeakyReLU())
-        layers.append(nn.Linear(hidden_dim, dim if out_dim is None else out_dim))
-        if use_tanh:
-            layers.append(nn.Tanh())
-        self.main = nn.Sequential(*layers)
-
-    def _norms(self, hidden_dim: int, layer: int, use_bn: bool) -> list[nn.Module]:
-        return [nn.BatchNorm1d(hidden_dim)] if use_bn else []
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map ``x [batch, dim]`` to ``[batch, out_dim]``."""
-        return self.main(x)  # type: ignore[no-any-return]
-
-    def before_tanh(self, x: Tensor) -> Tensor:
-        """``forward`` without the closing tanh, for couplings that fuse it."""
-        for layer in self.main:
-            if not isinstance(layer, nn.Tanh):
-                x = layer(x)
-        return x
-
-
-def double_coupling(
-    x: Tensor,  # [batch, channels]
-    nets_s: Sequence[nn.Module],  # each [batch, c + context] to [batch, channels - c]
-    nets_t: Sequence[nn.Module],
-    context: Tensor | None,  # [batch, context]
-    inverse: bool,
-) -> tuple[Tensor, Tensor]:  # [batch, channels], [batch]
-    """Affine couplings in turn; the halves are swapped before every odd one, with c = ceil(channels / 2) conditioning."""
-    channels = x.shape[1]
-    kept = channels - channels // 2
-    logdet = x.new_zeros(x.shape[0])
-    for i in reversed(range(len(nets_s))) if inverse else range(len(nets_s)):
-        if i % 2 and not inverse:
-            x = torch.cat([x[:, kept:], x[:, :kept]], dim=1)
-        first, second = x[:, :kept], x[:, kept:]
-        u = first if context is None else torch.cat([first, context], dim=1)
-        raw, shift = nets_s[i].before_tanh(u), nets_t[i](u)  # type: ignore[operator]
-        second, logdet_i = affine_coupling(second, raw, shift, squash="tanh", inverse=inverse)
-        x = torch.cat([first, second], dim=1)
-        logdet = logdet + logdet_i
-        if i % 2 and inverse:
-            x = torch.cat([x[:, channels - kept :], x[:, : channels - kept]], dim=1)
-    return x, logdet
+        norms = [nn.BatchNorm1d] * (depth + 1) if use_bn else []
+        super().__init__(dim, depth, hidden_dim, dim if out_dim is None else out_dim, use_tanh, norms)
 
 
 class DoubleVectorCouplingBlock(nn.Module):
@@ -204,36 +157,6 @@ class VectorActNorm(PublishedNorm):
         return (self._four(output) / self.scale - self.loc).squeeze(3).squeeze(2)
 
 
-class Flow(nn.Module):
-    """Modules one after the other, their log-dets added up.
-
-    Args:
-        module_list: classes, each called as ``module(in_channels, hidden_dim=…, depth=…)``.
-        in_channels, hidden_dim, hidden_depth: passed to each.
-    """
-
-    def __init__(
-        self, module_list: Sequence[Callable[..., nn.Module]], in_channels: int, hidden_dim: int, hidden_depth: int
-    ) -> None:
-        super().__init__()
-        self.in_channels = in_channels
-        self.flow = nn.ModuleList(
-            module(in_channels, hidden_dim=hidden_dim, depth=hidden_depth) for module in module_list
-        )
-
-    def forward(self, x: Tensor, condition: Any = None, reverse: bool = False) -> Any:
-        """Map ``x`` to (y, log-det); ``reverse=True`` gives x alone. ``condition`` is ignored, as published."""
-        if reverse:
-            for module in reversed(self.flow):
-                x = module(x, reverse=True)
-            return x
-        logdet: Any = 0
-        for module in self.flow:
-            x, logdet_i = module(x)
-            logdet = logdet + logdet_i
-        return x, logdet
-
-
 class EfficientVRNVP(nn.Module):
     """``n_flow`` times the modules of ``module_list``.
 
@@ -287,8 +210,8 @@ class VectorTransformer(nn.Module):
     """The flow T of an IIN, from a config.
 
     Args:
-        config: nested (``{"Transformer": {"in_channel": 64, …}}``) or flat (``{"Transformer/in_channel": 64, …}``), with
-            ``in_channel``, ``n_flow``, ``hidden_depth`` and ``hidden_dim``.
+        config: nested (``{"Transformer": {"in_channel": 64, …}}``) or flat (``{"Transformer/in_channel": 64, …}``),
+            with ``in_channel``, ``n_flow``, ``hidden_depth`` and ``hidden_dim``.
 
     Raises:
         KeyError: the config lacks one of these.
@@ -328,8 +251,8 @@ class FactorTransformer(VectorTransformer):
     """A VectorTransformer whose output is split into factors.
 
     Args:
-        config: as for :class:`VectorTransformer`, and either ``Transformer/factor_config``, the sizes of all factors with
-            the residual as factor 0, or ``Transformer/n_factors`` (default 2) for equal parts.
+        config: as for :class:`VectorTransformer`, and either ``Transformer/factor_config``, the sizes of all factors
+            in order, or ``Transformer/n_factors`` (default 2) for equal parts.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -372,7 +295,7 @@ class Loss(nn.Module):
     """Negative log-likelihood under a standard normal, without its constant: mean of 0.5 ||z||² - logdet.
 
     References:
-        Esser et al. 2020, Eq. 5.
+        Esser et al. 2020, Sec. 3.1.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -409,7 +332,7 @@ class FactorLoss(nn.Module):
     A factor code f >= 0 says that factor f is shared; f < 0 that all are shared but factor -f.
 
     References:
-        Esser et al. 2020, Eq. 9–11.
+        Esser et al. 2020, Sec. 3.2.
 
     Args:
         config: may hold ``Loss/rho``, the correlation of a shared factor, in (0, 1); 0.975 when left out.
@@ -441,7 +364,8 @@ class FactorLoss(nn.Module):
             global_step: ignored.
 
         Returns:
-            (loss, log, train_op); ``log["scalars"]`` has loss, loss1 (of example1) and loss2 (of example2 given example1).
+            (loss, log, train_op); ``log["scalars"]`` has loss, loss1 (of example1) and loss2 (of
+            example2 given example1).
         """
         a, b = samples["example1"], samples["example2"]
         logdet_a, logdet_b = logdets["example1"], logdets["example2"]

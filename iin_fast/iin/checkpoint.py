@@ -126,7 +126,7 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
     """CRC-32 of all bytes, in the order of the names."""
     crc = 0
     for _, tensor in sorted(tensors.items()):
-        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), crc)
+        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, crc)
     return f"{crc:08x}"
 
 

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from ._checks import positive_int
+from ._checks import checked_int
 
 __all__ = ["estimate_factor_dims"]
 
@@ -26,10 +26,10 @@ def estimate_factor_dims(
         s_\text{residual} = N, \quad N_F = \lfloor \mathrm{softmax}(s)_F \, N \rfloor
 
     over the pairs that share factor F, with N = ``dim``; what rounding leaves goes to the residual. This is
-    ``method="paper"``. ``method="published"`` is what the authors' code computes and what the paper's experiments used:
-    the covariance summed over all features, divided by the variance summed over all features (of all samples), and 1 for
-    the residual. Scores then lie in [-1, 1], so that the sizes come out even; the paper's lie in [-N, N], and a factor
-    that is correlated in few features gets 0 dimensions, which IIN refuses: take ``"published"`` there.
+    ``method="paper"``. ``method="published"`` is what the authors' code computes: the covariance summed over all
+    features, over the variance (of all samples) summed over all features, and 1 for the residual. These scores lie
+    in [-1, 1], so the sizes come out even. The paper's lie in [-N, N], so a factor that is correlated in part of the
+    features gets few dimensions or 0, which IIN refuses: take ``"published"`` there.
 
     A feature that does not vary has correlation 0.
 
@@ -51,7 +51,7 @@ def estimate_factor_dims(
         Esser, Rombach, Ommer, CVPR 2020, "Estimating Dimensionality of Factors"; CompVis/iin, ``dim_callback``.
 
     Example:
-        >>> from iin_fast.iin import estimate_factor_dims
+        >>> from iin_fast import estimate_factor_dims
         >>> rng = np.random.default_rng(0)
         >>> za, zb = rng.standard_normal((2, 1000, 10))
         >>> factor = np.arange(1000) % 2
@@ -72,7 +72,7 @@ def estimate_factor_dims(
     if n_factors is None:
         n_named = int(codes.max()) + 1
     else:
-        n_named = positive_int(where, "n_factors", n_factors) - 1
+        n_named = checked_int(where, "n_factors", n_factors) - 1
     if codes.min() < 0 or codes.max() >= n_named:
         raise ValueError(
             f"{where}: factor has values from {codes.min()} to {codes.max()}, expected 0 to {n_named - 1} "
@@ -106,8 +106,10 @@ def estimate_factor_dims(
 
 def _ratio(covariance: ArrayLike, variance: ArrayLike) -> NDArray[np.float64]:
     """covariance / variance, and 0 where nothing varies."""
-    covariance, variance = np.asarray(covariance), np.asarray(variance)
-    return np.divide(covariance, variance, out=np.zeros_like(variance), where=variance > 0)
+    variance = np.asarray(variance, dtype=np.float64)
+    ratio = np.zeros_like(variance)
+    np.divide(covariance, variance, out=ratio, where=variance > 0)
+    return ratio
 
 
 def _numpy(values: Tensor | ArrayLike) -> NDArray[np.generic]:
@@ -123,7 +125,7 @@ def _latents(where: str, name: str, values: Tensor | ArrayLike) -> NDArray[np.fl
         raise TypeError(f"{where}: {name} is {array.dtype}, expected real floating-point numbers")
     if array.ndim != 2 or 0 in array.shape:
         raise ValueError(f"{where}: {name} has shape {list(array.shape)}, expected [n, dim] with at least one pair")
-    array = array.astype(np.float64)
-    if not np.isfinite(array).all():
+    latents: NDArray[np.float64] = array.astype(np.float64)
+    if not np.isfinite(latents).all():
         raise ValueError(f"{where}: {name} has NaN or Inf, expected finite numbers")
-    return array
+    return latents

@@ -7,7 +7,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from ._checks import positive_int
+from ._checks import checked_int
 
 __all__ = ["RESIDUAL", "Factors", "factor_sizes"]
 
@@ -15,9 +15,9 @@ RESIDUAL = "residual"
 
 
 def factor_sizes(dim: int, factors: Mapping[str, int] | None, *, where: str = "factor_sizes") -> dict[str, int]:
-    """Sizes of all factors of a ``dim``-dimensional latent; what ``factors`` leaves over is the last one, ``residual``.
+    """Sizes of all factors of a latent ``[batch, dim]``; what ``factors`` leaves over is the last one, ``residual``.
 
-    An explicit ``"residual"`` is allowed as the last entry, where the sizes then sum to ``dim``. Sizes that fill ``dim``
+    An explicit ``"residual"`` is allowed as the last entry; the sizes then sum to ``dim``. Sizes that fill ``dim``
     without one leave no residual.
 
     Raises:
@@ -36,7 +36,7 @@ def factor_sizes(dim: int, factors: Mapping[str, int] | None, *, where: str = "f
     for name, size in factors.items():
         if not isinstance(name, str) or not name:
             raise TypeError(f"{where}: factors has the name {name!r}, expected a non-empty string")
-        sizes[name] = positive_int(where, f"factors[{name!r}]", size)
+        sizes[name] = checked_int(where, f"factors[{name!r}]", size)
     total = sum(sizes.values())
     if RESIDUAL in sizes:
         if list(sizes)[-1] != RESIDUAL:
@@ -58,8 +58,8 @@ class Factors(Mapping[str, Tensor]):
     .. math:: \tilde z = (\tilde z_1, \dots, \tilde z_K, \tilde z_\text{residual})
 
     All factors lie side by side in one tensor ``[batch, dim]``, :attr:`tensor`; ``factors["digit"]`` is a view of it.
-    Indexing with anything but a name picks samples: ``factors[:8]``, ``factors[mask]``, ``factors[3]`` (a batch of one).
-    Factors is a pytree with that one tensor as its leaf, so it passes through torch.compile, torch.export and tree_map.
+    Any index but a name picks samples: ``factors[:8]``, ``factors[mask]``, ``factors[3]`` (a batch of one).
+    Factors is a pytree with that tensor as its one leaf: it passes through torch.compile, torch.export and tree_map.
 
     Args:
         parts: name to tensor ``[batch, size]``; all of one batch size, type and device. They are copied side by side.
@@ -73,7 +73,7 @@ class Factors(Mapping[str, Tensor]):
         Esser, Rombach, Ommer, A Disentangling Invertible Interpretation Network, CVPR 2020, Sec. 3.1.
 
     Example:
-        >>> from iin_fast.iin import Factors
+        >>> from iin_fast import Factors
         >>> factors = Factors({"digit": torch.zeros(8, 2), "residual": torch.ones(8, 3)})
         >>> factors
         Factors(batch=8, digit=2, residual=3)
@@ -121,7 +121,7 @@ class Factors(Mapping[str, Tensor]):
             raise TypeError(f"Factors.split: tensor is a {type(tensor).__name__}, expected a torch.Tensor [batch, dim]")
         if not isinstance(sizes, Mapping):
             raise TypeError(f"Factors.split: sizes is a {type(sizes).__name__}, expected a mapping of name to size")
-        checked = {name: positive_int("Factors.split", f"sizes[{name!r}]", size) for name, size in sizes.items()}
+        checked = {name: checked_int("Factors.split", f"sizes[{name!r}]", size) for name, size in sizes.items()}
         total = sum(checked.values())
         if tensor.dim() != 2 or tensor.shape[1] != total:
             raise ValueError(
@@ -131,7 +131,7 @@ class Factors(Mapping[str, Tensor]):
 
     @classmethod
     def _wrap(cls, tensor: Tensor, sizes: dict[str, int]) -> "Factors":
-        """split() without checks: pytree hands over leaves that are not tensors, the model what it has checked before."""
+        """split() without checks: pytree gives leaves that are not tensors, the model what it has checked before."""
         factors = object.__new__(cls)
         factors._tensor = tensor
         factors._sizes = sizes

@@ -1,7 +1,6 @@
 """The loss that teaches an IIN its factors."""
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +35,7 @@ class FactorLoss(nn.Module):
         Esser, Rombach, Ommer, CVPR 2020, Sec. 3.2; CompVis/iin, ``FactorLoss``.
 
     Example:
-        >>> from iin_fast.iin import IIN, FactorLoss
+        >>> from iin_fast import IIN, FactorLoss
         >>> model = IIN(8, {"digit": 3, "color": 2}, n_flows=2, hidden_dim=16)
         >>> za, zb = torch.randn(2, 4, 8).unbind()
         >>> loss = FactorLoss(rho=0.975)
@@ -73,7 +72,7 @@ class FactorLoss(nn.Module):
         """
         if not isinstance(model, IIN):
             raise TypeError(f"FactorLoss: model is a {type(model).__name__}, expected an iin_fast.IIN")
-        check_latents("FactorLoss", (("za", za), ("zb", zb)), model.dim, model.device)
+        check_latents("FactorLoss", (("za", za), ("zb", zb)), model.dim, model.flow.loc)
         batch = za.shape[0]
         if batch == 0:
             raise ValueError("FactorLoss: za has no samples, expected at least one pair for a mean")
@@ -105,7 +104,7 @@ class FactorLoss(nn.Module):
         if list(factors_b.sizes.items()) != list(sizes.items()):
             raise ValueError(f"{where}: factors_b has sizes {factors_b.sizes}, expected {sizes} like factors_a")
         a, b = factors_a.tensor, factors_b.tensor
-        check_latents(where, (("factors_a", a), ("factors_b", b)), a.shape[1], a.device)
+        check_latents(where, (("factors_a", a), ("factors_b", b)), a.shape[1], a)
         for name, logdet in (("logdet_a", logdet_a), ("logdet_b", logdet_b)):
             check_floating(where, name, logdet)
             check_shape(where, name, logdet, a.shape[:1], "([batch])")
@@ -133,7 +132,12 @@ class FactorLoss(nn.Module):
                 raise ValueError(f"FactorLoss: shared is on {shared.device}, expected {device} like the latents")
             mask = shared
         else:
-            names = [shared] if isinstance(shared, str) else list(cast(Sequence[str], shared))
+            if not isinstance(shared, Sequence):
+                kind = type(shared).__name__
+                raise TypeError(
+                    f"FactorLoss: shared is a {kind}, expected a bool tensor, a name or a sequence of names"
+                )
+            names = [shared] if isinstance(shared, str) else list(shared)
             for name in names:
                 if name not in concepts:
                     raise ValueError(f"FactorLoss: shared names {name!r}, expected one of {concepts}")

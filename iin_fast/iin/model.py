@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..nn import Flow
 from . import checkpoint
-from ._checks import check_latents, positive_int
+from ._checks import check_latents, checked_int
 from .factors import RESIDUAL, Factors, factor_sizes
 
 __all__ = ["IIN"]
@@ -38,13 +38,14 @@ class IIN(nn.Module):
         memory: what the flow keeps for backward: ``"save"``, ``"invert"`` or ``"auto"``; see ``iin_fast.nn.Flow``.
 
     Raises:
-        TypeError, ValueError: a size that is not a positive integer, or factors that don't fit ``dim``.
+        TypeError, ValueError: a size that is not a positive integer, factors that don't fit ``dim``, a ``dtype`` that
+            is not real floating point. Methods raise them for latents of another rank, feature count, type or device.
 
     References:
         Esser, Rombach, Ommer, A Disentangling Invertible Interpretation Network, CVPR 2020, arXiv 2004.13166, Sec. 3.
 
     Example:
-        >>> from iin_fast.iin import IIN
+        >>> from iin_fast import IIN
         >>> model = IIN(64, {"digit": 22, "color": 11}, n_flows=2, hidden_dim=32)
         >>> z, donor = torch.randn(2, 8, 64).unbind()
         >>> model.encode(z)
@@ -69,9 +70,13 @@ class IIN(nn.Module):
         memory: str = "auto",
     ) -> None:
         super().__init__()
-        self.dim = positive_int("IIN", "dim", dim)
+        self.dim = checked_int("IIN", "dim", dim)
         self._sizes = factor_sizes(self.dim, factors, where="IIN")
-        self._config = {"n_flows": n_flows, "hidden_dim": hidden_dim, "hidden_depth": hidden_depth}
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"IIN: dtype is {dtype}, expected a real floating-point type")
+        n_flows = checked_int("IIN", "n_flows", n_flows)
+        hidden_dim = checked_int("IIN", "hidden_dim", hidden_dim)
+        hidden_depth = checked_int("IIN", "hidden_depth", hidden_depth, least=0)
         self.flow = Flow(
             self.dim,
             n_flows,
@@ -96,19 +101,19 @@ class IIN(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
-        return next(self.flow.parameters()).device
+        return self.flow.loc.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The type of the parameters."""
-        return next(self.flow.parameters()).dtype
+        return self.flow.loc.dtype
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, factors={self._sizes}"
 
     def forward(self, z: Tensor) -> tuple[Factors, Tensor]:
         """Factors of latents ``[batch, dim]``, and log|det T'(z)| ``[batch]`` in nats."""
-        check_latents("IIN", [("z", z)], self.dim, self.device)
+        check_latents("IIN", [("z", z)], self.dim, self.flow.loc)
         factors, logdet = self.flow(z)
         return Factors._wrap(factors, self._sizes), logdet
 
@@ -128,7 +133,7 @@ class IIN(nn.Module):
             TypeError, ValueError: a name that is missing or unknown, or a tensor that doesn't fit.
         """
         tensor = self._join(factors)
-        check_latents("IIN.decode", [("factors", tensor)], self.dim, self.device)
+        check_latents("IIN.decode", [("factors", tensor)], self.dim, self.flow.loc)
         z: Tensor = self.flow.inverse(tensor)[0]
         return z
 
@@ -149,7 +154,7 @@ class IIN(nn.Module):
             n: how many.
             generator: draws them, on its own device, so that a seed gives the same draw wherever the model is.
         """
-        n = positive_int("IIN.sample", "n", n)
+        n = checked_int("IIN.sample", "n", n)
         if generator is not None and not isinstance(generator, torch.Generator):
             kind = type(generator).__name__
             raise TypeError(f"IIN.sample: generator is a {kind}, expected a torch.Generator")
@@ -174,7 +179,7 @@ class IIN(nn.Module):
         References:
             Esser, Rombach, Ommer, CVPR 2020, Sec. 4.1 and Fig. 2.
         """
-        check_latents("IIN.swap", [("z", z), ("donor", donor)], self.dim, self.device)
+        check_latents("IIN.swap", [("z", z), ("donor", donor)], self.dim, self.flow.loc)
         mask = self._select("IIN.swap", factor)
         kept, given = self.encode(torch.cat([z, donor])).tensor.chunk(2)
         return self.decode(torch.where(mask, given, kept))
@@ -194,8 +199,8 @@ class IIN(nn.Module):
         Raises:
             TypeError, ValueError: as :meth:`swap`; ``steps`` below 2.
         """
-        check_latents("IIN.interpolate", [("z_a", z_a), ("z_b", z_b)], self.dim, self.device)
-        steps = positive_int("IIN.interpolate", "steps", steps)
+        check_latents("IIN.interpolate", [("z_a", z_a), ("z_b", z_b)], self.dim, self.flow.loc)
+        steps = checked_int("IIN.interpolate", "steps", steps)
         if steps < 2:
             raise ValueError(f"IIN.interpolate: steps is {steps}, expected at least 2, both ends included")
         start, end = self.encode(torch.cat([z_a, z_b])).tensor.chunk(2)
@@ -203,7 +208,7 @@ class IIN(nn.Module):
             end = torch.where(self._select("IIN.interpolate", factor), end, start)
         position = torch.linspace(0, 1, steps, device=end.device, dtype=end.dtype)[:, None, None]
         line = torch.lerp(start.expand(steps, -1, -1), end.expand(steps, -1, -1), position)
-        return self.decode(line.flatten(0, 1)).unflatten(0, (steps, z_a.shape[0]))
+        return self.decode(line.flatten(0, 1)).reshape(line.shape)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write ``model.safetensors`` and ``config.json`` into the folder ``path``, which is made if it is not there.
@@ -229,8 +234,8 @@ class IIN(nn.Module):
 
         Raises:
             FileNotFoundError: no such folder, or one of its files is missing.
-            ValueError: a file that is damaged or not of iin-fast; parameters that are missing, unknown, of another shape
-                or type than the configuration says, NaN or Inf.
+            ValueError: a file that is damaged or not of iin-fast; parameters that are missing, unknown, of another
+                shape or type than the configuration says, NaN or Inf.
         """
         tensors, config = checkpoint.load(path)
         # Drawn from a generator of its own: loading a model leaves the global random state alone.
@@ -250,7 +255,9 @@ class IIN(nn.Module):
         return {
             "dim": self.dim,
             "factors": self.sizes,
-            **self._config,
+            "n_flows": self.flow.n_flows,
+            "hidden_dim": self.flow.hidden_dim,
+            "hidden_depth": self.flow.hidden_depth,
             "dtype": str(self.dtype).removeprefix("torch."),
         }
 
@@ -274,6 +281,8 @@ class IIN(nn.Module):
 
     def _select(self, where: str, factor: str | Sequence[str]) -> Tensor:
         """A boolean mask ``[dim]`` of the features of the named factors."""
+        if not isinstance(factor, Sequence):
+            raise TypeError(f"{where}: factor is {factor!r}, expected a name or a sequence of names")
         names = [factor] if isinstance(factor, str) else list(factor)
         if not names:
             raise ValueError(f"{where}: factor is empty, expected one or more of {list(self._sizes)}")

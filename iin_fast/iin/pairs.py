@@ -9,7 +9,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from ._checks import positive_int
+from ._checks import checked_int
 
 __all__ = ["PairBatches", "PairSampler", "Pairs"]
 
@@ -32,9 +32,9 @@ class Pairs(NamedTuple):
 class PairSampler:
     """Creates a source of pairs (a, b) that share exactly one concept and differ in all the others.
 
-    A concept is drawn (evenly, or by ``weights``), then a sample evenly among those that have a partner for it, then its
-    partner evenly among all of them. Batch k depends on the seed, k and its size alone: a run resumes bit for bit from
-    ``state_dict()``, and workers of a DataLoader can draw different batches of one sequence (:meth:`batches`).
+    A concept is drawn (evenly, or by ``weights``), then a sample evenly among those that have a partner for it, then
+    its partner evenly among all of them. Batch k depends on the seed, k and its size alone: a run resumes bit for bit
+    from ``state_dict()``, and workers of a DataLoader can draw different batches of one sequence (:meth:`batches`).
 
     Args:
         labels: integers ``[n, concepts]``, or a mapping of concept name to ``[n]``; not negative.
@@ -45,13 +45,14 @@ class PairSampler:
 
     Raises:
         TypeError: labels that are not integers.
-        ValueError: empty labels, a negative label, names or weights that don't fit, a concept that no pair shares alone.
+        ValueError: empty labels, a negative label, names or weights that don't fit, a concept that no pair shares
+            alone.
 
     References:
         Esser, Rombach, Ommer, CVPR 2020, Sec. 3 (pairs that share a semantic concept).
 
     Example:
-        >>> from iin_fast.iin import PairSampler
+        >>> from iin_fast import PairSampler
         >>> labels = {"digit": [0, 0, 1, 1], "color": [0, 1, 0, 1]}
         >>> sampler = PairSampler(labels, seed=1)
         >>> pairs = sampler.sample(100)
@@ -70,12 +71,12 @@ class PairSampler:
         weights: Mapping[str, float] | Sequence[float] | None = None,
     ) -> None:
         table, self.names = _table(labels, names)
-        self.seed = _not_negative("seed", seed)
+        self.seed = checked_int("PairSampler", "seed", seed, least=0)
         self.step = 0
         n, concepts = table.shape
         self._weights = _weights(weights, self.names)
         self._codes = np.stack([_dense(table[:, k]) for k in range(concepts)], axis=1)
-        self._fingerprint = zlib.crc32(self._codes, n)
+        self._fingerprint = zlib.crc32(self._codes.data, n)
 
         # Rows with the same labels form a cell. Cells, not rows, decide who has a partner.
         self._cell_of = np.zeros(n, dtype=np.int64)
@@ -110,12 +111,12 @@ class PairSampler:
             batch_size: pairs to draw, at least 1.
             step: a place in the sequence; the sampler stays where it is.
         """
-        batch_size = positive_int("PairSampler.sample", "batch_size", batch_size)
+        batch_size = checked_int("PairSampler.sample", "batch_size", batch_size)
         if step is None:
             pairs = self._draw(batch_size, self.step)
             self.step += 1
             return pairs
-        return self._draw(batch_size, _not_negative("step", step))
+        return self._draw(batch_size, checked_int("PairSampler", "step", step, least=0))
 
     def batches(self, batch_size: int, steps: int, *, start: int | None = None) -> "PairBatches":
         """A data set of ``steps`` batches, from place ``start`` of the sequence on (by default the sampler's own).
@@ -123,9 +124,10 @@ class PairSampler:
         For ``torch.utils.data.DataLoader(sampler.batches(50, 1000), batch_size=None)``. The sampler stays where it is.
         """
         where = "PairSampler.batches"
-        batch_size = positive_int(where, "batch_size", batch_size)
-        steps = positive_int(where, "steps", steps)
-        return PairBatches(self, batch_size, steps, self.step if start is None else _not_negative("start", start))
+        batch_size = checked_int(where, "batch_size", batch_size)
+        steps = checked_int(where, "steps", steps)
+        start = self.step if start is None else checked_int(where, "start", start, least=0)
+        return PairBatches(self, batch_size, steps, start)
 
     def state_dict(self) -> dict[str, int]:
         """Where the sequence stands, as plain integers."""
@@ -141,7 +143,8 @@ class PairSampler:
             raise ValueError(f"PairSampler: state has the keys {sorted(state)}, expected ['labels', 'seed', 'step']")
         if state["labels"] != self._fingerprint:
             raise ValueError("PairSampler: state was taken over other labels than this sampler has")
-        seed, step = _not_negative("state['seed']", state["seed"]), _not_negative("state['step']", state["step"])
+        seed = checked_int("PairSampler", "state['seed']", state["seed"], least=0)
+        step = checked_int("PairSampler", "state['step']", state["step"], least=0)
         self.seed, self.step = seed, step
 
     def _draw(self, batch_size: int, step: int) -> Pairs:
@@ -252,15 +255,15 @@ def _partner_counts(cells: NDArray[np.int64], cell_size: NDArray[np.int64]) -> N
     count is sum over S that contain k of (-1)^(|S| - 1) N_S(u); 2^concepts groupings. Or each cell against each.
     """
     n_cells, concepts = cells.shape
-    counts = np.zeros((n_cells, concepts), dtype=np.int64)
     # Measured at 1e6 cells x 3 concepts and at 2e4 x 40, on one core.
-    grouping = float(2**concepts) * n_cells * 150e-9
-    comparing = float(n_cells) ** 2 * concepts * 0.5e-9
+    grouping = float(2**concepts) * n_cells * 50e-9
+    comparing = float(n_cells) ** 2 * concepts * 0.1e-9
     if min(grouping, comparing) > 600:
         raise ValueError(
             f"PairSampler: labels have {n_cells} different combinations of {concepts} concepts, too many to find out "
             f"which samples have partners; use fewer concepts"
         )
+    counts = np.zeros((n_cells, concepts), dtype=np.int64)
     if grouping <= comparing:
 
         def refine(codes: NDArray[np.int64], subset: tuple[int, ...], first: int) -> None:
@@ -357,11 +360,3 @@ def _weights(weights: Mapping[str, float] | Sequence[float] | None, names: tuple
     if not np.isfinite(array).all() or (array < 0).any() or not array.any():
         raise ValueError(f"PairSampler: weights are {array.tolist()}, expected finite numbers from 0, not all 0")
     return array
-
-
-def _not_negative(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"PairSampler: {name} is {value!r}, expected an integer from 0")
-    if value < 0:
-        raise ValueError(f"PairSampler: {name} is {value}, expected an integer from 0")
-    return int(value)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from iin_fast.nn.checks import check_features
+from .checks import check_features
 
 __all__ = ["ActNorm", "DataDependentStart", "start_values"]
 
@@ -31,8 +31,8 @@ def start_values(x: Tensor) -> tuple[Tensor, Tensor]:
 class DataDependentStart(nn.Module):
     """Remembers which parts of a module have had their data-dependent start.
 
-    The checkpoint knows it by the buffer ``initialized``; ``self._started`` mirrors it in Python, so that no call has to
-    read the buffer from the device.
+    The checkpoint knows it by the buffer ``initialized``; ``self._started`` mirrors it in Python, so that no call has
+    to read the buffer from the device.
     """
 
     initialized: Tensor

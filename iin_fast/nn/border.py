@@ -1,7 +1,7 @@
 """What a stacked flow shows at the state_dict border: which keys, in which order and shape.
 
-A :class:`~iin_fast.nn.Flow` keeps its parameters stacked over blocks, halves and nets, weights in the panel layout of its
-kernels. Neither belongs in a checkpoint. An :class:`Entry` says, for one key, which stored tensor it is cut from;
+A :class:`~iin_fast.nn.Flow` keeps its parameters stacked over blocks, halves and nets, weights in the panel layout of
+its kernels. Neither belongs in a checkpoint. An :class:`Entry` says, for one key, which stored tensor it is cut from;
 ``export_tensors`` cuts, ``import_tensors`` puts the pieces back. Both move layout only: they work for parameters, for
 their gradients, and for anything else of their shapes.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from iin_fast.ops.flow.layout import pack, unpack
+from ..ops.flow.layout import pack, unpack
 
 __all__ = ["Entry", "export_tensors", "import_tensors"]
 

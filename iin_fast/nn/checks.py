@@ -2,6 +2,8 @@
 
 from torch import Tensor
 
+from ..ops.checks import check_floating, check_rank
+
 __all__ = ["check_features"]
 
 
@@ -12,14 +14,7 @@ def check_features(where: str, name: str, x: Tensor, dim: int) -> None:
         ValueError: another rank or feature count.
         TypeError: not a tensor, or an integer, boolean or complex one.
     """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{where}: {name} is a {type(x).__name__}, expected a torch.Tensor")
-    if x.dim() != 2:
-        raise ValueError(
-            f"{where}: {name} has shape {list(x.shape)}, expected [batch, {dim}]; "
-            f"bring it to two dimensions, for one sample with {name}[None]"
-        )
+    check_floating(where, name, x)
+    check_rank(where, name, x, f"[batch, {dim}]; give one sample as {name}[None]", 2)
     if x.shape[1] != dim:
-        raise ValueError(f"{where}: {name} has {x.shape[1]} features (shape {list(x.shape)}), expected [batch, {dim}]")
-    if not x.is_floating_point():
-        raise TypeError(f"{where}: {name} has dtype {x.dtype}, expected a floating type; convert with {name}.float()")
+        raise ValueError(f"{where}: {name} has shape {list(x.shape)}, expected [batch, {dim}]")

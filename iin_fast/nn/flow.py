@@ -6,11 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from iin_fast.nn.actnorm import DataDependentStart, start_values
-from iin_fast.nn.border import Entry, export_tensors, import_tensors
-from iin_fast.nn.checks import check_features
-from iin_fast.ops.flow import flow as flow_op
-from iin_fast.ops.flow.layout import pack
+from ..ops.checks import check_device, check_floating
+from ..ops.flow import flow as flow_op
+from ..ops.flow.layout import pack
+from .actnorm import DataDependentStart, start_values
+from .border import Entry, export_tensors, import_tensors
+from .checks import check_features
 
 __all__ = ["Flow"]
 
@@ -45,7 +46,7 @@ class Flow(DataDependentStart):
         Esser et al. 2020, Sec. 3.1. Dinh et al. 2017 (RealNVP), Eq. 4–8. Kingma and Dhariwal 2018 (Glow), Sec. 3.1.
 
     Args:
-        dim: number of features.
+        dim: number of features, at least 2.
         n_flows: number of blocks.
         hidden_dim: width of the MLPs.
         hidden_depth: number of hidden-to-hidden layers of each MLP.
@@ -95,7 +96,7 @@ class Flow(DataDependentStart):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        sizes = {"dim": (dim, 1), "n_flows": (n_flows, 1), "hidden_dim": (hidden_dim, 1)}
+        sizes = {"dim": (dim, 2), "n_flows": (n_flows, 1), "hidden_dim": (hidden_dim, 1)}
         sizes |= {"hidden_depth": (hidden_depth, 0), "context_dim": (context_dim, 0)}
         for name, (size, least) in sizes.items():
             if size < least:
@@ -166,10 +167,9 @@ class Flow(DataDependentStart):
             out_features, in_features = self.matrices[f"weight_{layer}"]
             weight = torch.empty(out_features, in_features, device=device, dtype=self.weight_in.dtype)
             bias = torch.empty(out_features, device=device, dtype=self.weight_in.dtype)
-            if weight.numel():
-                nn.init.kaiming_uniform_(weight, a=5**0.5, generator=generator)
-                bound = in_features**-0.5
-                nn.init.uniform_(bias, -bound, bound, generator=generator)
+            nn.init.kaiming_uniform_(weight, a=5**0.5, generator=generator)
+            bound = in_features**-0.5
+            nn.init.uniform_(bias, -bound, bound, generator=generator)
             getattr(self, f"weight_{layer}")[index].copy_(pack(weight))
             getattr(self, f"bias_{layer}")[index].copy_(bias)
 
@@ -194,10 +194,10 @@ class Flow(DataDependentStart):
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
         """Start ActNorm from a batch, block by block: each block's output of ActNorm gets mean 0 and std 1.
 
-        loc = -mean, scale = 1 / (std + 1e-6) with the unbiased std. A batch of one row has no spread: scale = 1. An empty
-        batch starts nothing. Blocks that have had their start keep it. ``forward`` does this by itself at its first
-        call; with several processes, do it before wrapping the module in DistributedDataParallel, so that all start
-        alike.
+        loc = -mean, scale = 1 / (std + 1e-6) with the unbiased std. A batch of one row has no spread: scale = 1. An
+        empty batch starts nothing. Blocks that have had their start keep it. ``forward`` does this by itself at its
+        first call; with several processes, do it before wrapping the module in DistributedDataParallel, so that all
+        start alike.
 
         Args:
             x: ``[batch, dim]``.
@@ -253,7 +253,7 @@ class Flow(DataDependentStart):
         self, x: Tensor, context: Tensor | None, *, inverse: bool = False, block: int | None = None
     ) -> tuple[Tensor, Tensor]:
         """Run the op on checked input, over all blocks or one."""
-        tensors = (
+        tensors: tuple[Tensor, ...] = (
             self.loc,
             self.scale,
             self.weight_in,
@@ -279,12 +279,10 @@ class Flow(DataDependentStart):
             memory=self.memory,
         )
 
-    def _check(
-        self, name: str, x: Tensor, context: Tensor | None
-    ) -> Tensor | None:  # [1 or n_flows, batch, context_dim]
+    def _check(self, name: str, x: Tensor, context: Tensor | None) -> Tensor | None:
+        """Refuse bad input; gives the context as the op reads it, ``[1 or n_flows, batch, context_dim]``."""
         check_features("Flow", name, x, self.dim)
-        if x.device != self.weight_in.device:
-            raise ValueError(f"Flow: {name} is on {x.device}, expected {self.weight_in.device} like the parameters")
+        check_device("Flow", name, x, self.weight_in, "the parameters")
         if (context is None) != (self.context_dim == 0):
             got, wanted = "None" if context is None else list(context.shape), "None"
             if self.context_dim:
@@ -292,10 +290,8 @@ class Flow(DataDependentStart):
             raise ValueError(f"Flow: context is {got}, expected {wanted}")
         if context is None:
             return None
-        if not context.is_floating_point():
-            raise TypeError(f"Flow: context has dtype {context.dtype}, expected a floating type")
-        if context.device != x.device:
-            raise ValueError(f"Flow: context is on {context.device}, expected {x.device} like {name}")
+        check_floating("Flow", "context", context)
+        check_device("Flow", "context", context, x, name)
         shape = tuple(context.shape)
         if shape == (x.shape[0], self.context_dim):
             return context[None]
@@ -315,9 +311,8 @@ class Flow(DataDependentStart):
 
     def _stored(self) -> dict[str, Tensor]:
         """The tensors that a checkpoint holds, as they are stored."""
-        tensors: dict[str, Tensor] = dict(self._parameters)  # type: ignore[arg-type]
-        buffers = {k: v for k, v in self._buffers.items() if k not in self._non_persistent_buffers_set}
-        return tensors | buffers  # type: ignore[operator]
+        tensors = self._parameters | self._buffers
+        return {k: v for k, v in tensors.items() if v is not None and k not in self._non_persistent_buffers_set}
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         with torch.set_grad_enabled(keep_vars and torch.is_grad_enabled()):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from iin_fast.nn.checks import check_features
+from .checks import check_features
 
 __all__ = ["Permutation"]
 

@@ -10,7 +10,9 @@ from torch.utils._pytree import tree_leaves
 
 from ..backends import NAMES, BackendUnavailable, backend
 from ..functional import affine_coupling, pair_nll
+from ..nn import Flow
 from ..ops.affine_coupling import SQUASHES
+from ..ops.flow import flow as flow_op
 
 __all__ = ["Comparison", "Row", "check_ops", "compare_backends"]
 
@@ -62,7 +64,8 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
     same_special = (got == expected) | (got.isnan() & expected.isnan())
     difference = torch.where(same_special, 0.0, (got - expected).abs())
     scale = expected[expected.isfinite()].abs().max().item() if expected.isfinite().any() else 0.0
-    return difference.max().item() / max(scale, 1e-30) if difference.max() > 0 else 0.0
+    largest = difference.max().item()  # NaN if there is one
+    return 0.0 if largest == 0 else largest / max(scale, 1e-30)
 
 
 def _run(function: Callable[..., Any], inputs: list[Any], parameters: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -83,7 +86,9 @@ def _run(function: Callable[..., Any], inputs: list[Any], parameters: dict[str, 
     return found
 
 
-def _compare(function: Callable[..., Any], inputs: list[Any], parameters: dict[str, Tensor], name: str) -> Comparison:
+def _compare(
+    function: Callable[..., Any], inputs: list[Any], parameters: dict[str, Tensor], name: str, slack: float = 1
+) -> Comparison:
     with backend("reference"):
         expected = _run(function, inputs, parameters)
     comparison = Comparison()
@@ -96,7 +101,7 @@ def _compare(function: Callable[..., Any], inputs: list[Any], parameters: dict[s
             continue
         for key, want in expected.items():
             error = relative_error(got[key], want) if key in got else float("nan")
-            comparison.rows.append(Row(f"{name}{key}", candidate, error, TOLERANCES[want.dtype]))
+            comparison.rows.append(Row(f"{name}{key}", candidate, error, slack * TOLERANCES[want.dtype]))
     return comparison
 
 
@@ -158,7 +163,47 @@ def _pair_nll_cases(dtype: torch.dtype, device: str) -> Iterator[tuple[str, Call
         yield f"[{batch}, {sum(sizes)}] in {len(sizes)} factors", call, [za, zb, logdet_a, logdet_b]
 
 
-CASES = {"affine_coupling": _affine_coupling_cases, "pair_nll": _pair_nll_cases}
+def _flow_cases(dtype: torch.dtype, device: str) -> Iterator[tuple[str, Callable[..., Any], list[Any]]]:
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(0, 4, 2, 8, 1, 0), (1, 2, 1, 1, 0, 0), (7, 5, 3, 17, 2, 3), (25, 64, 2, 130, 2, 0), (300, 8, 2, 64, 1, 2)]
+    for batch, dim, n_flows, hidden, depth, context_dim in sizes:
+        options: dict[str, Any] = {"context_dim": context_dim, "activation_slope": 0.9 if context_dim else 1.0}
+        flow = Flow(dim, n_flows, hidden, depth, **options, generator=generator, dtype=torch.float64)
+        with torch.no_grad():
+            assert flow.loc is not None
+            flow.loc.normal_(generator=generator)
+            flow.scale.uniform_(0.5, 2, generator=generator)
+        flow = flow.to(device, dtype)
+        parameters = [
+            flow.weight_in,
+            flow.bias_in,
+            flow.weight_hidden,
+            flow.bias_hidden,
+            flow.weight_out,
+            flow.bias_out,
+        ]
+        x = torch.randn(batch, dim, generator=generator, dtype=torch.float64).to(device, dtype)
+        context = torch.randn(1, batch, context_dim, generator=generator, dtype=torch.float64).to(device, dtype)
+        for inverse in (False, True):
+            for memory in ("save", "invert"):
+
+                def call(
+                    *given: Any, slope: float = flow.activation_slope, inverse: bool = inverse, memory: str = memory
+                ) -> tuple[Tensor, Tensor]:
+                    return flow_op(*given, activation_slope=slope, inverse=inverse, memory=memory)
+
+                label = f"[{batch}, {dim}] {n_flows} blocks of {hidden}{' inverse' if inverse else ''}, {memory}"
+                inputs = [x, context if context_dim else None, flow.loc, flow.scale, *parameters, flow.permutation]
+                yield label, call, inputs
+
+
+HALF = (torch.bfloat16, torch.float16)
+CASES = {
+    "affine_coupling": (_affine_coupling_cases, HALF + (torch.float32, torch.float64), 1),
+    "pair_nll": (_pair_nll_cases, HALF + (torch.float32, torch.float64), 1),
+    # many layers deep: rounding grows on the way
+    "flow": (_flow_cases, (torch.float32, torch.float64), 20),
+}
 
 
 def check_ops(device: str = "cpu") -> Comparison:
@@ -168,11 +213,11 @@ def check_ops(device: str = "cpu") -> Comparison:
         A :class:`Comparison` with one row for each op, dtype, case and tensor.
     """
     total = Comparison()
-    for op, cases in CASES.items():
-        for dtype in TOLERANCES:
+    for op, (cases, dtypes, slack) in CASES.items():
+        for dtype in dtypes:
             for label, call, inputs in cases(dtype, device):
                 name = f"{op} {str(dtype).removeprefix('torch.')} {label}: "
-                found = _compare(call, inputs, {}, name)
+                found = _compare(call, inputs, {}, name, slack)
                 total.rows += found.rows
                 total.skipped |= {f"{op} on {candidate}": reason for candidate, reason in found.skipped.items()}
     return total

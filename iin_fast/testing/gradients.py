@@ -2,8 +2,8 @@
 
 from torch import Tensor, nn
 
-from iin_fast.nn import Flow
-from iin_fast.nn.border import export_tensors
+from ..nn import Flow
+from ..nn.border import export_tensors
 
 __all__ = ["published_grads"]
 
@@ -11,8 +11,8 @@ __all__ = ["published_grads"]
 def published_grads(model: nn.Module) -> dict[str, Tensor]:
     """The gradients of a model under its state_dict's parameter names and shapes.
 
-    For ``iin_fast.compat`` models these are the published names (``realnvp.flow.0.flow.1.s.0.main.0.weight`` …), so that
-    gradients compare with the published code one by one.
+    For ``iin_fast.compat`` models these are the published names (``realnvp.flow.0.flow.1.s.0.main.0.weight`` …), so
+    that gradients compare with the published code one by one.
 
     Args:
         model: any module; its flows are taken apart, other parameters appear under their own names.

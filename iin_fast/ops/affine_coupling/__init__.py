@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import _library  # noqa: F401  (loads the compiled ops)
+from ..._library import libraries
 from ...backends import chosen, register
 from ..checks import check_device, check_dtype, check_floating, check_shape
 from . import reference
@@ -26,6 +26,8 @@ SQUASHES: dict[str, tuple[int, float]] = {
 _NAMES = {code: name for name, (code, _) in SQUASHES.items()}
 
 register("affine_coupling", "cpp", "cpu")
+if "cuda" in libraries:
+    register("affine_coupling", "cpp", "cuda")
 
 
 def affine_coupling(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import _library  # noqa: F401  (loads the compiled ops)
+from ..._library import libraries
 from ...backends import chosen, register
 from ..checks import check_device, check_dtype, check_floating, check_rank, check_shape
 from . import reference
@@ -17,6 +17,8 @@ from . import reference
 __all__ = ["pair_nll"]
 
 register("pair_nll", "cpp", "cpu")
+if "cuda" in libraries:
+    register("pair_nll", "cpp", "cuda")
 
 
 def pair_nll(
@@ -56,7 +58,7 @@ def pair_nll(
         ValueError: wrong rank or shape, tensors on two devices, sizes that do not sum to dim, rho outside (0, 1).
 
     References:
-        Esser, Rombach, Ommer: A disentangling invertible interpretation network, CVPR 2020, Eq. 8-11.
+        Esser, Rombach, Ommer: A disentangling invertible interpretation network, CVPR 2020, Sec. 3.2 (the loss of a pair).
     """
     op = "pair_nll"
     check_floating(op, "za", za)

@@ -1,0 +1,120 @@
+"""Compiles the CUDA kernels of an op for the host and loads them. How they run: include/emulator.h."""
+
+import ctypes
+import fcntl
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+__all__ = ["SANITIZE", "LaunchPlan", "Matrix", "call", "data", "load", "matrix", "sanitizer_environment", "type_name"]
+
+ROOT = Path(__file__).parents[2]
+CACHE = ROOT / "build" / "cuda_emulator"
+FLAGS = [
+    *("-std=c++17", "-O1", "-g1", "-shared", "-fPIC", "-pthread", "-Wall", "-Wextra"),
+    *("-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"),
+    *(f"-I{ROOT / 'csrc'}", f"-I{Path(__file__).parent / 'include'}"),
+]
+SANITIZER_FLAGS = ["-fsanitize=address,alignment,bounds", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+
+SANITIZE = os.environ.get("IIN_FAST_TEST_SANITIZE") == "1"
+"""Whether this process runs the kernels under AddressSanitizer; it must then run in sanitizer_environment()."""
+
+
+@functools.cache
+def _sources() -> bytes:
+    """All that a compiled kernel may depend on, digested."""
+    digest = hashlib.sha256()
+    for folder in (ROOT / "csrc", Path(__file__).parent):
+        for path in sorted(folder.rglob("*")):
+            if path.suffix in (".h", ".cuh", ".cpp") and not path.name.endswith(("_cpu.cpp", "_loops.cpp")):
+                digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    digest.update(subprocess.run(["g++", "--version"], capture_output=True, check=True).stdout)
+    return digest.digest()
+
+
+@functools.cache
+def load(name: str) -> ctypes.CDLL:
+    """The library of tests/cuda_emulator/<name>.cpp, compiled if anything has changed since the last time."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ to compile the CUDA kernels for the host")
+    flags = FLAGS + (SANITIZER_FLAGS if SANITIZE else [])
+    key = hashlib.sha256(_sources() + repr((name, flags)).encode()).hexdigest()[:16]
+    library = CACHE / f"{name}-{key}.so"
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(CACHE / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests may run in several processes
+        if not library.exists():
+            unfinished = library.with_suffix(".tmp")
+            source = Path(__file__).parent / f"{name}.cpp"
+            subprocess.run(["g++", *flags, str(source), "-o", str(unfinished)], check=True)
+            unfinished.rename(library)
+    return ctypes.CDLL(str(library))
+
+
+def call(function: "ctypes._NamedFuncPointer", *arguments: object) -> None:
+    """Calls a function of such a library, whose faults come back as text.
+
+    Raises:
+        RuntimeError: the emulator's report.
+    """
+    function.restype = ctypes.c_char_p
+    fault = function(*arguments)
+    if fault is not None:
+        raise RuntimeError(fault.decode())
+
+
+class Matrix(ctypes.Structure):
+    """Rows of a [rows, features] tensor whose features are contiguous (binding.h)."""
+
+    _fields_ = [("data", ctypes.c_void_p), ("stride", ctypes.c_int64)]
+
+
+class LaunchPlan(ctypes.Structure):
+    """What a test asks of a launch, and learns of it (binding.h)."""
+
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in ("max_blocks", "multiprocessors", "vector", "lanes", "blocks", "parts", "launches")
+    ]
+
+    def __init__(self, max_blocks: int = 2**31 - 1, multiprocessors: int = 8) -> None:
+        super().__init__(max_blocks, multiprocessors)
+
+
+def matrix(t: Tensor | None) -> Matrix:
+    if t is None:
+        return Matrix(None, 0)
+    assert t.dim() == 2 and (t.shape[1] < 2 or t.stride(1) == 1)
+    return Matrix(t.data_ptr(), t.stride(0) if len(t) > 1 else 0)
+
+
+def data(t: Tensor | None) -> ctypes.c_void_p:
+    assert t is None or t.is_contiguous()
+    return ctypes.c_void_p(None if t is None else t.data_ptr())
+
+
+def type_name(dtype: torch.dtype) -> bytes:
+    return str(dtype).removeprefix("torch.").encode()
+
+
+def sanitizer_environment() -> dict[str, str]:
+    """The environment of a Python process that can load sanitized libraries."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ to compile the CUDA kernels for the host")
+    found = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    if not Path(found.stdout.strip()).is_absolute():
+        pytest.skip("g++ has no AddressSanitizer")
+    return os.environ | {
+        "IIN_FAST_TEST_SANITIZE": "1",
+        "LD_PRELOAD": found.stdout.strip(),
+        # Python and torch leave memory to the end of the process
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",
+    }

@@ -1,0 +1,186 @@
+// Kernels that use, or misuse, each thing that the emulator offers, for test_emulator.py.
+#include <cooperative_groups.h>
+#include <cuda_runtime.h>
+
+#include "binding.h"
+
+namespace iin_fast {
+
+// Each warp adds up its values by shuffles, the block by shared memory, the grid by an atomic.
+__global__ void sum_kernel(const double *values, int count, double *sum, unsigned *warps) {
+  __shared__ double warp_sums[32];
+  const int at = blockIdx.x * blockDim.x + threadIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  double value = at < count ? __ldg(values + at) : 0;
+  for (int offset = 16; offset > 0; offset /= 2)
+    value += __shfl_down_sync(0xffffffffu, value, offset);
+  if (lane == 0) {
+    warp_sums[warp] = value;
+    atomicAdd(warps, 1);
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    value = 0;
+    for (unsigned i = 0; i < blockDim.x / 32; ++i)
+      value += warp_sums[i];
+    atomicAdd(sum, value);
+  }
+}
+
+// A block turns its values around through dynamic shared memory.
+__global__ void reverse_kernel(const int *from, int *to) {
+  extern __shared__ unsigned char dynamic_shared[];
+  int *const values = reinterpret_cast<int *>(dynamic_shared);
+  const int first = blockIdx.x * blockDim.x;
+  values[threadIdx.x] = from[first + threadIdx.x];
+  __syncthreads();
+  to[first + threadIdx.x] = values[blockDim.x - 1 - threadIdx.x];
+}
+
+// Rounds of: every block writes, all meet, every block reads what its neighbour wrote.
+__global__ void ring_kernel(int *cells, int rounds, bool skip) {
+  extern __shared__ unsigned char dynamic_shared[];
+  int *const mine = reinterpret_cast<int *>(dynamic_shared); // must differ from block to block
+  const cooperative_groups::grid_group grid = cooperative_groups::this_grid();
+  if (threadIdx.x == 0)
+    *mine = blockIdx.x;
+  for (int round = 0; round < rounds; ++round) {
+    __syncthreads();
+    if (threadIdx.x == 0)
+      cells[blockIdx.x] = *mine;
+    if (skip && blockIdx.x == 1)
+      return;
+    grid.sync();
+    if (threadIdx.x == 0)
+      *mine = cells[(blockIdx.x + 1) % gridDim.x] + 1;
+    grid.sync();
+  }
+  if (threadIdx.x == 0)
+    cells[blockIdx.x] = *mine;
+}
+
+// Blocks meet at a barrier that the kernel makes of an atomic.
+__global__ void counting_barrier_kernel(unsigned *arrived, unsigned *seen) {
+  atomicAdd(arrived, 1u);
+  while (atomicAdd(arrived, 0u) < gridDim.x * blockDim.x)
+    __nanosleep(100);
+  seen[blockIdx.x * blockDim.x + threadIdx.x] = *arrived;
+}
+
+__global__ void warp_kernel(unsigned *out) {
+  const int lane = threadIdx.x;
+  unsigned *const mine = out + lane * 8;
+  mine[0] = __ballot_sync(0xffffffffu, lane % 3 == 0);
+  mine[1] = __any_sync(0xffffffffu, lane == 7) + 2 * __all_sync(0xffffffffu, lane < 32);
+  mine[2] = __shfl_sync(0xffffffffu, lane, 5, 8);
+  mine[3] = __shfl_up_sync(0xffffffffu, lane, 3, 16);
+  mine[4] = __shfl_down_sync(0xffffffffu, lane, 3, 16);
+  mine[5] = __shfl_xor_sync(0xffffffffu, lane, 9);
+  if (lane < 16) { // half a warp
+    mine[6] = __shfl_xor_sync(0x0000ffffu, lane, 1);
+    __syncwarp(0x0000ffffu);
+  }
+  mine[7] = atomicMax(out + 32 * 8, unsigned(lane));
+}
+
+enum Fault {
+  barrier_left_out,
+  barrier_elsewhere,
+  lane_left_out,
+  lane_outside_mask,
+  own_lane_not_in_mask,
+  other_function,
+  misaligned,
+  global_overrun,
+  dynamic_shared_overrun,
+  static_shared_overrun,
+  grid_barrier_without_cooperation,
+};
+
+__global__ void faulty_kernel(int fault, int *data, int count) {
+  __shared__ int shared[8];
+  extern __shared__ unsigned char dynamic_shared[];
+  const int thread = threadIdx.x;
+  switch (fault) {
+  case barrier_left_out:
+    if (thread < 16)
+      __syncthreads();
+    break;
+  case barrier_elsewhere:
+    if (thread < 16)
+      __syncthreads();
+    else
+      __syncthreads();
+    break;
+  case lane_left_out:
+    if (thread != 3)
+      data[0] = __shfl_xor_sync(0xffffffffu, thread, 1);
+    break;
+  case lane_outside_mask:
+    if (thread < 16)
+      data[0] = __shfl_sync(0x0000ffffu, thread, 20);
+    break;
+  case own_lane_not_in_mask:
+    data[0] = __shfl_sync(0x0000ffffu, thread, 2);
+    break;
+  case other_function:
+    if (thread < 16)
+      data[0] = __ballot_sync(0xffffffffu, 1);
+    else
+      __syncwarp();
+    break;
+  case misaligned:
+    data[0] = __ldg(reinterpret_cast<const int4 *>(data + 1)).x;
+    break;
+  case global_overrun:
+    data[thread + count - 31] = thread; // the last thread is one too far
+    break;
+  case dynamic_shared_overrun:
+    reinterpret_cast<int *>(dynamic_shared)[thread + 1] = thread; // the launch gives 32 of them
+    break;
+  case static_shared_overrun:
+    shared[thread / 3] = thread; // 11 of 8
+    data[0] = shared[0];
+    break;
+  case grid_barrier_without_cooperation:
+    cooperative_groups::this_grid().sync();
+    break;
+  }
+}
+
+} // namespace iin_fast
+
+using namespace iin_fast;
+
+extern "C" const char *sum(const double *values, int count, double *out, unsigned *warps, int block) {
+  return report([&] {
+    emulator::Launch()(sum_kernel, dim3((count + block - 1) / block), dim3(block), values, count, out, warps);
+  });
+}
+
+extern "C" const char *reverse(const int *from, int *to, int blocks, int block) {
+  return report([&] { emulator::Launch{block * sizeof(int)}(reverse_kernel, dim3(blocks), dim3(block), from, to); });
+}
+
+extern "C" const char *ring(int *cells, int blocks, int block, int rounds, bool skip) {
+  return report(
+      [&] { emulator::Launch{sizeof(int), true}(ring_kernel, dim3(blocks), dim3(block), cells, rounds, skip); });
+}
+
+extern "C" const char *counting_barrier(unsigned *arrived, unsigned *seen, int blocks, int block) {
+  return report([&] { emulator::Launch{0, true}(counting_barrier_kernel, dim3(blocks), dim3(block), arrived, seen); });
+}
+
+extern "C" const char *warp(unsigned *out) {
+  return report([&] { emulator::Launch()(warp_kernel, dim3(1), dim3(32), out); });
+}
+
+extern "C" const char *faulty(int fault, int *data, int count) {
+  return report([&] { emulator::Launch{32 * sizeof(int)}(faulty_kernel, dim3(1), dim3(32), fault, data, count); });
+}
+
+extern "C" const char *launch_of(int grid_y, int block) {
+  int data[32];
+  return report([&] {
+    emulator::Launch()(faulty_kernel, dim3(1, grid_y), dim3(block), int(grid_barrier_without_cooperation), data, 32);
+  });
+}

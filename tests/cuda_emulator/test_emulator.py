@@ -1,0 +1,126 @@
+"""The host emulation of CUDA: it computes what a GPU would, and it reports what a GPU may let pass."""
+
+import ctypes
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from cuda_emulator import ROOT, call, load, sanitizer_environment
+
+
+def pointer(array: np.ndarray) -> ctypes.c_void_p:
+    return ctypes.c_void_p(array.ctypes.data)
+
+
+def test_shuffles_shared_memory_and_atomics() -> None:
+    values = np.random.default_rng(0).standard_normal(1000)
+    total, warps = np.zeros(1), np.zeros(1, np.uint32)
+    call(load("self_test").sum, pointer(values), len(values), pointer(total), pointer(warps), 96)
+    np.testing.assert_allclose(total[0], values.sum(), rtol=1e-12)
+    assert warps[0] == 11 * 3
+
+
+def test_dynamic_shared_memory() -> None:
+    values = np.arange(160, dtype=np.int32)
+    out = np.zeros_like(values)
+    call(load("self_test").reverse, pointer(values), pointer(out), 4, 40)
+    np.testing.assert_array_equal(out.reshape(4, 40), values.reshape(4, 40)[:, ::-1])
+
+
+def test_grid_barrier() -> None:
+    blocks, rounds = 7, 5
+    cells = np.zeros(blocks, np.int32)
+    call(load("self_test").ring, pointer(cells), blocks, 33, rounds, False)
+    np.testing.assert_array_equal(cells, (np.arange(blocks) + rounds) % blocks + rounds)
+
+
+def test_a_barrier_made_of_an_atomic() -> None:
+    arrived, seen = np.zeros(1, np.uint32), np.zeros(3 * 32, np.uint32)
+    call(load("self_test").counting_barrier, pointer(arrived), pointer(seen), 3, 32)
+    assert (seen == 96).all()
+
+
+def test_warp_functions() -> None:
+    out = np.zeros(32 * 8 + 1, np.uint32)
+    call(load("self_test").warp, pointer(out))
+    lane = np.arange(32)
+    table = out[:-1].reshape(32, 8)
+    assert (table[:, 0] == sum(1 << i for i in range(0, 32, 3))).all()
+    assert (table[:, 1] == 3).all()
+    np.testing.assert_array_equal(table[:, 2], lane // 8 * 8 + 5)
+    np.testing.assert_array_equal(table[:, 3], np.where(lane % 16 >= 3, lane - 3, lane))
+    np.testing.assert_array_equal(table[:, 4], np.where(lane % 16 < 13, lane + 3, lane))
+    np.testing.assert_array_equal(table[:, 5], lane ^ 9)
+    np.testing.assert_array_equal(table[:16, 6], lane[:16] ^ 1)
+    assert out[-1] == 31
+
+
+# in the order of the enum in self_test.cpp
+FAULTS = {
+    "barrier_left_out": r"divergent barrier in block \(0, 0, 0\): 16 threads \(the first is 0\) wait in __syncthreads at "
+    r"self_test.cpp:\d+, 16 threads \(the first is 16\) left the kernel",
+    "barrier_elsewhere": r"divergent barrier: thread 0 at __syncthreads at .*, thread 16 at __syncthreads at ",
+    "lane_left_out": r"deadlock in block .* 31 threads .* wait in __shfl_xor_sync .*, 1 threads \(the first is 3\) left",
+    "lane_outside_mask": "__shfl_sync .* lane 0 reads lane 20, which takes no part",
+    "own_lane_not_in_mask": "thread 16 calls __shfl_sync .* with a mask that doesn't name it",
+    "other_function": "divergent warp: thread 16 at __syncwarp .*, thread 0 at __ballot_sync",
+    "misaligned": "misaligned __ldg of 16 bytes",
+    "global_overrun": "heap-buffer-overflow",
+    "dynamic_shared_overrun": "AddressSanitizer: use-after-poison",
+    "static_shared_overrun": "index 8 out of bounds for type 'int \\[8\\]'",
+    "grid_barrier_without_cooperation": "a barrier over the grid needs a cooperative launch",
+}
+SANITIZED = ("global_overrun", "dynamic_shared_overrun", "static_shared_overrun")
+
+
+@pytest.mark.parametrize("fault", [name for name in FAULTS if name not in SANITIZED])
+def test_faults_are_reported(fault: str) -> None:
+    data = np.zeros(64, np.int32)
+    with pytest.raises(RuntimeError, match=FAULTS[fault]):
+        call(load("self_test").faulty, list(FAULTS).index(fault), pointer(data), len(data))
+    test_warp_functions()  # and the next launch works
+
+
+def test_a_grid_barrier_that_a_block_leaves_out_is_reported() -> None:
+    cells = np.zeros(4, np.int32)
+    with pytest.raises(RuntimeError, match="divergent grid barrier: 1 blocks left the kernel, 3 wait"):
+        call(load("self_test").ring, pointer(cells), 4, 32, 2, True)
+
+
+def test_launches_that_no_gpu_would_take_are_reported() -> None:
+    with pytest.raises(RuntimeError, match="invalid block: 1025 threads"):
+        call(load("self_test").launch_of, 1, 1025)
+    with pytest.raises(RuntimeError, match="invalid grid"):
+        call(load("self_test").launch_of, 65536, 32)
+    with pytest.raises(RuntimeError, match="invalid grid"):
+        call(load("self_test").launch_of, 0, 32)
+
+
+PROBE = """
+import ctypes, sys
+import numpy as np
+from cuda_emulator import call, load
+data = np.zeros(64, np.int32)
+call(load("self_test").faulty, int(sys.argv[1]), ctypes.c_void_p(data.ctypes.data), 64)
+"""
+
+
+@pytest.mark.parametrize("fault", SANITIZED)
+def test_accesses_out_of_bounds_are_reported(fault: str) -> None:
+    command = [sys.executable, "-c", PROBE, str(list(FAULTS).index(fault))]
+    environment = sanitizer_environment() | {"PYTHONPATH": str(ROOT / "tests")}
+    probe = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert probe.returncode != 0
+    assert FAULTS[fault].replace("\\", "") in probe.stderr
+    assert "self_test.cpp" in probe.stderr
+
+
+def test_the_ops_kernels_touch_no_memory_but_their_own() -> None:
+    files = ["tests/ops/test_affine_coupling_cuda.py", "tests/ops/test_pair_nll_cuda.py"]
+    # the other squashes read and write the same memory
+    squashes = "not identity and not atan and not sigmoid"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", squashes, *files]
+    done = subprocess.run(command, cwd=ROOT, env=sanitizer_environment(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,150 @@
+"""The CUDA kernels of affine_coupling, run on the host (tests/cuda_emulator), against the definition."""
+
+import ctypes
+
+import pytest
+import torch
+from cuda_emulator import LaunchPlan, call, data, load, matrix, type_name
+from torch import Tensor
+from torch.testing import assert_close
+
+from iin_fast.ops.affine_coupling import SQUASHES, reference
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+SHAPES = [(0, 4), (1, 1), (5, 1), (4, 0), (2, 3), (9, 8), (7, 31), (25, 32), (19, 70)]
+WIDE = [(3, 1024), (2, 1001), (1, 40000)]  # a block a row, in vectors and not, and several blocks a row
+
+
+def inputs(shape: tuple[int, int], dtype: torch.dtype, squash: str) -> list[Tensor | None]:
+    generator = torch.Generator().manual_seed(0)
+    x, raw, shift = torch.randn(3, *shape, generator=generator, dtype=torch.float64).to(dtype)
+    return [x.clone(), None if squash == "none" else raw.clone(), shift.clone()]
+
+
+def forward(
+    x: Tensor, raw: Tensor | None, shift: Tensor, squash: str, clamp: float, inverse: bool, plan: LaunchPlan
+) -> tuple[Tensor, Tensor]:
+    y = torch.full(x.shape, torch.nan, dtype=x.dtype)
+    logdet = torch.full(x.shape[:1], torch.nan, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    call(
+        load("affine_coupling").coupling_forward,
+        *(type_name(x.dtype), matrix(x), matrix(raw), matrix(shift), data(y), data(logdet)),
+        *(ctypes.c_int64(x.shape[0]), ctypes.c_int64(x.shape[1]), ctypes.c_double(clamp)),
+        *(ctypes.c_int64(SQUASHES[squash][0]), ctypes.c_bool(inverse), ctypes.byref(plan)),
+    )
+    return y, logdet
+
+
+def backward(
+    value: Tensor,
+    raw: Tensor | None,
+    grad_y: Tensor,
+    grad_logdet: Tensor,
+    squash: str,
+    clamp: float,
+    inverse: bool,
+    plan: LaunchPlan,
+) -> list[Tensor]:
+    grad_x, grad_raw, grad_shift = torch.full((3, *value.shape), torch.nan, dtype=value.dtype).clone()
+    grad_raw = None if raw is None else grad_raw.clone()
+    call(
+        load("affine_coupling").coupling_backward,
+        *(type_name(value.dtype), matrix(value), matrix(raw), matrix(grad_y), data(grad_logdet)),
+        *(data(grad_x), data(grad_raw), data(grad_shift)),
+        *(ctypes.c_int64(value.shape[0]), ctypes.c_int64(value.shape[1]), ctypes.c_double(clamp)),
+        *(ctypes.c_int64(SQUASHES[squash][0]), ctypes.c_bool(inverse), ctypes.byref(plan)),
+    )
+    return [grad for grad in (grad_x, grad_raw, grad_shift) if grad is not None]
+
+
+def check(
+    arguments: list[Tensor | None], squash: str, inverse: bool, plan: LaunchPlan | None = None, clamp: float = 1.5
+) -> tuple[LaunchPlan, LaunchPlan]:
+    """Forward and backward of these tensors against the definition in float64."""
+    x, raw, shift = arguments
+    plans = (plan or LaunchPlan(), LaunchPlan(*((plan.max_blocks, plan.multiprocessors) if plan else ())))
+    leaves = [None if t is None else t.double().requires_grad_() for t in arguments]
+    truth, truth_logdet = reference.affine_coupling(*leaves, squash, clamp, inverse)
+    y, logdet = forward(x, raw, shift, squash, clamp, inverse, plans[0])
+
+    generator = torch.Generator().manual_seed(1)
+    grad_y = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)
+    grad_logdet = torch.randn(len(x), generator=generator, dtype=torch.float64).to(logdet.dtype)
+    outputs = [(truth, grad_y.double()), (truth_logdet, grad_logdet.double())]
+    outputs = [(output, grad) for output, grad in outputs if output.requires_grad]
+    wanted = [leaf for leaf in leaves if leaf is not None]
+    truths = torch.autograd.grad([o for o, _ in outputs], wanted, [g for _, g in outputs])
+    grads = backward(y if inverse else x, raw, grad_y, grad_logdet, squash, clamp, inverse, plans[1])
+
+    # one rounding to the type of the result; in backward also that of y, which the inverse map starts from
+    unit = torch.finfo(x.dtype).eps * (4 if x.dtype in (torch.float32, torch.float64) else 1)
+    for got, want, units in [
+        (y, truth, 1),
+        (logdet, truth_logdet, 8),
+        *((g, t, 4) for g, t in zip(grads, truths, strict=True)),
+    ]:
+        tolerance = units * (torch.finfo(got.dtype).eps * 4 if got is logdet else unit)
+        largest = want.abs().max().item() if want.numel() else 0.0
+        assert_close(got.double(), want.detach(), rtol=tolerance, atol=tolerance * max(1.0, largest))
+    return plans
+
+
+@pytest.mark.parametrize("squash", SQUASHES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equals_the_definition(squash: str, dtype: torch.dtype) -> None:
+    for inverse in (False, True):
+        for shape in SHAPES:
+            check(inputs(shape, dtype, squash), squash, inverse)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_wide_rows(dtype: torch.dtype) -> None:
+    for shape in WIDE:
+        check(inputs(shape, dtype, "tanh"), "tanh", inverse=False)
+        check(inputs(shape, dtype, "none"), "none", inverse=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strided_rows_are_read_in_place(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(2)
+    wide = torch.randn(3, 10, 64, generator=generator, dtype=torch.float64).to(dtype)
+    vector = 16 // dtype.itemsize
+    halves = [t[:, 32:] for t in wide]  # the second half of the features: aligned
+    for plan in check(halves, "tanh", inverse=False):
+        assert plan.vector == vector
+    for skewed in ([halves[0], wide[1, :, 1:33], halves[2]], [t[:, 3:20] for t in wide], [t[::2, :7] for t in wide]):
+        for plan in check(skewed, "tanh", inverse=True):
+            assert plan.vector == 1
+    uneven = torch.randn(3, 10, 33, generator=generator, dtype=torch.float64).to(dtype)
+    for plan in check([t.clone()[:, :32] for t in uneven], "tanh", inverse=False):
+        assert plan.vector == 1  # the first row is aligned, the second is not
+    repeated = [halves[0][:1].expand(10, 32), *halves[1:]]  # stride 0
+    check(repeated, "tanh", inverse=False)
+
+
+def test_every_mapping_of_rows_to_threads_is_used() -> None:
+    found = set()
+    for features in (4, 8, 16, 32, 64, 128, 512, 516, 600, 8192):
+        forward_plan, backward_plan = check(inputs((3, features), torch.float32, "identity"), "identity", False)
+        found.add((forward_plan.lanes, forward_plan.parts))
+        assert forward_plan.vector == backward_plan.vector == 4
+        assert forward_plan.launches == 1 + (forward_plan.parts > 1)
+        assert backward_plan.launches == 1
+    assert found == {(1, 1), (2, 1), (4, 1), (8, 1), (16, 1), (32, 1), (256, 1), (256, 2)}
+
+
+@pytest.mark.parametrize("features", [4, 33, 600])
+def test_a_grid_smaller_than_the_rows(features: int) -> None:
+    for plan in check(inputs((50, features), torch.float32, "tanh"), "tanh", False, LaunchPlan(max_blocks=3)):
+        assert plan.blocks <= 3
+
+
+def test_an_empty_batch_launches_nothing() -> None:
+    for plan in check(inputs((0, 8), torch.float32, "tanh"), "tanh", False):
+        assert plan.launches == 0
+
+
+def test_the_same_bits_every_time() -> None:
+    arguments = inputs((2, 40000), torch.float32, "tanh")
+    first, second = (forward(*arguments, "tanh", 1.0, False, LaunchPlan()) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -1,0 +1,121 @@
+"""The CUDA kernels of pair_nll, run on the host (tests/cuda_emulator), against the definition."""
+
+import ctypes
+
+import pytest
+import torch
+from cuda_emulator import LaunchPlan, call, data, load, matrix, type_name
+from torch import Tensor
+from torch.testing import assert_close
+
+from iin_fast.ops.pair_nll import reference
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+CASES = [
+    (0, [4]),
+    (1, [1]),
+    (3, []),
+    (1, [3, 1]),
+    (7, [3, 4, 5]),
+    (25, [22, 11, 31]),
+    (9, [16, 16, 32]),
+    (20, [70]),
+    (3, [0, 600, 0, 0, 8]),
+    (2, [1000, 1000, 48]),
+    (2, [1] * 9),
+]
+MANY_FACTORS = [1, 2, 0, 3] * 33 + [8]  # 133 factors: three launches
+
+
+def check(
+    batch: int, sizes: list[int], dtype: torch.dtype, normalized: bool, rho: float = 0.975, max_blocks: int = 2**31 - 1
+) -> LaunchPlan:
+    """Forward and backward of a random pair against the definition in float64."""
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    samples = torch.randn(2, batch, sum(sizes), generator=generator, dtype=torch.float64).to(dtype)
+    logdets = torch.randn(2, batch, generator=generator, dtype=torch.float64).to(wide)
+    shared = torch.rand(batch, len(sizes), generator=generator) < 0.5
+    return check_tensors(*samples, *logdets, shared, sizes, normalized, rho, max_blocks)
+
+
+def check_tensors(
+    za: Tensor,
+    zb: Tensor,
+    logdet_a: Tensor,
+    logdet_b: Tensor,
+    shared: Tensor,
+    sizes: list[int],
+    normalized: bool,
+    rho: float = 0.975,
+    max_blocks: int = 2**31 - 1,
+) -> LaunchPlan:
+    leaves = [t.double().requires_grad_() for t in (za, zb, logdet_a, logdet_b)]
+    truth = reference.pair_nll(*leaves, shared, sizes, rho, normalized)
+
+    library, plan = load("pair_nll"), LaunchPlan(max_blocks)
+    factor_sizes = (ctypes.c_int64 * max(len(sizes), 1))(*sizes)
+    loss = torch.full_like(logdet_a, torch.nan)
+    batch, dim = za.shape
+    call(
+        library.pair_nll,
+        *(type_name(za.dtype), matrix(za), matrix(zb), data(logdet_a), data(logdet_b)),
+        *(data(shared), factor_sizes, ctypes.c_int64(len(sizes)), data(loss)),
+        *(ctypes.c_int64(batch), ctypes.c_int64(dim)),
+        *(ctypes.c_double(rho), ctypes.c_bool(normalized), ctypes.byref(plan)),
+    )
+    unit = torch.finfo(loss.dtype).eps * 16
+    largest = truth.abs().max().item() if batch else 0.0
+    assert_close(loss.double(), truth.detach(), rtol=unit, atol=unit * max(1.0, largest))
+
+    grad = torch.linspace(0.5, 2, max(batch, 1), dtype=loss.dtype)[:batch].clone()
+    truths = torch.autograd.grad(truth, leaves[:2], grad.double(), materialize_grads=True)
+    grad_za, grad_zb = (torch.full((batch, dim), torch.nan, dtype=za.dtype) for _ in range(2))
+    backward_plan = LaunchPlan(max_blocks)
+    call(
+        library.pair_nll_backward,
+        *(type_name(za.dtype), matrix(za), matrix(zb), data(shared), factor_sizes, ctypes.c_int64(len(sizes))),
+        *(data(grad), data(grad_za), data(grad_zb), ctypes.c_int64(batch), ctypes.c_int64(dim)),
+        *(ctypes.c_double(rho), ctypes.byref(backward_plan)),
+    )
+    for got, want in zip((grad_za, grad_zb), truths, strict=True):
+        unit = torch.finfo(za.dtype).eps * (16 if za.dtype in (torch.float32, torch.float64) else 1)
+        largest = want.abs().max().item() if want.numel() else 0.0
+        assert_close(got.double(), want, rtol=unit, atol=unit * max(1.0, largest))
+    return plan
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equals_the_definition(normalized: bool, dtype: torch.dtype) -> None:
+    for batch, sizes in CASES:
+        check(batch, sizes, dtype, normalized)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strided_rows_are_read_in_place(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(2)
+    wide = torch.randn(2, 10, 64, generator=generator, dtype=torch.float64).to(dtype)
+    logdets = torch.zeros(2, 10, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    shared = torch.rand(10, 3, generator=generator) < 0.5
+    for cut, vector in ((slice(32, 64), 16 // dtype.itemsize), (slice(1, 33), 1)):
+        za, zb = wide[:, :, cut]
+        assert check_tensors(za, zb, *logdets, shared, [5, 10, 17], True).vector == vector
+    za, zb = (t.clone()[:, :32] for t in torch.randn(2, 10, 33, generator=generator, dtype=torch.float64).to(dtype))
+    assert check_tensors(za, zb, *logdets, shared, [5, 10, 17], True).vector == 1  # only the first row is aligned
+
+
+def test_more_factors_than_a_launch_holds() -> None:
+    for normalized in (False, True):
+        assert check(5, MANY_FACTORS, torch.float32, normalized).launches == 3
+    assert check(5, [2] * 64, torch.float32, True).launches == 1
+    assert check(5, [2] * 65, torch.float64, True).launches == 2
+
+
+@pytest.mark.parametrize("sizes", [[4], [22, 11], [600, 8]])
+def test_a_grid_smaller_than_the_rows(sizes: list[int]) -> None:
+    assert check(70, sizes, torch.float32, True, max_blocks=2).blocks <= 2
+
+
+def test_an_empty_batch_launches_nothing() -> None:
+    assert check(0, [3, 5], torch.float32, True).launches == 0
