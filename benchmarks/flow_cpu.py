@@ -68,21 +68,26 @@ def main() -> None:
     own, published = list(flow.parameters()), list(eager.parameters())
     weights = sum(p.numel() for p in own)
     rows = []
-    for batch in options.batch:
-        x = torch.randn(batch, options.dim)
-        pair = torch.randn(2 * batch, options.dim)
+
+    def cases_of(batch: int) -> dict[str, tuple[int, int, dict[str, dict[str, float]]]]:
+        """For each case: passes over the weights in multiples of a forward pass, rows, and the times of both sides."""
+        x, pair = torch.randn(batch, options.dim), torch.randn(2 * batch, options.dim)
         with torch.no_grad():
-            cases = {"forward": (1, batch, alternate({"ours": lambda: flow(x), "eager": lambda: eager(x)}, options.seconds))}
-            cases["inverse"] = (
-                1,
-                batch,
-                alternate({"ours": lambda: flow.inverse(x), "eager": lambda: eager.reverse(x)}, options.seconds),
-            )
+            forward = alternate({"ours": lambda: flow(x), "eager": lambda: eager(x)}, options.seconds)
+            inverse = alternate({"ours": lambda: flow.inverse(x), "eager": lambda: eager.reverse(x)}, options.seconds)
         steps = {
             "ours": gradient_step(own, lambda: flow(pair)),
             "eager": gradient_step(published, lambda: eager(pair[:batch]), lambda: eager(pair[batch:])),
         }
-        cases["gradient of pairs"] = (3, 2 * batch, alternate(steps, options.seconds))
+        gradient = alternate(steps, options.seconds)
+        return {
+            "forward": (1, batch, forward),
+            "inverse": (1, batch, inverse),
+            "gradient of pairs": (3, 2 * batch, gradient),
+        }
+
+    for batch in options.batch:
+        cases = cases_of(batch)
         for name, (passes, count, times) in cases.items():
             gigaflops = 2e-6 * passes * count * weights
             ratio = times["eager"]["median"] / times["ours"]["median"]

@@ -68,9 +68,7 @@ def inputs(
 
 def results(arguments: list[Tensor | None], **options: object) -> dict[str, Tensor]:
     """Outputs, and the gradients of a fixed weighting of both."""
-    leaves = [
-        t.detach().clone().requires_grad_() if t is not None and t.is_floating_point() else t for t in arguments
-    ]
+    leaves = [t.detach().clone().requires_grad_() if t is not None and t.is_floating_point() else t for t in arguments]
     y, logdet = flow(*leaves, **options)
     weight = torch.linspace(-1, 2, max(y.numel(), 1), dtype=y.dtype)[: y.numel()].reshape(y.shape)
     rows = torch.linspace(0.5, 1, max(len(logdet), 1), dtype=y.dtype)[: len(logdet)]
@@ -299,10 +297,52 @@ def test_every_instruction_set(isa: str) -> None:
         "    t.test_float32_equals_the_definition(shape, True)\n"
         "print(cpu_isa())\n"
     )
-    environment = {**os.environ, "IIN_FAST_CPU": isa, "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
+    environment = {
+        **os.environ,
+        "IIN_FAST_CPU": isa,
+        "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path]),
+    }
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() in (isa, "baseline")
+
+
+GUARDED = """
+import ctypes, mmap, sys, torch, test_flow as t
+from iin_fast.ops.flow import flow
+
+libc = ctypes.CDLL(None, use_errno=True)
+keep = []
+
+def at_the_end_of_a_page(tensor):
+    size, page = tensor.numel() * tensor.element_size(), mmap.PAGESIZE
+    pages = -(-size // page)
+    memory = mmap.mmap(-1, (pages + 1) * page)
+    keep.append(memory)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert libc.mprotect(ctypes.c_void_p(start + pages * page), page, 0) == 0
+    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=pages * page - size)
+    return copy.copy_(tensor.flatten()).view(tensor.shape)
+
+for shape in [(1, 3, 17, 1, 2, 2, 1), (1, 7, 70, 0, 30, 0, 1), (1, 2, 1, 1, 9, 0, 1)]:
+    for dtype in (torch.float32, torch.float64):
+        arguments = t.inputs(*shape, dtype=dtype)
+        guarded = [a if a is None or a.numel() == 0 else at_the_end_of_a_page(a) for a in arguments]
+        for memory in ("save", "invert"):
+            y, logdet = flow(guarded[0], guarded[1], guarded[2].requires_grad_(), *guarded[3:4],
+                             guarded[4].requires_grad_(), *guarded[5:], memory=memory)
+            (y.sum() + logdet.sum()).backward()
+print("inside")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="guards pages with mprotect")
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
+def test_nothing_is_read_beyond_a_tensor(isa: str) -> None:
+    path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+    environment = {**os.environ, "IIN_FAST_CPU": isa, "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", GUARDED], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0 and done.stdout.strip() == "inside", (done.returncode, done.stderr)
 
 
 class TestBadInput:
@@ -324,7 +364,9 @@ class TestBadInput:
         self.check(ValueError, r"bias_in has shape \[5, 6\], expected \[2, 2, 2, hidden\]", bias_in=x)
         self.check(ValueError, r"context has shape \[5, 6\], expected \[1 or 2, 5, context_dim\]", context=x)
         self.check(ValueError, r"context has shape \[3, 5, 3\]", context=torch.zeros(3, 5, 3, dtype=torch.float64))
-        self.check(ValueError, "scale is on meta, expected cpu like x", scale=torch.zeros(2, 6, device="meta", dtype=x.dtype))
+        self.check(
+            ValueError, "scale is on meta, expected cpu like x", scale=torch.zeros(2, 6, device="meta", dtype=x.dtype)
+        )
         self.check(TypeError, "permutation is torch.float64, expected an int64 tensor", permutation=x[:2])
         self.check(RuntimeError, r"permutation\[1\] is not a permutation", permutation=torch.arange(12).view(2, 6))
         self.check(ValueError, "memory is 'keep', expected auto, save or invert", memory="keep")
