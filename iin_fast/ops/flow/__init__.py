@@ -115,9 +115,10 @@ def flow(
 def _check(x: Tensor, context: Tensor | None, parameters: tuple[Tensor, ...], permutation: Tensor) -> None:
     op = "flow"
     autocast = isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type)
-    for name, value in (("x", x), *zip(_PARAMETERS, parameters, strict=True), ("context", context)):
-        if value is None and name == "context":
-            continue
+    given = [("x", x), *zip(_PARAMETERS, parameters, strict=True)]
+    if context is not None:
+        given.append(("context", context))
+    for name, value in given:
         if not isinstance(value, Tensor) or (value.dtype not in _TYPES and not autocast):
             check_floating(op, name, value, _TYPES)
         if value.dtype != x.dtype and not autocast:
@@ -253,11 +254,12 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
 
 def _backward(ctx: Any, grad_y: Tensor | None, grad_logdet: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     y, saved, *tensors = ctx.saved_tensors
+    options: Any = (ctx.leaky_slope, ctx.activation_slope, ctx.exact_logdet, ctx.inverse)
     nothing = (None,) * 5
     if grad_y is None and grad_logdet is None:
         return (None,) * 11 + nothing
     if torch.is_grad_enabled():  # create_graph=True: derivatives of derivatives come from the definition itself
-        outputs = reference.flow(*tensors, ctx.leaky_slope, ctx.activation_slope, ctx.exact_logdet, ctx.inverse)
+        outputs = reference.flow(*tensors, *options)
         wanted = [i for i, t in enumerate(tensors) if t is not None and t.requires_grad]
         pairs = [(o, g) for o, g in zip(outputs, (grad_y, grad_logdet), strict=True) if g is not None]
         found = torch.autograd.grad(
