@@ -94,7 +94,9 @@ def bench(
             )
     console.print(table)
     for name, row in result["inversion"].items():
-        console.print(f"inversion error, {name}: {row['max_error']:.1e}", highlight=False)
+        console.print(
+            f"inversion error, {name}: {row['max_error']:.1e} (eager {row['max_error_eager']:.1e})", highlight=False
+        )
     for name, by_depth in result.get("memory", {}).get("systems", {}).items():
         parts = ", ".join(f"{depth} blocks {row['above_gradients']:.0f} MiB" for depth, row in by_depth.items())
         console.print(f"peak memory above gradients, {name}: {parts}", highlight=False)

@@ -534,6 +534,11 @@ template <class T> int64_t flow_saved_size(const FlowSizes &s) {
   return 2 * s.n_flows * saved_half(Widths<T>(s), s.batch);
 }
 
+template <class T> int64_t flow_sharing(const FlowSizes &s, int64_t threads) {
+  const Plan plan = plan_of<T>(s, threads);
+  return plan.tall ? 1 : plan.threads;
+}
+
 template <class T> int64_t flow_forward_workspace(const FlowSizes &s, int64_t threads, bool save) {
   Pieces<T> pieces{nullptr};
   const Widths<T> w(s);
@@ -631,6 +636,7 @@ template <class T> void flow_backward(const FlowBackwardJob<T> &job) {
 
 #define IIN_FAST_INSTANTIATE(T)                                                                                        \
   template int64_t flow_saved_size<T>(const FlowSizes &);                                                              \
+  template int64_t flow_sharing<T>(const FlowSizes &, int64_t);                                                        \
   template int64_t flow_forward_workspace<T>(const FlowSizes &, int64_t, bool);                                        \
   template int64_t flow_backward_workspace<T>(const FlowSizes &, int64_t, bool, bool);                                 \
   template void flow_forward<T>(const FlowJob<T> &);                                                                   \

@@ -53,7 +53,10 @@ template <class T> struct FlowBackwardJob {
   FlowWeights<T> grads; // null for the conditioners if not wanted
 };
 
-IIN_FAST_DECLARE_LOOPS(template <class T> int64_t flow_saved_size(const FlowSizes &sizes); template <class T>
+// flow_sharing: how many of `threads` share every step of the walk; 1 where each walks alone.
+IIN_FAST_DECLARE_LOOPS(template <class T> int64_t flow_saved_size(const FlowSizes &sizes);
+                       template <class T> int64_t flow_sharing(const FlowSizes &sizes, int64_t threads);
+                       template <class T>
                        int64_t flow_forward_workspace(const FlowSizes &sizes, int64_t threads, bool save);
                        template <class T> int64_t flow_backward_workspace(const FlowSizes &sizes, int64_t threads,
                                                                           bool saved, bool weight_grads);

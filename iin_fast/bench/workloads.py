@@ -59,26 +59,19 @@ class Workload:
 
         return train
 
-    def work(self) -> tuple[float, float]:
-        """(floating-point operations, bytes): the matrix products, and each weight moved as often as it must be."""
-        weights = self.size.weights
-        operations = 2.0 * weights * self.batch
-        moved = 4.0 * weights  # read once
-        if not self.inference:
-            operations *= 3  # forward, gradients of inputs, gradients of weights
-            moved *= 3  # read forward and backward, gradient written
-        if self.kind == "step":
-            moved += 4.0 * weights * 7  # Adam reads weight, gradient and two moments, writes weight and moments
-        return operations, moved
+    def floor(self, flops: float, read: float, copy: float) -> float:
+        """Seconds below which this case cannot come on a machine with these peaks.
 
-    def floor(self, flops: float, bandwidth: float) -> float:
-        """Seconds below which this case cannot come on a machine with these peaks."""
-        operations, moved = self.work()
-        products = operations / flops
-        if self.kind != "step":
-            return max(products, moved / bandwidth)
-        adam = 4.0 * self.size.weights * 7 / bandwidth  # the optimizer comes after the products
-        return max(products, (moved - adam * bandwidth) / bandwidth) + adam
+        Matrix products at ``flops`` operations a second, hidden behind them or hiding them the weights: read at ``read``
+        bytes a second once forward and once backward, their gradient written at ``copy``. After that Adam, which reads
+        weight, gradient and two moments and writes weight and moments, at ``copy``.
+        """
+        size = 4.0 * self.size.weights
+        products = 2.0 * self.size.weights * self.batch / flops
+        if self.inference:
+            return max(products, size / read)
+        gradient = max(3 * products, 2 * size / read + size / copy)
+        return gradient + (7 * size / copy if self.kind == "step" else 0.0)
 
 
 WORKLOADS = {
