@@ -10,7 +10,7 @@
 //          In backward each thread then sums weight gradients of its own, added in a fixed order at the end.
 //
 // Bytes, forward: weights once; per row and half the stage (cached). Backward: weights twice, weight gradients once.
-// Tuned on 2 Zen 5 cores at dim 64, hidden 512, depth 2 and at dim 8, hidden 64: benchmarks/flow_cpu.py.
+// Tuned on 2 Zen 5 cores at dim 64, hidden 512, depth 2 and at dim 8, hidden 64: docs/performance.md.
 #include "flow/flow_loops.h"
 
 #include <cmath>

@@ -7,7 +7,7 @@
 // Activations are row-major with rows padded to whole vectors (padded()), so a product may write the padding; a panel
 // is not padded: a vector that reaches beyond its row reads the next row, whose lanes are dropped, and only the last
 // rows of the last panel are read from a copy. All loops are register tiles of R rows x C vectors; R and C are chosen
-// for 32 or 16 vector registers. Tuned on AVX-512 (Zen 5) at hidden 512, batch 25 and 256, benchmarks/flow_cpu.py.
+// for 32 or 16 vector registers. Tuned on AVX-512 (Zen 5) at hidden 512, batch 25 and 256: docs/performance.md.
 #pragma once
 
 #include "flow/simd.h"

@@ -172,8 +172,9 @@ class _Bench:
             call()
             call()
         once = [_timed(call) for call in calls.values()]
-        inner = max(1, int((0.005 if self.quick else 0.02) / max(min(once), 1e-6)))
-        repeats = 5 if self.quick else max(7, min(25, int(8 / (sum(once) * inner))))
+        # long enough that the first call after another system's turn does not decide
+        inner = max(1, int((0.01 if self.quick else 0.05) / max(min(once), 1e-6)))
+        repeats = 5 if self.quick else max(5, min(25, int(15 / (sum(once) * inner))))
         times: dict[str, list[float]] = {name: [] for name in calls}
         gc.collect()
         gc.disable()
