@@ -1,8 +1,9 @@
 // Both nets (s and t) of a coupling on a chunk of rows, forward and backward.
 //
-// A layer is one parallel step over (net, panel of outputs, group of rows); its backward is one parallel step over
-// (net, block of inputs): the task that owns a block of inputs reads each weight of the block once, for dA and dW
-// together, and nothing is summed across tasks, so results don't depend on which thread ran what.
+// Forward, two threads take a net each; more share each layer, one parallel step over (net, panel of outputs, group of
+// rows). The backward of a layer is one parallel step over (net, block of inputs): the task that owns a block of inputs
+// reads each weight of the block once, for dA and dW together, and nothing is summed across tasks, so results don't
+// depend on which thread ran what.
 #pragma once
 
 #include "flow/flow_loops.h"
@@ -75,35 +76,46 @@ template <class T>
 void conditioner_forward(const Team &team, const FlowWeights<const T> &weights, const Widths<T> &w, int64_t first_net,
                          const T *u, const Activations<T> &activations, T *raw, int64_t raw_stride, int64_t rows,
                          T slope) {
+  const auto width = [&](int64_t l) { return l == w.layers - 1 ? w.transformed : w.hidden; };
+  const auto compute = [&](int64_t l, int64_t net, int64_t panel, int64_t from, int64_t to) {
+    const Layer<const T> layer = layer_of(weights, w, first_net + net, l);
+    const int64_t out = width(l), column = panel * panel_width, columns = smaller(panel_width, out - column);
+    const int64_t lda = l == 0 ? w.ld_row : w.ld_hidden, ldc = l == w.layers - 1 ? w.ld_out : w.ld_hidden;
+    Product<T> p{};
+    p.a = (l == 0 ? u : activations.at(net, l - 1)) + from * lda;
+    p.lda = lda;
+    p.w = layer.weight + column * layer.in;
+    p.ldw = columns;
+    p.k = layer.in;
+    p.c = (l == w.layers - 1 ? raw + net * raw_stride : activations.at(net, l)) + from * ldc + column;
+    p.ldc = ldc;
+    p.start = layer.bias + column;
+    p.finish = l == w.layers - 1 ? Finish::store : Finish::leaky;
+    p.slope = slope;
+    multiply_panel(p, to - from, columns, false);
+    if (activations.keep && l < w.layers - 1 && column + columns == out) // what is saved has no random parts
+      for (int64_t row = 0; row < to - from; ++row)
+        for (int64_t j = out - column; j < ldc - column; ++j)
+          p.c[row * ldc + j] = T(0);
+  };
+  if (team.threads <= 2) { // a net each: no waiting between layers
+    team.run(2, [&](int64_t begin, int64_t end) {
+      for (int64_t net = begin; net < end; ++net)
+        for (int64_t l = 0; l < w.layers; ++l)
+          for (int64_t panel = 0; panel < ceil_div(width(l), panel_width); ++panel)
+            compute(l, net, panel, 0, rows);
+    });
+    return;
+  }
   for (int64_t l = 0; l < w.layers; ++l) {
-    const int64_t out = l == w.layers - 1 ? w.transformed : w.hidden;
-    const int64_t panels = ceil_div(out, panel_width);
+    const int64_t panels = ceil_div(width(l), panel_width);
     // rows are split only where nets and panels are too few for the threads
     const int64_t row_groups =
         2 * panels >= team.threads ? 1 : smaller(ceil_div(rows, 32), ceil_div(team.threads, 2 * panels));
     team.run(2 * panels * row_groups, [&](int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t net = task / (panels * row_groups), panel = task / row_groups % panels, group = task % row_groups;
-        const int64_t from = group * rows / row_groups, to = (group + 1) * rows / row_groups;
-        const Layer<const T> layer = layer_of(weights, w, first_net + net, l);
-        const int64_t column = panel * panel_width, columns = smaller(panel_width, out - column);
-        const int64_t lda = l == 0 ? w.ld_row : w.ld_hidden, ldc = l == w.layers - 1 ? w.ld_out : w.ld_hidden;
-        Product<T> p{};
-        p.a = (l == 0 ? u : activations.at(net, l - 1)) + from * lda;
-        p.lda = lda;
-        p.w = layer.weight + column * layer.in;
-        p.ldw = columns;
-        p.k = layer.in;
-        p.c = (l == w.layers - 1 ? raw + net * raw_stride : activations.at(net, l)) + from * ldc + column;
-        p.ldc = ldc;
-        p.start = layer.bias + column;
-        p.finish = l == w.layers - 1 ? Finish::store : Finish::leaky;
-        p.slope = slope;
-        multiply_panel(p, to - from, columns, false);
-        if (activations.keep && l < w.layers - 1 && column + columns == out) // what is saved has no random parts
-          for (int64_t row = 0; row < to - from; ++row)
-            for (int64_t j = out - column; j < ldc - column; ++j)
-              p.c[row * ldc + j] = T(0);
+        compute(l, net, panel, group * rows / row_groups, (group + 1) * rows / row_groups);
       }
     });
   }

@@ -202,7 +202,7 @@ template <class T> Plan plan_of(const FlowSizes &s, int64_t threads) {
 // Calls f(begin, end, group) on row groups of [from, to), on the team's threads.
 template <class F> void over_rows(const Team &team, int64_t from, int64_t to, int64_t dim, const F &f) {
   const int64_t rows = to - from;
-  const int64_t groups = larger(1, smaller(team.threads, rows * dim / 2048)); // below, a second thread gains nothing
+  const int64_t groups = larger(1, smaller(team.threads, rows * dim / 512)); // below, a second thread gains nothing
   team.run(groups, [&](int64_t begin, int64_t end) {
     for (int64_t g = begin; g < end; ++g)
       f(from + g * rows / groups, from + (g + 1) * rows / groups, g);
