@@ -19,7 +19,10 @@ SHOWN = {
 
 
 def milliseconds(row: dict | None) -> str:
-    return "" if row is None else f"{1e3 * row['median']:.3g}"
+    if row is None:
+        return ""
+    value = 1e3 * row["median"]
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def speed_table() -> str:

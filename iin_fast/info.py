@@ -1,6 +1,7 @@
 """What this installation is and what it runs on."""
 
 import platform
+import subprocess
 from pathlib import Path
 
 import torch
@@ -13,7 +14,13 @@ __all__ = ["collect"]
 
 
 def commit() -> str:
-    """The commit that the package was built from."""
+    """The commit of the source tree that this runs from, or that the package was built from."""
+    root = Path(__file__).parents[1]
+    if (root / ".git").exists():
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+        found = subprocess.run(command, cwd=root, capture_output=True, text=True)
+        if found.returncode == 0:
+            return found.stdout.strip()
     try:
         from ._build_info import COMMIT  # type: ignore[import-not-found,unused-ignore]
     except ImportError:
