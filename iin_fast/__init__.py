@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import functional, nn
+from . import functional, nn, testing
 from .backends import backend
 from .iin import IIN, FactorLoss, Factors, PairSampler, estimate_factor_dims
 
@@ -21,4 +21,5 @@ __all__ = [
     "estimate_factor_dims",
     "functional",
     "nn",
+    "testing",
 ]

@@ -14,7 +14,7 @@ FLAGS = ["-std=c++17", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math",
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no cross compiler for aarch64 (g++-aarch64-linux-gnu)")
 
 
-def compiled(*arguments: str) -> None:
+def assert_compiles(*arguments: str) -> None:
     done = subprocess.run([COMPILER, *FLAGS, *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -25,7 +25,7 @@ def compiled(*arguments: str) -> None:
 def test_compiles(source: Path, tmp_path: Path) -> None:
     includes = Path(torch.__file__).parent / "include"
     options = ["-DIIN_FAST_ISA=baseline", "-DTORCH_TARGET_VERSION=0x020a000000000000", "-isystem", str(includes)]
-    compiled("-O1", *options, "-c", str(ROOT / "csrc" / source), "-o", str(tmp_path / "object.o"))
+    assert_compiles("-O1", *options, "-c", str(ROOT / "csrc" / source), "-o", str(tmp_path / "object.o"))
 
 
 def test_elementary_functions_run(tmp_path: Path) -> None:
@@ -53,6 +53,6 @@ template <class T> int bad(T tolerance) {
 int main() { std::printf("%d %d", bad<float>(5e-7f), bad<double>(1e-15)); }
 """
     )
-    compiled("-O3", "-static", str(tmp_path / "check.cpp"), "-o", str(program))
+    assert_compiles("-O3", "-static", str(tmp_path / "check.cpp"), "-o", str(program))
     out = subprocess.run([emulator, str(program)], capture_output=True, text=True, check=True)
     assert out.stdout == "0 0"
