@@ -104,7 +104,7 @@ def spline_coupling(
             f"{op}: parameters has shape {list(parameters.shape)}, expected {[*x.shape, count]}: {bins} widths, {bins} "
             f"heights and {count - 2 * bins} derivatives for each element of x"
         )
-    rows = x.reshape(x.shape[0], -1) if x.numel() or x.dim() == 2 else x.reshape(x.shape[0], x.shape[1:].numel())
+    rows = x.reshape(x.shape[0], x.shape[1:].numel())
     y, logdet = _run(rows, parameters.reshape(*rows.shape, count), bins, tails, parameterization, limits, inverse)
     return y.reshape(x.shape), logdet
 
@@ -215,9 +215,9 @@ def _run(
     x: Tensor, parameters: Tensor, bins: int, tails: str, form: str, limits: tuple[float, ...], inverse: bool
 ) -> tuple[Tensor, Tensor]:
     if chosen("spline_coupling", x) == "reference":
-        left, right, bottom, top, *minima = limits
+        left, right, bottom, top, width, height, slope = limits
         return reference.spline_coupling(
-            x, parameters, bins, tails, form, (left, right, bottom, top), *minima, inverse=inverse
+            x, parameters, bins, tails, form, (left, right, bottom, top), width, height, slope, inverse
         )
     return torch.ops.iin_fast.spline_coupling(
         x, parameters, bins, TAILS[tails], PARAMETERIZATIONS[form], *limits, inverse
@@ -247,9 +247,9 @@ def _backward(ctx: Any, grad_y: Tensor, grad_logdet: Tensor) -> tuple[Tensor | N
     x, parameters, y = ctx.saved_tensors
     nothing = (None,) * len(ctx.options)
     if torch.is_grad_enabled():  # create_graph=True: derivatives of derivatives come from the definition itself
-        bins, tails, form, left, right, bottom, top, *minima, inverse = ctx.options
+        bins, tails, form, left, right, bottom, top, width, height, slope, inverse = ctx.options
         outputs = reference.spline_coupling(
-            x, parameters, bins, _TAILS[tails], _FORMS[form], (left, right, bottom, top), *minima, inverse=inverse
+            x, parameters, bins, _TAILS[tails], _FORMS[form], (left, right, bottom, top), width, height, slope, inverse
         )
         wanted = [t for t in (x, parameters) if t.requires_grad]
         found = torch.autograd.grad(outputs, wanted, [grad_y, grad_logdet], create_graph=True, allow_unused=True)
