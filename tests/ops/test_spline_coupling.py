@@ -63,9 +63,7 @@ def test_types(dtype, inverse) -> None:
         error, plain_error, size = (
             t.square().mean().sqrt() for t in (found.double() - expected, same_type.double() - expected, expected)
         )
-        # backward of the inverse starts from its output, rounded to the type
-        rounding = (8 if inverse else 1) * torch.finfo(dtype).eps
-        assert error <= 2 * plain_error + rounding * size
+        assert error <= 2 * plain_error + torch.finfo(found.dtype).eps * size
 
 
 @pytest.mark.parametrize("inverse", [False, True])
@@ -95,11 +93,9 @@ def test_nflows(inverse, dtype, spread, bins) -> None:
         return
     theirs = run(module.unconstrained_rational_quadratic_spline, dtype)
     for found, other, expected in zip(ours, theirs, truth, strict=True):
-        if expected.numel():  # root mean squares: the worst element is that of a narrow bin and a matter of luck
-            error, theirs_error, size = (
-                t.square().mean().sqrt() for t in (found - expected, other - expected, expected)
-            )
-            assert error <= 2 * theirs_error + 1e-5 * (1 + size)
+        if expected.numel():  # not the worst element: that of a narrow bin is a matter of luck
+            error, theirs_error = ((t - expected).abs().flatten().quantile(0.95) for t in (found, other))
+            assert error <= 2 * theirs_error + 1e-6 * (1 + expected.abs().mean())
 
 
 @pytest.mark.parametrize("inverse", [False, True])
