@@ -60,10 +60,9 @@ def test_types(dtype, inverse) -> None:
     truth = both(x.double(), raw.double(), **options)[1]
     assert ours[1].dtype == torch.float32
     for found, same_type, expected in zip(ours, plain, truth, strict=True):
-        error, plain_error, size = (
-            t.square().mean().sqrt() for t in (found.double() - expected, same_type.double() - expected, expected)
-        )
-        assert error <= 2 * plain_error + torch.finfo(found.dtype).eps * size
+        errors = ((t.double() - expected).abs().flatten().quantile(0.9) for t in (found, same_type))
+        error, plain_error = errors  # not the worst element: that of a narrow bin is a matter of luck
+        assert error <= 2 * plain_error + torch.finfo(found.dtype).eps * expected.abs().mean()
 
 
 @pytest.mark.parametrize("inverse", [False, True])
