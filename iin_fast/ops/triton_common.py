@@ -79,10 +79,16 @@ def on_device(x: Tensor) -> Iterator[None]:
         yield
 
 
-def autotuned(configs: Sequence[triton.Config], key: Sequence[str]) -> Callable[[Any], Any]:
-    """triton.autotune, results kept on disk from run to run; the interpreter takes the first config."""
+def autotuned(
+    configs: Sequence[triton.Config], key: Sequence[str], fitting: Callable[..., list[triton.Config]] | None = None
+) -> Callable[[Any], Any]:
+    """triton.autotune, results kept on disk from run to run; the interpreter takes the first config.
+
+    ``fitting`` picks the configs worth trying for the arguments of a launch.
+    """
     configs = list(configs[:1]) if INTERPRETED else list(configs)
-    return triton.autotune(configs, list(key), cache_results=not INTERPRETED)
+    prune = None if fitting is None else {"early_config_prune": fitting}
+    return triton.autotune(configs, list(key), prune_configs_by=prune, cache_results=not INTERPRETED)
 
 
 class CompileCase(NamedTuple):
@@ -121,8 +127,11 @@ _TYPES = {
 
 def _record(cases: list[CompileCase], kernel: Any, arguments: Sequence[Any], constants: dict[str, Any]) -> None:
     """One case for each config of the kernel, specialised as Triton does: on 1, None, and multiples of 16."""
-    configs = kernel.configs if isinstance(kernel, triton.runtime.Autotuner) else [None]
-    function = kernel.fn if isinstance(kernel, triton.runtime.Autotuner) else kernel
+    tuned = isinstance(kernel, triton.runtime.Autotuner)
+    function = kernel.fn if tuned else kernel
+    configs = kernel.configs if tuned else [None]
+    if tuned and kernel.early_config_prune is not None:
+        configs = kernel.early_config_prune(configs, dict(zip(function.arg_names, arguments)), **constants)
     for number, config in enumerate(configs):
         options = {"num_warps": 4, "num_stages": 3}
         values = dict(zip(function.arg_names, arguments, strict=False)) | constants
@@ -222,8 +231,10 @@ def _sum_parts(parts, out, batch, count, WIDE: tl.constexpr, BLOCK: tl.constexpr
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = row < batch
     total = tl.zeros([BLOCK], WIDE)
-    for i in range(count):
-        total += tl.load(parts + i.to(tl.int64) * batch + row, mask=valid, other=0.0)
+    at = parts + row
+    for _ in range(count):
+        total += tl.load(at, mask=valid, other=0.0)
+        at += batch
     tl.store(out + row, total, mask=valid)
 
 
