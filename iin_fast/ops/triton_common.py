@@ -131,7 +131,9 @@ def _record(cases: list[CompileCase], kernel: Any, arguments: Sequence[Any], con
     function = kernel.fn if tuned else kernel
     configs = kernel.configs if tuned else [None]
     if tuned and kernel.early_config_prune is not None:
-        configs = kernel.early_config_prune(configs, dict(zip(function.arg_names, arguments)), **constants)
+        configs = kernel.early_config_prune(
+            configs, dict(zip(function.arg_names, arguments, strict=False)), **constants
+        )
     for number, config in enumerate(configs):
         options = {"num_warps": 4, "num_stages": 3}
         values = dict(zip(function.arg_names, arguments, strict=False)) | constants

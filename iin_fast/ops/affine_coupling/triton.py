@@ -6,7 +6,9 @@ rows are too few to fill a GPU, several programs share a row and their sums are 
 order. Backward reduces nothing: a program owns a tile of rows and columns.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -214,7 +216,7 @@ def affine_coupling_backward(
 
 def compile_cases() -> list[CompileCase]:
     """The kernels of representative calls, for triton.compile: name, kernel, signature, constexprs, options."""
-    calls = {}
+    calls: dict[str, Callable[[], Any]] = {}
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         for squash, name in ((1, "tanh"), (2, "atan"), (3, "sigmoid"), (4, "none")):
             if squash != 1 and dtype != torch.float32:

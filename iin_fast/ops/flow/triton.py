@@ -78,7 +78,7 @@ class _Walk:
         self.wide = wide(x.dtype)
         self.constants = dict(WIDE=tl_dtype(x.dtype), PRECISION=_precision(x.dtype, tf32))
         # a tile of rows and of columns for the kernels that are not tuned, since their parts are counted by tiles
-        self.block_m = 16 if self.batch <= 128 else 64
+        self.block_m = 16 if self.batch <= 128 else 32 if x.dtype == torch.float64 else 64
         narrow = 16 if self.batch <= 128 else 32 if x.dtype == torch.float64 else 64
         self.block_n = min(max(16, power_of_two(self.conditioning)), narrow)
         self.row_tiles = ceil_div(self.batch, self.block_m)

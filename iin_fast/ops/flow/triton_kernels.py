@@ -33,13 +33,14 @@ KEEP, NORMALIZE, DENORMALIZE, NORMALIZE_GRAD, DENORMALIZE_GRAD = 0, 1, 2, 3, 4
 
 
 def _fitting(configs: list[triton.Config], arguments: dict[str, Any], **constants: Any) -> list[triton.Config]:
-    """Small row tiles for small batches, large ones for large; float64 in small tiles, which need no spills."""
+    """Small row tiles for small batches, large ones for large; tiles of wide types small enough not to spill."""
     batch = arguments["batch_bucket"]
     most = 16 if batch <= 16 else 32 if batch <= 128 else 128
     least = 16 if batch <= 128 else 64
     if constants.get("WIDE", arguments.get("WIDE")) == tl.float64:
         least, most = 16, 32
-    return [c for c in configs if least <= c.kwargs["BLOCK_M"] <= most]
+    deepest = 64 if batch <= 128 or arguments["weight"].element_size() == 2 else 32
+    return [c for c in configs if least <= c.kwargs["BLOCK_M"] <= most and c.kwargs["BLOCK_K"] <= deepest]
 
 
 # Three shapes for batches up to 128, where reading the weights is all that counts: narrow tiles spread one weight over
@@ -88,22 +89,22 @@ def _move(column, table, conditioning, transformed, MAP: tl.constexpr):
 
 
 @triton.jit
-def _pass(value, column, to, valid, loc, scale, SLOPE: tl.constexpr, OP: tl.constexpr, WIDE: tl.constexpr):
+def _pass(value, column, to, valid, loc, scale, dim, SLOPE: tl.constexpr, OP: tl.constexpr, WIDE: tl.constexpr):
     """ActNorm with activation, or its inverse, of a value on its way; and 1.0 where the activation scaled."""
     if OP == 1:
-        lo = tl.load(loc + to, mask=valid, other=0.0).to(WIDE)
-        sc = tl.load(scale + to, mask=valid, other=1.0).to(WIDE)
+        lo = tl.load(loc + to, mask=column < dim, other=0.0).to(WIDE)
+        sc = tl.load(scale + to, mask=column < dim, other=1.0).to(WIDE)
         value = sc * (value + lo)
         negative = value < 0
         value = tl.where(negative, value * SLOPE, value)
     elif OP == 2:
-        lo = tl.load(loc + column, mask=valid, other=0.0).to(WIDE)
-        sc = tl.load(scale + column, mask=valid, other=1.0).to(WIDE)
+        lo = tl.load(loc + column, mask=column < dim, other=0.0).to(WIDE)
+        sc = tl.load(scale + column, mask=column < dim, other=1.0).to(WIDE)
         negative = value < 0
         value = tl.where(negative, value / SLOPE, value) / sc - lo
     else:
         negative = value < value  # nowhere
-    return value, tl.where(negative & valid, 1.0, 0.0).to(WIDE)
+    return value, (negative & valid).to(WIDE)
 
 
 @triton.jit
@@ -192,7 +193,7 @@ def enter(
             value, x, gl, column, to, valid, loc, scale, loc_parts, scale_parts, dim, SLOPE, OP, WIDE
         )
     else:
-        value, negative = _pass(value, column, to, valid, loc, scale, SLOPE, OP, WIDE)
+        value, negative = _pass(value, column, to, valid, loc, scale, dim, SLOPE, OP, WIDE)
         if COUNT:
             at = parts + tl.program_id(1).to(tl.int64) * batch + row
             tl.store(at, tl.sum(negative, 1) * LOG_SLOPE, mask=row < batch)
@@ -303,7 +304,6 @@ def last_layer(
     j = first + tl.arange(0, BLOCK_N)[None, :]
     k = tl.arange(0, BLOCK_K)
     valid = inside_rows & (j < transformed)
-    TYPE: tl.constexpr = weight.dtype.element_ty
     raw = tl.zeros([BLOCK_M, BLOCK_N], WIDE)
     shift = tl.zeros([BLOCK_M, BLOCK_N], WIDE)
     base, start, width = _panel(first, hidden, transformed)
@@ -339,13 +339,13 @@ def last_layer(
         tl.store(v_out + kept, v, mask=valid)
     column = conditioning + j
     to = _move(column, table, conditioning, transformed, MAP)
-    v, negative = _pass(v, column, to, valid, loc, scale, SLOPE, OP, WIDE)
+    v, negative = _pass(v, column, to, valid, loc, scale, dim, SLOPE, OP, WIDE)
     tl.store(target + long_row * dim + to, v.to(target.dtype.element_ty), mask=valid)
     # the conditioning columns go along
     valid_u = inside_rows & (j < conditioning)
     u = tl.load(stage + long_row * dim + j, mask=valid_u, other=0.0)
     to_u = _move(j, table, conditioning, transformed, MAP)
-    u, negative_u = _pass(u, j, to_u, valid_u, loc, scale, SLOPE, OP, WIDE)
+    u, negative_u = _pass(u, j, to_u, valid_u, loc, scale, dim, SLOPE, OP, WIDE)
     tl.store(target + long_row * dim + to_u, u.to(target.dtype.element_ty), mask=valid_u)
     if LOGDET:
         gained = tl.where(valid, s, 0.0) + (negative + negative_u) * LOG_SLOPE

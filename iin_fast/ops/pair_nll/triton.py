@@ -6,8 +6,9 @@ and columns. Which factor a column belongs to comes from a table of ``dim`` indi
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 import triton
@@ -200,7 +201,7 @@ def pair_nll_backward(
 
 def compile_cases() -> list[CompileCase]:
     """The kernels of representative calls, for triton.compile: name, kernel, signature, constexprs, options."""
-    calls = {}
+    calls: dict[str, Callable[[], Any]] = {}
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         for batch, sizes in ((25, [22, 11, 31]), (4096, [3, 4, 5]), (16, [60000, 5536])):
             z = torch.empty(batch, sum(sizes), dtype=dtype, device="meta")
