@@ -26,6 +26,7 @@ register("flow", "cpp", "cpu")
 define_triton("flow")
 
 _TYPES = (torch.float32, torch.float64)
+_TRITON_TYPES = (*_TYPES, torch.bfloat16, torch.float16)
 _PARAMETERS = (
     "loc",
     "scale",
@@ -64,7 +65,8 @@ def flow(
     context, and a fixed permutation. reference.py is the definition, c = ceil(dim / 2).
 
     Args:
-        x: ``[batch, dim]``, float32 or float64, any strides; dim of at least 2, batch may be 0.
+        x: ``[batch, dim]``, float32 or float64, any strides; dim of at least 2, batch may be 0. With the backends triton
+            and reference also bfloat16 or float16: couplings, log-det and what lies between blocks stay in float32.
         context: ``[1, batch, context_dim]`` for all blocks or ``[n_flows, batch, context_dim]``; None for none.
         loc, scale: ``[n_flows, dim]``, ActNorm; scale not 0.
         weight_in, bias_in, weight_hidden, bias_hidden, weight_out, bias_out: the nets S and T of every half of every
@@ -79,10 +81,11 @@ def flow(
             "save" up to ``AUTO_SAVE_BYTES`` of activations.
 
     Returns:
-        The mapped ``[batch, dim]`` and the log-determinant ``[batch]``, in nats, of the map that was computed.
+        The mapped ``[batch, dim]`` and the log-determinant ``[batch]``, in nats, of the map that was computed, in
+        float32 for inputs of 16 bits.
 
     Raises:
-        TypeError: a dtype that is not float32 or float64, or dtypes that differ.
+        TypeError: a dtype that the backend does not take, or dtypes that differ.
         ValueError: shapes or devices that don't fit, slopes out of range, an unknown ``memory``.
 
     References:
@@ -117,13 +120,14 @@ def flow(
 
 def _check(x: Tensor, context: Tensor | None, parameters: tuple[Tensor, ...], permutation: Tensor) -> None:
     op = "flow"
+    types = _TYPES if not isinstance(x, Tensor) or chosen(op, x) == "cpp" else _TRITON_TYPES
     autocast = isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type)
     given = [("x", x), *zip(_PARAMETERS, parameters, strict=True)]
     if context is not None:
         given.append(("context", context))
     for name, value in given:
-        if not isinstance(value, Tensor) or (value.dtype not in _TYPES and not autocast):
-            check_floating(op, name, value, _TYPES)
+        if not isinstance(value, Tensor) or (value.dtype not in types and not autocast):
+            check_floating(op, name, value, types)
         if value.dtype != x.dtype and not autocast:
             check_dtype(op, name, value, x.dtype, "like x")
         if value.device != x.device:

@@ -13,7 +13,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ..triton_common import autotuned, tanh
+from ..triton_common import INTERPRETED, autotuned, tanh
 
 __all__ = [
     "DENORMALIZE",
@@ -64,6 +64,17 @@ def _outer_fitting(configs: list[triton.Config], arguments: dict[str, Any], **co
     if constants.get("WIDE", arguments.get("WIDE")) == tl.float64:
         return configs[2:]
     return configs
+
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+
+@triton.jit
+def _dot(a, b, acc, PRECISION: tl.constexpr, WIDE: tl.constexpr):
+    """acc + a b. (The interpreter multiplies the bits of bfloat16, not the numbers; widened, products are the same.)"""
+    if _INTERPRETED:
+        return tl.dot(a.to(WIDE), b.to(WIDE), acc, input_precision=PRECISION, out_dtype=WIDE)
+    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=WIDE)
 
 
 @triton.jit
@@ -244,7 +255,7 @@ def layer(
         wt = tl.load(
             w + (i + k)[:, None] * width, mask=(i + k < inside)[:, None] & (column < outside)[None, :], other=0.0
         )
-        acc = tl.dot(at, wt, acc, input_precision=PRECISION, out_dtype=WIDE)
+        acc = _dot(at, wt, acc, PRECISION, WIDE)
     if CONTEXT:
         c_tile = context + row.to(tl.int64)[:, None] * context_row + k[None, :]
         for i in range(0, context_width, BLOCK_K):
@@ -254,7 +265,7 @@ def layer(
                 mask=(i + k < context_width)[:, None] & (column < outside)[None, :],
                 other=0.0,
             )
-            acc = tl.dot(at.to(TYPE), wt, acc, input_precision=PRECISION, out_dtype=WIDE)
+            acc = _dot(at.to(TYPE), wt, acc, PRECISION, WIDE)
     acc += tl.load(bias + net * bias_net + column, mask=column < outside, other=0.0).to(WIDE)[None, :]
     acc = tl.where(acc > 0, acc, acc * LEAKY)
     at_out = out + net * out_net + row.to(tl.int64)[:, None] * outside + column[None, :]
@@ -313,19 +324,19 @@ def last_layer(
         there = (i + k < hidden)[:, None] & (j < transformed)
         at = a + long_row * hidden + (i + k)[None, :]
         wt = w + (i + k)[:, None] * width
-        raw = tl.dot(
+        raw = _dot(
             tl.load(at, mask=here, other=0.0),
             tl.load(wt, mask=there, other=0.0),
             raw,
-            input_precision=PRECISION,
-            out_dtype=WIDE,
+            PRECISION,
+            WIDE,
         )
-        shift = tl.dot(
+        shift = _dot(
             tl.load(at + a_net, mask=here, other=0.0),
             tl.load(wt + weight_net, mask=there, other=0.0),
             shift,
-            input_precision=PRECISION,
-            out_dtype=WIDE,
+            PRECISION,
+            WIDE,
         )
     raw += tl.load(bias + j, mask=j < transformed, other=0.0).to(WIDE)
     shift += tl.load(bias + bias_net + j, mask=j < transformed, other=0.0).to(WIDE)
@@ -454,10 +465,10 @@ def layer_backward(
             dt = tl.load(d_at, mask=here, other=0.0)
         w_at = weight + net * weight_net + base + column[None, :] * width + (j - start)[:, None]
         wt = tl.load(w_at, mask=(j < outside)[:, None] & (column < inside)[None, :], other=0.0)
-        acc = tl.dot(dt, wt, acc, input_precision=PRECISION, out_dtype=WIDE)
+        acc = _dot(dt, wt, acc, PRECISION, WIDE)
     valid = inside_rows & (column < inside)[None, :]
     at = long_row * inside + column[None, :]
-    positive = tl.load(a + net * a_net + at, mask=valid, other=0.0) > 0
+    positive = tl.load(a + net * a_net + at, mask=valid, other=0.0).to(WIDE) > 0
     acc = tl.where(positive, acc, acc * LEAKY)
     tl.store(out + net * out_net + at, acc.to(TYPE), mask=valid)
 
@@ -518,7 +529,7 @@ def first_layer_backward(
         for net in tl.static_range(2):
             dt = tl.load(d_at + net * d_net, mask=here, other=0.0)
             wt = tl.load(w_at + net * weight_net, mask=there, other=0.0)
-            acc = tl.dot(dt, wt, acc, input_precision=PRECISION, out_dtype=WIDE)
+            acc = _dot(dt, wt, acc, PRECISION, WIDE)
 
     valid = inside_rows & (j < conditioning)
     gu = acc + tl.load(g + long_row * dim + j, mask=valid, other=0.0)
@@ -592,7 +603,7 @@ def weight_gradient(
         r = (row + k).to(tl.int64)
         at = tl.load(a_tile + r[None, :] * a_row, mask=(i < inside)[:, None] & (r < batch)[None, :], other=0.0)
         dt = tl.load(d_tile + r[:, None] * outside, mask=(r < batch)[:, None] & (j < outside)[None, :], other=0.0)
-        acc = tl.dot(at.to(TYPE), dt, acc, input_precision=PRECISION, out_dtype=WIDE)
+        acc = _dot(at.to(TYPE), dt, acc, PRECISION, WIDE)
         if BIAS:
             total += tl.sum(dt.to(WIDE), 0)
     base, start, width = _panel(first, all_inside, outside)
