@@ -161,6 +161,8 @@ def _record(cases: list[CompileCase], kernel: Any, arguments: Sequence[Any], con
             if divisible and free:
                 attrs[(parameter.num,)] = [["tt.divisibility", 16]]
         shown = f"{_label} {function.__name__.strip('_')}" + (f" #{number}" if len(configs) > 1 else "")
+        number_of = sum(c.name.split(" (")[0] == shown for c in cases)  # the same kernel with other flags
+        shown += f" ({number_of + 1})" if number_of else ""
         case = CompileCase(shown, function, signature, constexprs, {**options, "attrs": attrs})
         same = (c for c in cases if c.kernel is function and c[2:] == case[2:])
         if next(same, None) is None:

@@ -226,7 +226,7 @@ def compile_cases() -> list[CompileCase]:
                 raw = None if squash == 4 else x
                 logdet = x.new_empty(batch, dtype=wide(dtype))
                 label = f"affine_coupling {name} {str(dtype).removeprefix('torch.')} [{batch}, {width}]"
-                for inverse in (False, True):
+                for inverse in (False, True) if dtype == torch.float32 and batch == 4096 else (False,):
                     which = f"{label} inverse" if inverse else label
                     arguments = (raw, x, squash, 1.0, inverse)
                     calls[which] = partial(affine_coupling, x, *arguments)

@@ -485,12 +485,12 @@ class _Backward:
 def compile_cases() -> list[CompileCase]:
     """The kernels of representative calls, for triton.compile: name, kernel, signature, constexprs, options."""
     calls: dict[str, Callable[[], Any]] = {}
-    shapes = ((64, 2, 512, 2, 0), (8, 2, 64, 1, 0), (5, 2, 17, 1, 3))
+    shapes = ((64, 2, 512, 2, 0), (5, 2, 17, 1, 3))
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         for dim, n, hidden, depth, width in shapes:
             if dtype != torch.float32 and hidden != 512:
                 continue
-            for batch in (25, 16384) if hidden == 512 else (50,):
+            for batch in (25, 16384) if hidden == 512 and dtype != torch.float64 else (25,):
                 inside, out = dim - dim // 2 + width, dim // 2
                 meta = partial(torch.empty, dtype=dtype, device="meta")
                 x, context, logdet = meta(batch, dim), meta(1, batch, width) if width else None, meta(batch)
@@ -501,7 +501,7 @@ def compile_cases() -> list[CompileCase]:
                     torch.empty(n, dim, dtype=torch.int64, device="meta"),
                 )
                 slopes = (0.01, 0.9 if width else 1.0)
-                for inverse in (False, True):
+                for inverse in (False, True) if dtype == torch.float32 and hidden == 512 else (False,):
                     direction = " inverse" if inverse else ""
                     label = f"flow {str(dtype).removeprefix('torch.')} [{batch}, {dim}] hidden {hidden}{direction}"
                     calls[label] = partial(flow, x, context, *parameters, *slopes, False, inverse, True, False)
