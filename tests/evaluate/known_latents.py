@@ -19,7 +19,7 @@ def perfect_factors(labels, seed, noise=0.05):
     random = np.random.default_rng([seed, 1])
     parts = {
         name: np.eye(size)[labels[:, k]] + noise * random.standard_normal((len(labels), size))
-        for k, (name, size) in enumerate(zip(NAMES, (3, 4)))
+        for k, (name, size) in enumerate(zip(NAMES, (3, 4), strict=True))
     }
     return {**parts, "residual": random.standard_normal((len(labels), 3))}
 
