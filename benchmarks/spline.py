@@ -1,0 +1,90 @@
+"""Spline couplings against nflows and zuko, in turn in one process: python benchmarks/spline.py [OUT.json]"""
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from nflows.transforms.splines.rational_quadratic import unconstrained_rational_quadratic_spline
+from zuko.transforms import MonotonicRQSTransform
+
+from iin_fast.info import collect
+from iin_fast.functional import spline_coupling
+
+BINS, BOUND = 8, 3.0
+
+
+def systems(x: torch.Tensor, raw: torch.Tensor) -> dict[str, dict[str, Callable[[], object]]]:
+    """For every system and direction a call that gives y and the log-det per row, from the same packed parameters."""
+
+    def ours(inverse: bool):
+        return spline_coupling(x, raw, bins=BINS, tail_bound=BOUND, inverse=inverse)
+
+    def nflows(inverse: bool):
+        parts = raw.split([BINS, BINS, BINS - 1], -1)
+        y, log = unconstrained_rational_quadratic_spline(x, *parts, inverse=inverse, tail_bound=BOUND)
+        return y, log.sum(1)
+
+    def zuko(inverse: bool):
+        spline = MonotonicRQSTransform(*raw.split([BINS, BINS, BINS - 1], -1), bound=BOUND)
+        y, log = spline.inv.call_and_ladj(x) if inverse else spline.call_and_ladj(x)
+        return y, log.sum(1)
+
+    def calls(run: Callable) -> dict[str, Callable[[], object]]:
+        def without_gradients(inverse: bool) -> None:
+            with torch.no_grad():
+                run(inverse)
+
+        def training() -> None:
+            y, log = run(False)
+            torch.autograd.grad([y, log], [x, raw], [torch.ones_like(y), torch.ones_like(log)])
+
+        return {
+            "forward": lambda: without_gradients(False),
+            "inverse": lambda: without_gradients(True),
+            "forward + backward": training,
+        }
+
+    return {"iin-fast": calls(ours), "nflows": calls(nflows), "zuko": calls(zuko)}
+
+
+def main(out: Path) -> None:
+    random = torch.Generator().manual_seed(0)
+    results: dict = {
+        "machine": collect(),
+        "peers": {n: version(n) for n in ("nflows", "zuko")},
+        "bins": BINS,
+        "cases": {},
+    }
+    for rows, features, repeats in ((65536, 32, 5), (256, 32, 40)):
+        x = torch.randn(rows, features, generator=random).requires_grad_()
+        raw = torch.randn(rows, features, 3 * BINS - 1, generator=random).requires_grad_()
+        table = systems(x, raw)
+        for case in ("forward", "inverse", "forward + backward"):
+            seconds: dict[str, list[float]] = {name: [] for name in table}
+            for turn in range(repeats + 1):
+                for name, calls in table.items():
+                    start = time.perf_counter()
+                    calls[case]()
+                    if turn:  # the first is a warm-up
+                        seconds[name].append(time.perf_counter() - start)
+            medians = {name: statistics.median(s) for name, s in seconds.items()}
+            results["cases"][f"{case}, {rows} x {features}"] = {
+                name: {
+                    "min": min(s),
+                    "median": medians[name],
+                    "max": max(s),
+                    "ours": medians[name] / medians["iin-fast"],
+                }
+                for name, s in seconds.items()
+            }
+            print(case, rows, {n: f"{1e3 * m:.2f} ms, {m / medians['iin-fast']:.1f}x" for n, m in medians.items()})
+    out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "results" / "spline_cpu.json")
