@@ -12,8 +12,8 @@ import torch
 from nflows.transforms.splines.rational_quadratic import unconstrained_rational_quadratic_spline
 from zuko.transforms import MonotonicRQSTransform
 
-from iin_fast.info import collect
 from iin_fast.functional import spline_coupling
+from iin_fast.info import collect
 
 BINS, BOUND = 8, 3.0
 
