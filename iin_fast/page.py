@@ -27,7 +27,7 @@ body { margin: 0; background: var(--ground); color: var(--ink);
   font: 17px/1.6 system-ui, "Segoe UI", Roboto, sans-serif; }
 main { max-width: 1060px; margin: 0 auto; padding: 48px 24px 80px; }
 h1 { font-size: 38px; line-height: 1.15; margin: 0 0 12px; letter-spacing: -0.02em; overflow-wrap: anywhere; }
-h2 { font-size: 24px; margin: 56px 0 8px; letter-spacing: -0.01em; }
+h2 { font-size: 24px; line-height: 1.25; margin: 56px 0 8px; letter-spacing: -0.01em; }
 h3 { font-size: 18px; margin: 28px 0 4px; }
 p { max-width: 46em; margin: 8px 0 16px; }
 .lead { font-size: 20px; color: var(--lead); }
@@ -57,7 +57,7 @@ td .small { display: block; line-height: 1.35; max-width: 34em; }
 .bar.iin { background: var(--iin); }
 .bars td { border: 0; padding: 3px 12px; }
 .bars td { white-space: nowrap; }
-.bars td.track { width: 45%; }
+.bars td.track { width: 45%; min-width: 110px; }
 .bars tr.first td { padding-top: 16px; }
 code { background: var(--soft); padding: 1px 5px; border-radius: 4px; font-size: 0.9em; overflow-wrap: anywhere; }
 @media (max-width: 600px) {
@@ -70,6 +70,11 @@ code { background: var(--soft); padding: 1px 5px; border-radius: 4px; font-size:
   .cards { grid-template-columns: 1fr 1fr; gap: 10px; }
   .card { padding: 12px 14px; }
   .card b { font-size: 26px; }
+  .bars .small { white-space: normal; }
+  .metrics tr { display: grid; grid-template-columns: repeat(5, 1fr); border-bottom: 1px solid var(--line); }
+  .metrics :is(td, th) { border: 0; padding: 4px; font-size: 15px; }
+  .metrics :is(td, th):first-child { grid-column: 1 / -1; padding-top: 10px; }
+  .metrics th { font-size: 13px; }
 }
 """
 

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,7 @@ from .page import card, page, pixels, plot, require_matplotlib, row, table
 
 __all__ = ["write_report"]
 
-COLUMNS = {"iin": "IIN", "mean_shift": "mean shift", "pca": "PCA", "raw": "raw dimensions"}
-GAP, RULE = 2, 8  # pixels between two images, and between the originals and what was made of them
+COLUMNS = {"iin": "IIN", "mean_shift": "mean shift", "pca": "PCA", "raw": "raw z"}
 STEPS = 7  # of an interpolation
 
 Images = Tensor | NDArray[Any] | Sequence[str]
@@ -60,7 +60,7 @@ def write_report(
         TypeError, ValueError: latents that don't fit the model, images that are none, a file that is damaged.
 
     References:
-        Esser, Rombach, Ommer, A Disentangling Invertible Interpretation Network, CVPR 2020, Figs. 2 to 5.
+        Esser, Rombach, Ommer, A Disentangling Invertible Interpretation Network, CVPR 2020.
     """
     require_matplotlib("write_report")
     folder = Path(run_folder)
@@ -186,10 +186,9 @@ def _title(model: IIN) -> str:
 def _opening(model: IIN, run: Mapping[str, Any], evaluation: Mapping[str, Any], log: Mapping[str, Any]) -> str:
     concepts = [escape(name) for name in model.concepts]
     if concepts:
-        listed = " and ".join([", ".join(concepts[:-1]), concepts[-1]] if len(concepts) > 1 else concepts)
-        title = f"A latent of {model.dim} numbers, taken apart into {listed}" + (
-            " and the rest" * (RESIDUAL in model.sizes)
-        )
+        parts = concepts + ["the rest"] * (RESIDUAL in model.sizes)
+        listed = " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+        title = f"A latent of {model.dim} numbers, taken apart into {listed}"
     else:
         title = f"A latent of {model.dim} numbers as independent normal ones"
     facts = []
@@ -198,7 +197,7 @@ def _opening(model: IIN, run: Mapping[str, Any], evaluation: Mapping[str, Any], 
         facts.append(f"{run['n']:,} latents" + (f" of <code>{escape(Path(source).name)}</code>" if source else ""))
     if run.get("steps"):
         facts.append(f"{run['steps']:,} steps")
-    trained = f" It was trained on {', in '.join(facts)}." if facts else ""
+    trained = f" It learned from {', in '.join(facts)}." if facts else ""
     cards = []
     if evaluation.get("swap"):
         swap = evaluation["swap"]
@@ -210,7 +209,9 @@ def _opening(model: IIN, run: Mapping[str, Any], evaluation: Mapping[str, Any], 
         cards.append(card(f"{judge:.0%}", "of concepts the judge reads right where nothing was swapped: the ceiling"))
     if evaluation.get("mig"):
         mig = evaluation["mig"]
-        text = f"of a concept's information is in its best factor alone ({mig['pca']['mig']:.0%} for PCA)"
+        text = (
+            f"of a concept's information: the lead of its best factor over the second ({mig['pca']['mig']:.0%} for PCA)"
+        )
         cards.append(card(f"{mig['iin']['mig']:.0%}", text))
     if evaluation.get("likelihood"):
         found = evaluation["likelihood"]
@@ -334,7 +335,7 @@ def _metrics(evaluation: Mapping[str, Any]) -> str:
                 f"The judge reads the donor's {name}.",
                 {who: r["target"] for who, r in found.items()},
                 "higher",
-                f"{judged[concept]:.0%}",
+                f"≤ {judged[concept]:.0%}",
             )
             if others:
                 line(
@@ -349,6 +350,7 @@ def _metrics(evaluation: Mapping[str, Any]) -> str:
                     "Either of the two is easy alone; this is the one to look at.",
                     {who: r["both"] for who, r in found.items()},
                     "higher",
+                    f"≤ {min(judged[concept], *others):.0%}",
                 )
     for key, title, text in (
         ("mig", "Information gap (MIG)", "How much more the best factor knows of a concept than the second best."),
@@ -387,8 +389,7 @@ heart.</p>"""
         ]
         if said:
             rest += f"""<p>Correlation of a concept's own factor over pairs of the same class (in brackets: of different
-classes): {", ".join(said)}. The loss asks for its ρ over pairs that share the concept, and for 0 or less over the
-others.</p>"""
+classes): {", ".join(said)}. The loss asks for its ρ over pairs that share the concept; what varies within a class lowers it.</p>"""
     if "invertibility" in evaluation:
         error = evaluation["invertibility"]
         rest += f"""<p>Translating z there and back changes it by at most {error["max"]:.1e} (median
@@ -399,7 +400,7 @@ others.</p>"""
 <p>Taken on {samples["scored"]:,} held-out latents. Beside the IIN stand three ways to do without: moving z by the
 difference of two class means (it is told the true classes, which the IIN is not), exchanging as many principal
 components, and exchanging as many raw dimensions of z, those that know most about the concept.</p>
-<div class="scroll"><table>{head}{"".join(rows)}</table></div>{rest}"""
+<div class="scroll"><table class="metrics">{head}{"".join(rows)}</table></div>{rest}"""
 
 
 def _heat(evaluation: Mapping[str, Any]) -> str:
@@ -431,45 +432,52 @@ def _sizes(model: IIN, evaluation: Mapping[str, Any]) -> str:
     for name, size in model.sizes.items():
         kind = "" if name == RESIDUAL else " iin"
         bar = f'<div class="bar{kind}" style="width:{100 * size / model.dim:.1f}%"></div>'
-        what = "what no concept takes" if name == RESIDUAL else f"{classes[name]} classes" if name in classes else ""
+        what = "the rest" if name == RESIDUAL else f"{classes[name]} classes" if name in classes else ""
         rows.append(row([escape(name), f"{size} of {model.dim}", bar, f'<span class="small">{what}</span>']))
     body = "".join(rows).replace("<td><div", '<td class="track"><div')
     return f'<h2>Who got how many dimensions</h2><div class="scroll"><table class="bars">{body}</table></div>'
 
 
 def _losses(log: Mapping[str, tuple[list[float], list[float]]]) -> str:
-    pairs = [
+    plots = ""
+    for trained, held_out, title in (
         ("loss", "held_out_loss", "loss, nats per pair"),
         ("nats_per_dim", "held_out_nats_per_dim", "nats per dimension"),
-    ]
-    pairs = [(a, b, title) for a, b, title in pairs if a in log or b in log]
-    if not pairs:
-        return ""
+    ):
+        if trained in log or held_out in log:
+            plots += plot(
+                partial(_curves, log, trained, held_out, title), f"{title}, over training steps", size=(4.6, 3)
+            )
+    return f'<h2>Training</h2><p>Lower is better.</p><div class="pair">{plots}</div>' if plots else ""
 
-    def draw(figure: Any, colors: dict[str, str]) -> None:
-        for axis, (trained, held_out, title) in zip(
-            figure.subplots(1, len(pairs), squeeze=False)[0], pairs, strict=True
-        ):
-            for name, color, label in ((trained, "iin", "training"), (held_out, "other", "held out")):
-                if name not in log:
-                    continue
-                steps, values = (np.asarray(v) for v in log[name])
-                marker = "." if len(steps) < 30 else ""
-                if name == trained and len(steps) >= 200:
-                    axis.plot(steps, values, color=colors[color], alpha=0.2, linewidth=0.6)
-                    window = len(steps) // 50
-                    values = np.convolve(values, np.ones(window) / window, mode="valid")
-                    steps, marker = steps[window // 2 : window // 2 + len(values)], ""
-                axis.plot(steps, values, color=colors[color], linewidth=1.7, marker=marker, label=label)
-            shown = np.concatenate([log[name][1] for name in (trained, held_out) if name in log])
-            low, high = shown.min(), np.quantile(shown, 0.95)
-            if high > low:
-                axis.set_ylim(low - 0.08 * (high - low), high + 0.3 * (high - low))
-            axis.set_title(title, color=colors["ink"], fontsize=11)
-            axis.set_xlabel("step", color=colors["muted"], fontsize=9)
-            axis.legend(frameon=False, labelcolor=colors["ink"], fontsize=9)
 
-    return "<h2>Training</h2>" + plot(draw, "losses over training steps", "Lower is better.", (4.6 * len(pairs), 3.0))
+def _curves(
+    log: Mapping[str, tuple[list[float], list[float]]],
+    trained: str,
+    held_out: str,
+    title: str,
+    figure: Any,
+    colors: dict[str, str],
+) -> None:
+    axis = figure.subplots()
+    for name, color, label in ((trained, "iin", "training"), (held_out, "other", "held out")):
+        if name not in log:
+            continue
+        steps, values = (np.asarray(column) for column in log[name])
+        marker = "." if len(steps) < 30 else ""
+        if name == trained and len(steps) >= 200:  # smoothed over 2 % of the steps
+            axis.plot(steps, values, color=colors[color], alpha=0.2, linewidth=0.6)
+            window = len(steps) // 50
+            values = np.convolve(values, np.ones(window) / window, mode="valid")
+            steps = steps[window // 2 : window // 2 + len(values)]
+        axis.plot(steps, values, color=colors[color], linewidth=1.7, marker=marker, label=label)
+    shown = np.concatenate([log[name][1] for name in (trained, held_out) if name in log])
+    low, high = shown.min(), np.quantile(shown, 0.95)  # the first steps would flatten the rest
+    if high > low:
+        axis.set_ylim(low - 0.08 * (high - low), high + 0.3 * (high - low))
+    axis.set_title(title, color=colors["ink"], fontsize=11)
+    axis.set_xlabel("step", color=colors["muted"], fontsize=9)
+    axis.legend(frameon=False, labelcolor=colors["ink"], fontsize=9)
 
 
 def _making(
@@ -517,7 +525,7 @@ def _flat(run: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
                 text = f"{value:.6g}"
             if "sha256" in key:
                 text = text[:12] + "…"
-            elif isinstance(value, str) and os.sep in value and " " not in value:
+            elif isinstance(value, str) and Path(value).is_absolute():
                 text = Path(value).name
             flat[name] = text
     return flat
@@ -581,13 +589,19 @@ def _as_images(images: Any) -> NDArray[np.float64]:
     return np.clip(np.nan_to_num(np.broadcast_to(array, (*array.shape[:3], 3)).astype(np.float64)), 0, 1)
 
 
+def _gap(width: int) -> int:
+    """Pixels between two images; four times that lie between the originals and what was made of them."""
+    return max(1, width // 16)
+
+
 def _grid(images: NDArray[np.float64]) -> NDArray[np.float64]:
     """``[rows, columns, h, w, 3]`` side by side, with gaps one sees through: ``[height, width, 4]``."""
     rows, columns, h, w, _ = images.shape
-    sheet = np.zeros((rows * (h + GAP) - GAP, columns * (w + GAP) - GAP, 4))
+    gap = _gap(w)
+    sheet = np.zeros((rows * (h + gap) - gap, columns * (w + gap) - gap, 4))
     for r in range(rows):
         for c in range(columns):
-            cell = sheet[r * (h + GAP) :, c * (w + GAP) :][:h, :w]
+            cell = sheet[r * (h + gap) :, c * (w + gap) :][:h, :w]
             cell[..., :3], cell[..., 3] = images[r, c], 1
     return sheet
 
@@ -597,10 +611,11 @@ def _with_margins(
 ) -> NDArray[np.float64]:
     """A grid with the images that its columns and rows come from at the top and at the left."""
     h, w = top.shape[1:3]
-    sheet = np.zeros((h + RULE + body.shape[0], w + RULE + body.shape[1], 4))
-    sheet[:h, w + RULE :] = _grid(top[None])
-    sheet[h + RULE :, :w] = _grid(left[:, None])
-    sheet[h + RULE :, w + RULE :] = body
+    rule = 4 * _gap(w)
+    sheet = np.zeros((h + rule + body.shape[0], w + rule + body.shape[1], 4))
+    sheet[:h, w + rule :] = _grid(top[None])
+    sheet[h + rule :, :w] = _grid(left[:, None])
+    sheet[h + rule :, w + rule :] = body
     return sheet
 
 

@@ -26,6 +26,8 @@ __all__ = [
 
 MISSING = -1  # the label of a sample whose class is unknown
 
+_MOST = 10**5
+
 Array = NDArray[np.float64]
 Codes = NDArray[np.int64]
 
@@ -83,6 +85,10 @@ def checked_labels(
     codes: Codes = table.astype(np.int64)
     if codes.min() < MISSING:
         raise ValueError(f"{where}: {argument} has the value {codes.min()}, expected classes from 0, or -1 for unknown")
+    if codes.max() >= _MOST:  # tables are as wide as the largest label
+        raise ValueError(
+            f"{where}: {argument} has the value {codes.max()}, expected below {_MOST}; renumber the classes"
+        )
     for k, name in enumerate(names):
         classes = np.unique(codes[codes[:, k] != MISSING, k])
         if len(classes) < 2:

@@ -102,8 +102,8 @@ class MeanShift:
         names: of the concepts.
 
     References:
-        Larsen, Sønderby, Larochelle, Winther, Autoencoding beyond Pixels Using a Learned Similarity Metric, ICML 2016,
-        Sec. 4.2 (attribute vectors).
+        Larsen, Sønderby, Larochelle, Winther, Autoencoding beyond Pixels Using a Learned Similarity Metric, ICML 2016
+        (visual attribute vectors).
     """
 
     def __init__(self, z: Tensor | ArrayLike, labels: Tensor | ArrayLike, names: Sequence[str]) -> None:

@@ -25,7 +25,7 @@ def nats_per_dim(model: IIN, z: Tensor, batch: int = 1024) -> float:
     Any real number; lower is better, and only for the same latents comparable: scaling z by c adds log c.
 
     References:
-        Esser, Rombach, Ommer, CVPR 2020, Sec. 3.1, eq. 3. Papamakarios et al., Masked Autoregressive Flow, NeurIPS 2017.
+        Esser, Rombach, Ommer, CVPR 2020, Sec. 3.1. Papamakarios et al., Masked Autoregressive Flow, NeurIPS 2017.
     """
     z = _latents("nats_per_dim", z, model)
     total = sum(model.log_prob(part).double().sum().item() for part in z.split(batch))
@@ -67,7 +67,7 @@ def invertibility_error(model: IIN, z: Tensor, batch: int = 1024) -> dict[str, f
 
     References:
         Behrmann, Vicol, Wang, Grosse, Jacobsen, Understanding and Mitigating Exploding Inverses in Invertible Neural
-        Networks, AISTATS 2021, Sec. 2.
+        Networks, AISTATS 2021.
     """
     z = _latents("invertibility_error", z, model)
     error = torch.cat([(model.decode(model.encode(part)) - part).abs().double() for part in z.split(batch)])

@@ -36,7 +36,7 @@ def mig(
         ``mig``; and ``gaps``, concept to its own gap.
 
     References:
-        Chen, Li, Grosse, Duvenaud, Isolating Sources of Disentanglement in VAEs, NeurIPS 2018, Sec. 4.1, eq. 6.
+        Chen, Li, Grosse, Duvenaud, Isolating Sources of Disentanglement in VAEs, NeurIPS 2018, Sec. 4.1.
     """
     arrays = checked_factors("mig", factors)
     if dimensions:

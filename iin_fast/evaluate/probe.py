@@ -104,7 +104,7 @@ def leak(
 
     References:
         Alain, Bengio, Understanding Intermediate Layers Using Linear Classifier Probes, ICLR workshop 2017, Sec. 3.
-        Brodersen, Ong, Stephan, Buhmann, The Balanced Accuracy and Its Posterior Distribution, ICPR 2010, Sec. 2.
+        Brodersen, Ong, Stephan, Buhmann, The Balanced Accuracy and Its Posterior Distribution, ICPR 2010.
     """
     where = "leak"
     data = train_and_test(where, factors, labels, names, train_factors, train_labels, max_samples, seed)

@@ -127,6 +127,8 @@ def test_what_cannot_be_scored_is_refused_by_name(metric):
         metric(x, np.full((20, 1), -1), ["none"])
     with pytest.raises(ValueError, match="the value -2"):
         metric(x, np.full((20, 1), -2), ["y"])
+    with pytest.raises(ValueError, match="the value 20261123, expected below 100000; renumber"):
+        metric(x, np.arange(20)[:, None] % 2 * 20261123, ["day"])
     with pytest.raises(ValueError, match=r"shape \[20, 1\], expected \[20, 2\]"):
         metric(x, np.zeros((20, 1), dtype=int), ["y", "x"])
     with pytest.raises(TypeError, match="float64, expected integers"):
