@@ -10,6 +10,7 @@ from torch import Tensor
 
 import iin_fast
 
+from .. import evaluate as metrics
 from .data import Digits, colorize, draw_colors
 from .first_stage import VAE
 from .judge import Judge, read_color
@@ -134,7 +135,6 @@ def reconstruction_scores(data: HeldOut, vae: VAE, judge: Judge) -> dict[str, fl
     }
 
 
-@torch.no_grad()
 def likelihoods(
     iin: iin_fast.IIN, unsupervised: iin_fast.IIN, vae: VAE, data: HeldOut, *, seed: int
 ) -> dict[str, float]:
@@ -145,18 +145,16 @@ def likelihoods(
         N(0, I), the prior that the VAE itself assumes.
     """
     z = vae.encode(data.images, torch.Generator().manual_seed(seed))
-    normal = torch.distributions.Normal(0.0, 1.0)
     return {
-        "nll_nats_per_dim": -iin.log_prob(z).mean().item() / z.shape[1],
-        "unsupervised_nll_nats_per_dim": -unsupervised.log_prob(z).mean().item() / z.shape[1],
-        "normal_nll_nats_per_dim": -normal.log_prob(z).mean().item(),
+        "nll_nats_per_dim": metrics.nats_per_dim(iin, z),
+        "unsupervised_nll_nats_per_dim": metrics.nats_per_dim(unsupervised, z),
+        "normal_nll_nats_per_dim": metrics.normal_nats_per_dim(z),
     }
 
 
-@torch.no_grad()
 def invertibility_error(iin: iin_fast.IIN, data: HeldOut) -> float:
     """max |T^-1(T(z)) - z| over the latents of ``data``."""
-    return (iin.decode(iin.encode(data.z)) - data.z).abs().max().item()
+    return metrics.invertibility_error(iin, data.z)["max"]
 
 
 def _other_digit(labels: Tensor, rounds: int, generator: torch.Generator) -> Tensor:

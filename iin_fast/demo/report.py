@@ -2,44 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 from html import escape
 from pathlib import Path
 
+from ..page import card, page, picture
 from .throughput import MEASUREMENTS
 
 __all__ = ["write_report"]
-
-STYLE = """
-:root { --ink: #1f2430; --muted: #667085; --line: #e4e7ec; --iin: #2f6fde; --other: #d97706; --soft: #f6f8fb; }
-* { box-sizing: border-box; }
-body { margin: 0; background: #fff; color: var(--ink); font: 17px/1.6 system-ui, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 1060px; margin: 0 auto; padding: 48px 24px 80px; }
-h1 { font-size: 38px; line-height: 1.15; margin: 0 0 12px; letter-spacing: -0.02em; }
-h2 { font-size: 24px; margin: 56px 0 8px; letter-spacing: -0.01em; }
-p { max-width: 46em; margin: 8px 0 16px; }
-.lead { font-size: 20px; color: #3a4253; }
-.small, figcaption { color: var(--muted); font-size: 14.5px; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(220px, 1fr)); gap: 16px; margin: 28px 0; }
-.card { background: var(--soft); border: 1px solid var(--line); border-radius: 12px; padding: 18px 20px; }
-.card b { display: block; font-size: 34px; line-height: 1.2; letter-spacing: -0.02em; }
-.card span { color: var(--muted); font-size: 14.5px; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); gap: 24px; }
-figure { margin: 16px 0; }
-img { max-width: 100%; height: auto; display: block; }
-table { border-collapse: collapse; width: 100%; margin: 16px 0; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: 9px 12px; border-bottom: 1px solid var(--line); }
-th { color: var(--muted); font-weight: 500; font-size: 14.5px; }
-th:first-child, td:first-child { text-align: left; }
-td.best { font-weight: 650; }
-.bar { height: 14px; border-radius: 3px; background: var(--other); min-width: 2px; }
-.bar.iin { background: var(--iin); }
-.bars td { border: 0; padding: 3px 12px; }
-.bars td { white-space: nowrap; }
-.bars td.track { width: 45%; }
-.bars tr.first td { padding-top: 16px; }
-code { background: var(--soft); padding: 1px 5px; border-radius: 4px; font-size: 0.9em; }
-"""
 
 
 def write_report(path: Path, metrics: dict, throughput: dict, run: dict) -> None:
@@ -59,22 +28,7 @@ def write_report(path: Path, metrics: dict, throughput: dict, run: dict) -> None
         _speed(throughput),
         _making(path.parent, metrics, run),
     ]
-    path.write_text(
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>iin-fast: swapping digit and color</title><style>{STYLE}</style></head>"
-        f"<body><main>{''.join(sections)}</main></body></html>\n"
-    )
-
-
-def _picture(path: Path, alt: str, caption: str = "") -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    note = f"<figcaption>{caption}</figcaption>" if caption else ""
-    return f'<figure><img alt="{escape(alt)}" src="data:image/png;base64,{data}">{note}</figure>'
-
-
-def _card(value: str, text: str) -> str:
-    return f'<div class="card"><b>{value}</b><span>{text}</span></div>'
+    path.write_text(page("iin-fast: swapping digit and color", sections))
 
 
 def _opening(metrics: dict, throughput: dict) -> str:
@@ -86,19 +40,19 @@ An invertible network T (IIN) translates z, without loss, into separate factors,
 image can be given to another. All pictures show images that no network saw in training.</p>
 <div class="cards">
 {
-        _card(
+        card(
             f"{metrics['swap_digit_accuracy']:.1%}",
             f"of digit swaps read as the donor's digit ({metrics['baseline_swap_digit_accuracy']:.1%} without IIN)",
         )
     }
 {
-        _card(
+        card(
             f"{metrics['swap_color_accuracy']:.1%}",
             f"of color swaps keep their digit ({metrics['baseline_swap_color_accuracy']:.1%} without IIN)",
         )
     }
-{_card(f"{metrics['judge_accuracy']:.1%}", "of the original images are read right by the judge: the bound")}
-{_card(f"{step['speedup']:.1f}×", "training steps per second, relative to the published composition on this machine")}
+{card(f"{metrics['judge_accuracy']:.1%}", "of the original images are read right by the judge: the bound")}
+{card(f"{step['speedup']:.1f}×", "training steps per second, relative to the published composition on this machine")}
 </div>"""
 
 
@@ -125,8 +79,8 @@ def _swaps(folder: Path, metrics: dict) -> str:
 <p>Each row keeps everything of its image at the left except for one factor, and each column gives that factor from its
 image at the top. The {sum(dims.values())} dimensions were shared out by estimate: {sizes}.</p>
 <div class="pair">
-{_picture(folder / "swap_digit.png", "grid of digit swaps", "Down a column: the same digit, in each row's color.")}
-{_picture(folder / "swap_color.png", "grid of color swaps", "Along a row: the same digit, in each column's color.")}
+{picture(folder / "swap_digit.png", "grid of digit swaps", "Down a column: the same digit, in each row's color.")}
+{picture(folder / "swap_color.png", "grid of color swaps", "Along a row: the same digit, in each column's color.")}
 </div>
 <table>
 <tr><th></th><th>IIN</th><th>class-mean shift, no IIN</th><th>bound: only encode and decode</th></tr>
@@ -143,7 +97,7 @@ def _interpolation(folder: Path) -> str:
 <h2>From one image to another, one factor at a time</h2>
 <p>At the left and the right, two held-out images. Between them, the first one walks towards the second in its digit
 alone, in its color alone, and in all factors together. The last row mixes z directly.</p>
-{_picture(folder / "interpolation.png", "interpolation between two images, by factor")}"""
+{picture(folder / "interpolation.png", "interpolation between two images, by factor")}"""
 
 
 def _samples(folder: Path, metrics: dict) -> str:
@@ -153,7 +107,7 @@ def _samples(folder: Path, metrics: dict) -> str:
 that z is a standard normal, fits its latents badly: {metrics["normal_nll_nats_per_dim"]:.2f} nats per dimension on
 held-out latents, against {metrics["unsupervised_nll_nats_per_dim"]:.2f} of the unsupervised IIN (lower is better;
 {metrics["nll_nats_per_dim"]:.2f} for the IIN with factors).</p>
-{_picture(folder / "samples.png", "samples of the unsupervised IIN beside samples without it")}"""
+{picture(folder / "samples.png", "samples of the unsupervised IIN beside samples without it")}"""
 
 
 def _speed(throughput: dict) -> str:
@@ -192,7 +146,7 @@ def _making(folder: Path, metrics: dict, run: dict) -> str:
 <p>scikit-learn's 1797 handwritten digits, enlarged to 32×32 and colored at random, a quarter of them held out. The IIN
 ({plan["n_flows"]} blocks of {plan["hidden_dim"]} hidden units) saw only pairs of images and which concept each pair
 shares: the digit, or the color. It never saw a label or a color value.</p>
-{_picture(folder / "loss.png", "loss of each training over its steps")}
+{picture(folder / "loss.png", "loss of each training over its steps")}
 <p class="small">Translating z there and back changes it by at most {metrics["invertibility_error"]:.1e}. Seed
 {metrics["seed"]}. {run["seconds"]["total"] / 60:.1f} minutes in all: {times}. The same numbers are in
 <code>metrics.json</code>, <code>throughput.json</code> and <code>run.json</code> beside this page. The method: Esser,

@@ -1,4 +1,4 @@
-"""Pairs of samples that share exactly one concept."""
+"""Pairs of samples that share a concept."""
 
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,12 +25,12 @@ class Pairs(NamedTuple):
 
     a: Tensor  # [batch] int64, row of the first sample
     b: Tensor  # [batch] int64, row of the second sample
-    shared: Tensor  # [batch, concepts] bool, exactly one True per row
-    factor: Tensor  # [batch] int64, the column of that True
+    shared: Tensor  # [batch, concepts] bool; with others="differ" exactly one True per row
+    factor: Tensor  # [batch] int64, the concept that was drawn for the pair
 
 
 class PairSampler:
-    """Creates a source of pairs (a, b) that share exactly one concept and differ in all the others.
+    """Creates a source of pairs (a, b) that share one concept, and differ in all the others or leave them free.
 
     A concept is drawn (evenly, or by ``weights``), then a sample evenly among those that have a partner for it, then
     its partner evenly among all of them. Batch k depends on the seed, k and its size alone: a run resumes bit for bit
@@ -42,11 +42,14 @@ class PairSampler:
         names: names of the columns, where ``labels`` is an array; by default ``"0"``, ``"1"``, …
         weights: how often each concept is drawn, relative to the others, in column order or by name; by default evenly.
             A concept with weight 0 is not drawn, but samples still have to differ in it.
+        others: ``"differ"``: partners differ in every other concept. ``"any"``: the others fall as they may, and
+            ``shared`` marks all that agree. Take "any" where concepts have two values: partners that differ in two of
+            them always agree on whether the two are equal, and a factor would learn that in place of its concept.
 
     Raises:
         TypeError: labels that are not integers.
-        ValueError: empty labels, a negative label, names or weights that don't fit, a concept that no pair shares
-            alone.
+        ValueError: empty labels, a negative label, names, weights or ``others`` that don't fit, a concept that no pair
+            shares (alone, with "differ").
 
     References:
         Esser, Rombach, Ommer, CVPR 2020, Sec. 3 (pairs that share a semantic concept).
@@ -69,7 +72,11 @@ class PairSampler:
         seed: int = 0,
         names: Sequence[str] | None = None,
         weights: Mapping[str, float] | Sequence[float] | None = None,
+        others: str = "differ",
     ) -> None:
+        if others not in ("differ", "any"):
+            raise ValueError(f"PairSampler: others is {others!r}, expected 'differ' or 'any'")
+        self.others = others
         table, self.names = _table(labels, names)
         self.seed = checked_int("PairSampler", "seed", seed, least=0)
         self.step = 0
@@ -85,15 +92,19 @@ class PairSampler:
         self._by_cell = _Groups(self._cell_of)
         self._cell_size = self._by_cell.size
         self._cells = self._codes[self._by_cell.order[self._by_cell.start]]
-        partners = _partner_counts(self._cells, self._cell_size)
         self._rows = [_Groups(self._codes[:, k]) for k in range(concepts)]
+        if others == "any":
+            partners = np.stack([g.size[self._cells[:, k]] - 1 for k, g in enumerate(self._rows)], axis=1)
+        else:
+            partners = _partner_counts(self._cells, self._cell_size)
         self._cell_groups = [_Groups(self._cells[:, k]) for k in range(concepts)]
         self._anchors = []
         for k, name in enumerate(self.names):
             anchors = np.flatnonzero(partners[self._cell_of, k] > 0)
             if len(anchors) == 0 and self._weights[k] > 0:
+                alone = "" if others == "any" else " and differs in all others"
                 raise ValueError(
-                    f"PairSampler: labels have no pair that shares concept {name!r} and differs in all others; "
+                    f"PairSampler: labels have no pair that shares concept {name!r}{alone}; "
                     f"give it weight 0 or leave it out"
                 )
             self._anchors.append(anchors)
@@ -159,14 +170,17 @@ class PairSampler:
             anchors = self._anchors[k]
             a[drawn] = anchors[random.integers(len(anchors), size=len(drawn))]
             b[drawn] = self._partners(a[drawn], int(k), random)
-        shared = np.zeros((batch_size, len(self.names)), dtype=bool)
-        shared[np.arange(batch_size), factor] = True
+        if self.others == "any":
+            shared = self._codes[a] == self._codes[b]
+        else:
+            shared = np.zeros((batch_size, len(self.names)), dtype=bool)
+            shared[np.arange(batch_size), factor] = True
         return Pairs(torch.from_numpy(a), torch.from_numpy(b), torch.from_numpy(shared), torch.from_numpy(factor))
 
     def _partners(self, a: NDArray[np.int64], concept: int, random: np.random.Generator) -> NDArray[np.int64]:
-        """For each row of ``a`` (which all have one) a partner that shares ``concept`` alone, evenly drawn."""
+        """For each row of ``a`` (which all have one) a partner that shares ``concept``, evenly drawn."""
         rows = self._rows[concept]
-        others = [k for k in range(len(self.names)) if k != concept]
+        others = [] if self.others == "any" else [k for k in range(len(self.names)) if k != concept]
         group = self._codes[a, concept]
         if not others:  # the only rule is that b is not a
             return rows.draw(group, random, without=a)

@@ -271,3 +271,29 @@ def test_bad_batch_size(sampler, batch_size, error):
         sampler.sample(batch_size)
     with pytest.raises(error, match="batch_size is"):
         sampler.batches(batch_size, 3)
+
+
+@settings(deadline=None, max_examples=60)
+@given(tables, st.integers(0, 2**40))
+def test_others_free(labels, seed):
+    """Partners share the drawn concept, and ``shared`` marks all that agree; every row with a partner comes up."""
+    sizes = [[int((labels[:, k] == value).sum()) for value in labels[:, k]] for k in range(labels.shape[1])]
+    weights = [float(max(size) > 1) for size in sizes]
+    if not any(weights):
+        with pytest.raises(ValueError, match="no pair that shares concept '0';"):
+            PairSampler(labels, others="any")
+        return
+    drawn = PairSampler(labels, seed=seed, weights=weights, others="any").sample(200)
+    assert torch.equal(drawn.shared, torch.from_numpy(labels)[drawn.a] == torch.from_numpy(labels)[drawn.b])
+    assert drawn.shared[torch.arange(200), drawn.factor].all()
+    assert (drawn.a != drawn.b).all()
+
+
+def test_others_free_are_independent():
+    """With two binary concepts, pairs that share one agree in the other half of the time."""
+    labels = np.random.default_rng(0).integers(2, size=(400, 3))
+    drawn = PairSampler(labels, seed=1, others="any").sample(4000)
+    agree = drawn.shared[drawn.factor == 0, 1].float().mean().item()
+    assert abs(agree - 0.5) < 0.06
+    with pytest.raises(ValueError, match="others is 'free', expected 'differ' or 'any'"):
+        PairSampler(labels, others="free")

@@ -1,0 +1,34 @@
+"""Metrics of disentanglement, each with its baseline: swaps, information, DCI, MIG, SAP, leaks, likelihood."""
+
+from .baselines import LinearFactors, MeanShift
+from .correlation import pair_correlation
+from .dci import dci, dci_from_importances
+from .information import factor_label_information, label_entropy
+from .likelihood import gaussian_nats_per_dim, invertibility_error, nats_per_dim, normal_nats_per_dim
+from .mig import mig
+from .probe import leak
+from .run import evaluate, write_evaluation
+from .sap import sap
+from .swaps import judge_accuracy, latent_judge, swap_success
+
+__all__ = [
+    "LinearFactors",
+    "MeanShift",
+    "dci",
+    "dci_from_importances",
+    "evaluate",
+    "factor_label_information",
+    "gaussian_nats_per_dim",
+    "invertibility_error",
+    "judge_accuracy",
+    "label_entropy",
+    "latent_judge",
+    "leak",
+    "mig",
+    "nats_per_dim",
+    "normal_nats_per_dim",
+    "pair_correlation",
+    "sap",
+    "swap_success",
+    "write_evaluation",
+]

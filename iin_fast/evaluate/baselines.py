@@ -1,0 +1,124 @@
+"""What does without an IIN: some of the raw dimensions, some principal components, and a shift by class means."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from ..iin.factors import RESIDUAL
+from ._data import MISSING, Array, Codes, checked_labels, checked_latents, subset
+from .information import _in_bins, label_entropy
+
+__all__ = ["LinearFactors", "MeanShift"]
+
+
+class LinearFactors:
+    r"""Creates factors of a latent by a fixed rotation: the baseline of a network that was never trained.
+
+    .. math:: \tilde z = R^\top (z - \mu)
+
+    with R = 1 (``kind="raw"``) or the principal components of the training latents (``kind="pca"``). Each concept gets
+    as many dimensions as it has in ``sizes``: those that tell most about it on the training data (mutual information
+    in 20 bins, over the label's entropy), the strongest claims first; what is left over is ``residual``.
+
+    Args:
+        z: training latents ``[n, dim]``.
+        labels: ``[n, concepts]``, -1 where unknown.
+        names: of the concepts.
+        sizes: name to dimensions; ``residual`` and names that are no concept share what is left.
+        kind: ``"raw"`` or ``"pca"``.
+        seed: of the samples that information is measured on.
+
+    References:
+        Hotelling, Analysis of a Complex of Statistical Variables into Principal Components, 1933.
+    """
+
+    def __init__(
+        self,
+        z: Tensor | ArrayLike,
+        labels: Tensor | ArrayLike,
+        names: Sequence[str],
+        sizes: Mapping[str, int],
+        kind: Literal["raw", "pca"],
+        seed: int = 0,
+    ) -> None:
+        where = "LinearFactors"
+        x = checked_latents(where, "z", z)
+        codes = checked_labels(where, labels, names, len(x))
+        if kind not in ("raw", "pca"):
+            raise ValueError(f"{where}: kind is {kind!r}, expected 'raw' or 'pca'")
+        dim = x.shape[1]
+        if kind == "pca":
+            self.mean = x.mean(0)
+            self.rotation = np.linalg.eigh(np.cov(x.T).reshape(dim, dim))[1][:, ::-1]  # [dim, components]
+        else:
+            self.mean, self.rotation = np.zeros(dim), np.eye(dim)
+        wanted = {name: size for name, size in sizes.items() if name in names}
+        if sum(wanted.values()) > dim:
+            raise ValueError(f"{where}: sizes {wanted} sum to more than the {dim} dimensions of z")
+        rows = subset(len(x), 5000, seed)
+        values = (x[rows] - self.mean) @ self.rotation
+        claims = []
+        for name in wanted:
+            column = codes[rows, list(names).index(name)]
+            entropy = label_entropy(column)
+            claims += [(_in_bins(values[:, i], column, 20) / entropy if entropy else 0.0, -i, name) for i in range(dim)]
+        taken: dict[str, list[int]] = {name: [] for name in wanted}
+        free = set(range(dim))
+        for _, minus, name in sorted(claims, reverse=True):
+            if -minus in free and len(taken[name]) < wanted[name]:
+                taken[name].append(-minus)
+                free.remove(-minus)
+        self.dimensions = {name: sorted(of) for name, of in taken.items()}
+        if free:
+            self.dimensions[RESIDUAL] = sorted(free)
+
+    def encode(self, z: Array) -> dict[str, Array]:
+        """Name to ``[n, size]``."""
+        values = (z - self.mean) @ self.rotation
+        return {name: values[:, of] for name, of in self.dimensions.items()}
+
+    def swap(self, z: Array, donor: Array, factor: str) -> Array:
+        """``z`` with the factor of ``donor``."""
+        of = self.rotation[:, self.dimensions[factor]]
+        changed: Array = z + (donor - z) @ of @ of.T
+        return changed
+
+
+class MeanShift:
+    r"""Creates swaps by a shift along class means, which is told the classes of both samples.
+
+    .. math:: z' = z + \mu_{y(\text{donor})} - \mu_{y(z)}
+
+    with the means of the training latents of each class.
+
+    Args:
+        z: training latents ``[n, dim]``.
+        labels: ``[n, concepts]``, -1 where unknown.
+        names: of the concepts.
+
+    References:
+        Larsen, Sønderby, Larochelle, Winther, Autoencoding beyond Pixels Using a Learned Similarity Metric, ICML 2016,
+        Sec. 4.2 (attribute vectors).
+    """
+
+    def __init__(self, z: Tensor | ArrayLike, labels: Tensor | ArrayLike, names: Sequence[str]) -> None:
+        x = checked_latents("MeanShift", "z", z)
+        codes = checked_labels("MeanShift", labels, names, len(x))
+        self.means: dict[str, Array] = {}
+        for j, name in enumerate(names):
+            column = codes[:, j]
+            table = np.tile(x.mean(0), (int(column.max()) + 1, 1))  # a class without samples does not move
+            for label in np.unique(column[column != MISSING]):
+                table[label] = x[column == label].mean(0)
+            self.means[name] = table
+
+    def swap(self, z: Array, own: Codes, given: Codes, concept: str) -> Array:
+        """``z`` ``[n, dim]`` of classes ``own`` ``[n]``, moved to classes ``given`` ``[n]``."""
+        means = self.means[concept]
+        changed: Array = z + means[np.minimum(given, len(means) - 1)] - means[np.minimum(own, len(means) - 1)]
+        return changed

@@ -1,0 +1,90 @@
+"""How much pairs that share a concept have in common, factor by factor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from ._data import MISSING, Array, Codes, checked_factors, checked_labels
+
+__all__ = ["pair_correlation"]
+
+
+def pair_correlation(
+    factors: Mapping[str, Tensor | ArrayLike],
+    labels: Tensor | ArrayLike,  # [n, concepts]
+    names: Sequence[str],
+    *,
+    pairs: int = 20000,
+    seed: int = 0,
+) -> dict[str, dict[str, dict[str, float]]]:
+    r"""Creates the correlation of each factor over pairs with the same, and with different classes of each concept.
+
+    .. math:: \mathrm{corr}_F = \frac{\sum_{i \in F} \mathrm{Cov}(\tilde z^a_i, \tilde z^b_i)}
+                                     {\sum_{i \in F} \mathrm{Var}(\tilde z_i)}
+
+    around the mean of all samples. The classes of a concept are drawn evenly, then rows evenly; the other concepts are
+    free. Range -1 to 1. The loss asks for ρ in the concept's own factor over pairs with the same class (``same``), and
+    for 0 everywhere else. In a factor that tells C classes apart, pairs of different classes have about
+    -1 / (C - 1) times the share of its variance that the class explains. Over pairs of the same class that share is
+    also the most that ρ can reach, so a factor that varies within a class stays below it.
+
+    Args:
+        factors: name to ``[n, size]``.
+        labels: classes from 0, -1 where unknown.
+        names: of the concepts.
+        pairs: how many of each kind.
+        seed: draws them.
+
+    Returns:
+        ``same`` and ``different``: factor to concept to correlation.
+
+    References:
+        Esser, Rombach, Ommer, CVPR 2020, Sec. 3.2 (σ_ab) and "Estimating Dimensionality of Factors".
+    """
+    arrays = checked_factors("pair_correlation", factors)
+    n = len(next(iter(arrays.values())))
+    codes = checked_labels("pair_correlation", labels, names, n)
+    random = np.random.default_rng(seed)
+    same: dict[str, dict[str, float]] = {factor: {} for factor in arrays}
+    different: dict[str, dict[str, float]] = {factor: {} for factor in arrays}
+    for j, name in enumerate(names):
+        column = codes[:, j]
+        members = [np.flatnonzero(column == label) for label in np.unique(column[column != MISSING])]
+        shared = _pairs([m for m in members if len(m) > 1], True, pairs, random)
+        apart = _pairs(members, False, pairs, random)
+        for factor, part in arrays.items():
+            same[factor][name] = _correlation(part, *shared) if shared else float("nan")
+            different[factor][name] = _correlation(part, *apart) if apart else float("nan")
+            if not np.isfinite(same[factor][name]):
+                raise ValueError(f"pair_correlation: labels of {name!r} have no two samples of one class")
+    return {"same": same, "different": different}
+
+
+def _pairs(members: list[Codes], equal: bool, pairs: int, random: np.random.Generator) -> tuple[Codes, Codes] | None:
+    """Rows a and b of one class and two samples, or of two classes."""
+    if not members:
+        return None
+    size = np.array([len(m) for m in members])
+    order = np.concatenate(members)
+    start = np.cumsum(size) - size
+    first = random.integers(len(members), size=pairs)
+    place = random.integers(size[first])
+    if equal:
+        second = first
+        other = random.integers(size[first] - 1)
+        other = other + (other >= place)
+    else:
+        drawn = random.integers(len(members) - 1, size=pairs)
+        second = drawn + (drawn >= first)
+        other = random.integers(size[second])
+    return order[start[first] + place], order[start[second] + other]
+
+
+def _correlation(part: Array, a: Codes, b: Codes) -> float:
+    x, y = part[a] - part.mean(0), part[b] - part.mean(0)
+    variance = 0.5 * ((x * x).sum() + (y * y).sum())
+    return float((x * y).sum() / variance) if variance > 0 else 0.0

@@ -1,0 +1,271 @@
+"""All metrics of a model with their baselines, as one dictionary that JSON can hold."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from ..iin import IIN, checkpoint
+from ._data import Array, Codes, checked_labels, checked_latents, halves, require_sklearn
+from .baselines import LinearFactors, MeanShift
+from .correlation import pair_correlation
+from .dci import dci
+from .information import factor_label_information
+from .likelihood import gaussian_nats_per_dim, invertibility_error, nats_per_dim, normal_nats_per_dim
+from .mig import mig
+from .probe import leak
+from .sap import sap
+from .swaps import Judge, judge_accuracy, latent_judge, swap_success
+
+__all__ = ["encode", "evaluate", "write_evaluation"]
+
+
+def evaluate(
+    model: IIN,
+    z: Tensor | ArrayLike,  # [n, dim]
+    labels: Tensor | ArrayLike,  # [n, concepts]
+    names: Sequence[str],
+    *,
+    train_z: Tensor | ArrayLike | None = None,
+    train_labels: Tensor | ArrayLike | None = None,
+    concepts: Sequence[str] | None = None,
+    decoder: Callable[[Tensor], Any] | None = None,
+    judge: Judge | None = None,
+    max_samples: int = 2000,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Takes every metric of ``model`` on held-out latents, with the baselines that do without an IIN.
+
+    Baselines: ``raw`` (as many dimensions of z for each concept, those that know most about it), ``pca`` (the same of
+    principal components) and, for swaps, ``mean_shift``. ``docs/metrics.md`` says what each number means.
+
+    Args:
+        model: the IIN. A concept belongs to the factor of the same name.
+        z: held-out latents ``[n, dim]``.
+        labels: integers ``[n, len(names)]``; -1 where unknown.
+        names: of the columns of ``labels``.
+        train_z, train_labels: what judge, probes and baselines learn on, best what the model was trained on; by default
+            a random half of ``z`` is taken off for it.
+        concepts: which of ``names`` to look at; by default all.
+        decoder: latents ``[n, dim]`` (a tensor) to what ``judge`` reads; without it the judge reads latents.
+        judge: what it gets to concept to class probabilities ``[n, classes]``; by default small networks trained on the
+            latents ``train_z`` (which read latents, also where there is a decoder).
+        max_samples: most samples that a metric learns on, and is taken on; time grows with it, for information with its
+            square.
+        seed: of all draws.
+        progress: told what begins.
+
+    Returns:
+        a dictionary of plain values: ``swap``, ``information``, ``dci``, ``mig``, ``sap``, ``leak``, ``likelihood``,
+        ``correlation``, ``invertibility`` and what they were taken on.
+
+    Raises:
+        ImportError: no scikit-learn.
+        TypeError, ValueError: latents or labels that don't fit the model or each other, a concept with fewer than two
+            classes.
+
+    Example:
+        >>> import iin_fast
+        >>> from iin_fast.evaluate import evaluate
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> labels = torch.arange(200)[:, None] % 2
+        >>> z = torch.randn(200, 6, generator=generator) + 3 * labels
+        >>> model = iin_fast.IIN(6, {"sign": 2}, n_flows=1, hidden_dim=8, generator=generator)
+        >>> found = evaluate(model, z, labels, ["sign"])
+        >>> sorted(found["swap"])
+        ['chance', 'iin', 'judge', 'mean_shift', 'pca', 'raw']
+    """
+    require_sklearn("evaluate")
+    where = "evaluate"
+    if not isinstance(model, IIN):
+        raise TypeError(f"{where}: model is a {type(model).__name__}, expected an iin_fast.IIN")
+    say = progress or (lambda what: None)
+    names = list(names)
+    x, codes = _data(where, "z", z, "labels", labels, names, concepts, model.dim)
+    if (train_z is None) != (train_labels is None):
+        raise ValueError(f"{where}: train_z and train_labels are needed together, one is missing")
+    if train_z is None or train_labels is None:
+        first, second = halves(len(x), seed)
+        train, train_codes, x, codes = x[first], codes[first], x[second], codes[second]
+        source = "half of the held-out samples"
+    else:
+        train, train_codes = _data(where, "train_z", train_z, "train_labels", train_labels, names, concepts, model.dim)
+        source = "training samples"
+    if concepts is not None:
+        names = list(concepts)
+    codes = checked_labels(where, codes, names, len(x), "labels of the scored samples")
+    train_codes = checked_labels(where, train_codes, names, len(train), "labels of the samples to learn on")
+    swapped = [name for name in names if name in model.concepts]
+    sizes = model.sizes
+
+    say("factors")
+    as_tensor = torch.from_numpy
+    linear = {kind: LinearFactors(train, train_codes, names, sizes, kind, seed) for kind in ("raw", "pca")}  # type: ignore[arg-type]
+    parts = {"iin": encode(model, x), **{kind: basis.encode(x) for kind, basis in linear.items()}}
+    train_parts = {"iin": encode(model, train), **{kind: basis.encode(train) for kind, basis in linear.items()}}
+    result: dict[str, Any] = {
+        "format": "iin_fast.evaluation",
+        "version": 1,
+        "seed": seed,
+        "samples": {"scored": len(x), "learned_on": len(train), "source": source, "most": max_samples},
+        "concepts": names,
+        "classes": {name: len(np.unique(codes[codes[:, j] >= 0, j])) for j, name in enumerate(names)},
+        "factors": sizes,
+    }
+
+    if swapped:
+        say("swap")
+        result["swap"] = _swaps(
+            model, x, codes, train, train_codes, names, swapped, linear, decoder, judge, max_samples, seed
+        )
+    say("information")
+    result["information"] = {
+        who: factor_label_information(p, codes, names, max_samples=max_samples, seed=seed) for who, p in parts.items()
+    }
+    for metric, title in ((dci, "dci"), (mig, "mig"), (sap, "sap")):
+        say(title)
+        result[title] = {}
+        for who in parts:
+            learned: dict[str, Any] = (
+                {}
+                if metric is mig
+                else {
+                    "train_factors": train_parts[who],
+                    "train_labels": train_codes,
+                }
+            )
+            found = metric(parts[who], codes, names, max_samples=max_samples, seed=seed, **learned)
+            single = metric(parts[who], codes, names, dimensions=True, max_samples=max_samples, seed=seed, **learned)
+            result[title][who] = {**found, "dimensions": single}
+    say("leak")
+    result["leak"] = {
+        who: leak(
+            p,
+            codes,
+            names,
+            train_factors=train_parts[who],
+            train_labels=train_codes,
+            max_samples=max_samples,
+            seed=seed,
+        )
+        for who, p in parts.items()
+    }
+    say("likelihood")
+    result["likelihood"] = {
+        "iin": nats_per_dim(model, as_tensor(x)),
+        "iin_learned_on": nats_per_dim(model, as_tensor(train)),
+        "gaussian": gaussian_nats_per_dim(x, train),
+        "normal": normal_nats_per_dim(x),
+    }
+    say("correlation")
+    result["correlation"] = {who: pair_correlation(p, codes, names, seed=seed) for who, p in parts.items()}
+    say("invertibility")
+    result["invertibility"] = invertibility_error(model, as_tensor(x))
+    return result
+
+
+def write_evaluation(run_folder: str | os.PathLike[str], *args: Any, **settings: Any) -> dict[str, Any]:
+    """:func:`evaluate` of the model in ``run_folder``, written to ``evaluation.json`` there; the file appears whole.
+
+    Args:
+        run_folder: a folder that ``IIN.save`` or a training wrote.
+        *args, **settings: of :func:`evaluate`, without the model.
+
+    Returns:
+        what :func:`evaluate` gives.
+    """
+    result = evaluate(IIN.load(run_folder), *args, **settings)
+    text = json.dumps(result, indent=2, allow_nan=False) + "\n"
+    checkpoint._write(Path(run_folder) / "evaluation.json", text.encode())
+    return result
+
+
+@torch.no_grad()
+def encode(model: IIN, z: Array, batch: int = 1024) -> dict[str, Array]:
+    """The model's factors of ``z`` ``[n, dim]``, name to float64 ``[n, size]``."""
+    latents = torch.from_numpy(z).to(model.device, model.dtype)
+    values = torch.cat([model.encode(part).tensor for part in latents.split(batch)]).double().cpu().numpy()
+    edges = np.cumsum(list(model.sizes.values()))[:-1]
+    return dict(zip(model.sizes, np.split(values, edges, axis=1), strict=True))
+
+
+def _data(
+    where: str,
+    z_name: str,
+    z: Tensor | ArrayLike,
+    labels_name: str,
+    labels: Tensor | ArrayLike,
+    names: list[str],
+    concepts: Sequence[str] | None,
+    dim: int,
+) -> tuple[Array, Codes]:
+    x = checked_latents(where, z_name, z)
+    if x.shape[1] != dim:
+        raise ValueError(f"{where}: {z_name} has shape {list(x.shape)}, expected [n, {dim}] like the model")
+    if isinstance(labels, Tensor):
+        labels = labels.detach().cpu().numpy()
+    table = np.asarray(labels)
+    if concepts is not None and table.ndim == 2 and table.shape[1] == len(names):
+        unknown = [name for name in concepts if name not in names]
+        if unknown or not concepts:
+            raise ValueError(f"{where}: concepts is {list(concepts)}, expected some of {names}")
+        table, names = table[:, [names.index(name) for name in concepts]], list(concepts)
+    return x, checked_labels(where, table, names, len(x), labels_name)
+
+
+def _swaps(
+    model: IIN,
+    x: Array,
+    codes: Codes,
+    train: Array,
+    train_codes: Codes,
+    names: list[str],
+    swapped: list[str],
+    linear: Mapping[str, LinearFactors],
+    decoder: Callable[[Tensor], Any] | None,
+    judge: Judge | None,
+    max_swaps: int,
+    seed: int,
+) -> dict[str, Any]:
+    seen = None
+    if judge is None:
+        judge = latent_judge(train, train_codes, names, seed=seed)
+    elif decoder is not None:
+        made = decoder
+
+        @torch.no_grad()
+        def seen(z: Array) -> Any:
+            return made(torch.from_numpy(z).to(model.device, model.dtype))
+
+    shift = MeanShift(train, train_codes, names)
+
+    @torch.no_grad()
+    def by_model(concept: str, keep: Codes, give: Codes) -> Array:
+        kept, given = (torch.from_numpy(x[rows]).to(model.device, model.dtype) for rows in (keep, give))
+        swaps = [model.swap(a, b, concept) for a, b in zip(kept.split(1024), given.split(1024), strict=True)]
+        return torch.cat(swaps).double().cpu().numpy()
+
+    def by_shift(concept: str, keep: Codes, give: Codes) -> Array:
+        column = codes[:, names.index(concept)]
+        return shift.swap(x[keep], column[keep], column[give], concept)
+
+    ways: dict[str, Callable[[str, Codes, Codes], Array]] = {"iin": by_model, "mean_shift": by_shift}
+    for kind, basis in linear.items():
+        ways[kind] = lambda concept, keep, give, basis=basis: basis.swap(x[keep], x[give], concept)  # type: ignore[misc]
+    return {
+        "judge": judge_accuracy(judge, x, codes, names, seen),
+        "chance": {name: 1.0 / len(np.unique(codes[codes[:, j] >= 0, j])) for j, name in enumerate(names)},
+        **{
+            who: swap_success(way, codes, names, judge, concepts=swapped, seen=seen, max_swaps=max_swaps, seed=seed)
+            for who, way in ways.items()
+        },
+    }
