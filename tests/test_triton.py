@@ -28,7 +28,7 @@ for op in ("affine_coupling", "pair_nll", "flow"):
         assert re.match(op, case.name) and set(case.signature) == set(case.kernel.arg_names)
         # one of a kernel, its tile and its types; what is left out differs in flags
         types = tuple(sorted(t for t in case.signature.values() if t.startswith("*")))
-        key = case.kernel, case.name.split("[")[0], case.name.rpartition("#")[2][:1], types
+        key = case.kernel, case.name.split(" #")[0], case.name.rpartition("#")[2][:1], types
         hot = "float32" in case.name or "bfloat16" in case.name
         if key in seen or not hot or "tanh" not in case.name and op == "affine_coupling":
             continue

@@ -41,7 +41,7 @@ _CONFIGS = [
     triton.Config({"TILE": 1024}, num_warps=8, num_stages=1),
     triton.Config({"TILE": 512}, num_warps=4, num_stages=1),
 ]
-_WIDEST = 1024  # columns of a tile
+_WIDEST = 512  # columns of a tile, at most the smallest tile
 
 
 @triton.jit

@@ -10,6 +10,7 @@ Weights are read as they lie, in panels [in][64 outputs] (layout.py): no tile of
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 
@@ -40,15 +41,19 @@ def _fitting(configs: list[triton.Config], arguments: dict[str, Any], **constant
     if constants.get("WIDE", arguments.get("WIDE")) == tl.float64:
         least, most = 16, 32
     deepest = 64 if batch <= 128 or arguments["weight"].element_size() == 2 else 32
-    return [c for c in configs if least <= c.kwargs["BLOCK_M"] <= most and c.kwargs["BLOCK_K"] <= deepest]
+    fitting = [c for c in configs if least <= c.kwargs["BLOCK_M"] <= most and c.kwargs["BLOCK_K"] <= deepest]
+    if batch > 128 and constants.get("LAST") and arguments["weight"].dtype == torch.float32:
+        return [c for c in fitting if c.kwargs["BLOCK_N"] == 32]  # the coupling's backward needs registers too
+    return fitting
 
 
 # Three shapes for batches up to 128, where reading the weights is all that counts: narrow tiles spread one weight over
-# more processors. Three for larger ones, where arithmetic counts. The interpreter takes the first.
+# more processors. Four for larger ones, where arithmetic counts. The interpreter takes the first.
 _TILES = [
     triton.Config({"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}, num_warps=4, num_stages=3),
     triton.Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32}, num_warps=8, num_stages=3),
     triton.Config({"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64}, num_warps=8, num_stages=2),
+    triton.Config({"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 32}, num_warps=4, num_stages=3),
     triton.Config({"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 64}, num_warps=4, num_stages=4),
     triton.Config({"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 64}, num_warps=4, num_stages=3),
     triton.Config({"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32}, num_warps=4, num_stages=4),
