@@ -1,6 +1,6 @@
 # make demo   the main job: environment, wheel, training, swaps, report in runs/demo
 # make test   the whole suite
-.PHONY: demo test wheel sdist build lint bench torch-check clean
+.PHONY: demo test wheel sdist build lint bench gpu-report torch-check clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -60,6 +60,11 @@ bench: build
 	$(BIN)/python -m pytest benchmarks/test_ops.py -q --benchmark-json=build/ops.json
 	$(BIN)/python benchmarks/ops_summary.py build/ops.json benchmarks/results/ops_cpu.json
 	$(BIN)/python benchmarks/readme.py
+
+# What the compilers made of the GPU kernels: registers, spills, instructions. Needs nvcc, but no GPU.
+gpu-report: build
+	$(PIP) install --quiet triton
+	$(BIN)/python benchmarks/gpu_report.py
 
 # The wheel in an environment of its own with another torch: make torch-check TORCH=2.14.1 (several GB, not in CI).
 TORCH ?= 2.14.1
