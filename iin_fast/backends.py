@@ -3,10 +3,13 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any
 
+import torch
 from torch import Tensor
 
-__all__ = ["BackendUnavailable", "available", "backend", "chosen", "register"]
+__all__ = ["BackendUnavailable", "available", "backend", "chosen", "ops", "register", "register_triton"]
 
 NAMES = ("reference", "cpp", "triton")
 
@@ -27,10 +30,30 @@ if os.environ.get("IIN_FAST_BACKEND"):
 
 _implemented: dict[str, set[tuple[str, str]]] = {}
 
+PREFERRED: dict[tuple[str, str], str] = {}
+"""(op, device type) -> the backend that a measurement found the fastest there, before the order in ``chosen``.
+
+Empty: on the CPU the compiled library is the only candidate beside the reference, and no GPU was at hand to measure on.
+An entry names the result file in benchmarks/results that says so.
+"""
+
 
 def register(op: str, name: str, device: str) -> None:
     """Declare that ``op`` has an implementation ``name`` for tensors on ``device`` (a device type such as "cpu")."""
     _implemented.setdefault(op, {("reference", "any")}).add((name, device))
+
+
+def register_triton(op: str) -> None:
+    """Declare the Triton implementation of ``op``, where Triton is installed; on the CPU only for its interpreter."""
+    if find_spec("triton") is None:
+        return
+    for device in ("cuda", "xpu", *(["cpu"] if os.environ.get("TRITON_INTERPRET") == "1" else [])):
+        register(op, "triton", device)
+
+
+def ops(name: str) -> Any:
+    """The namespace of torch ops that a backend lives in: "cpp" or "triton"."""
+    return torch.ops.iin_fast if name == "cpp" else torch.ops.iin_fast_triton
 
 
 def available(op: str, device: str) -> list[str]:
@@ -40,7 +63,7 @@ def available(op: str, device: str) -> list[str]:
 
 
 def chosen(op: str, x: Tensor) -> str:
-    """The backend for this call of ``op``.
+    """The backend for this call of ``op``: the forced one, else the preferred one, else cpp, triton, reference.
 
     Raises:
         BackendUnavailable: a backend is forced that has no implementation of ``op`` on the device of ``x``.
@@ -50,9 +73,23 @@ def chosen(op: str, x: Tensor) -> str:
         if _forced not in have:
             raise BackendUnavailable(
                 f"{op}: backend {_forced!r} is forced, but on {x.device.type} only {', '.join(have)} can run it"
+                + _remedy(_forced, x.device.type)
             )
         return _forced
+    preferred = PREFERRED.get((op, x.device.type))
+    if preferred in have:
+        return preferred
     return "cpp" if "cpp" in have else have[-1]
+
+
+def _remedy(name: str, device: str) -> str:
+    if name != "triton":
+        return ""
+    if find_spec("triton") is None:
+        return "; Triton is not installed: pip install triton"
+    if device == "cpu":
+        return "; set TRITON_INTERPRET=1 before Python starts to run the Triton kernels on the CPU, for tests"
+    return ""
 
 
 @contextmanager
@@ -61,7 +98,7 @@ def backend(name: str) -> Iterator[None]:
 
     Args:
         name: "reference" (plain torch, the executable definition), "cpp" (the compiled library, CPU and CUDA) or
-            "triton". The environment variable IIN_FAST_BACKEND does the same for a whole process.
+            "triton" (GPUs; CPU tensors only with TRITON_INTERPRET=1 in the environment, for tests). The environment variable IIN_FAST_BACKEND does the same for a whole process.
 
     Raises:
         ValueError: the name is none of these.

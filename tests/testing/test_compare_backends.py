@@ -1,5 +1,7 @@
 """compare_backends: agrees where the backends agree, and says so where one is wrong."""
 
+import os
+
 import pytest
 import torch
 
@@ -17,10 +19,12 @@ def model() -> iin_fast.IIN:
 
 def test_a_model_agrees_with_the_reference() -> None:
     comparison = compare_backends(model(), torch.randn(5, 8))
-    assert comparison.ok and {row.backend for row in comparison.rows} == {"cpp"}
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    expected = {"cpp", "triton"} if interpreted else {"cpp"}
+    assert comparison.ok and {row.backend for row in comparison.rows} == expected
     names = {row.name for row in comparison.rows}
     assert {"output 0", "output 1", "grad of input 0", "grad of flow.weight_in", "grad of flow.scale"} <= names
-    assert "triton" in comparison.skipped
+    assert ("triton" in comparison.skipped) != interpreted
     config = {"Transformer": {"in_channel": 6, "n_flow": 2, "hidden_depth": 1, "hidden_dim": 16}}
     published = VectorTransformer(config)
     published(torch.randn(20, 6, 1, 1))

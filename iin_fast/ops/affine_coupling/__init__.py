@@ -1,16 +1,18 @@
 """The op ``affine_coupling``: argument checks, choice of the backend, autograd.
 
-Files: reference.py (plain torch, the definition) and csrc/affine_coupling (CPU and CUDA).
+Files: reference.py (plain torch, the definition), csrc/affine_coupling (CPU and CUDA) and triton.py.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..._library import libraries
-from ...backends import chosen, register
+from ...backends import chosen, ops, register
 from ..checks import check_device, check_dtype, check_floating, check_shape
+from ..triton_ops import define_triton
 from . import reference
 
 __all__ = ["SQUASHES", "affine_coupling"]
@@ -28,6 +30,7 @@ _NAMES = {code: name for name, (code, _) in SQUASHES.items()}
 register("affine_coupling", "cpp", "cpu")
 if "cuda" in libraries:
     register("affine_coupling", "cpp", "cuda")
+define_triton("affine_coupling")
 
 
 def affine_coupling(
@@ -106,12 +109,12 @@ def affine_coupling(
         if not torch.is_autocast_enabled(x.device.type):
             check_dtype(op, name, tensor, x.dtype, "like x")
     code, default = SQUASHES[squash]
-    if chosen(op, x) == "reference":
+    backend = chosen(op, x)
+    if backend == "reference":
         return reference.affine_coupling(x, raw_scale, shift, squash, clamp or default, inverse)
-    return torch.ops.iin_fast.affine_coupling(x, raw_scale, shift, code, float(clamp or default), inverse)
+    return ops(backend).affine_coupling(x, raw_scale, shift, code, float(clamp or default), inverse)
 
 
-@torch.library.register_fake("iin_fast::affine_coupling")
 def _fake(
     x: Tensor, raw_scale: Tensor | None, shift: Tensor, squash: int, clamp: float, inverse: bool
 ) -> tuple[Tensor, Tensor]:
@@ -119,7 +122,6 @@ def _fake(
     return x.new_empty(x.shape), x.new_empty(x.shape[:1], dtype=wide)
 
 
-@torch.library.register_fake("iin_fast::affine_coupling_backward")
 def _fake_backward(
     grad_y: Tensor,
     grad_logdet: Tensor,
@@ -138,7 +140,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     ctx.save_for_backward(x, raw_scale, shift, output[0] if ctx.inverse else None)
 
 
-def _backward(ctx: Any, grad_y: Tensor, grad_logdet: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(backend: str, ctx: Any, grad_y: Tensor, grad_logdet: Tensor) -> tuple[Tensor | None, ...]:
     x, raw_scale, shift, y = ctx.saved_tensors
     if torch.is_grad_enabled():  # create_graph=True: derivatives of derivatives come from the definition itself
         inputs = [t for t in (x, raw_scale, shift) if t is not None]
@@ -151,12 +153,15 @@ def _backward(ctx: Any, grad_y: Tensor, grad_logdet: Tensor) -> tuple[Tensor | N
         grads = dict(zip(map(id, wanted), found, strict=True))
         return grads.get(id(x)), grads.get(id(raw_scale)), grads.get(id(shift)), None, None, None
     value = y if ctx.inverse else x
-    grad_x, grad_raw, grad_shift = torch.ops.iin_fast.affine_coupling_backward(
+    grad_x, grad_raw, grad_shift = ops(backend).affine_coupling_backward(
         grad_y, grad_logdet, value, raw_scale, ctx.squash, ctx.clamp, ctx.inverse
     )
     return grad_x, grad_raw, grad_shift, None, None, None
 
 
-torch.library.register_autograd("iin_fast::affine_coupling", _backward, setup_context=_setup)
-for _device in ("cpu", "cuda"):
-    torch.library.register_autocast("iin_fast::affine_coupling", _device, torch.float32)
+for _backend, _name in (("cpp", "iin_fast::affine_coupling"), ("triton", "iin_fast_triton::affine_coupling")):
+    torch.library.register_fake(_name, _fake)
+    torch.library.register_fake(f"{_name}_backward", _fake_backward)
+    torch.library.register_autograd(_name, partial(_backward, _backend), setup_context=_setup)
+    for _device in ("cpu", "cuda"):
+        torch.library.register_autocast(_name, _device, torch.float32)

@@ -1,18 +1,21 @@
 """The op ``flow``: a whole stack of flow blocks in one call. Argument checks, choice of the backend, autograd.
 
-Files: reference.py (plain torch, the definition), layout.py (how weights lie) and csrc/flow (CPU).
+Files: reference.py (plain torch, the definition), layout.py (how weights lie), csrc/flow (CPU) and triton.py.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import _library  # noqa: F401  (loads the compiled ops)
-from ...backends import chosen, register
+from ...backends import chosen, ops, register
 from ..checks import check_device, check_dtype, check_floating, check_rank, check_shape
+from ..triton_ops import define_triton
 from . import reference
 from .layout import pack, unpack
+from .saved import saved_bytes
 
 __all__ = ["AUTO_SAVE_BYTES", "flow", "pack", "unpack"]
 
@@ -20,8 +23,10 @@ AUTO_SAVE_BYTES = 256 * 2**20
 """``memory="auto"`` saves activations up to this many bytes and inverts beyond (docs/performance.md)."""
 
 register("flow", "cpp", "cpu")
+define_triton("flow")
 
 _TYPES = (torch.float32, torch.float64)
+_TRITON_TYPES = (*_TYPES, torch.bfloat16, torch.float16)
 _PARAMETERS = (
     "loc",
     "scale",
@@ -60,7 +65,8 @@ def flow(
     context, and a fixed permutation. reference.py is the definition, c = ceil(dim / 2).
 
     Args:
-        x: ``[batch, dim]``, float32 or float64, any strides; dim of at least 2, batch may be 0.
+        x: ``[batch, dim]``, float32 or float64, any strides; dim of at least 2, batch may be 0. With the backends triton
+            and reference also bfloat16 or float16: couplings, log-det and what lies between blocks stay in float32.
         context: ``[1, batch, context_dim]`` for all blocks or ``[n_flows, batch, context_dim]``; None for none.
         loc, scale: ``[n_flows, dim]``, ActNorm; scale not 0.
         weight_in, bias_in, weight_hidden, bias_hidden, weight_out, bias_out: the nets S and T of every half of every
@@ -75,10 +81,11 @@ def flow(
             "save" up to ``AUTO_SAVE_BYTES`` of activations.
 
     Returns:
-        The mapped ``[batch, dim]`` and the log-determinant ``[batch]``, in nats, of the map that was computed.
+        The mapped ``[batch, dim]`` and the log-determinant ``[batch]``, in nats, of the map that was computed, in
+        float32 for inputs of 16 bits.
 
     Raises:
-        TypeError: a dtype that is not float32 or float64, or dtypes that differ.
+        TypeError: a dtype that the backend does not take, or dtypes that differ.
         ValueError: shapes or devices that don't fit, slopes out of range, an unknown ``memory``.
 
     References:
@@ -100,27 +107,27 @@ def flow(
         x, context, loc, scale, weight_in, bias_in, weight_hidden, bias_hidden, weight_out, bias_out, permutation,
     )
     # fmt: on
-    if chosen("flow", x) == "reference":
+    backend = chosen("flow", x)
+    if backend == "reference":
         return reference.flow(*tensors, leaky_slope, activation_slope, exact_logdet, inverse)
     save = memory != "invert" and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if save and memory == "auto":
         size = _saved_size(x, bias_in.shape[-1], bias_hidden.shape[-2], context, loc.shape[0])
         save = size * x.element_size() <= AUTO_SAVE_BYTES
-    y, logdet, _ = torch.ops.iin_fast.flow(
-        *tensors, float(leaky_slope), float(activation_slope), exact_logdet, inverse, save
-    )
+    y, logdet, _ = ops(backend).flow(*tensors, float(leaky_slope), float(activation_slope), exact_logdet, inverse, save)
     return y, logdet
 
 
 def _check(x: Tensor, context: Tensor | None, parameters: tuple[Tensor, ...], permutation: Tensor) -> None:
     op = "flow"
+    types = _TYPES if not isinstance(x, Tensor) or chosen(op, x) == "cpp" else _TRITON_TYPES
     autocast = isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type)
     given = [("x", x), *zip(_PARAMETERS, parameters, strict=True)]
     if context is not None:
         given.append(("context", context))
     for name, value in given:
-        if not isinstance(value, Tensor) or (value.dtype not in _TYPES and not autocast):
-            check_floating(op, name, value, _TYPES)
+        if not isinstance(value, Tensor) or (value.dtype not in types and not autocast):
+            check_floating(op, name, value, types)
         if value.dtype != x.dtype and not autocast:
             check_dtype(op, name, value, x.dtype, "like x")
         if value.device != x.device:
@@ -209,7 +216,6 @@ def _fake(
     return x.new_empty(x.shape), x.new_empty(x.shape[:1]), x.new_empty(saved)
 
 
-@torch.library.register_fake("iin_fast::flow_backward")
 def _fake_backward(
     grad_y: Tensor,
     grad_logdet: Tensor,
@@ -252,7 +258,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
     ctx.save_for_backward(y, saved, *tensors)
 
 
-def _backward(ctx: Any, grad_y: Tensor | None, grad_logdet: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+def _backward(
+    backend: str, ctx: Any, grad_y: Tensor | None, grad_logdet: Tensor | None, _: Any
+) -> tuple[Tensor | None, ...]:
     y, saved, *tensors = ctx.saved_tensors
     options: Any = (ctx.leaky_slope, ctx.activation_slope, ctx.exact_logdet, ctx.inverse)
     nothing = (None,) * 5
@@ -274,7 +282,7 @@ def _backward(ctx: Any, grad_y: Tensor | None, grad_logdet: Tensor | None, _: An
     grad_y = torch.zeros_like(y) if grad_y is None else grad_y
     grad_logdet = y.new_zeros(y.shape[0]) if grad_logdet is None else grad_logdet
     context, weights = tensors[1], tensors[4:10]
-    found = torch.ops.iin_fast.flow_backward(
+    found = ops(backend).flow_backward(
         grad_y,
         grad_logdet,
         y,
@@ -290,5 +298,17 @@ def _backward(ctx: Any, grad_y: Tensor | None, grad_logdet: Tensor | None, _: An
     return tuple(g if needed[i] else None for i, g in enumerate(found)) + (None, *nothing)
 
 
-torch.library.register_autograd("iin_fast::flow", _backward, setup_context=_setup)
+@torch.library.register_fake("iin_fast_triton::flow")
+def _fake_triton(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    loc, bias_in, bias_hidden, inverse, save = rest[1], rest[4], rest[6], rest[13], rest[14]
+    size = saved_bytes(x, bias_in.shape[3], bias_hidden.shape[3], loc.shape[0], inverse) if save else 0
+    logdet = x.new_empty(x.shape[:1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    return x.new_empty(x.shape), logdet, x.new_empty(size, dtype=torch.uint8)
+
+
+for _backend_name, _name in (("cpp", "iin_fast::flow"), ("triton", "iin_fast_triton::flow")):
+    torch.library.register_fake(f"{_name}_backward", _fake_backward)
+    torch.library.register_autograd(_name, partial(_backward, _backend_name), setup_context=_setup)
 torch.library.register_autocast("iin_fast::flow", "cpu", torch.float32)
+for _device in ("cpu", "cuda"):
+    torch.library.register_autocast("iin_fast_triton::flow", _device, torch.float32)

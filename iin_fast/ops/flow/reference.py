@@ -60,8 +60,27 @@ def flow(
     """The whole stack. ``inverse=True`` computes x from y; its log-det is that of the inverse map, in nats.
 
     ``exact_logdet`` adds log(activation_slope) for every feature that the activation scaled; the published net2net code
-    leaves it out.
+    leaves it out. 16-bit tensors are computed in float32; the log-det stays float32.
     """
+    if x.dtype in (torch.bfloat16, torch.float16):
+        y, logdet = flow(
+            x.float(),
+            None if context is None else context.float(),
+            loc.float(),
+            scale.float(),
+            weight_in.float(),
+            bias_in.float(),
+            weight_hidden.float(),
+            bias_hidden.float(),
+            weight_out.float(),
+            bias_out.float(),
+            permutation,
+            leaky_slope,
+            activation_slope,
+            exact_logdet,
+            inverse,
+        )
+        return y.to(x.dtype), logdet
     n_flows, dim = loc.shape
     half = dim - dim // 2
     logdet = x.new_zeros(x.shape[0])

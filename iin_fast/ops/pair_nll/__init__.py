@@ -1,17 +1,19 @@
 """The op ``pair_nll``: argument checks, choice of the backend, autograd.
 
-Files: reference.py (plain torch, the definition) and csrc/pair_nll (CPU and CUDA).
+Files: reference.py (plain torch, the definition), csrc/pair_nll (CPU and CUDA) and triton.py.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..._library import libraries
-from ...backends import chosen, register
+from ...backends import chosen, ops, register
 from ..checks import check_device, check_dtype, check_floating, check_rank, check_shape
+from ..triton_ops import define_triton
 from . import reference
 
 __all__ = ["pair_nll"]
@@ -19,6 +21,7 @@ __all__ = ["pair_nll"]
 register("pair_nll", "cpp", "cpu")
 if "cuda" in libraries:
     register("pair_nll", "cpp", "cuda")
+define_triton("pair_nll")
 
 
 def pair_nll(
@@ -87,12 +90,12 @@ def pair_nll(
         raise ValueError(f"{op}: rho is {rho}, expected a correlation inside (0, 1)")
     for name, value in (("zb", zb), ("logdet_a", logdet_a), ("logdet_b", logdet_b), ("shared", shared)):
         check_device(op, name, value, za, "za")
-    if chosen(op, za) == "reference":
+    backend = chosen(op, za)
+    if backend == "reference":
         return reference.pair_nll(za, zb, logdet_a, logdet_b, shared, sizes, rho, normalized)
-    return torch.ops.iin_fast.pair_nll(za, zb, logdet_a, logdet_b, shared, sizes, float(rho), normalized)
+    return ops(backend).pair_nll(za, zb, logdet_a, logdet_b, shared, sizes, float(rho), normalized)
 
 
-@torch.library.register_fake("iin_fast::pair_nll")
 def _fake(
     za: Tensor,
     zb: Tensor,
@@ -106,7 +109,6 @@ def _fake(
     return torch.empty_like(logdet_a, memory_format=torch.contiguous_format)
 
 
-@torch.library.register_fake("iin_fast::pair_nll_backward")
 def _fake_backward(
     grad: Tensor, za: Tensor, zb: Tensor, shared: Tensor, sizes: Sequence[int], rho: float
 ) -> tuple[Tensor, Tensor]:
@@ -118,7 +120,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(za, zb, shared)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(backend: str, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     za, zb, shared = ctx.saved_tensors
     if torch.is_grad_enabled():  # create_graph=True: plain torch, which autograd follows
         rho, wide = ctx.rho, grad.dtype
@@ -127,10 +129,13 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         pull = (b - m * rho * a) / (1 - m * rho**2)
         grad_a, grad_b = grad[:, None] * (a - m * rho * pull), grad[:, None] * pull
         return grad_a.to(za.dtype), grad_b.to(zb.dtype), -grad, -grad, None, None, None, None
-    grad_a, grad_b = torch.ops.iin_fast.pair_nll_backward(grad, za, zb, shared, ctx.sizes, ctx.rho)
+    grad_a, grad_b = ops(backend).pair_nll_backward(grad, za, zb, shared, ctx.sizes, ctx.rho)
     return grad_a, grad_b, -grad, -grad, None, None, None, None
 
 
-torch.library.register_autograd("iin_fast::pair_nll", _backward, setup_context=_setup)
-for _device in ("cpu", "cuda"):
-    torch.library.register_autocast("iin_fast::pair_nll", _device, torch.float32)
+for _backend, _name in (("cpp", "iin_fast::pair_nll"), ("triton", "iin_fast_triton::pair_nll")):
+    torch.library.register_fake(_name, _fake)
+    torch.library.register_fake(f"{_name}_backward", _fake_backward)
+    torch.library.register_autograd(_name, partial(_backward, _backend), setup_context=_setup)
+    for _device in ("cpu", "cuda"):
+        torch.library.register_autocast(_name, _device, torch.float32)

@@ -1,0 +1,39 @@
+"""What the Triton flow keeps for backward: one tensor of bytes, in pieces. No Triton here: torch.compile asks for the size."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["piece_bytes", "pieces_of", "saved_bytes"]
+
+Piece = tuple[tuple[int, ...], torch.dtype]
+
+
+def pieces_of(x: Tensor, hidden: int, depth: int, n_flows: int, keep_coupled: bool, keep: bool) -> list[Piece]:
+    """Shape and type of stages, s, coupled values and activations; of one step at a time for n_flows 0.
+
+    Args:
+        keep: s, coupled values and all activations, for backward; else activations of two layers in turn.
+        keep_coupled: also what couplings put out.
+    """
+    batch, dim = x.shape
+    steps, out, wide = 2 * n_flows, dim // 2, torch.float64 if x.dtype == torch.float64 else torch.float32
+    return [
+        ((steps or 2, batch, dim), wide),
+        (((steps or 1) if keep else 0, batch, out), wide),
+        (((steps or 1) if keep and keep_coupled else 0, batch, out), wide),
+        ((steps or 1, 2, depth + 1 if keep else min(depth + 1, 2), batch, hidden), x.dtype),
+    ]
+
+
+def piece_bytes(piece: Piece) -> int:
+    """Bytes of a piece, up to the next multiple of 256."""
+    shape, dtype = piece
+    size = dtype.itemsize
+    for extent in shape:
+        size = size * extent
+    return (size + 255) // 256 * 256
+
+
+def saved_bytes(x: Tensor, hidden: int, depth: int, n_flows: int, inverse: bool) -> int:
+    """Size of ``saved``."""
+    return sum(piece_bytes(piece) for piece in pieces_of(x, hidden, depth, n_flows, inverse, True))

@@ -1,0 +1,247 @@
+"""What the Triton kernels of all ops share: launches, tuning, memory of rows, and elementary functions.
+
+A kernel is launched through :func:`launch`, which can also write down what would be launched
+(:func:`recorded`), so that every kernel compiles for a target that this machine does not have.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = [
+    "INTERPRETED",
+    "CompileCase",
+    "atan",
+    "autotuned",
+    "bucket",
+    "ceil_div",
+    "compile_case",
+    "launch",
+    "on_device",
+    "power_of_two",
+    "recorded",
+    "rows",
+    "sum_parts",
+    "tanh",
+    "tl_dtype",
+    "wide",
+]
+
+INTERPRETED: bool = triton.knobs.runtime.interpret if hasattr(triton, "knobs") else False
+"""Kernels run in Triton's interpreter (TRITON_INTERPRET=1 when Triton was imported), on CPU tensors too."""
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def bucket(batch: int) -> int:
+    """The batch as a key of tuning: its power of two, at least 16, so that a varying batch does not tune at each call."""
+    return max(16, power_of_two(batch))
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What a kernel computes in for inputs of a dtype."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def tl_dtype(dtype: torch.dtype) -> Any:
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def rows(t: Tensor, batch: int, width: int) -> Tensor:
+    """``t [batch, ...]`` as [batch, width] with columns one element apart; a copy only where strides demand one."""
+    if t.dim() != 2:
+        t = t.reshape(batch, width)
+    return t if width <= 1 or t.stride(1) == 1 else t.contiguous()
+
+
+@contextmanager
+def on_device(x: Tensor) -> Iterator[None]:
+    """Launch on the device of x, whatever the current one is."""
+    if x.is_cuda:
+        with torch.cuda.device(x.device):
+            yield
+    elif x.device.type == "xpu":
+        with torch.xpu.device(x.device):
+            yield
+    else:
+        yield
+
+
+def autotuned(
+    configs: Sequence[triton.Config], key: Sequence[str], fitting: Callable[..., list[triton.Config]] | None = None
+) -> Callable[[Any], Any]:
+    """triton.autotune, results kept on disk from run to run; the interpreter takes the first config.
+
+    ``fitting`` picks the configs worth trying for the arguments of a launch.
+    """
+    configs = list(configs[:1]) if INTERPRETED else list(configs)
+    prune = None if fitting is None else {"early_config_prune": fitting}
+    return triton.autotune(configs, list(key), prune_configs_by=prune, cache_results=not INTERPRETED)
+
+
+class CompileCase(NamedTuple):
+    """What triton.compile needs for a kernel as it is launched."""
+
+    name: str
+    kernel: Any  # triton.JITFunction
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    options: dict[str, Any]  # num_warps, num_stages; "attrs": what is divisible by 16
+
+
+_recording: list[CompileCase] | None = None
+_label = ""
+
+
+def launch(kernel: Any, grid: Any, *arguments: Any, **constants: Any) -> None:
+    """Run a kernel, or write it down inside :func:`recorded`. ``constants`` are constexprs, num_warps, num_stages."""
+    if _recording is None:
+        kernel[grid](*arguments, **constants)
+    else:
+        _record(_recording, kernel, arguments, constants)
+
+
+_TYPES = {
+    torch.float64: "fp64",
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.uint8: "u8",
+    torch.bool: "i1",
+}
+
+
+def _record(cases: list[CompileCase], kernel: Any, arguments: Sequence[Any], constants: dict[str, Any]) -> None:
+    """One case for each config of the kernel, specialised as Triton does: on 1, None, and multiples of 16."""
+    tuned = isinstance(kernel, triton.runtime.Autotuner)
+    function = kernel.fn if tuned else kernel
+    configs = kernel.configs if tuned else [None]
+    if tuned and kernel.early_config_prune is not None:
+        configs = kernel.early_config_prune(
+            configs, dict(zip(function.arg_names, arguments, strict=False)), **constants
+        )
+    for number, config in enumerate(configs):
+        options = {"num_warps": 4, "num_stages": 3}
+        values = dict(zip(function.arg_names, arguments, strict=False)) | constants
+        if config is not None:
+            values |= config.kwargs
+            options |= {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        options |= {key: values.pop(key) for key in ("num_warps", "num_stages") if key in values}
+        signature: dict[str, str] = {}
+        constexprs: dict[str, Any] = {}
+        attrs: dict[tuple[int, ...], list[list[Any]]] = {}
+        for parameter in function.params:
+            name, value = parameter.name, values[parameter.name]
+            free = not parameter.do_not_specialize
+            if parameter.is_constexpr or value is None or (free and type(value) is int and value == 1):
+                signature[name], constexprs[name] = "constexpr", value
+                continue
+            if isinstance(value, Tensor):
+                signature[name] = "*" + _TYPES[value.dtype]
+                divisible = value.storage_offset() * value.element_size() % 16 == 0
+            elif isinstance(value, int):
+                signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+                divisible = value % 16 == 0
+            else:
+                signature[name], divisible = "fp32", False
+            if divisible and free:
+                attrs[(parameter.num,)] = [["tt.divisibility", 16]]
+        shown = f"{_label} {function.__name__.strip('_')}" + (f" #{number}" if len(configs) > 1 else "")
+        case = CompileCase(shown, function, signature, constexprs, {**options, "attrs": attrs})
+        same = (c for c in cases if c.kernel is function and c[2:] == case[2:])
+        if next(same, None) is None:
+            cases.append(case)
+
+
+def recorded(calls: dict[str, Callable[[], Any]]) -> list[CompileCase]:
+    """What the calls would launch, each kernel once for each way it is specialised; on tensors of device "meta"."""
+    global _recording, _label
+    if INTERPRETED:
+        raise RuntimeError("compile_cases: Triton runs in its interpreter; unset TRITON_INTERPRET in a fresh process")
+    _recording = []
+    try:
+        for _label, call in calls.items():
+            call()
+        return _recording
+    finally:
+        _recording, _label = None, ""
+
+
+def compile_case(case: CompileCase, target: Any) -> Any:
+    """Compile a case for a ``triton.backends.compiler.GPUTarget``, with or without that GPU in the machine."""
+    options = dict(case.options)
+    source = triton.compiler.ASTSource(case.kernel, case.signature, case.constexprs, options.pop("attrs"))
+    return triton.compile(source, target=target, options=options)
+
+
+# Elementary functions on float32 and float64. Not libdevice's, which the interpreter and other makers' GPUs lack.
+
+
+@triton.jit
+def tanh(x):
+    """Near 0 x + x³ P(x²), beyond (1 - e) / (1 + e) with e = exp(-2|x|): no cancellation in either."""
+    magnitude = tl.abs(x)
+    e = tl.exp(-2 * magnitude)
+    far = (1 - e) / (1 + e)
+    far = tl.where(x < 0, -far, far)
+    q = x * x
+    if x.dtype == tl.float64:
+        # Lambert's continued fraction, enough levels for 0.25: x / (1 + q / (3 + q / (5 + ...)))
+        near = x / (1 + q / (3 + q / (5 + q / (7 + q / (9 + q / (11 + q / 13))))))
+        return tl.where(magnitude < 0.25, near, far)
+    near = x + x * q * (-1 / 3 + q * (2 / 15 + q * (-17 / 315 + q * (62 / 2835 - q * (1382 / 155925)))))
+    return tl.where(magnitude < 0.35, near, far)
+
+
+@triton.jit
+def atan(x):
+    """Folded to |u| <= tan(pi/8), then the series; the pieces and terms of csrc/common/math.h."""
+    magnitude = tl.abs(x)
+    beyond = magnitude > 2.414213562373095
+    middle = magnitude > 0.41421356237309503
+    zero = tl.zeros_like(x)  # constants in the type of x: a bare Python float is a float32
+    numerator = tl.where(beyond, zero - 1, tl.where(middle, magnitude - 1, magnitude))
+    denominator = tl.where(beyond, magnitude, tl.where(middle, magnitude + 1, zero + 1))
+    offset = tl.where(beyond, zero + 1.5707963267948966, tl.where(middle, zero + 0.7853981633974483, zero))
+    u = numerator / denominator
+    q = u * u
+    total = zero
+    TERMS: tl.constexpr = 21 if x.dtype == tl.float64 else 9
+    for i in tl.static_range(TERMS):
+        total = q * ((1 - 2 * ((TERMS - i) % 2)) / (2 * (TERMS - i) + 1) + total)
+    result = offset + (u + u * total)
+    return tl.where(x < 0, -result, result)
+
+
+@triton.jit(do_not_specialize=["batch"])
+def _sum_parts(parts, out, batch, count, WIDE: tl.constexpr, BLOCK: tl.constexpr):
+    """out[row] = parts[0, row] + ... + parts[count - 1, row], always in this order."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    valid = row < batch
+    total = tl.zeros([BLOCK], WIDE)
+    at = parts + row
+    for _ in range(count):
+        total += tl.load(at, mask=valid, other=0.0)
+        at += batch
+    tl.store(out + row, total, mask=valid)
+
+
+def sum_parts(parts: Tensor, out: Tensor) -> None:
+    """Sum ``parts [count, batch]`` into ``out [batch]``, in a fixed order."""
+    count, batch = parts.shape
+    grid = (ceil_div(batch, 128),)
+    launch(_sum_parts, grid, parts, out, batch, count, WIDE=tl_dtype(out.dtype), BLOCK=128, num_warps=4)
