@@ -2,5 +2,6 @@
 
 from .ops.affine_coupling import affine_coupling
 from .ops.pair_nll import pair_nll
+from .ops.spline_coupling import rational_quadratic_spline, spline_coupling
 
-__all__ = ["affine_coupling", "pair_nll"]
+__all__ = ["affine_coupling", "pair_nll", "rational_quadratic_spline", "spline_coupling"]

@@ -5,7 +5,8 @@
 // the number of terms is what brings the truncation error below a tenth of the type's rounding error on the reduced
 // range.
 //
-// Accuracy: exp, log and atan 2 ulp, tanh and sigmoid 3 ulp, over the whole range (tests/common/test_math.py).
+// Accuracy: exp, log, softplus and atan 2 ulp, tanh and sigmoid 3 ulp, over the whole range
+// (tests/common/test_math.py).
 #pragma once
 
 #include <cmath>
@@ -30,7 +31,7 @@ template <> struct Float<float> {
   static constexpr float round_magic = 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer
   static constexpr float exp_low = -104.0f, exp_high = 89.0f;
   static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f; // high part exact in 9 bits
-  static constexpr int exp_terms = 7, log_terms = 6, atan_terms = 9;
+  static constexpr int exp_terms = 7, log_terms = 6, log1p_terms = 8, atan_terms = 9;
 };
 
 template <> struct Float<double> {
@@ -40,7 +41,7 @@ template <> struct Float<double> {
   static constexpr double round_magic = 6755399441055744.0; // 1.5 * 2^52
   static constexpr double exp_low = -746.0, exp_high = 710.0;
   static constexpr double ln2_high = 0.693147180369123816490, ln2_low = 1.90821492927058770002e-10;
-  static constexpr int exp_terms = 14, log_terms = 12, atan_terms = 21;
+  static constexpr int exp_terms = 14, log_terms = 12, log1p_terms = 17, atan_terms = 21;
 };
 
 template <class To, class From> IIN_FAST_HD To bits(From value) {
@@ -156,6 +157,23 @@ template <class T> IIN_FAST_HD T log(T x) {
   const T result = whole * F::ln2_high + (T(2) * s + (T(2) * s * sum + whole * F::ln2_low));
   const T edge = select(x < T(0), Limits::quiet_NaN(), select(x == T(0), -Limits::infinity(), x)); // or inf, or NaN
   return select((x > T(0)) & (x <= Limits::max()), result, edge);
+#endif
+}
+
+// log(1 + exp(x)), without overflow or cancellation.
+template <class T> IIN_FAST_HD T softplus(T x) {
+#if defined(__CUDA_ARCH__)
+  return (x > T(0) ? x : T(0)) + ::log1p(::exp(x > T(0) ? -x : x));
+#else
+  const T e = exp(select(x > T(0), -x, x)); // in [0, 1]
+  const T s = e / (T(2) + e), square = s * s;
+  T sum = T(0); // log(1 + e) = 2 atanh(s), s <= 1/3
+#if defined(__GNUC__) && !defined(__CUDACC__)
+#pragma GCC unroll 32
+#endif
+  for (int k = Float<T>::log1p_terms; k >= 1; --k)
+    sum = square * (sum + T(1.0 / (2 * k + 1)));
+  return select(x > T(0), x, T(0)) + (T(2) * s + T(2) * s * sum);
 #endif
 }
 

@@ -53,6 +53,7 @@ TRUTH = {
     "tanh": np.tanh,
     "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
     "atan": np.arctan,
+    "softplus": lambda x: np.maximum(x, 0) + np.log1p(np.exp(-np.abs(x))),
 }
 # ranges that cover small, usual and extreme arguments
 RANGES = {
@@ -61,8 +62,9 @@ RANGES = {
     "tanh": {np.float32: (-30.0, 30.0), np.float64: (-30.0, 30.0)},
     "sigmoid": {np.float32: (-80.0, 80.0), np.float64: (-700.0, 700.0)},
     "atan": {np.float32: (-1e6, 1e6), np.float64: (-1e9, 1e9)},
+    "softplus": {np.float32: (-80.0, 1e6), np.float64: (-700.0, 1e9)},
 }
-ULP = {"exp": 2, "log": 2, "tanh": 3, "sigmoid": 3, "atan": 2}
+ULP = {"exp": 2, "log": 2, "tanh": 3, "sigmoid": 3, "atan": 2, "softplus": 3}
 
 
 @pytest.mark.parametrize("name", TRUTH)

@@ -1,0 +1,129 @@
+// The monotone rational-quadratic spline of one element, for host and device (Durkan et al. 2019, Sec. 3.1, Eq. 4-8).
+//
+// K bins; raw widths and heights become bin sizes through a softmax, raw derivatives become slopes at the knots.
+// Nothing of it is stored: one pass finds the largest raw value, one sums the exponentials, one walks along the knots
+// until the bin of the coordinate is found. The reference for all of it is iin_fast/ops/spline_coupling/reference.py.
+#pragma once
+
+#include "common/math.h"
+
+namespace iin_fast {
+
+// Values are part of the op's schema (iin_fast/ops/spline_coupling/__init__.py holds the names).
+enum class Tails : int64_t { linear = 0, none = 1, circular = 2 };
+enum class Parameterization : int64_t { nflows = 0, zuko = 1 };
+
+// Raw derivatives that an element brings: the inner knots, all knots, or all but the last, which is the first again.
+IIN_FAST_HD int64_t derivative_count(Tails tails, int64_t bins) {
+  return tails == Tails::linear ? bins - 1 : tails == Tails::none ? bins + 1 : bins;
+}
+
+template <class T> struct SplineLimits {
+  T left, right, bottom, top;
+  T min_width, min_height, min_derivative; // nflows
+  T softness;                              // zuko: 1 / log(slope)
+};
+
+// A raw width or height as it enters the softmax; `derivative` is that of this step.
+template <Parameterization form, class T> IIN_FAST_HD T squeeze(T raw, const SplineLimits<T> &limits, T &derivative) {
+  if constexpr (form == Parameterization::nflows) {
+    derivative = T(1);
+    return raw;
+  } else {
+    const T shrink = T(1) / (T(1) + math::abs(T(2) * raw * limits.softness));
+    derivative = shrink * shrink;
+    return raw * shrink;
+  }
+}
+
+template <Parameterization form, class T> IIN_FAST_HD T squeeze(T raw, const SplineLimits<T> &limits) {
+  T derivative;
+  return squeeze<form>(raw, limits, derivative);
+}
+
+// The slope at a knot.
+template <Parameterization form, class T> IIN_FAST_HD T knot_slope(T raw, const SplineLimits<T> &limits) {
+  if constexpr (form == Parameterization::nflows)
+    return limits.min_derivative + math::softplus(raw);
+  else
+    return math::exp(raw / (T(1) + math::abs(raw * limits.softness)));
+}
+
+// Its derivative by the raw value.
+template <Parameterization form, class T>
+IIN_FAST_HD T knot_slope_derivative(T raw, T slope, const SplineLimits<T> &limits) {
+  if constexpr (form == Parameterization::nflows) {
+    return math::sigmoid(raw);
+  } else {
+    const T shrink = T(1) / (T(1) + math::abs(raw * limits.softness));
+    return slope * shrink * shrink;
+  }
+}
+
+// The bin of one element: lower left knot, size, slopes at both ends.
+template <class T> struct Segment {
+  T x, width, y, height, slope0, slope1;
+};
+
+// Position in the bin, in [0, 1], of a coordinate x.
+template <class T> IIN_FAST_HD T unit(T value) {
+  value = math::select(value > T(0), value, T(0));
+  return math::select(value < T(1), value, T(1));
+}
+
+template <class T> IIN_FAST_HD T position(const Segment<T> &s, T x) { return unit((x - s.x) / s.width); }
+
+// Position of a coordinate y: the stable root of the quadratic (Eq. 29-32 of the paper's appendix).
+template <class T> IIN_FAST_HD T position_of_image(const Segment<T> &s, T y) {
+  const T delta = s.height / s.width, rise = y - s.y, bend = s.slope0 + s.slope1 - T(2) * delta;
+  const T a = rise * bend + s.height * (delta - s.slope0);
+  const T b = s.height * s.slope0 - rise * bend;
+  const T c = -delta * rise;
+  T discriminant = b * b - T(4) * a * c;
+  discriminant = math::select(discriminant > T(0), discriminant, T(0));
+  const T divisor = -b - __builtin_sqrt(discriminant);
+  return unit(T(2) * c / math::select(divisor == T(0), T(-1), divisor));
+}
+
+// y and log dy/dx at a position.
+template <class T> IIN_FAST_HD T image(const Segment<T> &s, T theta, T &logdet) {
+  const T delta = s.height / s.width, rest = T(1) - theta, mixed = theta * rest;
+  const T denominator = delta + (s.slope0 + s.slope1 - T(2) * delta) * mixed;
+  const T numerator = s.slope1 * theta * theta + T(2) * delta * mixed + s.slope0 * rest * rest;
+  const T ratio = delta / denominator;
+  logdet = math::log(numerator) + T(2) * math::log(ratio);
+  return s.y + s.height * (delta * theta * theta + s.slope0 * mixed) / denominator;
+}
+
+template <class T> struct SegmentGradient {
+  T x, width, y, height, slope0, slope1, theta; // theta: by the coordinate, times the width
+};
+
+// Gradients of grad_y * y + grad_logdet * logdet by the bin, x held fixed.
+template <class T>
+IIN_FAST_HD SegmentGradient<T> image_backward(const Segment<T> &s, T theta, T grad_y, T grad_logdet) {
+  const T delta = s.height / s.width, rest = T(1) - theta, mixed = theta * rest, square = theta * theta;
+  const T bend = s.slope0 + s.slope1 - T(2) * delta;
+  const T denominator = delta + bend * mixed, over = T(1) / denominator;
+  const T numerator = s.slope1 * square + T(2) * delta * mixed + s.slope0 * rest * rest, below = T(1) / numerator;
+  const T rational = (delta * square + s.slope0 * mixed) * over;
+  const T grad_rational = grad_y * s.height;
+  SegmentGradient<T> g;
+  g.theta =
+      grad_rational * delta * numerator * over * over +
+      grad_logdet * ((T(2) * s.slope1 * theta + T(2) * delta * (T(1) - T(2) * theta) - T(2) * s.slope0 * rest) * below -
+                     T(2) * bend * (T(1) - T(2) * theta) * over);
+  const T grad_delta = grad_rational * (square - rational * (T(1) - T(2) * mixed)) * over +
+                       grad_logdet * (T(2) / delta + T(2) * mixed * below - T(2) * (T(1) - T(2) * mixed) * over);
+  g.slope0 =
+      grad_rational * mixed * (T(1) - rational) * over + grad_logdet * (rest * rest * below - T(2) * mixed * over);
+  g.slope1 = -grad_rational * mixed * rational * over + grad_logdet * (square * below - T(2) * mixed * over);
+  const T inverse_width = T(1) / s.width;
+  g.x = -g.theta * inverse_width;
+  g.width = -(g.theta * theta + grad_delta * delta) * inverse_width;
+  g.y = grad_y;
+  g.height = grad_y * rational + grad_delta * inverse_width;
+  return g;
+}
+
+} // namespace iin_fast

@@ -1,0 +1,47 @@
+#pragma once
+
+#include <cstdint>
+
+#include "common/half.h"
+#include "common/isa.h"
+#include "spline_coupling/spline_coupling.h"
+
+namespace iin_fast {
+
+// What both directions share. Parameters of element (row, feature): widths, heights, derivatives, side by side.
+template <class Storage> struct SplineParameters {
+  const Storage *data;
+  int64_t row_stride, feature_stride; // in elements
+  int64_t bins, count;                // count: raw values of one element
+  Tails tails;
+  Parameterization form;
+  SplineLimits<double> limits;
+  bool inverse;
+};
+
+template <class Storage> struct SplineForward {
+  SplineParameters<Storage> parameters;
+  const Storage *x;           // [rows, features]
+  Storage *y;                 // [rows, features]
+  compute_t<Storage> *logdet; // [rows]
+  int64_t features;
+};
+
+template <class Storage> struct SplineBackward {
+  SplineParameters<Storage> parameters;
+  const Storage *x;                      // [rows, features], the side of the spline's argument in both directions
+  const Storage *grad_y;                 // [rows, features]
+  const compute_t<Storage> *grad_logdet; // [rows]
+  Storage *grad_x;                       // [rows, features]
+  Storage *grad_parameters;              // [rows, features, count]
+  int64_t features;
+};
+
+// clang-format off
+IIN_FAST_DECLARE_LOOPS(
+  template <class Storage> void spline_forward(const SplineForward<Storage> &job, int64_t begin, int64_t end);
+  template <class Storage> void spline_backward(const SplineBackward<Storage> &job, int64_t begin, int64_t end);
+)
+// clang-format on
+
+} // namespace iin_fast

@@ -1,0 +1,223 @@
+"""spline_coupling: the C++ code and the definition agree with each other, with nflows and with zuko, and are a bijection."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+import iin_fast
+from iin_fast.functional import rational_quadratic_spline, spline_coupling
+from iin_fast.ops.spline_coupling import parameter_count
+
+TAILS = ["linear", "circular", None]
+FORMS = ["nflows", "zuko"]
+
+
+def case(rows: int, features: int, bins: int, tails: str | None, dtype=torch.float64, spread=1.5, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    x = 2.5 * torch.randn(rows, features, generator=random, dtype=torch.float64)
+    raw = spread * torch.randn(rows, features, parameter_count(bins, tails), generator=random, dtype=torch.float64)
+    return x.to(dtype), raw.to(dtype)
+
+
+def both(x: Tensor, raw: Tensor, **options):
+    """Values and gradients of the compiled code and of the definition."""
+    found = []
+    for backend in ("cpp", "reference"):
+        inputs = [t.detach().clone().requires_grad_() for t in (x, raw)]
+        with iin_fast.backend(backend):
+            y, logdet = spline_coupling(*inputs, **options)
+        random = torch.Generator().manual_seed(1)
+        weights = [torch.randn(t.shape, generator=random, dtype=torch.float64).to(t.dtype) for t in (y, logdet)]
+        found.append([y.detach(), logdet.detach(), *torch.autograd.grad([y, logdet], inputs, weights)])
+    return found
+
+
+@pytest.mark.parametrize("tails", TAILS)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "features", "bins"), [(1, 1, 1), (7, 3, 2), (5, 17, 8), (2, 1, 64), (0, 4, 8), (33, 2, 5)]
+)
+def test_against_the_definition(tails, form, inverse, rows, features, bins) -> None:
+    x, raw = case(rows, features, bins, tails)
+    options = {"bins": bins, "tails": tails, "tail_bound": 2.0, "parameterization": form, "inverse": inverse}
+    ours, truth = both(x, raw, **options)
+    for found, expected in zip(ours, truth, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_types(dtype, inverse) -> None:
+    """As close to the float64 truth as the definition in the same type, up to a small factor."""
+    x, raw = case(40, 6, 8, "linear", dtype, spread=0.7)
+    options = {"bins": 8, "tail_bound": 3.0, "inverse": inverse}
+    ours, plain = both(x, raw, **options)
+    truth = both(x.double(), raw.double(), **options)[1]
+    assert ours[1].dtype == torch.float32
+    for found, same_type, expected in zip(ours, plain, truth, strict=True):
+        error, plain_error, size = (
+            t.square().mean().sqrt() for t in (found.double() - expected, same_type.double() - expected, expected)
+        )
+        # backward of the inverse starts from its output, rounded to the type
+        rounding = (8 if inverse else 1) * torch.finfo(dtype).eps
+        assert error <= 2 * plain_error + rounding * size
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("spread", [0.1, 1.0, 8.0])
+@pytest.mark.parametrize("bins", [1, 8, 64])
+def test_nflows(inverse, dtype, spread, bins) -> None:
+    """Against nflows in float64; in float32 no further from that than nflows in float32 itself, times two."""
+    module = pytest.importorskip("nflows.transforms.splines.rational_quadratic")
+    x, raw = case(60, 4, bins, "linear", spread=spread)
+    knots = torch.linspace(-3, 3, 9, dtype=torch.float64)  # both ends of the box, and far outside
+    x[:9, 0], x[0, 1], x[1, 1] = knots, 1e6, -1e6
+
+    def run(function, dtype):
+        inputs = [t.to(dtype).requires_grad_() for t in (x, *raw.split([bins, bins, bins - 1], -1))]
+        y, logabsdet = function(*inputs, inverse=inverse, tail_bound=3.0, min_bin_width=1e-3, min_derivative=1e-3)
+        found = torch.autograd.grad([y.sum() + (logabsdet * torch.linspace(-1, 1, 4, dtype=dtype)).sum()], inputs)
+        return [t.double() for t in (y, logabsdet, *found)]
+
+    truth = run(module.unconstrained_rational_quadratic_spline, torch.float64)
+    ours = run(rational_quadratic_spline, dtype)
+    if dtype == torch.float64:
+        for found, expected in zip(ours, truth, strict=True):
+            torch.testing.assert_close(
+                found, expected, rtol=1e-9, atol=1e-9 * (1 + expected.abs().max().item()) if expected.numel() else 0
+            )
+        return
+    theirs = run(module.unconstrained_rational_quadratic_spline, dtype)
+    for found, other, expected in zip(ours, theirs, truth, strict=True):
+        if expected.numel():  # root mean squares: the worst element is that of a narrow bin and a matter of luck
+            error, theirs_error, size = (
+                t.square().mean().sqrt() for t in (found - expected, other - expected, expected)
+            )
+            assert error <= 2 * theirs_error + 1e-5 * (1 + size)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("bins", [1, 8])
+def test_zuko(inverse, bins) -> None:
+    transforms = pytest.importorskip("zuko.transforms")
+    x, raw = case(50, 3, bins, "linear", spread=3.0)
+    inputs = [t.clone().requires_grad_() for t in (x, *raw.split([bins, bins, bins - 1], -1))]
+    peer = transforms.MonotonicRQSTransform(*inputs[1:], bound=2.0, slope=1e-3)
+    if inverse:
+        expected_y = peer.inv(inputs[0])
+        expected_log = -peer.log_abs_det_jacobian(expected_y, inputs[0])
+    else:
+        expected_y, expected_log = peer.call_and_ladj(inputs[0])
+    y, log = rational_quadratic_spline(*inputs, inverse=inverse, tail_bound=2.0, parameterization="zuko")
+    torch.testing.assert_close(y, expected_y, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(log, expected_log, rtol=1e-9, atol=1e-9)
+    ours = torch.autograd.grad(y.sum() + 0.3 * log.sum(), inputs)
+    theirs = torch.autograd.grad(expected_y.sum() + 0.3 * expected_log.sum(), inputs)
+    for found, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("tails", TAILS)
+def test_bijection(form, tails) -> None:
+    x, raw = case(64, 5, 8, tails)
+    options = {"bins": 8, "tails": tails, "tail_bound": 2.0, "parameterization": form}
+    y, logdet = spline_coupling(x, raw, **options)
+    back, back_logdet = spline_coupling(y, raw, inverse=True, **options)
+    torch.testing.assert_close(back, x, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(back_logdet, -logdet, rtol=1e-8, atol=1e-8)
+    jacobian = torch.autograd.functional.jacobian(lambda v: spline_coupling(v, raw[:1], **options)[0], x[:1])
+    torch.testing.assert_close(jacobian.reshape(5, 5).slogdet().logabsdet, logdet[0], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("tails", TAILS)
+@pytest.mark.parametrize("inverse", [False, True])
+def test_gradcheck(tails, inverse) -> None:
+    x, raw = case(3, 2, 4, tails, spread=0.8, seed=3)
+    inputs = x.requires_grad_(), raw.requires_grad_()
+    options = {"bins": 4, "tails": tails, "tail_bound": 2.0, "inverse": inverse}
+    assert torch.autograd.gradcheck(lambda a, b: spline_coupling(a, b, **options), inputs)
+    assert torch.autograd.gradgradcheck(lambda a, b: spline_coupling(a, b, **options), inputs)
+
+
+def test_extreme_parameters_stay_finite() -> None:
+    for dtype in (torch.float32, torch.float64):
+        x, raw = case(64, 4, 8, "linear", dtype, spread=300.0)
+        inputs = x.requires_grad_(), raw.requires_grad_()
+        for inverse in (False, True):
+            y, logdet = spline_coupling(*inputs, bins=8, tail_bound=3.0, inverse=inverse)
+            assert y.isfinite().all() and logdet.isfinite().all()
+            assert all(g.isfinite().all() for g in torch.autograd.grad([y.sum() + logdet.sum()], inputs))
+
+
+def test_layouts() -> None:
+    """Slices of a wider output, expanded parameters, the flat form and more dimensions give what a plain tensor gives."""
+    x, raw = case(6, 4, 8, "linear")
+    expected = spline_coupling(x, raw, bins=8)
+    wide = torch.randn(6, 4, 40, dtype=torch.float64)
+    wide[..., 9:32] = raw
+    for found in (
+        spline_coupling(x, wide[..., 9:32], bins=8),
+        spline_coupling(x, raw.reshape(6, -1), bins=8),
+        spline_coupling(x.t().contiguous().t(), raw.transpose(0, 1).contiguous().transpose(0, 1), bins=8),
+        spline_coupling(x.reshape(6, 2, 2), raw.reshape(6, 2, 2, 23), bins=8),
+    ):
+        torch.testing.assert_close(found[0].reshape(6, 4), expected[0], rtol=0, atol=0)
+        torch.testing.assert_close(found[1], expected[1], rtol=1e-12, atol=1e-12)
+    same = spline_coupling(x, raw[:1].expand(6, 4, 23), bins=8)[0]
+    torch.testing.assert_close(same, spline_coupling(x, raw[:1].repeat(6, 1, 1), bins=8)[0], rtol=0, atol=0)
+
+
+def test_nan_stays_visible() -> None:
+    x, raw = case(2, 2, 4, "linear")
+    x[0, 0] = float("nan")
+    y, logdet = spline_coupling(x, raw, bins=4)
+    assert y[0, 0].isnan() and not y[1].isnan().any() and not logdet[1].isnan()
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_instruction_sets(isa) -> None:
+    program = (
+        "import torch, iin_fast; from iin_fast.functional import spline_coupling as f; g = torch.Generator().manual_seed(0);"
+        "x = torch.randn(40, 3, generator=g).double(); p = torch.randn(40, 3, 23, generator=g).double();"
+        "a = f(x, p, bins=8, tail_bound=2.0); c = iin_fast.backend('reference'); c.__enter__();"
+        "b = f(x, p, bins=8, tail_bound=2.0); [torch.testing.assert_close(u, v, rtol=1e-10, atol=1e-10) for u, v in zip(a, b)]"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, env=os.environ | {"IIN_FAST_CPU": isa})
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_opcheck(inverse) -> None:
+    x, raw = case(3, 2, 4, "linear")
+    options = (4, 0, 0, -1.0, 1.0, -1.0, 1.0, 1e-3, 1e-3, 1e-3, inverse)
+    torch.library.opcheck(torch.ops.iin_fast.spline_coupling, (x.requires_grad_(), raw.requires_grad_(), *options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bins": 0}, "bins is 0, expected at least 1"),
+        (
+            {"bins": 9},
+            r"parameters has shape \[2, 3, 23\], expected \[2, 3, 26\]: 9 widths, 9 heights and 8 derivatives",
+        ),
+        ({"tails": "square"}, "tails is 'square', expected 'linear', 'circular' or None"),
+        ({"tail_bound": 0.0}, "tail_bound is 0.0, expected a number above 0"),
+        ({"min_bin_width": 0.2}, "min_bin_width is 0.2, expected between 0 and 1 / bins = 0.125"),
+        ({"parameterization": "glow"}, "parameterization is 'glow'"),
+        (
+            {"parameterization": "zuko", "min_derivative": 1.5},
+            "min_derivative is 1.5, expected a slope between 0 and 1",
+        ),
+        ({"box": (0, 1, 0, 1)}, "expected None with tails 'linear'"),
+    ],
+)
+def test_bad_arguments(options, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        spline_coupling(torch.zeros(2, 3), torch.zeros(2, 3, 23), **({"bins": 8} | options))
