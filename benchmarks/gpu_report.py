@@ -101,11 +101,15 @@ def parse_instructions(lines: Iterable[str]) -> Iterator[tuple[int, str, Counter
 
 
 def _lines(*command: str) -> Iterator[str]:
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, bufsize=1 << 20) as process:
+    with (
+        tempfile.TemporaryFile("w+") as complaints,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaints, text=True, bufsize=1 << 20) as process,
+    ):
         assert process.stdout is not None
         yield from process.stdout
-    if process.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}")
+        if process.wait() != 0:
+            complaints.seek(0)
+            raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}: {complaints.read()[-500:]}")
 
 
 def readable(names: list[str]) -> dict[str, str]:
