@@ -46,13 +46,13 @@ std::tuple<Tensor, Tensor> spline_coupling(const Tensor &x_in,          // [rows
   return {y, logdet};
 }
 
-std::tuple<Tensor, Tensor> spline_coupling_backward(
-    const Tensor &grad_y_in,      // [rows, features]
-    const Tensor &grad_logdet_in, // [rows]
-    const Tensor &x_in,           // [rows, features]: the input of the forward map, the output of the inverse
-    const Tensor &parameters_in,  // [rows, features, 2 bins + derivatives]
-    int64_t bins, int64_t tails, int64_t form, double left, double right, double bottom, double top, double min_width,
-    double min_height, double min_derivative, bool inverse) {
+std::tuple<Tensor, Tensor>
+spline_coupling_backward(const Tensor &grad_y_in,      // [rows, features]
+                         const Tensor &grad_logdet_in, // [rows]
+                         const Tensor &x_in,           // [rows, features]: the input of the map
+                         const Tensor &parameters_in,  // [rows, features, 2 bins + derivatives]
+                         int64_t bins, int64_t tails, int64_t form, double left, double right, double bottom,
+                         double top, double min_width, double min_height, double min_derivative, bool inverse) {
   const SplineOptions options{bins, tails, form, left, right, bottom, top, min_width, min_height, min_derivative};
   const char *op = "spline_coupling_backward";
   check_spline(op, x_in, parameters_in, options);

@@ -60,22 +60,29 @@ IIN_FAST_INLINE void gather(const SplineParameters<Storage> &p, int64_t row, int
       raw[k * lanes<T> + l] = widen(at[l] + k);
 }
 
+// sum += term, with what rounding takes away kept in `lost` (Kahan): knots are differences of running sums.
+template <class T> IIN_FAST_INLINE T add(T sum, T term, T &lost) {
+  const T corrected = term - lost, next = sum + corrected;
+  lost = (next - sum) - corrected;
+  return next;
+}
+
 // Softmax numerators of `bins` values in place, and 1 / their sum.
 template <Parameterization form, class T>
 IIN_FAST_INLINE void exponentials(T *raw, int64_t bins, const SplineLimits<T> &limits, T *over) {
-  alignas(64) T top[lanes<T>], sum[lanes<T>];
+  alignas(64) T top[lanes<T>], sum[lanes<T>], lost[lanes<T>];
   IIN_FAST_LANES top[l] = squeeze<form>(raw[l], limits);
   for (int64_t k = 1; k < bins; ++k)
     IIN_FAST_LANES {
       const T value = squeeze<form>(raw[k * lanes<T> + l], limits);
       top[l] = math::select(value > top[l], value, top[l]);
     }
-  IIN_FAST_LANES sum[l] = T(0);
+  IIN_FAST_LANES sum[l] = lost[l] = T(0);
   for (int64_t k = 0; k < bins; ++k)
     IIN_FAST_LANES {
       const T e = math::exp(squeeze<form>(raw[k * lanes<T> + l], limits) - top[l]);
       raw[k * lanes<T> + l] = e;
-      sum[l] += e;
+      sum[l] = add(sum[l], e, lost[l]);
     }
   IIN_FAST_LANES over[l] = T(1) / sum[l];
 }
@@ -90,10 +97,11 @@ IIN_FAST_INLINE void find_bins(const T *raw, int64_t bins, Tails tails, const Sp
   const T rest_width = T(1) - min_width * T(bins), rest_height = T(1) - min_height * T(bins);
   const T *widths = raw, *heights = raw + bins * lanes<T>, *slopes = raw + 2 * bins * lanes<T>;
   alignas(64) T knot_x[lanes<T>], knot_y[lanes<T>], mass_w[lanes<T>], mass_h[lanes<T>];
+  alignas(64) T lost_w[lanes<T>], lost_h[lanes<T>];
   IIN_FAST_LANES {
     knot_x[l] = limits.left;
     knot_y[l] = limits.bottom;
-    mass_w[l] = mass_h[l] = T(0);
+    mass_w[l] = mass_h[l] = lost_w[l] = lost_h[l] = T(0);
     b.raw0[l] = b.raw1[l] = T(0);
   }
   const int64_t count = derivative_count(tails, bins);
@@ -106,15 +114,15 @@ IIN_FAST_INLINE void find_bins(const T *raw, int64_t bins, Tails tails, const Sp
     const bool has_slopes = count > 0, last = k + 1 == bins;
     IIN_FAST_LANES {
       const T share_w = widths[k * lanes<T> + l] * b.over_w[l], share_h = heights[k * lanes<T> + l] * b.over_h[l];
-      const T after_w = mass_w[l] + share_w, after_h = mass_h[l] + share_h;
+      const T after_w = add(mass_w[l], share_w, lost_w[l]), after_h = add(mass_h[l], share_h, lost_h[l]);
       const T next_x = last ? limits.right : limits.left + wide * (min_width * T(k + 1) + rest_width * after_w);
       const T next_y = last ? limits.top : limits.bottom + high * (min_height * T(k + 1) + rest_height * after_h);
       const bool here = (k == 0) | (by_image ? b.x[l] >= knot_y[l] : b.x[l] >= knot_x[l]);
       b.bin[l] = math::select(here, T(k), b.bin[l]);
       b.sx[l] = math::select(here, knot_x[l], b.sx[l]);
       b.sy[l] = math::select(here, knot_y[l], b.sy[l]);
-      b.width[l] = math::select(here, next_x - knot_x[l], b.width[l]);
-      b.height[l] = math::select(here, next_y - knot_y[l], b.height[l]);
+      b.width[l] = math::select(here, wide * (min_width + rest_width * share_w), b.width[l]);
+      b.height[l] = math::select(here, high * (min_height + rest_height * share_h), b.height[l]);
       b.mass_w[l] = math::select(here, mass_w[l], b.mass_w[l]);
       b.mass_h[l] = math::select(here, mass_h[l], b.mass_h[l]);
       b.share_w[l] = math::select(here, share_w, b.share_w[l]);
@@ -245,7 +253,7 @@ void backward_rows(const SplineBackward<Storage> &job, int64_t begin, int64_t en
       for (int64_t k = 0; k < 2 * bins; ++k)
         IIN_FAST_LANES squeeze<form>(raw[k * lanes<T> + l], limits, steps[k * lanes<T> + l]);
     }
-    locate<form, false>(p, limits, job.x, element, features, valid, raw.data(), b);
+    locate<form, inverse>(p, limits, job.x, element, features, valid, raw.data(), b);
     int64_t row = element / features, feature = element % features;
     for (int l = 0; l < lanes<T>; ++l) {
       const int from = l < valid ? l : valid - 1;
@@ -258,7 +266,7 @@ void backward_rows(const SplineBackward<Storage> &job, int64_t begin, int64_t en
     }
     IIN_FAST_LANES {
       const Segment<T> s = b.segment(l);
-      const T theta = position(s, b.x[l]);
+      const T theta = inverse ? position_of_image(s, b.x[l]) : position(s, b.x[l]);
       const bool outside = b.inside[l] == T(0), same = outside & identity;
       T slope_log;
       image(s, theta, slope_log);
@@ -276,7 +284,7 @@ void backward_rows(const SplineBackward<Storage> &job, int64_t begin, int64_t en
       if constexpr (!inverse)
         result = math::select(outside, from_y * slope, g.theta / s.width);
       // beyond the box the coordinate is held at its edge, and a straight line of the outer slope goes on from there
-      const T beyond = from_y * b.excess[l];
+      const T beyond = from_y * (inverse ? b.excess[l] / slope : b.excess[l]);
       const T edge = g.theta / s.width;
       const T keep = math::select(same, T(0), T(1));
       corner_x[l] = keep * math::select(outside, T(0), g.x);

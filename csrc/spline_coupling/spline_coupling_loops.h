@@ -29,7 +29,7 @@ template <class Storage> struct SplineForward {
 
 template <class Storage> struct SplineBackward {
   SplineParameters<Storage> parameters;
-  const Storage *x;                      // [rows, features], the side of the spline's argument in both directions
+  const Storage *x;                      // [rows, features], the input of the map
   const Storage *grad_y;                 // [rows, features]
   const compute_t<Storage> *grad_logdet; // [rows]
   Storage *grad_x;                       // [rows, features]

@@ -60,12 +60,9 @@ def test_types(dtype, inverse) -> None:
     truth = both(x.double(), raw.double(), **options)[1]
     assert ours[1].dtype == torch.float32
     for found, same_type, expected in zip(ours, plain, truth, strict=True):
-        error, plain_error, size = (
-            t.square().mean().sqrt() for t in (found.double() - expected, same_type.double() - expected, expected)
-        )
-        # backward of the inverse starts from its output, rounded to the type
-        rounding = (8 if inverse else 1) * torch.finfo(dtype).eps
-        assert error <= 2 * plain_error + rounding * size
+        errors = ((t.double() - expected).abs().flatten().quantile(0.9) for t in (found, same_type))
+        error, plain_error = errors  # not the worst element: that of a narrow bin is a matter of luck
+        assert error <= 2 * plain_error + torch.finfo(found.dtype).eps * expected.abs().mean()
 
 
 @pytest.mark.parametrize("inverse", [False, True])
@@ -95,11 +92,9 @@ def test_nflows(inverse, dtype, spread, bins) -> None:
         return
     theirs = run(module.unconstrained_rational_quadratic_spline, dtype)
     for found, other, expected in zip(ours, theirs, truth, strict=True):
-        if expected.numel():  # root mean squares: the worst element is that of a narrow bin and a matter of luck
-            error, theirs_error, size = (
-                t.square().mean().sqrt() for t in (found - expected, other - expected, expected)
-            )
-            assert error <= 2 * theirs_error + 1e-5 * (1 + size)
+        if expected.numel():  # not the worst element: that of a narrow bin is a matter of luck
+            error, theirs_error = ((t - expected).abs().flatten().quantile(0.95) for t in (found, other))
+            assert error <= 2 * theirs_error + 1e-6 * (1 + expected.abs().mean())
 
 
 @pytest.mark.parametrize("inverse", [False, True])

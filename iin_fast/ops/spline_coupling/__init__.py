@@ -239,12 +239,11 @@ def _fake_backward(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, parameters, *ctx.options = inputs
-    ctx.inverse = ctx.options[-1]
-    ctx.save_for_backward(x, parameters, output[0] if ctx.inverse else None)
+    ctx.save_for_backward(x, parameters)
 
 
 def _backward(ctx: Any, grad_y: Tensor, grad_logdet: Tensor) -> tuple[Tensor | None, ...]:
-    x, parameters, y = ctx.saved_tensors
+    x, parameters = ctx.saved_tensors
     nothing = (None,) * len(ctx.options)
     if torch.is_grad_enabled():  # create_graph=True: derivatives of derivatives come from the definition itself
         bins, tails, form, left, right, bottom, top, width, height, slope, inverse = ctx.options
@@ -256,7 +255,7 @@ def _backward(ctx: Any, grad_y: Tensor, grad_logdet: Tensor) -> tuple[Tensor | N
         grads = dict(zip(map(id, wanted), found, strict=True))
         return grads.get(id(x)), grads.get(id(parameters)), *nothing
     grad_x, grad_parameters = torch.ops.iin_fast.spline_coupling_backward(
-        grad_y, grad_logdet, y if ctx.inverse else x, parameters, *ctx.options
+        grad_y, grad_logdet, x, parameters, *ctx.options
     )
     return grad_x, grad_parameters, *nothing
 
