@@ -1,6 +1,6 @@
 # make demo   the main job: environment, wheel, training, swaps, report in runs/demo
 # make test   the whole suite
-.PHONY: demo test wheel sdist build lint bench torch-check clean
+.PHONY: demo test wheel sdist build lint bench gpu-report cuda-load-check gpu clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -62,13 +62,25 @@ bench: build
 	$(BIN)/python benchmarks/ops_summary.py build/ops.json benchmarks/results/ops_cpu.json
 	$(BIN)/python benchmarks/readme.py
 
-# The wheel in an environment of its own with another torch: make torch-check TORCH=2.14.1 (several GB, not in CI).
-TORCH ?= 2.14.1
-torch-check: dist/.built
-	rm -rf build/torch-check && $(PYTHON) -m venv build/torch-check
-	build/torch-check/bin/python -m pip install --quiet torch==$(TORCH) numpy typer rich
-	build/torch-check/bin/python -m pip install --quiet --no-deps --no-index dist/*.whl
-	cd build && torch-check/bin/iin-fast info && torch-check/bin/iin-fast check
+# What the compilers made of the GPU kernels: registers, spills, instructions. Needs nvcc, but no GPU.
+gpu-report: build
+	$(PIP) install --quiet triton
+	$(BIN)/python benchmarks/gpu_report.py
+
+# The wheel beside CUDA builds of torch, oldest and newest, each in an environment of its own (no GPU needed; 6 GB each).
+TORCHES ?= 2.10.0 2.14.1
+cuda-load-check: dist/.built
+	@for torch in $(TORCHES); do \
+	  echo "== torch $$torch" && rm -rf build/torch-$$torch && $(PYTHON) -m venv build/torch-$$torch && \
+	  build/torch-$$torch/bin/python -m pip install --quiet torch==$$torch numpy typer rich && \
+	  build/torch-$$torch/bin/python -m pip install --quiet --no-deps --no-index dist/*.whl && \
+	  (cd build && torch-$$torch/bin/iin-fast info && torch-$$torch/bin/python ../tests/load_check.py && \
+	   torch-$$torch/bin/iin-fast check) || exit 1; \
+	done
+
+# Everything that needs a GPU, in ten minutes: build, tests, sanitizer, benchmarks; takes the python3 with a CUDA torch.
+gpu:
+	$(PYTHON) benchmarks/gpu.py
 
 clean:
 	rm -rf build dist *.egg-info iin_fast/lib iin_fast/_build_info.py

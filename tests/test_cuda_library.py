@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,9 @@ def test_targets_are_the_code_in_the_library() -> None:
     targets = torch.ops.iin_fast.cuda_targets().split()
     assert targets[-1].startswith("compute_") and all(re.fullmatch(r"sm_\d+", t) for t in targets[:-1])
     cuobjdump = shutil.which("cuobjdump")
+    triton = find_spec("triton")
+    if cuobjdump is None and triton is not None and triton.origin:  # the triton package brings one
+        cuobjdump = shutil.which("cuobjdump", path=Path(triton.origin).parent / "backends" / "nvidia" / "bin")
     if cuobjdump is None:
         pytest.skip("no cuobjdump to read the library with")
     found = subprocess.run(

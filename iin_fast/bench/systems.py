@@ -68,6 +68,14 @@ class System:
     parameters: list[nn.Parameter]
     adam: dict[str, Any]  # options of torch.optim.Adam
     joint_pairs: bool = True  # both samples of a pair as one batch; the published code makes two calls
+    module: nn.Module | None = None  # what holds the parameters
+
+    def to(self, *where: Any) -> "System":
+        """Move it to a device or another type, before its first call."""
+        assert self.module is not None
+        self.module.to(*where)
+        self.parameters = _trainable(self.module.parameters())
+        return self
 
 
 def _started_flow(size: FlowSize, **options: Any) -> Flow:
@@ -79,25 +87,25 @@ def _started_flow(size: FlowSize, **options: Any) -> Flow:
 
 def ours(size: FlowSize, memory: str = "auto") -> System:
     flow = _started_flow(size, memory=memory)
-    return System("iin-fast", flow, flow.inverse, list(flow.parameters()), {"fused": True})
+    return System("iin-fast", flow, flow.inverse, list(flow.parameters()), {"fused": True}, module=flow)
 
 
 def eager(size: FlowSize) -> System:
     flow = eager_flow(_started_flow(size))
-    return System("eager", flow, flow.reverse, list(flow.parameters()), {}, joint_pairs=False)
+    return System("eager", flow, flow.reverse, list(flow.parameters()), {}, joint_pairs=False, module=flow)
 
 
 def eager_joint(size: FlowSize) -> System:
     """The published composition with both samples of a pair in one batch, and the fused optimizer."""
     flow = eager_flow(_started_flow(size))
-    return System("eager, joint", flow, flow.reverse, list(flow.parameters()), {"fused": True})
+    return System("eager, joint", flow, flow.reverse, list(flow.parameters()), {"fused": True}, module=flow)
 
 
-def compiled(size: FlowSize) -> System:
+def compiled(size: FlowSize, mode: str | None = None) -> System:
     flow = eager_flow(_started_flow(size), reads_flag=False)
-    forward = torch.compile(flow.forward, dynamic=False)
-    inverse = torch.compile(flow.reverse, dynamic=False)
-    return System("compile", forward, inverse, list(flow.parameters()), {"fused": True})
+    forward = torch.compile(flow.forward, dynamic=False, mode=mode)
+    inverse = torch.compile(flow.reverse, dynamic=False, mode=mode)
+    return System("compile", forward, inverse, list(flow.parameters()), {"fused": True}, module=flow)
 
 
 def frozen(size: FlowSize) -> System:
@@ -118,7 +126,7 @@ def freia(size: FlowSize) -> System:
         flow.append(modules.ActNorm)
         flow.append(modules.GLOWCouplingBlock, subnet_constructor=size.joint_net)
         flow.append(modules.PermuteRandom)
-    return System("FrEIA", flow, lambda z: flow(z, rev=True), _trainable(flow.parameters()), {"fused": True})
+    return System("FrEIA", flow, lambda z: flow(z, rev=True), _trainable(flow.parameters()), {"fused": True}, module=flow)
 
 
 def nflows(size: FlowSize) -> System:
@@ -143,7 +151,7 @@ def nflows(size: FlowSize) -> System:
     with torch.no_grad():
         flow(torch.randn(256, size.dim))
     flow.eval()  # ActNorm has had its start
-    return System("nflows", flow, flow.inverse, _trainable(flow.parameters()), {"fused": True})
+    return System("nflows", flow, flow.inverse, _trainable(flow.parameters()), {"fused": True}, module=flow)
 
 
 def normflows(size: FlowSize) -> System:
@@ -159,7 +167,8 @@ def normflows(size: FlowSize) -> System:
     flow = library.NormalizingFlow(library.distributions.DiagGaussian(size.dim, trainable=False), parts)
     with torch.no_grad():
         flow.forward_and_log_det(torch.randn(256, size.dim))
-    return System("normflows", flow.forward_and_log_det, flow.inverse, _trainable(flow.parameters()), {"fused": True})
+    parameters = _trainable(flow.parameters())
+    return System("normflows", flow.forward_and_log_det, flow.inverse, parameters, {"fused": True}, module=flow)
 
 
 def _trainable(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:

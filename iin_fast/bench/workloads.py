@@ -33,7 +33,7 @@ class Workload:
     def prepare(self, system: System) -> Callable[[], object]:
         """The call that is timed."""
         generator = torch.Generator().manual_seed(1)
-        x = torch.randn(self.batch, self.size.dim, generator=generator)
+        x = torch.randn(self.batch, self.size.dim, generator=generator).to(system.parameters[0])
         if self.inference:
             function = system.forward if self.kind == "forward" else system.inverse
 

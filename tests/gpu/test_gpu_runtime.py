@@ -1,0 +1,207 @@
+"""What a GPU program relies on beside numbers: graphs, streams, devices, no synchronisation, large tensors."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+import iin_fast
+from iin_fast.backends import NAMES, available, backend
+from iin_fast.functional import affine_coupling, pair_nll, spline_coupling
+from iin_fast.nn import Flow
+
+Leaves = list[Tensor]
+Call = Callable[[Leaves], tuple[Tensor, ...]]
+
+
+def _flow_case(device: str, batch: int) -> tuple[Call, Leaves]:
+    flow = Flow(64, n_flows=3, hidden_dim=128, generator=torch.Generator().manual_seed(0)).to(device)
+    x = torch.randn(batch, 64, generator=torch.Generator().manual_seed(1)).to(device)
+    with torch.no_grad():
+        flow(x)
+    parameters = list(flow.parameters())
+
+    def call(leaves: Leaves) -> tuple[Tensor, ...]:
+        z, logdet = flow(leaves[0])
+        loss = 0.5 * z.square().sum() - logdet.sum()
+        return (z, logdet, *torch.autograd.grad(loss, [leaves[0], *parameters]))
+
+    return call, [x]
+
+
+def _with_grads(function: Callable[..., tuple[Tensor, ...]]) -> Call:
+    def call(leaves: Leaves) -> tuple[Tensor, ...]:
+        outputs = function(*leaves)
+        return (*outputs, *torch.autograd.grad(sum(o.square().sum() for o in outputs), leaves))
+
+    return call
+
+
+def _case(op: str, device: str, batch: int = 50, seed: int = 0) -> tuple[Call, Leaves]:
+    """A forward and backward pass of an op, and its inputs."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    if op == "affine_coupling":
+        call, leaves = _with_grads(affine_coupling), [draw(batch, 32) for _ in range(3)]
+    elif op == "spline_coupling":
+
+        def spline(x: Tensor, parameters: Tensor) -> tuple[Tensor, ...]:
+            return spline_coupling(x, parameters, bins=8, tail_bound=3.0)
+
+        call, leaves = _with_grads(spline), [draw(batch, 6), draw(batch, 6, 23)]
+    elif op == "pair_nll":
+        shared = torch.tensor([[True, False, True]]).expand(batch, 3).to(device).contiguous()
+
+        def loss(za: Tensor, zb: Tensor, logdet_a: Tensor, logdet_b: Tensor) -> tuple[Tensor, ...]:
+            return (pair_nll(za, zb, logdet_a, logdet_b, shared, [10, 10, 12], 0.9),)
+
+        call, leaves = _with_grads(loss), [draw(batch, 32), draw(batch, 32), draw(batch), draw(batch)]
+    else:
+        call, leaves = _flow_case(device, batch)
+        leaves = [draw(batch, 64)]
+    return call, [leaf.requires_grad_() for leaf in leaves]
+
+
+OPS = ["affine_coupling", "pair_nll", "spline_coupling", "flow"]
+BOTH = [(op, name) for op in OPS for name in NAMES[1:]]
+
+
+@contextmanager
+def chosen(op: str, name: str, device: str) -> Iterator[None]:
+    if name not in available(op, device):
+        pytest.skip(f"{op} has no backend {name} on {device}")
+    with backend(name):
+        yield
+
+
+def assert_equal(got: tuple[Tensor, ...], want: tuple[Tensor, ...]) -> None:
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * max(1.0, float(b.abs().max()) if b.numel() else 1.0))
+
+
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize(("op", "name"), BOTH)
+def test_a_graph_replays_with_changed_input(op: str, name: str, device: str) -> None:
+    with chosen(op, name, device):
+        call, leaves = _case(op, device)
+        _, others = _case(op, device, seed=7)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                call(leaves)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):  # an allocation outside torch's allocator, or a synchronisation, fails here
+            outputs = call(leaves)
+        with torch.no_grad():
+            for leaf, other in zip(leaves, others, strict=True):
+                leaf.copy_(other)
+        for _ in range(2):
+            graph.replay()
+        torch.cuda.synchronize()
+        assert_equal(outputs, call(leaves))
+
+
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize(("op", "name"), BOTH)
+def test_nothing_synchronises(op: str, name: str, device: str) -> None:
+    with chosen(op, name, device):
+        call, leaves = _case(op, device)
+        call(leaves)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call(leaves)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize(("op", "name"), BOTH)
+def test_two_streams_do_not_mix(op: str, name: str, device: str) -> None:
+    with chosen(op, name, device):
+        cases = [_case(op, device, batch=2000, seed=seed) for seed in (1, 2)]
+        want = [call(leaves) for call, leaves in cases]
+        torch.cuda.synchronize()
+        streams = [torch.cuda.Stream() for _ in cases]
+        got: list[tuple[Tensor, ...]] = [(), ()]
+        for _ in range(5):
+            for i, ((call, leaves), stream) in enumerate(zip(cases, streams, strict=True)):
+                with torch.cuda.stream(stream):
+                    got[i] = call(leaves)
+        torch.cuda.synchronize()
+        for a, b in zip(got, want, strict=True):
+            assert_equal(a, b)
+
+
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize(("op", "name"), BOTH)
+def test_a_device_that_is_not_the_current_one(op: str, name: str, device: str) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
+    with chosen(op, name, device):
+        call, leaves = _case(op, "cuda:1")
+        first, firsts = _case(op, "cuda:0")
+        with torch.cuda.device(0):
+            got, want = call(leaves), first(firsts)
+            assert torch.cuda.current_device() == 0
+        assert_equal(tuple(t.to("cuda:0") for t in got), want)
+
+
+@pytest.mark.needs_cuda
+def test_tensors_on_two_devices_are_refused(device: str) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
+    x = torch.randn(3, 4, device="cuda:0")
+    with pytest.raises(ValueError, match="device"):
+        affine_coupling(x, x.to("cuda:1"), x)
+
+
+@pytest.mark.parametrize(("op", "name"), BOTH)
+def test_the_same_bits_every_time(op: str, name: str, device: str) -> None:
+    with chosen(op, name, device):
+        call, leaves = _case(op, device, batch=300)
+        for a, b in zip(call(leaves), call(leaves), strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_compile_takes_the_flow_in_one_graph(name: str, device: str) -> None:
+    with chosen("flow", name, device):
+        flow = Flow(16, n_flows=2, hidden_dim=32, generator=torch.Generator().manual_seed(0)).to(device)
+        x = torch.randn(20, 16, device=device)
+        z, logdet = flow(x)
+        backend_of_compile = "inductor" if device == "cuda" else "aot_eager"
+        compiled = torch.compile(flow, fullgraph=True, backend=backend_of_compile)
+        assert_equal(compiled(x), (z, logdet))
+
+
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_more_elements_than_an_int32_counts(name: str, device: str) -> None:
+    rows, features = 3, 2**30 + 8
+    if torch.cuda.mem_get_info()[0] < 5 * 2 * rows * features:
+        pytest.skip("too little memory")
+    with chosen("affine_coupling", name, device), torch.no_grad():
+        x, raw, shift = (torch.empty(rows, features, device=device, dtype=torch.bfloat16) for _ in range(3))
+        for t, value in ((x, 1.0), (raw, 0.5), (shift, 0.25)):
+            t.fill_(value)
+        x[-1, -8:] = 2.0
+        y, logdet = affine_coupling(x, raw, shift)
+        small, small_logdet = affine_coupling(x[:, -8:], raw[:, -8:], shift[:, -8:])
+        assert torch.equal(y[:, -8:], small)
+        torch.testing.assert_close(logdet, small_logdet / 8 * features, rtol=1e-3, atol=0)
+
+
+@pytest.mark.needs_cuda
+def test_a_model_checks_itself(device: str) -> None:
+    model = iin_fast.IIN(32, {"color": 8}, n_flows=2, hidden_dim=64).to(device)
+    model(torch.randn(64, 32, device=device))
+    comparison = iin_fast.testing.compare_backends(model, torch.randn(25, 32, device=device))
+    assert comparison.rows and comparison.ok, str(comparison)

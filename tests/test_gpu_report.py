@@ -1,0 +1,95 @@
+"""The report on compiled kernels: that it reads what cuobjdump prints, on made-up text and on the built library."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from iin_fast._library import libraries
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def gpu_report() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("gpu_report", ROOT / "benchmarks" / "gpu_report.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["gpu_report"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+SASS = """
+\tcode for sm_90
+\t\tFunction : first
+        /*0000*/                   LDG.E.128.CONSTANT R4, [R2] ;    /* 0x00 */
+        /*0010*/              @!P0 LDG.E.64 R4, [R2] ;              /* 0x00 */
+        /*0020*/              @P1  STG.E.128.STRONG.SM [R2], R4 ;   /* 0x00 */
+        /*0030*/                   LDGSTS.E.BYPASS.128 [R3], [R4] ; /* 0x00 */
+        /*0040*/                   HMMA.16816.F32.BF16 R4, R4, R8 ; /* 0x00 */
+\t\tFunction : second
+        /*0000*/                   STL.64 [R1], R4 ;                /* 0x00 */
+        /*0010*/                   LDL R4, [R1] ;                   /* 0x00 */
+        /*0020*/                   HGMMA.64x64x16.F32 R24, gdesc ;  /* 0x00 */
+\tcode for sm_100
+\t\tFunction : first
+        /*0000*/                   UTCHMMA gdesc[UR4], gdesc[UR6] ; /* 0x00 */
+        /*0010*/                   LDG.E.128.CONSTANT.EL R4, [R2] ; /* 0x00 */
+"""
+
+
+def test_instructions_are_counted(gpu_report: ModuleType) -> None:
+    found = {(target, name): dict(row) for target, name, row in gpu_report.parse_instructions(SASS.splitlines())}
+    assert found == {
+        (90, "first"): {"load 16": 1, "store 16": 1, "async copy": 1, "tensor cores": 1},
+        (90, "second"): {"spill store": 1, "spill load": 1, "tensor cores": 1},
+        (100, "first"): {"tensor cores": 1, "load 16": 1},
+    }
+
+
+def test_sizes_are_read(gpu_report: ModuleType) -> None:
+    text = "arch = sm_80\n Function one:\n  REG:40 STACK:16 SHARED:1056 LOCAL:8 CONSTANT[0]:480 TEXTURE:0\n"
+    assert list(gpu_report.parse_resources(text.splitlines())) == [
+        (80, "one", {"reg": 40, "stack": 16, "shared": 1056, "local": 8})
+    ]
+
+
+def test_names_are_readable(gpu_report: ModuleType) -> None:
+    short = gpu_report._short
+    assert short("void iin_fast::k<__half, 8>(iin_fast::Job<__half>, int)") == "k<float16, 8>"
+    assert short("void iin_fast::(anonymous namespace)::k<(iin_fast::Squash)1, (bool)1>(float*)") == "k<1, 1>"
+    assert short("plain") == "plain"
+
+
+def test_defects_are_named(gpu_report: ModuleType) -> None:
+    clean = {"reg": 32, "stack": 0, "shared": 0, "local": 0} | dict.fromkeys(gpu_report.INSTRUCTIONS, 0)
+    good = clean | {"load 16": 3, "store 16": 1}
+    name = "coupling_forward_kernel<float, 4>"
+    assert gpu_report.defects({"cuda": {name: {"sm_80": good}, "other": {"sm_80": clean}}}) == []
+    assert "load 16" in gpu_report.defects({"cuda": {name: {"sm_80": good | {"load 16": 0}}}})[0]
+    assert "2 accesses to local memory" in gpu_report.defects({"cuda": {"k": {"sm_90": clean | {"spill store": 2}}}})[0]
+    broken = {"a b": {"kernel": "k", "targets": {"sm_90": {"error": "no"}}}}
+    assert "does not compile: no" in gpu_report.defects({"cuda": {}, "triton": broken})[0]
+
+
+def test_the_built_library_is_read_and_has_no_spill(gpu_report: ModuleType) -> None:
+    if "cuda" not in libraries:
+        pytest.skip("the build had no nvcc, so there is no CUDA library")
+    cuobjdump = gpu_report.find_cuobjdump()
+    if cuobjdump is None:
+        pytest.skip("no cuobjdump: it comes with the CUDA toolkit and with triton")
+    kernels = gpu_report.read_binary(libraries["cuda"], cuobjdump)
+    for vector, dtype in ((4, "float"), (2, "double"), (8, "bfloat16"), (8, "float16")):
+        targets = kernels[f"coupling_backward_kernel<{dtype}, {vector}>"]
+        assert list(targets) == ["sm_80", "sm_90", "sm_100"]
+        assert all(row["reg"] > 16 and row["load 16"] >= 3 and row["store 16"] >= 3 for row in targets.values())
+    assert gpu_report.defects({"cuda": kernels}) == []
+
+
+def test_the_document_shows_the_committed_report(gpu_report: ModuleType) -> None:
+    assert gpu_report.main(["--check"]) == 0
+    assert json.loads(gpu_report.RESULT.read_text())["cuda"]
