@@ -126,7 +126,9 @@ def freia(size: FlowSize) -> System:
         flow.append(modules.ActNorm)
         flow.append(modules.GLOWCouplingBlock, subnet_constructor=size.joint_net)
         flow.append(modules.PermuteRandom)
-    return System("FrEIA", flow, lambda z: flow(z, rev=True), _trainable(flow.parameters()), {"fused": True}, module=flow)
+    return System(
+        "FrEIA", flow, lambda z: flow(z, rev=True), _trainable(flow.parameters()), {"fused": True}, module=flow
+    )
 
 
 def nflows(size: FlowSize) -> System:
