@@ -1,24 +1,19 @@
-"""The command line: iin-fast info, check, demo, bench."""
+"""iin-fast info, check, demo, bench: what is installed, whether it computes right, what it does, how fast."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
-try:
-    import typer
-    from rich.console import Console
-    from rich.table import Table
-except ImportError as missing:
-    raise SystemExit(f"iin-fast: the command line needs {missing.name}: pip install 'iin-fast[cli]'") from missing
+import typer
+from rich.table import Table
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
-console = Console()
+from .console import console
+
+__all__ = ["bench", "check", "demo", "info"]
 
 
-@app.command()
 def info() -> None:
     """Show version, commit, torch, Python, backends, CPU instruction set, GPU targets and GPUs."""
-    from .info import collect
+    from ..info import collect
 
     table = Table(show_header=False, box=None)
     for name, value in collect().items():
@@ -26,7 +21,6 @@ def info() -> None:
     console.print(table)
 
 
-@app.command()
 def check(
     device: Annotated[str, typer.Option(help="cpu or cuda; default: cuda where there is a GPU")] = "",
     verbose: Annotated[bool, typer.Option(help="show every row, not only the worst of each op")] = False,
@@ -34,7 +28,7 @@ def check(
     """Run every op on every backend on this machine and compare it with its definition in plain torch."""
     import torch
 
-    from .testing.backends import Row, check_ops
+    from ..testing.backends import Row, check_ops
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with console.status(f"all ops, backends and dtypes on {device}"):
@@ -59,26 +53,24 @@ def check(
         raise typer.Exit(1)
 
 
-@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="folder for pictures, metrics and report")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="the whole run follows from it")] = 0,
     quick: Annotated[bool, typer.Option(help="a run of a minute that only shows that everything works")] = False,
 ) -> None:
     """Coloured digits: train an autoencoder and an IIN on its latents, swap digit and colour, write a report."""
-    from .demo import run_demo
+    from ..demo import run_demo
 
     run_demo(out, seed=seed, quick=quick)
 
 
-@app.command()
 def bench(
     out: Annotated[Path, typer.Option(help="folder for JSON and pictures")] = Path("runs/bench"),
     peers: Annotated[str, typer.Option(help="comma-separated: FrEIA,nflows,normflows,compile; default: all")] = "",
     quick: Annotated[bool, typer.Option(help="a minute or two: few repeats, no compile, no sweeps")] = False,
 ) -> None:
     """Time the flow against the published composition, torch.compile and other libraries, in one run."""
-    from .bench import run_bench
+    from ..bench import run_bench
 
     wanted = [name.strip() for name in peers.split(",") if name.strip()] or None
     result = run_bench(
@@ -101,15 +93,3 @@ def bench(
         parts = ", ".join(f"{depth} blocks {row['above_gradients']:.0f} MiB" for depth, row in by_depth.items())
         console.print(f"peak memory above gradients, {name}: {parts}", highlight=False)
     console.print(f"written to {out}")
-
-
-def main() -> None:
-    try:
-        app()
-    except (OSError, TypeError, ValueError, ImportError) as error:
-        console.print(f"[red]error:[/red] {error}", highlight=False)
-        sys.exit(1)
-
-
-if __name__ == "__main__":
-    main()

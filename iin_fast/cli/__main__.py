@@ -1,0 +1,5 @@
+"""python -m iin_fast.cli"""
+
+from . import main
+
+main()
