@@ -5,8 +5,6 @@
 // register of elements (64 bytes), an element to a lane: its raw values are turned to [value][lane] on the way in, and
 // gradients back on the way out. Rows are the unit of parallel work; blocks run across rows, so that one feature fills
 // lanes too.
-#include <vector>
-
 #include "spline_coupling/spline_coupling_loops.h"
 
 namespace iin_fast {
@@ -14,6 +12,18 @@ namespace IIN_FAST_ISA {
 namespace {
 
 template <class T> constexpr int lanes = 64 / sizeof(T);
+
+// Memory for a call. Not std::vector: its functions have one copy for all instruction sets, and the linker picks whose.
+template <class T> class Buffer {
+public:
+  explicit Buffer(int64_t size) : values_(new T[size]) {}
+  Buffer(const Buffer &) = delete;
+  ~Buffer() { delete[] values_; }
+  T *data() { return values_; }
+
+private:
+  T *values_;
+};
 
 #define IIN_FAST_LANES _Pragma("omp simd") for (int l = 0; l < lanes<T>; ++l)
 
@@ -181,7 +191,7 @@ void forward_rows(const SplineForward<Storage> &job, int64_t begin, int64_t end)
   using T = compute_t<Storage>;
   const SplineLimits<T> limits = limits_of<T>(job.parameters.limits);
   const bool identity = job.parameters.tails != Tails::none; // outside the box
-  std::vector<T> raw(job.parameters.count * lanes<T>);
+  Buffer<T> raw(job.parameters.count * lanes<T>);
   Block<T> b;
   alignas(64) T y[lanes<T>], logdet[lanes<T>];
   const int64_t features = job.features, stop = end * features;
@@ -237,7 +247,7 @@ void backward_rows(const SplineBackward<Storage> &job, int64_t begin, int64_t en
   const bool identity = p.tails != Tails::none;
   const int64_t bins = p.bins, derivatives = derivative_count(p.tails, bins);
   constexpr bool zuko = form == Parameterization::zuko;
-  std::vector<T> raw(p.count * lanes<T>), steps(zuko ? 2 * bins * lanes<T> : 0);
+  Buffer<T> raw(p.count * lanes<T>), steps(zuko ? 2 * bins * lanes<T> : 0);
   Block<T> b;
   alignas(64) T grad_y[lanes<T>], grad_logdet[lanes<T>], grad_x[lanes<T>];
   alignas(64) T corner_x[lanes<T>], size_x[lanes<T>], corner_y[lanes<T>], size_y[lanes<T>], at0[lanes<T>],
