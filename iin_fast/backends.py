@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
+from importlib.machinery import PathFinder
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ def register(op: str, name: str, device: str) -> None:
 
 def register_triton(op: str) -> None:
     """Declare the Triton implementation of ``op``, where Triton is installed; on the CPU only for its interpreter."""
-    if find_spec("triton") is None:
+    if PathFinder.find_spec("triton") is None:
         return
     for device in ("cuda", "xpu", *(["cpu"] if os.environ.get("TRITON_INTERPRET") == "1" else [])):
         register(op, "triton", device)
@@ -85,7 +85,7 @@ def chosen(op: str, x: Tensor) -> str:
 def _remedy(name: str, device: str) -> str:
     if name != "triton":
         return ""
-    if find_spec("triton") is None:
+    if PathFinder.find_spec("triton") is None:
         return "; Triton is not installed: pip install triton"
     if device == "cpu":
         return "; set TRITON_INTERPRET=1 before Python starts to run the Triton kernels on the CPU, for tests"

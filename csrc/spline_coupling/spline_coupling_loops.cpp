@@ -13,13 +13,15 @@ namespace {
 
 template <class T> constexpr int lanes = 64 / sizeof(T);
 
-// Memory for a call. Not std::vector: its functions have one copy for all instruction sets, and the linker picks whose.
+// Memory for a call. Not std::vector, nor anything that can throw: what comes with them has one copy for all
+// instruction sets, and the linker picks whose.
 template <class T> class Buffer {
 public:
-  explicit Buffer(int64_t size) : values_(new T[size]) {}
+  explicit Buffer(int64_t size) : values_(static_cast<T *>(__builtin_malloc(size * sizeof(T) + 1))) {}
   Buffer(const Buffer &) = delete;
-  ~Buffer() { delete[] values_; }
+  ~Buffer() { __builtin_free(values_); }
   T *data() { return values_; }
+  T &operator[](int64_t i) { return values_[i]; }
 
 private:
   T *values_;
