@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ..backends import NAMES, BackendUnavailable, backend
-from ..functional import affine_coupling, pair_nll
+from ..functional import affine_coupling, pair_nll, spline_coupling
 from ..nn import Flow
 from ..ops.affine_coupling import SQUASHES
 from ..ops.flow import flow as flow_op
+from ..ops.spline_coupling import parameter_count
 
 __all__ = ["Comparison", "Row", "check_ops", "compare_backends"]
 
@@ -163,6 +164,28 @@ def _pair_nll_cases(dtype: torch.dtype, device: str) -> Iterator[tuple[str, Call
         yield f"[{batch}, {sum(sizes)}] in {len(sizes)} factors", call, [za, zb, logdet_a, logdet_b]
 
 
+def _spline_coupling_cases(dtype: torch.dtype, device: str) -> Iterator[tuple[str, Callable[..., Any], list[Any]]]:
+    generator = torch.Generator().manual_seed(0)
+    for batch, features, bins, tails in [
+        (0, 4, 8, "linear"),
+        (7, 3, 1, None),
+        (25, 32, 8, "linear"),
+        (3, 5, 10, "circular"),
+    ]:
+        # bins of like sizes: in a narrow one rounding of the coordinate is what counts
+        x = torch.randn(batch, features, generator=generator, dtype=torch.float64)
+        raw = torch.randn(batch, features, parameter_count(bins, tails), generator=generator, dtype=torch.float64) / 2
+        for form in ("nflows", "zuko"):
+            for inverse in (False, True):
+                options: dict[str, Any] = {"bins": bins, "tails": tails, "parameterization": form, "inverse": inverse}
+
+                def call(x: Tensor, raw: Tensor, options: dict[str, Any] = options) -> tuple[Tensor, Tensor]:
+                    return spline_coupling(x, raw, tail_bound=2.0, **options)
+
+                label = f"[{batch}, {features}] {bins} bins, tails {tails}, {form}{' inverse' if inverse else ''}"
+                yield label, call, [x.to(device, dtype), raw.to(device, dtype)]
+
+
 def _flow_cases(dtype: torch.dtype, device: str) -> Iterator[tuple[str, Callable[..., Any], list[Any]]]:
     generator = torch.Generator().manual_seed(0)
     sizes = [(0, 4, 2, 8, 1, 0), (1, 2, 1, 1, 0, 0), (7, 5, 3, 17, 2, 3), (25, 64, 2, 130, 2, 0), (300, 8, 2, 64, 1, 2)]
@@ -201,6 +224,8 @@ HALF = (torch.bfloat16, torch.float16)
 CASES = {
     "affine_coupling": (_affine_coupling_cases, HALF + (torch.float32, torch.float64), 1),
     "pair_nll": (_pair_nll_cases, HALF + (torch.float32, torch.float64), 1),
+    # knots are sums of bins, and log-dets logarithms of their quotients
+    "spline_coupling": (_spline_coupling_cases, HALF + (torch.float32, torch.float64), 10),
     # many layers deep: rounding grows on the way
     "flow": (_flow_cases, (torch.float32, torch.float64), 20),
 }

@@ -57,6 +57,6 @@ def test_all_ops_agree_and_the_table_shows_them() -> None:
     comparison = check_ops("cpu")
     assert comparison.ok, str(comparison)
     text = str(comparison)
-    for op in ("affine_coupling", "pair_nll", "flow"):
+    for op in ("affine_coupling", "pair_nll", "spline_coupling", "flow"):
         assert op in text
     assert Comparison().ok

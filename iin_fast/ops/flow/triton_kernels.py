@@ -41,10 +41,11 @@ def _fitting(configs: list[triton.Config], arguments: dict[str, Any], **constant
     if constants.get("WIDE", arguments.get("WIDE")) == tl.float64:
         least, most = 16, 32
     deepest = 64 if batch <= 128 or arguments["weight"].element_size() == 2 else 32
-    fitting = [c for c in configs if least <= c.kwargs["BLOCK_M"] <= most and c.kwargs["BLOCK_K"] <= deepest]
-    if batch > 128 and constants.get("LAST") and arguments["weight"].dtype == torch.float32:
-        return [c for c in fitting if c.kwargs["BLOCK_N"] == 32]  # the coupling's backward needs registers too
-    return fitting
+    if constants.get("LAST") and arguments["weight"].dtype == torch.float32:
+        # the coupling's backward needs registers too
+        most = 32 if batch <= 128 else 64
+        return [c for c in configs if c.kwargs == {"BLOCK_M": most, "BLOCK_N": 32, "BLOCK_K": 32}]
+    return [c for c in configs if least <= c.kwargs["BLOCK_M"] <= most and c.kwargs["BLOCK_K"] <= deepest]
 
 
 # Three shapes for batches up to 128, where reading the weights is all that counts: narrow tiles spread one weight over

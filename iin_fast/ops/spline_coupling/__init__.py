@@ -1,16 +1,18 @@
 """The op ``spline_coupling``: argument checks, choice of the backend, autograd.
 
-Files: reference.py (plain torch, the definition) and csrc/spline_coupling (CPU).
+Files: reference.py (plain torch, the definition), csrc/spline_coupling (CPU) and triton.py.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ... import _library  # noqa: F401  (loads the compiled ops)
-from ...backends import chosen, register
+from ...backends import chosen, ops, register
 from ..checks import check_device, check_dtype, check_floating
+from ..triton_ops import define_triton
 from . import reference
 
 __all__ = ["parameter_count", "rational_quadratic_spline", "spline_coupling"]
@@ -22,6 +24,7 @@ _TAILS = {code: name for name, code in TAILS.items()}
 _FORMS = {code: name for name, code in PARAMETERIZATIONS.items()}
 
 register("spline_coupling", "cpp", "cpu")
+define_triton("spline_coupling")
 
 
 def parameter_count(bins: int, tails: str | None = "linear") -> int:
@@ -214,23 +217,20 @@ def _options(
 def _run(
     x: Tensor, parameters: Tensor, bins: int, tails: str, form: str, limits: tuple[float, ...], inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    if chosen("spline_coupling", x) == "reference":
+    backend = chosen("spline_coupling", x)
+    if backend == "reference":
         left, right, bottom, top, width, height, slope = limits
         return reference.spline_coupling(
             x, parameters, bins, tails, form, (left, right, bottom, top), width, height, slope, inverse
         )
-    return torch.ops.iin_fast.spline_coupling(
-        x, parameters, bins, TAILS[tails], PARAMETERIZATIONS[form], *limits, inverse
-    )
+    return ops(backend).spline_coupling(x, parameters, bins, TAILS[tails], PARAMETERIZATIONS[form], *limits, inverse)
 
 
-@torch.library.register_fake("iin_fast::spline_coupling")
 def _fake(x: Tensor, parameters: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     return x.new_empty(x.shape), x.new_empty(x.shape[:1], dtype=wide)
 
 
-@torch.library.register_fake("iin_fast::spline_coupling_backward")
 def _fake_backward(
     grad_y: Tensor, grad_logdet: Tensor, x: Tensor, parameters: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor]:
@@ -242,7 +242,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     ctx.save_for_backward(x, parameters)
 
 
-def _backward(ctx: Any, grad_y: Tensor, grad_logdet: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(backend: str, ctx: Any, grad_y: Tensor, grad_logdet: Tensor) -> tuple[Tensor | None, ...]:
     x, parameters = ctx.saved_tensors
     nothing = (None,) * len(ctx.options)
     if torch.is_grad_enabled():  # create_graph=True: derivatives of derivatives come from the definition itself
@@ -254,12 +254,13 @@ def _backward(ctx: Any, grad_y: Tensor, grad_logdet: Tensor) -> tuple[Tensor | N
         found = torch.autograd.grad(outputs, wanted, [grad_y, grad_logdet], create_graph=True, allow_unused=True)
         grads = dict(zip(map(id, wanted), found, strict=True))
         return grads.get(id(x)), grads.get(id(parameters)), *nothing
-    grad_x, grad_parameters = torch.ops.iin_fast.spline_coupling_backward(
-        grad_y, grad_logdet, x, parameters, *ctx.options
-    )
+    grad_x, grad_parameters = ops(backend).spline_coupling_backward(grad_y, grad_logdet, x, parameters, *ctx.options)
     return grad_x, grad_parameters, *nothing
 
 
-torch.library.register_autograd("iin_fast::spline_coupling", _backward, setup_context=_setup)
-for _device in ("cpu", "cuda"):
-    torch.library.register_autocast("iin_fast::spline_coupling", _device, torch.float32)
+for _backend, _name in (("cpp", "iin_fast::spline_coupling"), ("triton", "iin_fast_triton::spline_coupling")):
+    torch.library.register_fake(_name, _fake)
+    torch.library.register_fake(f"{_name}_backward", _fake_backward)
+    torch.library.register_autograd(_name, partial(_backward, _backend), setup_context=_setup)
+    for _device in ("cpu", "cuda"):
+        torch.library.register_autocast(_name, _device, torch.float32)
