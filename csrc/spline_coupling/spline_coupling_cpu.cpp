@@ -40,8 +40,10 @@ std::tuple<Tensor, Tensor> spline_coupling(const Tensor &x_in,          // [rows
                                      static_cast<Storage *>(y.mutable_data_ptr()),
                                      static_cast<compute_t<Storage> *>(logdet.mutable_data_ptr()), x.size(1)};
     const auto loop = IIN_FAST_LOOP(spline_forward<Storage>);
-    torch::stable::parallel_for(0, x.size(0), grain(x.size(1)),
-                                [&](int64_t begin, int64_t end) { loop(job, begin, end); });
+    torch::stable::parallel_for(0, x.size(0), grain(x.size(1)), [&](int64_t begin, int64_t end) {
+      std::vector<compute_t<Storage>> scratch(scratch_size(job.parameters));
+      loop(job, begin, end, scratch.data());
+    });
   });
   return {y, logdet};
 }
@@ -74,8 +76,10 @@ spline_coupling_backward(const Tensor &grad_y_in,      // [rows, features]
                                       static_cast<Storage *>(grad_parameters.mutable_data_ptr()),
                                       x.size(1)};
     const auto loop = IIN_FAST_LOOP(spline_backward<Storage>);
-    torch::stable::parallel_for(0, x.size(0), grain(x.size(1)),
-                                [&](int64_t begin, int64_t end) { loop(job, begin, end); });
+    torch::stable::parallel_for(0, x.size(0), grain(x.size(1)), [&](int64_t begin, int64_t end) {
+      std::vector<compute_t<Storage>> scratch(scratch_size(job.parameters));
+      loop(job, begin, end, scratch.data());
+    });
   });
   return {grad_x, grad_parameters};
 }

@@ -11,22 +11,6 @@ namespace iin_fast {
 namespace IIN_FAST_ISA {
 namespace {
 
-template <class T> constexpr int lanes = 64 / sizeof(T);
-
-// Memory for a call. Not std::vector, nor anything that can throw: what comes with them has one copy for all
-// instruction sets, and the linker picks whose.
-template <class T> class Buffer {
-public:
-  explicit Buffer(int64_t size) : values_(static_cast<T *>(__builtin_malloc(size * sizeof(T) + 1))) {}
-  Buffer(const Buffer &) = delete;
-  ~Buffer() { __builtin_free(values_); }
-  T *data() { return values_; }
-  T &operator[](int64_t i) { return values_[i]; }
-
-private:
-  T *values_;
-};
-
 #define IIN_FAST_LANES _Pragma("omp simd") for (int l = 0; l < lanes<T>; ++l)
 
 template <class T> IIN_FAST_INLINE T widen(const T *p) { return *p; }
@@ -44,7 +28,7 @@ IIN_FAST_INLINE void narrow(float value, Half *p) { store(&value, p, 1); }
 
 // A block of elements: e, e + 1, … of the flattened [rows, features]; lanes past `valid` repeat the last element.
 template <class T> struct Block {
-  alignas(64) T x[lanes<T>], theta[lanes<T>], excess[lanes<T>], inside[lanes<T>];
+  alignas(64) T x[lanes<T>], excess[lanes<T>], inside[lanes<T>];
   alignas(64) T sx[lanes<T>], width[lanes<T>], sy[lanes<T>], height[lanes<T>], slope0[lanes<T>], slope1[lanes<T>];
   alignas(64) T raw0[lanes<T>], raw1[lanes<T>];       // raw derivatives at both ends
   alignas(64) T bin[lanes<T>];                        // its number
@@ -55,7 +39,7 @@ template <class T> struct Block {
   IIN_FAST_INLINE Segment<T> segment(int l) const { return {sx[l], width[l], sy[l], height[l], slope0[l], slope1[l]}; }
 };
 
-// raw[k][lane] for a block; kept: elements one after the other in memory.
+// raw[k][lane] for a block.
 template <class Storage, class T>
 IIN_FAST_INLINE void gather(const SplineParameters<Storage> &p, int64_t row, int64_t feature, int64_t features,
                             int valid, T *raw) {
@@ -189,11 +173,10 @@ template <class T> SplineLimits<T> limits_of(const SplineLimits<double> &l) {
 }
 
 template <Parameterization form, bool inverse, class Storage>
-void forward_rows(const SplineForward<Storage> &job, int64_t begin, int64_t end) {
+void forward_rows(const SplineForward<Storage> &job, int64_t begin, int64_t end, compute_t<Storage> *raw) {
   using T = compute_t<Storage>;
   const SplineLimits<T> limits = limits_of<T>(job.parameters.limits);
   const bool identity = job.parameters.tails != Tails::none; // outside the box
-  Buffer<T> raw(job.parameters.count * lanes<T>);
   Block<T> b;
   alignas(64) T y[lanes<T>], logdet[lanes<T>];
   const int64_t features = job.features, stop = end * features;
@@ -201,7 +184,7 @@ void forward_rows(const SplineForward<Storage> &job, int64_t begin, int64_t end)
     job.logdet[row] = T(0);
   for (int64_t element = begin * features; element < stop; element += lanes<T>) {
     const int valid = stop - element < lanes<T> ? static_cast<int>(stop - element) : lanes<T>;
-    locate<form, inverse>(job.parameters, limits, job.x, element, features, valid, raw.data(), b);
+    locate<form, inverse>(job.parameters, limits, job.x, element, features, valid, raw, b);
     IIN_FAST_LANES {
       const Segment<T> s = b.segment(l);
       const T theta = inverse ? position_of_image(s, b.x[l]) : position(s, b.x[l]);
@@ -242,14 +225,14 @@ IIN_FAST_INLINE void softmax_backward(T *exponent, int64_t bins, T scale, const 
 }
 
 template <Parameterization form, bool inverse, class Storage>
-void backward_rows(const SplineBackward<Storage> &job, int64_t begin, int64_t end) {
+void backward_rows(const SplineBackward<Storage> &job, int64_t begin, int64_t end, compute_t<Storage> *raw) {
   using T = compute_t<Storage>;
   const SplineParameters<Storage> &p = job.parameters;
   const SplineLimits<T> limits = limits_of<T>(p.limits);
   const bool identity = p.tails != Tails::none;
   const int64_t bins = p.bins, derivatives = derivative_count(p.tails, bins);
   constexpr bool zuko = form == Parameterization::zuko;
-  Buffer<T> raw(p.count * lanes<T>), steps(zuko ? 2 * bins * lanes<T> : 0);
+  T *steps = raw + p.count * lanes<T>; // zuko: derivatives of the squeeze
   Block<T> b;
   alignas(64) T grad_y[lanes<T>], grad_logdet[lanes<T>], grad_x[lanes<T>];
   alignas(64) T corner_x[lanes<T>], size_x[lanes<T>], corner_y[lanes<T>], size_y[lanes<T>], at0[lanes<T>],
@@ -261,11 +244,11 @@ void backward_rows(const SplineBackward<Storage> &job, int64_t begin, int64_t en
   for (int64_t element = begin * features; element < stop; element += lanes<T>) {
     const int valid = stop - element < lanes<T> ? static_cast<int>(stop - element) : lanes<T>;
     if constexpr (zuko) { // exponentials overwrite what their derivative is taken at
-      gather(p, element / features, element % features, features, valid, raw.data());
+      gather(p, element / features, element % features, features, valid, raw);
       for (int64_t k = 0; k < 2 * bins; ++k)
         IIN_FAST_LANES squeeze<form>(raw[k * lanes<T> + l], limits, steps[k * lanes<T> + l]);
     }
-    locate<form, inverse>(p, limits, job.x, element, features, valid, raw.data(), b);
+    locate<form, inverse>(p, limits, job.x, element, features, valid, raw, b);
     int64_t row = element / features, feature = element % features;
     for (int l = 0; l < lanes<T>; ++l) {
       const int from = l < valid ? l : valid - 1;
@@ -310,10 +293,10 @@ void backward_rows(const SplineBackward<Storage> &job, int64_t begin, int64_t en
       at1[l] = keep * g.slope1 * knot_slope_derivative<form>(b.raw1[l], b.slope1[l], limits);
       grad_x[l] = math::select(same, grad_y[l], result);
     }
-    softmax_backward<form>(raw.data(), bins, scale_x, steps.data(), b, b.over_w, corner_x, size_x, b.mass_w, b.share_w);
-    softmax_backward<form>(raw.data() + bins * lanes<T>, bins, scale_y, steps.data() + (zuko ? bins * lanes<T> : 0), b,
-                           b.over_h, corner_y, size_y, b.mass_h, b.share_h);
-    T *slopes = raw.data() + 2 * bins * lanes<T>;
+    softmax_backward<form>(raw, bins, scale_x, steps, b, b.over_w, corner_x, size_x, b.mass_w, b.share_w);
+    softmax_backward<form>(raw + bins * lanes<T>, bins, scale_y, steps + (zuko ? bins * lanes<T> : 0), b, b.over_h,
+                           corner_y, size_y, b.mass_h, b.share_h);
+    T *slopes = raw + 2 * bins * lanes<T>;
     const int64_t shift = p.tails == Tails::linear ? 1 : 0;
     for (int64_t d = 0; d < derivatives; ++d) {
       const T knot = T(d + shift); // this raw value is the left end of bin `knot` and the right end of the one before
@@ -341,21 +324,23 @@ template <class F> void with_form(Parameterization form, bool inverse, F &&f) {
 
 } // namespace
 
-template <class Storage> void spline_forward(const SplineForward<Storage> &job, int64_t begin, int64_t end) {
+template <class Storage>
+void spline_forward(const SplineForward<Storage> &job, int64_t begin, int64_t end, compute_t<Storage> *scratch) {
   with_form(job.parameters.form, job.parameters.inverse, [&](auto form, auto inverse) {
-    forward_rows<decltype(form)::value, decltype(inverse)::value>(job, begin, end);
+    forward_rows<decltype(form)::value, decltype(inverse)::value>(job, begin, end, scratch);
   });
 }
 
-template <class Storage> void spline_backward(const SplineBackward<Storage> &job, int64_t begin, int64_t end) {
+template <class Storage>
+void spline_backward(const SplineBackward<Storage> &job, int64_t begin, int64_t end, compute_t<Storage> *scratch) {
   with_form(job.parameters.form, job.parameters.inverse, [&](auto form, auto inverse) {
-    backward_rows<decltype(form)::value, decltype(inverse)::value>(job, begin, end);
+    backward_rows<decltype(form)::value, decltype(inverse)::value>(job, begin, end, scratch);
   });
 }
 
 #define IIN_FAST_INSTANTIATE(Storage)                                                                                  \
-  template void spline_forward(const SplineForward<Storage> &, int64_t, int64_t);                                      \
-  template void spline_backward(const SplineBackward<Storage> &, int64_t, int64_t);
+  template void spline_forward(const SplineForward<Storage> &, int64_t, int64_t, compute_t<Storage> *);                \
+  template void spline_backward(const SplineBackward<Storage> &, int64_t, int64_t, compute_t<Storage> *);
 IIN_FAST_INSTANTIATE(float)
 IIN_FAST_INSTANTIATE(double)
 IIN_FAST_INSTANTIATE(BFloat16)

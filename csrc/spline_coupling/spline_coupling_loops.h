@@ -37,10 +37,21 @@ template <class Storage> struct SplineBackward {
   int64_t features;
 };
 
+// Elements that are worked on side by side: 64 bytes of them.
+template <class T> constexpr int lanes = 64 / sizeof(T);
+
+// Numbers of scratch memory that a call of the loops needs. The glue brings it: what allocates would have one copy for
+// all instruction sets.
+template <class Storage> int64_t scratch_size(const SplineParameters<Storage> &p) {
+  return (p.count + 2 * p.bins) * lanes<compute_t<Storage>>;
+}
+
 // clang-format off
 IIN_FAST_DECLARE_LOOPS(
-  template <class Storage> void spline_forward(const SplineForward<Storage> &job, int64_t begin, int64_t end);
-  template <class Storage> void spline_backward(const SplineBackward<Storage> &job, int64_t begin, int64_t end);
+  template <class Storage>
+  void spline_forward(const SplineForward<Storage> &job, int64_t begin, int64_t end, compute_t<Storage> *scratch);
+  template <class Storage>
+  void spline_backward(const SplineBackward<Storage> &job, int64_t begin, int64_t end, compute_t<Storage> *scratch);
 )
 // clang-format on
 
