@@ -139,8 +139,12 @@ def read_binary(path: Path, cuobjdump: str) -> dict[str, dict[str, dict[str, int
     """Readable kernel name to target ("sm_90") to sizes and instruction counts, for a library or a cubin."""
     sizes = {(target, name): row for target, name, row in parse_resources(_lines(cuobjdump, "-res-usage", str(path)))}
     for target, name, found in parse_instructions(_lines(cuobjdump, "-sass", str(path))):
-        if (target, name) in sizes:
-            sizes[target, name] |= {kind: found[kind] for kind in INSTRUCTIONS}
+        # the sizes in a cubin, which is for one target alone, come without its name
+        key = (target, name) if (target, name) in sizes else (0, name)
+        if key in sizes:
+            sizes[key] |= {kind: found[kind] for kind in INSTRUCTIONS}
+    if missing := [name for (_, name), row in sizes.items() if not INSTRUCTIONS.keys() <= row.keys()]:
+        raise RuntimeError(f"{path.name}: cuobjdump -sass shows nothing of {', '.join(missing)}")
     names = readable(sorted({name for _, name in sizes}))
     kernels: dict[str, dict[str, dict[str, int]]] = {}
     for (target, name), row in sorted(sizes.items(), key=lambda item: (names[item[0][1]], item[0])):

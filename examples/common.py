@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
@@ -56,12 +55,6 @@ def fit(
         optimizer.step()
         schedule.step()
     return model
-
-
-def mean_shift(z: Tensor, own: np.ndarray, given: np.ndarray, train_z: Tensor, train_labels: np.ndarray) -> Tensor:
-    """The linear baseline without an IIN: each latent moved by the difference of its two class means, ``[n, dim]``."""
-    means = torch.stack([train_z[torch.from_numpy(train_labels == c)].mean(0) for c in range(train_labels.max() + 1)])
-    return z + means[torch.from_numpy(given)] - means[torch.from_numpy(own)]
 
 
 def arguments(name: str, description: str) -> argparse.Namespace:

@@ -22,9 +22,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import arguments, fit, mean_shift, write_results
+from common import arguments, fit, write_results
 from sklearn.decomposition import PCA
 from torch import Tensor
+
+from iin_fast.evaluate import MeanShift
 
 STATEMENTS = {
     "subject": ["doctor", "teacher", "farmer", "soldier", "child", "lawyer", "painter", "thief"],
@@ -113,6 +115,7 @@ def evaluate_swaps(
     donors = random.permutation(test)
     names = list(table)
     codes = np.stack([table[name] for name in names], 1)  # [n, concepts]
+    shift = MeanShift(z[train], codes[train], names)
     scores: dict[str, Any] = {}
     examples = []
     for k, name in enumerate(names):
@@ -123,7 +126,9 @@ def evaluate_swaps(
         with torch.no_grad():
             edited = {
                 "IIN": model.swap(z[own], z[given], name),
-                "mean shift": mean_shift(z[own], codes[own, k], codes[given, k], z[train], codes[train, k]),
+                "mean shift": torch.from_numpy(
+                    shift.swap(z[own].numpy(), codes[own, k], codes[given, k], name)
+                ).float(),
             }
         scores[name] = {"swaps": len(own)}
         read = {}

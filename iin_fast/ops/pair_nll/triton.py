@@ -41,6 +41,11 @@ _CONFIGS = [
 _WIDEST = 512  # columns of a tile, at most the smallest tile
 
 
+def _fitting(configs: list[triton.Config], arguments: dict[str, Any], **constants: Any) -> list[triton.Config]:
+    """float64 with the smallest tile: the forward kernel spills in the others."""
+    return configs[-1:] if constants.get("WIDE") == tl.float64 else configs
+
+
 @triton.jit
 def _shared(shared, factor, long_row, column, width, factors, valid, WIDE: tl.constexpr):
     """1 where the pair shares the column's factor, else 0."""
@@ -48,7 +53,7 @@ def _shared(shared, factor, long_row, column, width, factors, valid, WIDE: tl.co
     return tl.load(shared + long_row * factors + k, mask=valid, other=0).to(WIDE)
 
 
-@autotuned(_CONFIGS, key=["width", "batch_bucket"])
+@autotuned(_CONFIGS, key=["width", "batch_bucket"], fitting=_fitting)
 @triton.jit(do_not_specialize=["batch", "batch_bucket", "factors"])
 def _forward(
     za,  # [batch, width], rows za_row apart

@@ -45,8 +45,8 @@ _LEAST = 256  # of elements of a row times padded bins
 
 
 def _fitting(configs: list[triton.Config], arguments: dict[str, Any], **constants: Any) -> list[triton.Config]:
-    """float64 with the fewest numbers a thread, which needs no spills."""
-    return configs[-1:] if constants.get("WIDE") == tl.float64 else configs
+    """float64 and many bins with the fewest numbers a thread, which needs no spills."""
+    return configs[-1:] if constants.get("WIDE") == tl.float64 or constants["BINS"] > 32 else configs
 
 
 @triton.jit
