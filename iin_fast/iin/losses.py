@@ -72,7 +72,7 @@ class FactorLoss(nn.Module):
         """
         if not isinstance(model, IIN):
             raise TypeError(f"FactorLoss: model is a {type(model).__name__}, expected an iin_fast.IIN")
-        check_latents("FactorLoss", (("za", za), ("zb", zb)), model.dim, model.flow.loc)
+        check_latents("FactorLoss", (("za", za), ("zb", zb)), model.dim, model.like)
         batch = za.shape[0]
         if batch == 0:
             raise ValueError("FactorLoss: za has no samples, expected at least one pair for a mean")

@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn import Flow
+from ..nn import Flow, NeuralSplineFlow
 from . import checkpoint
 from ._checks import check_latents, checked_int
 from .factors import RESIDUAL, Factors, factor_sizes
 
 __all__ = ["IIN"]
+
+COUPLINGS = ("affine", "spline")
 
 
 class IIN(nn.Module):
@@ -31,11 +33,15 @@ class IIN(nn.Module):
         factors: name to size, in order; sizes are positive and sum to at most ``dim``.
         n_flows: blocks of ActNorm, double coupling and permutation.
         hidden_dim: width of the coupling networks.
-        hidden_depth: hidden layers of the coupling networks beside the first.
+        hidden_depth: hidden layers of the coupling networks beside the first; with splines, residual blocks.
+        coupling: ``"affine"`` (published), or ``"spline"``: rational-quadratic splines in place of scale and shift, as in
+            ``iin_fast.nn.NeuralSplineFlow``.
+        bins: of each spline.
+        tail_bound: half the width of the box in which splines bend.
         generator: draws the start weights and permutations; by default torch's global one.
         device: where the parameters are made.
         dtype: type of the parameters.
-        memory: what the flow keeps for backward: ``"save"``, ``"invert"`` or ``"auto"``; see ``iin_fast.nn.Flow``.
+        memory: what an affine flow keeps for backward: ``"save"``, ``"invert"`` or ``"auto"``; see ``iin_fast.nn.Flow``.
 
     Raises:
         TypeError, ValueError: a size that is not a positive integer, factors that don't fit ``dim``, a ``dtype`` that
@@ -64,6 +70,9 @@ class IIN(nn.Module):
         hidden_dim: int = 512,
         hidden_depth: int = 2,
         *,
+        coupling: str = "affine",
+        bins: int = 8,
+        tail_bound: float = 3.0,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -77,16 +86,26 @@ class IIN(nn.Module):
         n_flows = checked_int("IIN", "n_flows", n_flows)
         hidden_dim = checked_int("IIN", "hidden_dim", hidden_dim)
         hidden_depth = checked_int("IIN", "hidden_depth", hidden_depth, least=0)
-        self.flow = Flow(
-            self.dim,
-            n_flows,
-            hidden_dim,
-            hidden_depth,
-            generator=generator,
-            device=device,
-            dtype=dtype,
-            memory=memory,
-        )
+        if coupling not in COUPLINGS:
+            raise ValueError(f"IIN: coupling is {coupling!r}, expected one of {', '.join(map(repr, COUPLINGS))}")
+        if coupling == "spline" and memory != "auto":
+            raise ValueError(f"IIN: memory is {memory!r}, expected 'auto' with coupling 'spline'")
+        self.coupling = coupling
+        place = {"generator": generator, "device": device, "dtype": dtype}
+        self.flow: Flow | NeuralSplineFlow
+        if coupling == "affine":
+            self.flow = Flow(self.dim, n_flows, hidden_dim, hidden_depth, memory=memory, **place)  # type: ignore[arg-type]
+        else:
+            self.flow = NeuralSplineFlow(
+                self.dim,
+                n_flows=n_flows,
+                bins=checked_int("IIN", "bins", bins),
+                hidden_dim=hidden_dim,
+                hidden_depth=hidden_depth,
+                tail_bound=tail_bound,
+                mixing="permutation",
+                **place,  # type: ignore[arg-type]
+            )
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -101,19 +120,24 @@ class IIN(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
-        return self.flow.loc.device
+        return self.like.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The type of the parameters."""
-        return self.flow.loc.dtype
+        return self.like.dtype
+
+    @property
+    def like(self) -> Tensor:
+        """One of the parameters, for what has to be made or checked to fit them."""
+        return next(self.flow.parameters())
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, factors={self._sizes}"
 
     def forward(self, z: Tensor) -> tuple[Factors, Tensor]:
         """Factors of latents ``[batch, dim]``, and log|det T'(z)| ``[batch]`` in nats."""
-        check_latents("IIN", [("z", z)], self.dim, self.flow.loc)
+        check_latents("IIN", [("z", z)], self.dim, self.like)
         factors, logdet = self.flow(z)
         return Factors._wrap(factors, self._sizes), logdet
 
@@ -133,7 +157,7 @@ class IIN(nn.Module):
             TypeError, ValueError: a name that is missing or unknown, or a tensor that doesn't fit.
         """
         tensor = self._join(factors)
-        check_latents("IIN.decode", [("factors", tensor)], self.dim, self.flow.loc)
+        check_latents("IIN.decode", [("factors", tensor)], self.dim, self.like)
         z: Tensor = self.flow.inverse(tensor)[0]
         return z
 
@@ -179,7 +203,7 @@ class IIN(nn.Module):
         References:
             Esser, Rombach, Ommer, CVPR 2020, Sec. 4.1 and Fig. 2.
         """
-        check_latents("IIN.swap", [("z", z), ("donor", donor)], self.dim, self.flow.loc)
+        check_latents("IIN.swap", [("z", z), ("donor", donor)], self.dim, self.like)
         mask = self._select("IIN.swap", factor)
         kept, given = self.encode(torch.cat([z, donor])).tensor.chunk(2)
         return self.decode(torch.where(mask, given, kept))
@@ -199,7 +223,7 @@ class IIN(nn.Module):
         Raises:
             TypeError, ValueError: as :meth:`swap`; ``steps`` below 2.
         """
-        check_latents("IIN.interpolate", [("z_a", z_a), ("z_b", z_b)], self.dim, self.flow.loc)
+        check_latents("IIN.interpolate", [("z_a", z_a), ("z_b", z_b)], self.dim, self.like)
         steps = checked_int("IIN.interpolate", "steps", steps)
         if steps < 2:
             raise ValueError(f"IIN.interpolate: steps is {steps}, expected at least 2, both ends included")
@@ -251,15 +275,19 @@ class IIN(nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """What makes a model like this one, as plain values: ``dim``, ``factors``, the flow's sizes, ``dtype``."""
-        return {
+        """What makes a model like this one, as plain values: ``dim``, ``factors``, the flow's sizes and couplings, ``dtype``."""
+        config: dict[str, Any] = {
             "dim": self.dim,
             "factors": self.sizes,
             "n_flows": self.flow.n_flows,
             "hidden_dim": self.flow.hidden_dim,
             "hidden_depth": self.flow.hidden_depth,
+            "coupling": self.coupling,
             "dtype": str(self.dtype).removeprefix("torch."),
         }
+        if isinstance(self.flow, NeuralSplineFlow):
+            config |= {"bins": self.flow.bins, "tail_bound": self.flow.tail_bound}
+        return config
 
     def _join(self, factors: Factors | Mapping[str, Tensor] | Tensor) -> Tensor:
         if isinstance(factors, Tensor):
