@@ -198,8 +198,8 @@ class Flow(DataDependentStart):
 
         loc = -mean, scale = 1 / (std + 1e-6) with the unbiased std. A batch of one row has no spread: scale = 1. An
         empty batch starts nothing. Blocks that have had their start keep it. ``forward`` does this by itself at its
-        first call; with several processes, do it before wrapping the module in DistributedDataParallel, so that all
-        start alike.
+        first call; under DistributedDataParallel all processes then take the start of the first one. Before
+        ``fully_shard``, call it with one batch for all processes.
 
         Args:
             x: ``[batch, dim]``.
@@ -232,7 +232,7 @@ class Flow(DataDependentStart):
             TypeError: an integer, boolean or complex tensor.
         """
         context = self._check("x", x, context)
-        if not all(self._started):
+        if self._awaits_start():
             self.initialize(x, context)
         return self._transform(x, context)
 

@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["fold_rows", "front", "one_by_one"]
+__all__ = ["fold_rows", "front", "mapped_by_autograd", "one_by_one"]
+
+_BATCHED: Any = torch._C._parse_dispatch_key("Batched")
 
 Rule = Callable[..., tuple[Any, Any]]
 
@@ -49,3 +51,11 @@ def one_by_one(op: Callable[..., tuple[Any, ...]]) -> Rule:
         return results, tuple(None if t is None else 0 for t in results)
 
     return rule
+
+
+def mapped_by_autograd(*grads: Tensor | None) -> bool:
+    """Whether autograd itself maps this backward, as ``torch.autograd.functional.jacobian(vectorize=True)`` does.
+
+    It has batching rules of its own, without a way to add to them, and none for ops with optional results.
+    """
+    return any(grad is not None and torch._C._dispatch_keys(grad).has(_BATCHED) for grad in grads)

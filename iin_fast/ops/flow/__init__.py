@@ -13,7 +13,7 @@ from ... import _library  # noqa: F401  (loads the compiled ops)
 from ...backends import chosen, ops, register
 from ..checks import check_device, check_dtype, check_floating, check_rank, check_shape
 from ..triton_ops import define_triton
-from ..vmap import front, one_by_one
+from ..vmap import front, mapped_by_autograd, one_by_one
 from . import reference
 from .layout import pack, unpack
 from .saved import saved_bytes
@@ -268,8 +268,10 @@ def _backward(
     nothing = (None,) * 5
     if grad_y is None and grad_logdet is None:
         return (None,) * 11 + nothing
-    if torch.is_grad_enabled():  # create_graph=True: derivatives of derivatives come from the definition itself
-        outputs = reference.flow(*tensors, *options)
+    # create_graph=True: derivatives of derivatives come from the definition itself
+    if torch.is_grad_enabled() or mapped_by_autograd(grad_y, grad_logdet):
+        with torch.enable_grad():
+            outputs = reference.flow(*tensors, *options)
         wanted = [i for i, t in enumerate(tensors) if t is not None and t.requires_grad]
         pairs = [(o, g) for o, g in zip(outputs, (grad_y, grad_logdet), strict=True) if g is not None]
         found = torch.autograd.grad(
