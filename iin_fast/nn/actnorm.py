@@ -90,6 +90,12 @@ class DataDependentStart(nn.Module):
         self.initialized.fill_(1)
         self._started = (True,) * len(self._started)
 
+    def _replicate_for_data_parallel(self) -> "DataDependentStart":
+        raise RuntimeError(
+            f"{type(self).__name__}: torch.nn.DataParallel would lose the start of ActNorm with its replicas, and copies "
+            f"all parameters at every call; use torch.nn.parallel.DistributedDataParallel, one process for each GPU"
+        )
+
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         if not self.initialized.is_meta:

@@ -374,6 +374,12 @@ class Flow(DataDependentStart):
         if strict:
             missing_keys.extend(missing)
             known = {prefix + entry.key for entry in entries}
-            unexpected_keys.extend(key for key in state_dict if key.startswith(prefix) and key not in known)
+            unexpected_keys.extend(
+                key
+                for key in state_dict
+                if key.startswith(prefix)
+                and key not in known
+                and key[len(prefix) :].split(".", 1)[0] not in self._modules  # parametrizations read their own
+            )
         stored = {prefix + name: tensor for name, tensor in stored.items()}
         super()._load_from_state_dict(stored, prefix, local_metadata, strict, [], [], error_msgs)
