@@ -78,7 +78,7 @@ class FactorLoss(nn.Module):
             raise ValueError("FactorLoss: za has no samples, expected at least one pair for a mean")
         mask = self._mask(shared, model.sizes, batch, za.device)
         factors, logdet = model(torch.cat([za, zb]))
-        a, b = factors.tensor.chunk(2)
+        a, b = factors.tensor[:batch], factors.tensor[batch:]
         return self._pair_nll(a, logdet[:batch], b, logdet[batch:], mask, model.sizes).mean()
 
     def from_factors(

@@ -205,8 +205,8 @@ class IIN(nn.Module):
         """
         check_latents("IIN.swap", [("z", z), ("donor", donor)], self.dim, self.like)
         mask = self._select("IIN.swap", factor)
-        kept, given = self.encode(torch.cat([z, donor])).tensor.chunk(2)
-        return self.decode(torch.where(mask, given, kept))
+        both, n = self.encode(torch.cat([z, donor])).tensor, z.shape[0]
+        return self.decode(torch.where(mask, both[n:], both[:n]))
 
     def interpolate(self, z_a: Tensor, z_b: Tensor, steps: int, factor: str | Sequence[str] | None = None) -> Tensor:
         """Latents on the straight line between the factors of ``z_a`` and ``z_b``.
@@ -227,7 +227,8 @@ class IIN(nn.Module):
         steps = checked_int("IIN.interpolate", "steps", steps)
         if steps < 2:
             raise ValueError(f"IIN.interpolate: steps is {steps}, expected at least 2, both ends included")
-        start, end = self.encode(torch.cat([z_a, z_b])).tensor.chunk(2)
+        both = self.encode(torch.cat([z_a, z_b])).tensor
+        start, end = both[: z_a.shape[0]], both[z_a.shape[0] :]
         if factor is not None:
             end = torch.where(self._select("IIN.interpolate", factor), end, start)
         position = torch.linspace(0, 1, steps, device=end.device, dtype=end.dtype)[:, None, None]

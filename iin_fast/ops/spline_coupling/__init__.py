@@ -13,6 +13,7 @@ from ... import _library  # noqa: F401  (loads the compiled ops)
 from ...backends import chosen, ops, register
 from ..checks import check_device, check_dtype, check_floating
 from ..triton_ops import define_triton
+from ..vmap import fold_rows
 from . import reference
 
 __all__ = ["check_options", "parameter_count", "rational_quadratic_spline", "spline_coupling"]
@@ -262,5 +263,7 @@ for _backend, _name in (("cpp", "iin_fast::spline_coupling"), ("triton", "iin_fa
     torch.library.register_fake(_name, _fake)
     torch.library.register_fake(f"{_name}_backward", _fake_backward)
     torch.library.register_autograd(_name, partial(_backward, _backend), setup_context=_setup)
+    torch.library.register_vmap(_name, fold_rows(ops(_backend).spline_coupling))
+    torch.library.register_vmap(f"{_name}_backward", fold_rows(ops(_backend).spline_coupling_backward))
     for _device in ("cpu", "cuda"):
         torch.library.register_autocast(_name, _device, torch.float32)
