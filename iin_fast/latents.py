@@ -268,7 +268,7 @@ def save_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Tensor | Arra
     elif file.suffix == ".safetensors":
         metadata = {k: json.dumps(v.tolist()) for k, v in plain.items() if v.dtype.kind == "U"}
         tensors = {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in plain.items() if v.dtype.kind != "U"}
-        data = checkpoint._safetensors().torch.save(tensors, metadata)
+        data = checkpoint._serialize(tensors, metadata)
     else:
         raise ValueError(f"{file}: ends in {file.suffix or 'nothing'!r}, expected .npz or .safetensors")
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -40,13 +40,12 @@ def save(path: str | os.PathLike[str], state: Mapping[str, Tensor], config: Mapp
         ValueError: NaN or Inf in a parameter.
         OSError: the folder can't be made or written.
     """
-    safetensors = _safetensors()
     tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"IIN.save: parameter {name!r} has NaN or Inf, and would not load again")
     text = json.dumps({"format": FORMAT, "version": VERSION, **config}, indent=2) + "\n"
-    data = safetensors.torch.save(tensors, {"config": text, "crc32": _checksum(tensors)})
+    data = _serialize(tensors, {"config": text, "crc32": _checksum(tensors)})
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
         _write(tensor_file(path), data)
@@ -120,6 +119,16 @@ def _safetensors() -> ModuleType:
     except ImportError as error:
         raise ImportError("IIN.save and IIN.load need safetensors: pip install 'iin-fast[io]'") from error
     return safetensors
+
+
+def _serialize(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """A safetensors file; the same content gives the same bytes (safetensors itself shuffles the metadata)."""
+    data = memoryview(_safetensors().torch.save(tensors, metadata))
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(bytes(data[8:end]))
+    text = json.dumps({**header, "__metadata__": dict(sorted(metadata.items()))}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at multiples of 8
+    return b"".join([len(text).to_bytes(8, "little"), text, data[end:]])
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> str:

@@ -62,7 +62,7 @@ def save(run: Path, model: IIN, progress: Progress) -> Path:
     try:
         temporary.mkdir(parents=True)
         model.save(temporary)
-        checkpoint._write(temporary / "training.safetensors", checkpoint._safetensors().torch.save(tensors, header))
+        checkpoint._write(temporary / "training.safetensors", checkpoint._serialize(tensors, header))
         checkpoint._write(temporary / "training.json", text.encode())
         os.rename(temporary, folder / name)
     except BaseException:

@@ -1,7 +1,5 @@
 """Small latents and settings that train in a second."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -45,13 +43,3 @@ def settings():
         return Settings(**{**small, **given})
 
     return make
-
-
-def metrics(run):
-    """The lines of the log as dictionaries of text."""
-    head, *lines = (run / "logs" / "metrics.csv").read_text().splitlines()
-    return [dict(zip(head.split(","), line.split(","), strict=True)) for line in lines]
-
-
-def record(run):
-    return json.loads((run / "run.json").read_text())
