@@ -72,6 +72,7 @@ def test_config_is_plain(folder):
         "n_flows": 3,
         "hidden_dim": 16,
         "hidden_depth": 1,
+        "context_dim": 0,
         "dtype": "float32",
     }
 
