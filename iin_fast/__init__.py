@@ -4,7 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from . import functional, nn, testing
 from .backends import backend
-from .iin import IIN, FactorLoss, Factors, PairSampler, estimate_factor_dims
+from .iin import IIN, FactorLoss, Factors, PairSampler, concept_pairs, estimate_factor_dims
 
 try:
     __version__ = version("iin-fast")
@@ -18,6 +18,7 @@ __all__ = [
     "PairSampler",
     "__version__",
     "backend",
+    "concept_pairs",
     "estimate_factor_dims",
     "functional",
     "nn",
