@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import functional, nn, testing
+from . import adapters, functional, nn, testing
 from .backends import backend
 from .iin import IIN, FactorLoss, Factors, PairSampler, concept_pairs, estimate_factor_dims
 
@@ -17,6 +17,7 @@ __all__ = [
     "Factors",
     "PairSampler",
     "__version__",
+    "adapters",
     "backend",
     "concept_pairs",
     "estimate_factor_dims",
