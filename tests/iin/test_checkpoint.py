@@ -74,6 +74,7 @@ def test_config_is_plain(folder):
         "hidden_dim": 16,
         "hidden_depth": 1,
         "coupling": "affine",
+        "context_dim": 0,
         "dtype": "float32",
     }
 
