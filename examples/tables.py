@@ -57,10 +57,31 @@ def outliers(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def spline_density(results: Mapping[str, Any]) -> str:
+    lines = [
+        f"{made_by(results)} {results['seeds']} seeds, mean ± standard deviation of test nats; {results['steps']} steps of "
+        f"{results['batch']} rows, seconds of training on one thread: median (min to max).",
+        "",
+        "| table | iin-fast: nats | seconds | nflows: nats | seconds | difference in nats, seed by seed | times faster |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for table, row in results["tables"].items():
+        cells = [table]
+        for system in ("iin-fast", "nflows"):
+            nats, seconds = row[system]["test nats"], row[system]["seconds"]
+            cells.append(f"{nats['mean']:.2f} ± {nats['std']:.2f}")
+            cells.append(f"{seconds['median']:.1f} ({seconds['min']:.1f} to {seconds['max']:.1f})")
+        gap, ratio = row["difference in nats"], row["times faster"]
+        cells.append(f"{gap['mean']:+.2f} ± {gap['std']:.2f}")
+        cells.append(f"{ratio['median']:.1f} ({ratio['min']:.1f} to {ratio['max']:.1f})")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> int:
     page = DOCS / "examples.md"
     text = before = page.read_text()
-    for write in (sentences, outliers):
+    for write in (sentences, outliers, spline_density):
         name = write.__name__
         begin, end = BEGIN.format(name), END.format(name)
         head, rest = text.split(begin)

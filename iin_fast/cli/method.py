@@ -34,8 +34,13 @@ def train(
     ] = "",
     dims_method: Annotated[str, typer.Option(help="how sizes are estimated: published or paper")] = "published",
     others: Annotated[
-        str, typer.Option(help="partners differ in what they don't share, or may agree in any: differ or any")
+        str,
+        typer.Option(help="in the concepts that a pair does not share, it may differ, agree, or fall as it may (any)"),
     ] = "differ",
+    unlabelled: Annotated[
+        float | None,
+        typer.Option(help="share of the pairs that come from samples without labels. Default: half, if any"),
+    ] = None,
     rho: Annotated[float, typer.Option(help="correlation of a shared factor, between 0 and 1")] = 0.975,
     n_flows: Annotated[int, typer.Option(help="blocks of the flow")] = 12,
     hidden_dim: Annotated[int, typer.Option(help="width of its networks")] = 512,
@@ -75,6 +80,7 @@ def train(
         factors=_sizes(factors),
         dims_method=dims_method,
         others=others,
+        unlabelled=unlabelled,
         rho=rho,
         n_flows=n_flows,
         hidden_dim=hidden_dim,
@@ -114,7 +120,7 @@ def train(
 def dims(
     latents: LatentsFile,
     method: Annotated[str, typer.Option(help="published, paper or both")] = "both",
-    others: Annotated[str, typer.Option(help="as for train: differ or any")] = "differ",
+    others: Annotated[str, typer.Option(help="as for train: differ, agree or any")] = "differ",
     seed: Annotated[int, typer.Option(help="of the pairs")] = 0,
 ) -> None:
     """Estimate how many dimensions each concept asks for, from what pairs that share it have in common."""

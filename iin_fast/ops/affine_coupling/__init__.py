@@ -13,6 +13,7 @@ from ..._library import libraries
 from ...backends import chosen, ops, register
 from ..checks import check_device, check_dtype, check_floating, check_shape
 from ..triton_ops import define_triton
+from ..vmap import fold_rows, mapped_by_autograd
 from . import reference
 
 __all__ = ["SQUASHES", "affine_coupling"]
@@ -142,9 +143,11 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 def _backward(backend: str, ctx: Any, grad_y: Tensor, grad_logdet: Tensor) -> tuple[Tensor | None, ...]:
     x, raw_scale, shift, y = ctx.saved_tensors
-    if torch.is_grad_enabled():  # create_graph=True: derivatives of derivatives come from the definition itself
+    # create_graph=True: derivatives of derivatives come from the definition itself
+    if torch.is_grad_enabled() or mapped_by_autograd(grad_y, grad_logdet):
         inputs = [t for t in (x, raw_scale, shift) if t is not None]
-        outputs = reference.affine_coupling(x, raw_scale, shift, _NAMES[ctx.squash], ctx.clamp, ctx.inverse)
+        with torch.enable_grad():
+            outputs = reference.affine_coupling(x, raw_scale, shift, _NAMES[ctx.squash], ctx.clamp, ctx.inverse)
         differentiable = [(o, g) for o, g in zip(outputs, (grad_y, grad_logdet), strict=True) if o.requires_grad]
         wanted = [t for t in inputs if t.requires_grad]
         found = torch.autograd.grad(
@@ -163,5 +166,7 @@ for _backend, _name in (("cpp", "iin_fast::affine_coupling"), ("triton", "iin_fa
     torch.library.register_fake(_name, _fake)
     torch.library.register_fake(f"{_name}_backward", _fake_backward)
     torch.library.register_autograd(_name, partial(_backward, _backend), setup_context=_setup)
+    torch.library.register_vmap(_name, fold_rows(ops(_backend).affine_coupling))
+    torch.library.register_vmap(f"{_name}_backward", fold_rows(ops(_backend).affine_coupling_backward))
     for _device in ("cpu", "cuda"):
         torch.library.register_autocast(_name, _device, torch.float32)

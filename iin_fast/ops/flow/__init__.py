@@ -13,6 +13,7 @@ from ... import _library  # noqa: F401  (loads the compiled ops)
 from ...backends import chosen, ops, register
 from ..checks import check_device, check_dtype, check_floating, check_rank, check_shape
 from ..triton_ops import define_triton
+from ..vmap import front, mapped_by_autograd, one_by_one
 from . import reference
 from .layout import pack, unpack
 from .saved import saved_bytes
@@ -146,7 +147,8 @@ def _check(x: Tensor, context: Tensor | None, parameters: tuple[Tensor, ...], pe
         raise ValueError(f"{op}: bias_in has shape {list(bias_in.shape)}, expected a hidden width of at least 1")
     wide = 0
     if context is not None:
-        check_rank(op, "context", context, f"[1 or {n_flows}, {x.shape[0]}, context_dim]", 3)
+        if context.dim() != 3:  # only then is the message made: it would fix the batch size of a compiled call
+            check_rank(op, "context", context, f"[1 or {n_flows}, {x.shape[0]}, context_dim]", 3)
         if context.shape[0] not in (1, n_flows) or context.shape[1] != x.shape[0]:
             raise ValueError(
                 f"{op}: context has shape {list(context.shape)}, expected [1 or {n_flows}, {x.shape[0]}, context_dim]"
@@ -266,8 +268,10 @@ def _backward(
     nothing = (None,) * 5
     if grad_y is None and grad_logdet is None:
         return (None,) * 11 + nothing
-    if torch.is_grad_enabled():  # create_graph=True: derivatives of derivatives come from the definition itself
-        outputs = reference.flow(*tensors, *options)
+    # create_graph=True: derivatives of derivatives come from the definition itself
+    if torch.is_grad_enabled() or mapped_by_autograd(grad_y, grad_logdet):
+        with torch.enable_grad():
+            outputs = reference.flow(*tensors, *options)
         wanted = [i for i, t in enumerate(tensors) if t is not None and t.requires_grad]
         pairs = [(o, g) for o, g in zip(outputs, (grad_y, grad_logdet), strict=True) if g is not None]
         found = torch.autograd.grad(
@@ -306,9 +310,24 @@ def _fake_triton(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), logdet, x.new_empty(size, dtype=torch.uint8)
 
 
+def _vmap(backend: str, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+    """Rows of x and context go into one batch; flows of several sets of parameters run one by one."""
+    (x, context, *rest), (x_dim, context_dim, *rest_dims), size = args, in_dims, info.batch_size
+    if any(dim is not None for dim in rest_dims):
+        results, _ = one_by_one(ops(backend).flow)(info, in_dims, *args)
+        return results, (0, 0, 0)
+    batch = front(x, x_dim, size).shape[1]
+    if context is not None:  # [size, 1 or n_flows, batch, context_dim]
+        context = front(context, context_dim, size).transpose(0, 1).flatten(1, 2)
+    y, logdet, saved = ops(backend).flow(front(x, x_dim, size).flatten(0, 1), context, *rest)
+    return (y.reshape(size, batch, y.shape[1]), logdet.reshape(size, batch), saved), (0, 0, None)
+
+
 for _backend_name, _name in (("cpp", "iin_fast::flow"), ("triton", "iin_fast_triton::flow")):
     torch.library.register_fake(f"{_name}_backward", _fake_backward)
     torch.library.register_autograd(_name, partial(_backward, _backend_name), setup_context=_setup)
+    torch.library.register_vmap(_name, partial(_vmap, _backend_name))
+    torch.library.register_vmap(f"{_name}_backward", one_by_one(ops(_backend_name).flow_backward))
 torch.library.register_autocast("iin_fast::flow", "cpu", torch.float32)
 for _device in ("cpu", "cuda"):
     torch.library.register_autocast("iin_fast_triton::flow", _device, torch.float32)

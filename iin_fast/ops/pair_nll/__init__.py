@@ -14,6 +14,7 @@ from ..._library import libraries
 from ...backends import chosen, ops, register
 from ..checks import check_device, check_dtype, check_floating, check_rank, check_shape
 from ..triton_ops import define_triton
+from ..vmap import fold_rows
 from . import reference
 
 __all__ = ["pair_nll"]
@@ -137,5 +138,7 @@ for _backend, _name in (("cpp", "iin_fast::pair_nll"), ("triton", "iin_fast_trit
     torch.library.register_fake(_name, _fake)
     torch.library.register_fake(f"{_name}_backward", _fake_backward)
     torch.library.register_autograd(_name, partial(_backward, _backend), setup_context=_setup)
+    torch.library.register_vmap(_name, fold_rows(ops(_backend).pair_nll))
+    torch.library.register_vmap(f"{_name}_backward", fold_rows(ops(_backend).pair_nll_backward))
     for _device in ("cpu", "cuda"):
         torch.library.register_autocast(_name, _device, torch.float32)
