@@ -98,12 +98,12 @@ class IIN(nn.Module):
         if coupling == "spline" and memory != "auto":
             raise ValueError(f"IIN: memory is {memory!r}, expected 'auto' with coupling 'spline'")
         self.coupling = coupling
-        place = {"generator": generator, "device": device, "dtype": dtype}
+        place: dict[str, Any] = {"generator": generator, "device": device, "dtype": dtype}
         self.flow: Flow | NeuralSplineFlow
         if coupling == "affine":
             self.flow = Flow(
                 self.dim, n_flows, hidden_dim, hidden_depth, context_dim=self.context_dim, memory=memory, **place
-            )  # type: ignore[arg-type]
+            )
         else:
             self.flow = NeuralSplineFlow(
                 self.dim,
@@ -114,7 +114,7 @@ class IIN(nn.Module):
                 hidden_depth=hidden_depth,
                 tail_bound=tail_bound,
                 mixing="permutation",
-                **place,  # type: ignore[arg-type]
+                **place,
             )
 
     @property
