@@ -24,7 +24,7 @@ from ..iin.factors import RESIDUAL
 from ..latents import Latents, load_latents
 from . import state
 from .batches import Batch, Batches, estimate_sizes, split_rows
-from .logs import Bar, Log
+from .logs import Bar, Log, event_writer
 from .settings import Settings
 
 __all__ = ["train"]
@@ -345,6 +345,8 @@ def _fabric(accelerator: str, devices: int, nodes: int, strategy: str, settings:
         from lightning_fabric import Fabric
     except ImportError as error:
         raise ImportError("train needs lightning-fabric: pip install 'iin-fast[train]'") from error
+    event_writer()  # what is missing is said before a folder is made
+    checkpoint._safetensors()
     if strategy not in ("auto", "ddp"):
         raise ValueError(f"train: strategy is {strategy!r}, expected 'auto' or 'ddp'; a sharded one is not supported")
     if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
