@@ -11,7 +11,7 @@ from typing import Any
 
 from ..iin import checkpoint
 
-__all__ = ["COLUMNS", "Bar", "Log"]
+__all__ = ["COLUMNS", "Bar", "Log", "event_writer"]
 
 COLUMNS = (
     *("step", "loss", "nats_per_dim", "learning_rate", "samples_per_second"),
@@ -19,21 +19,30 @@ COLUMNS = (
 )
 
 
+def event_writer() -> Any:
+    """TensorBoard's writer.
+
+    Raises:
+        ImportError: tensorboard is missing.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError("train needs tensorboard: pip install 'iin-fast[train]'") from error
+    return SummaryWriter
+
+
 class Log:
     """``logs/metrics.csv`` and TensorBoard events in a run folder, from ``step`` on: what came after it is taken away."""
 
     def __init__(self, run: Path, step: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ImportError("train needs tensorboard: pip install 'iin-fast[train]'") from error
         folder = run / "logs"
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / "metrics.csv"
         checkpoint._write(file, _until(file, step).encode())
         self._stream = open(file, "a", newline="", encoding="utf-8")  # noqa: SIM115 (closed in close)
         self._writer = csv.DictWriter(self._stream, COLUMNS, lineterminator="\n")
-        self._events: Any = SummaryWriter(str(folder), purge_step=step + 1 if step else None)  # type: ignore[no-untyped-call]
+        self._events: Any = event_writer()(str(folder), purge_step=step + 1 if step else None)  # type: ignore[no-untyped-call]
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """One line; what is not among ``values`` stays blank."""

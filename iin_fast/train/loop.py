@@ -24,7 +24,7 @@ from ..iin.factors import RESIDUAL
 from ..latents import Latents, load_latents
 from . import state
 from .batches import Batch, Batches, estimate_sizes, split_rows
-from .logs import Bar, Log
+from .logs import Bar, Log, event_writer
 from .settings import Settings
 
 __all__ = ["train"]
@@ -47,7 +47,7 @@ def train(
     r"""Trains an IIN on latents, and writes all that comes of it into the folder ``out``.
 
     With labels or ready pairs the loss is that of :class:`iin_fast.FactorLoss` (normalised, nats per pair); without, and
-    for samples of which no label is known, it is the likelihood of two independent latents:
+    for two samples of which no label is known, it is the likelihood of two independent latents:
 
     .. math:: \ell = -\log p(z^a) - \log p(z^b)
 
@@ -133,7 +133,11 @@ class _Training:
         train_rows, held_rows = split_rows(data, settings.held_out, settings.seed)
         concepts = data.names if settings.factors is None else tuple(n for n in settings.factors if n != RESIDUAL)
         unit = (lambda rows: rows) if data.shared is None else (lambda rows: rows[: len(rows) // 2])
-        options: dict[str, Any] = {"seed": settings.seed, "others": settings.others}
+        options: dict[str, Any] = {
+            "seed": settings.seed,
+            "others": settings.others,
+            "unlabelled": settings.unlabelled,
+        }
         self.batches = Batches(data, unit(train_rows), concepts, **options)
         self.held_out: Batch | None = None
         if len(held_rows):
@@ -341,6 +345,8 @@ def _fabric(accelerator: str, devices: int, nodes: int, strategy: str, settings:
         from lightning_fabric import Fabric
     except ImportError as error:
         raise ImportError("train needs lightning-fabric: pip install 'iin-fast[train]'") from error
+    event_writer()  # what is missing is said before a folder is made
+    checkpoint._safetensors()
     if strategy not in ("auto", "ddp"):
         raise ValueError(f"train: strategy is {strategy!r}, expected 'auto' or 'ddp'; a sharded one is not supported")
     if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +13,12 @@ __all__ = ["PRECISIONS", "Settings"]
 
 PRECISIONS = ("32-true", "64-true", "bf16-mixed")
 BASE_RATE = 4.5e-6  # per pair of a batch, as published
+RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "rho": (lambda x: 0 < x < 1, "between 0 and 1, both excluded"),
+    "learning_rate": (lambda x: 0 < x < math.inf, "more than 0"),
+    "held_out": (lambda x: 0 <= x < 1, "0 to below 1"),
+    "unlabelled": (lambda x: 0 <= x <= 1, "0 to 1"),
+}
 
 
 @dataclass(frozen=True)
@@ -23,7 +29,7 @@ class Settings:
         factors: concept to number of dimensions; what they leave over is the residual. By default they are estimated
             from pairs, see ``dims_method``. Concepts that are not named are left out.
         dims_method: ``"published"`` or ``"paper"``, of :func:`iin_fast.estimate_factor_dims`.
-        others: pairs ``"differ"`` in the concepts they don't share, or may agree in ``"any"``; see
+        others, unlabelled: which pairs are drawn, and how many from samples without any label; see
             :class:`iin_fast.PairSampler`.
         rho: correlation of a shared factor, between 0 and 1 exclusive.
         n_flows, hidden_dim, hidden_depth: of the flow; see :class:`iin_fast.IIN`.
@@ -46,6 +52,7 @@ class Settings:
     factors: Mapping[str, int] | None = None
     dims_method: str = "published"
     others: str = "differ"
+    unlabelled: float | None = None
     rho: float = 0.975
     n_flows: int = 12
     hidden_dim: int = 512
@@ -70,21 +77,20 @@ class Settings:
             *("log_every", "held_out_every", "save_every"),
         ):
             value = getattr(self, name)
-            if value is not None:
+            if value is not None or name != "decay_start":
                 object.__setattr__(self, name, checked_int(where, name, value, least=least.get(name, 1)))
-        for name, low, high in (("rho", 0.0, 1.0), ("learning_rate", 0.0, math.inf), ("held_out", -1.0, 1.0)):
+        for name, (fits, expected) in RANGES.items():
             value = getattr(self, name)
-            if value is None and name == "learning_rate":
+            if value is None and name in ("learning_rate", "unlabelled"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise TypeError(f"{where}: {name} is {value!r}, expected a number")
-            if not low < value < high or (name == "held_out" and value < 0):
-                expected = {"rho": "between 0 and 1", "learning_rate": "more than 0", "held_out": "0 to below 1"}[name]
+            if not fits(value):
                 raise ValueError(f"{where}: {name} is {value}, expected {expected}")
             object.__setattr__(self, name, float(value))
         for name, allowed in (
             ("dims_method", ("published", "paper")),
-            ("others", ("differ", "any")),
+            ("others", ("differ", "any", "agree")),
             ("coupling", ("affine", "spline")),
             ("precision", PRECISIONS),
         ):

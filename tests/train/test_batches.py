@@ -27,22 +27,19 @@ def test_labelled_pairs_share_what_they_say():
 
 def test_missing_labels_make_no_claims_and_unlabelled_samples_come_alone():
     latents = table(missing=0.4)
-    batches = Batches(latents)
+    rows = np.arange(50, 350)
+    batches = Batches(latents, rows, unlabelled=0.25)
     unknown = (latents.labels == -1).all(1)
-    assert 0 < unknown.sum() < 100
-    seen = torch.zeros(latents.n, dtype=torch.bool)
+    alone = []
     for step in range(20):
         batch = batches.draw(100, step)
         a, b = latents.labels[batch.a], latents.labels[batch.b]
         assert ((a == b) & (a >= 0))[batch.shared].all()
-        alone = ~batch.shared.any(1)
-        assert alone.sum() == round(100 * unknown.double().mean().item())
-        assert unknown[batch.a[alone]].all() and unknown[batch.b[alone]].all()
-        assert not unknown[batch.a[~alone]].any() and not unknown[batch.b[~alone]].any()
-        seen[batch.a] = seen[batch.b] = True
-    assert seen[unknown].all() and seen[(latents.labels >= 0).all(1)].float().mean() > 0.9
-    partly = (latents.labels == -1).any(1) & ~unknown
-    assert seen[partly].float().mean() > 0.8
+        free = ~batch.shared.any(1)
+        assert torch.equal(unknown[batch.a], free) and torch.equal(unknown[batch.b], free)
+        assert set(batch.a.tolist()) | set(batch.b.tolist()) <= set(rows.tolist())
+        alone.append(free.double().mean().item())
+    assert np.mean(alone) == pytest.approx(0.25, abs=0.04)
 
 
 @pytest.mark.parametrize("kind", ["labels", "missing", "pairs", "alone"])
@@ -109,7 +106,7 @@ def test_what_cannot_be_drawn():
         Batches(latents, concepts=["shape"])
     with pytest.raises(ValueError, match="none, as there are no labels"):
         Batches(Latents.of(latents.z), concepts=["shape"])
-    with pytest.raises(ValueError, match="labels are all missing"):
+    with pytest.raises(ValueError, match="no pair that shares concept"):
         Batches(Latents.of(latents.z, torch.full((400, 1), -1)))
     single = Latents.of(latents.z[:6], torch.stack([torch.arange(6), torch.arange(6) % 2], 1), ["own", "two"])
     with pytest.raises(ValueError, match="no pair that shares concept 'own'"):
@@ -137,6 +134,8 @@ def test_rate_is_flat_and_then_a_line():
         ({"learning_rate": float("nan")}, ValueError, "learning_rate is nan"),
         ({"held_out": 1}, ValueError, "held_out is 1, expected 0 to below 1"),
         ({"held_out": -0.1}, ValueError, "held_out is -0.1"),
+        ({"unlabelled": 1.5}, ValueError, "unlabelled is 1.5, expected 0 to 1"),
+        ({"steps": None}, TypeError, "steps is None, expected a positive integer"),
         ({"batch": 0}, ValueError, "batch is 0, expected a positive integer"),
         ({"steps": 1.5}, TypeError, "steps is 1.5, expected a positive integer"),
         ({"seed": -1}, ValueError, "seed is -1"),

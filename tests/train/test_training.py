@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import sys
 
 import numpy as np
 import pytest
@@ -176,6 +177,15 @@ def test_some_concepts_and_precisions(latents, settings, tmp_path):
     assert not torch.equal(mixed.flow.loc, plain.flow.loc)
 
 
+def test_spline_couplings(latents, settings, tmp_path):
+    model = train(latents, tmp_path / "run", settings(coupling="spline", steps=60), accelerator="cpu")
+    assert model.coupling == "spline" and record(tmp_path / "run")["settings"]["coupling"] == "spline"
+    with torch.no_grad():
+        assert torch.equal(IIN.load(tmp_path / "run").encode(latents.z).tensor, model.encode(latents.z).tensor)
+    lines = metrics(tmp_path / "run")
+    assert float(lines[-1]["held_out_loss"]) < float(lines[1]["held_out_loss"])
+
+
 def test_another_seed_and_the_same(latents, settings, tmp_path):
     runs = [
         train(latents, tmp_path / str(i), settings(steps=5, seed=s), accelerator="cpu") for i, s in enumerate([1, 1, 2])
@@ -221,10 +231,10 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(latents, setting
     assert "nan" not in (run / "logs" / "metrics.csv").read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_writes_a_checkpoint_and_resume_goes_on(latents, settings, tmp_path, monkeypatch, number):
+@pytest.mark.parametrize(("number", "coupling"), [(signal.SIGINT, "affine"), (signal.SIGTERM, "spline")])
+def test_a_signal_writes_a_checkpoint_and_resume_goes_on(latents, settings, tmp_path, monkeypatch, number, coupling):
     whole, run = tmp_path / "whole", tmp_path / "run"
-    options = settings(log_every=3)
+    options = settings(log_every=3, coupling=coupling)
     train(latents, whole, options, accelerator="cpu")
     write = Log.write
 
@@ -240,7 +250,7 @@ def test_a_signal_writes_a_checkpoint_and_resume_goes_on(latents, settings, tmp_
     assert signal.getsignal(number) is handler
     (checkpoint,) = (run / "state").iterdir()
     assert checkpoint.name in ("step-000000012", "step-000000013")  # the handler runs between two of Python's steps
-    assert torch.equal(IIN.load(run).flow.loc, IIN.load(checkpoint).flow.loc)
+    assert (run / "model.safetensors").read_bytes() == (checkpoint / "model.safetensors").read_bytes()
     monkeypatch.undo()
     train(latents, run, options, accelerator="cpu", resume=True)
     assert (run / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
@@ -276,6 +286,14 @@ def test_a_damaged_checkpoint_is_named(latents, settings, tmp_path):
     file.unlink()
     with pytest.raises(FileNotFoundError, match="training.safetensors: no such file"):
         train(latents, run, settings(steps=4), resume=True, accelerator="cpu")
+
+
+@pytest.mark.parametrize("package", ["lightning_fabric", "torch.utils.tensorboard"])
+def test_a_missing_package_is_named(latents, settings, tmp_path, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=r"pip install 'iin-fast\[train\]'"):
+        train(latents, tmp_path / "run", settings(), accelerator="cpu")
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_does_not_fit_is_refused(latents, settings, tmp_path):
