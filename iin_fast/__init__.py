@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from . import functional, nn, testing
 from .backends import backend
+from .dropin import accelerate, patch, restore, unpatch
 from .iin import IIN, FactorLoss, Factors, PairSampler, estimate_factor_dims
 
 try:
@@ -17,9 +18,13 @@ __all__ = [
     "Factors",
     "PairSampler",
     "__version__",
+    "accelerate",
     "backend",
     "estimate_factor_dims",
     "functional",
     "nn",
+    "patch",
+    "restore",
     "testing",
+    "unpatch",
 ]
