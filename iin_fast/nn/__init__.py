@@ -2,7 +2,8 @@
 
 from .actnorm import ActNorm
 from .coupling import AffineCoupling
+from .distribution import FlowDistribution, FlowTransform
 from .flow import Flow
 from .permutation import Permutation
 
-__all__ = ["ActNorm", "AffineCoupling", "Flow", "Permutation"]
+__all__ = ["ActNorm", "AffineCoupling", "Flow", "FlowDistribution", "FlowTransform", "Permutation"]

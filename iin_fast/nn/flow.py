@@ -12,13 +12,14 @@ from ..ops.flow.layout import pack
 from .actnorm import DataDependentStart, start_values
 from .border import Entry, export_tensors, import_tensors
 from .checks import check_features
+from .distribution import Density
 
 __all__ = ["Flow"]
 
 MEMORY = ("auto", "save", "invert")
 
 
-class Flow(DataDependentStart):
+class Flow(DataDependentStart, Density):
     """A stack of ``n_flows`` blocks (ActNorm, double affine coupling, permutation) that runs as one op.
 
     One block, with c = ceil(dim / 2) features that condition and dim - c that are transformed:

@@ -15,7 +15,7 @@ from ..checks import check_device, check_dtype, check_floating
 from ..triton_ops import define_triton
 from . import reference
 
-__all__ = ["parameter_count", "rational_quadratic_spline", "spline_coupling"]
+__all__ = ["check_options", "parameter_count", "rational_quadratic_spline", "spline_coupling"]
 
 # Codes of csrc/spline_coupling/spline_coupling.h.
 TAILS = {"linear": 0, "none": 1, "circular": 2}
@@ -93,7 +93,7 @@ def spline_coupling(
         True
     """
     op = "spline_coupling"
-    tails, limits = _options(
+    tails, limits = check_options(
         op, bins, tails, tail_bound, box, min_bin_width, min_bin_height, min_derivative, parameterization
     )
     _check(op, x, "parameters", parameters)
@@ -151,7 +151,7 @@ def rational_quadratic_spline(
     """
     op = "rational_quadratic_spline"
     bins = widths.shape[-1] if isinstance(widths, Tensor) and widths.dim() else 0
-    tails, limits = _options(
+    tails, limits = check_options(
         op, bins, tails, tail_bound, box, min_bin_width, min_bin_height, min_derivative, parameterization
     )
     counts = {"widths": bins, "heights": bins, "derivatives": parameter_count(bins, tails) - 2 * bins}
@@ -174,7 +174,7 @@ def _check(op: str, x: Tensor, name: str, value: Tensor) -> None:
         check_dtype(op, name, value, x.dtype, "like x")
 
 
-def _options(
+def check_options(
     op: str,
     bins: int,
     tails: str | None,
@@ -185,7 +185,7 @@ def _options(
     min_derivative: float,
     parameterization: str,
 ) -> tuple[str, tuple[float, ...]]:
-    """The name of the tails, and left, right, bottom, top and the three minima."""
+    """Refuse options that make no spline; gives the name of the tails, and left, right, bottom, top, the three minima."""
     if tails not in ("linear", "circular", None):
         raise ValueError(f"{op}: tails is {tails!r}, expected 'linear', 'circular' or None")
     if parameterization not in PARAMETERIZATIONS:
