@@ -267,6 +267,8 @@ def _backward(
     if grad_y is None and grad_logdet is None:
         return (None,) * 11 + nothing
     if torch.is_grad_enabled():  # create_graph=True: derivatives of derivatives come from the definition itself
+        # aliases: what one input owes to another is the business of autograd beyond this op
+        tensors = [t if t is None else t.view_as(t) for t in tensors]
         outputs = reference.flow(*tensors, *options)
         wanted = [i for i, t in enumerate(tensors) if t is not None and t.requires_grad]
         pairs = [(o, g) for o, g in zip(outputs, (grad_y, grad_logdet), strict=True) if g is not None]
