@@ -78,6 +78,8 @@ _started: "WeakKeyDictionary[Any, tuple[Tensor, int]]" = WeakKeyDictionary()
 def _has_started(self: Any) -> bool:
     """Whether ActNorm has had its start; read from the device only after the flag was written."""
     flag = self.initialized
+    if flag.is_inference():  # without a version
+        return bool(flag)
     seen = _started.get(self)
     if seen is None or seen[0] is not flag or seen[1] != flag._version:
         if not bool(flag):
@@ -118,7 +120,9 @@ def shuffle(original: Any, self: Any, x: Tensor, reverse: bool = False, conditio
 def iin_blocks(root: Any) -> list[Block]:
     found = []
     for block in root.flow:
-        norm, coupling, shuffle = _expect(block, f"{IIN}.Flow").flow
+        if len(_expect(block, f"{IIN}.Flow").flow) != 3:
+            raise Unfit("blocks that are not ActNorm, coupling and shuffle")
+        norm, coupling, shuffle = block.flow
         found.append(
             Block(
                 _expect(norm, f"{IIN}.VectorActNorm"),

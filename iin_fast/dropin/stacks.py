@@ -129,6 +129,8 @@ class Stack:
     def started(self) -> bool:
         """Whether ActNorm of every block has had its start; read from the device only after a change."""
         flags = [block.norm.initialized for block in self.blocks if block.norm is not None]
+        if any(flag.is_inference() for flag in flags):
+            return False
         now = tuple((id(flag), flag._version) for flag in flags)
         if self.start != now and all(bool(flag) for flag in flags):
             self.start = now
@@ -147,7 +149,10 @@ class Stack:
             return False
         if inverse and x.shape[1] % 2:  # net2net's inverse of odd sizes is not the inverse of its forward
             return False
-        return not any(self.hooks) and fits(x, *self.tensors()) and self.started()
+        if torch.compiler.is_compiling() or any(self.hooks):
+            return False
+        tensors = self.tensors()
+        return fits(x, *tensors) and not any(tensor.is_inference() for tensor in tensors) and self.started()
 
     def parameters(self, x: Tensor) -> tuple[Tensor, ...]:
         """The op's tensors after the context."""

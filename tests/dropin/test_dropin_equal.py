@@ -25,6 +25,8 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def made(case: Case, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
+    if case.dtype not in (None, dtype):
+        pytest.skip(f"the library takes {case.dtype} alone")
     torch.manual_seed(7)
     module = case.build().to(dtype)
     for parameter in module.parameters():  # FrEIA's own start gives factors of 1 and shifts of 0
@@ -100,7 +102,7 @@ def test_the_fast_code_runs(case: Case, monkeypatch: pytest.MonkeyPatch) -> None
     """Equality alone would hold if every call went back to the library's own code."""
     if "norm" in case.name.split()[1:] or "shuffle" in case.name.split()[1:] or "additive" in case.name or "NICE" in case.name:
         pytest.skip("plain torch operations, no op")
-    module, x = made(case, torch.float64)
+    module, x = made(case, case.dtype or torch.float64)
     calls = []
     for name in ("affine_coupling", "spline_coupling", "flow"):
         op = getattr(torch.ops.iin_fast, name)
@@ -120,8 +122,8 @@ def test_the_fast_code_runs(case: Case, monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("case", [c for c in CASES if c.name.split()[0] in LIBRARY], ids=lambda case: case.name)
 def test_patched_library_gives_the_same(case: Case) -> None:
     module, x = made(case, torch.float64)
-    before = {call: outcome(case, module, call, x) for call in case.calls}
     twin = copy.deepcopy(module)
+    before = {call: outcome(case, module, call, x) for call in case.calls}
     with iin_fast.patch(LIBRARY[case.name.split()[0]]):
         for call, (shape, values, grads) in before.items():
             found = outcome(case, twin, call, x)
