@@ -109,7 +109,7 @@ def _divides(code: CodeType) -> bool:
 
 def all_in_one(original: Any, self: Any, x: Tensor, a: Tensor, rev: bool = False) -> Any:
     """``AllInOneBlock._affine``."""
-    if not fits(x, a) or not large(x) or x.numel() == 0 or not self.clamp > 0:
+    if torch.compiler.is_compiling() or not fits(x, a) or not large(x) or x.numel() == 0 or not self.clamp > 0:
         return original(self, x, a, rev)
     raw, shift = (a * 0.1).split([x.shape[1]] * 2, dim=1)
     if _divides(original.__code__):

@@ -110,21 +110,24 @@ def fingerprint(cls: type, known: Known) -> str | None:
             function = function.fget
         if not isinstance(function, FunctionType) or hasattr(function, "__wrapped__"):
             return None
-        try:
-            source = textwrap.dedent(inspect.getsource(function.__code__))
-        except (OSError, TypeError):
+        source = _source(function)
+        if source is None:
             return None
-        digest.update("".join(_without_docstring(source).split()).encode())
+        digest.update("".join(source.split()).encode())
     return digest.hexdigest()[:12]
 
 
-def _without_docstring(source: str) -> str:
-    tree = ast.parse(source).body[0]
-    assert isinstance(tree, ast.FunctionDef)
-    first = tree.body[0]
-    lines = source.splitlines()
+def _source(function: FunctionType) -> str | None:
+    """The source of a function without its docstring."""
+    try:
+        source = textwrap.dedent(inspect.getsource(function.__code__))
+        tree = ast.parse(source).body[0]
+    except (OSError, TypeError, SyntaxError, IndexError):
+        return None
+    if not isinstance(tree, ast.FunctionDef):
+        return None
+    first, lines = tree.body[0], source.splitlines()
     if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
-        assert first.end_lineno is not None
         lines[first.lineno - 1 : first.end_lineno] = []
     return "\n".join(lines)
 

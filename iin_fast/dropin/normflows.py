@@ -80,8 +80,8 @@ def _refuse_mask(module: Any) -> str | None:
     """The fused form holds for masks of 0 and 1. The answer is kept until the mask changes."""
     if not isinstance(module.b, Tensor):
         return "b is not a tensor"
-    if module.b.is_inference():
-        return "a mask made in inference mode"
+    if torch.compiler.is_compiling() or module.b.is_inference():  # an inference tensor has no version
+        return "a mask that can't be read now"
     seen = _binary.get(module)
     if seen is None or seen[0] is not module.b or seen[1] != module.b._version:
         binary = bool(((module.b == 0) | (module.b == 1)).all())

@@ -78,8 +78,8 @@ _started: "WeakKeyDictionary[Any, tuple[Tensor, int]]" = WeakKeyDictionary()
 def _has_started(self: Any) -> bool:
     """Whether ActNorm has had its start; read from the device only after the flag was written."""
     flag = self.initialized
-    if flag.is_inference():  # without a version
-        return bool(flag)
+    if torch.compiler.is_compiling() or flag.is_inference():  # an inference tensor has no version
+        return False
     seen = _started.get(self)
     if seen is None or seen[0] is not flag or seen[1] != flag._version:
         if not bool(flag):
@@ -257,7 +257,10 @@ _net2net_parts = (
     f"{BLOCKS}.PureAffineDoubleCouplingFlowBlock.forward",
     f"{BLOCKS}.DoubleVectorCouplingBlock.forward",
 )
-_invariances_parts = (*_flat_parts(INVARIANCES, f"{INVARIANCES}.ActNorm"), f"{INVARIANCES}.BasicFullyConnectedNet.forward")
+_invariances_parts = (
+    *_flat_parts(INVARIANCES, f"{INVARIANCES}.ActNorm"),
+    f"{INVARIANCES}.BasicFullyConnectedNet.forward",
+)
 _net2net_refuse, _invariances_refuse = _refuse(net2net_blocks), _refuse(invariances_blocks)
 
 LIBRARIES = (

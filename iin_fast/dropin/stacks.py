@@ -101,7 +101,7 @@ class Stack:
             for half in (0, 1):
                 nets += [_linears(s[half], True), _linears(t[half], False)]
         shapes = {tuple(tuple(layer.weight.shape) for layer in net) for net in nets}
-        if len(shapes) > 1 or len({shape for net in nets for shape in (tuple(l.weight.shape) for l in net[1:-1])}) > 1:
+        if len(shapes) > 1 or len({layer.weight.shape for net in nets for layer in net[1:-1]}) > 1:
             raise Unfit("nets of different sizes")
         self.first = [net[0] for net in nets]
         self.hidden = [layer for net in nets for layer in net[1:-1]]

@@ -105,7 +105,8 @@ def _library_of(module: nn.Module) -> Library | None:
 
 
 def _accelerate(path: str, module: nn.Module, library: Library) -> Iterator[Line]:
-    cls, name = type(module), qualified(type(module))
+    cls: type = type(module)
+    name = qualified(cls)
     known = library.known.get(name)
     if known is not None and cls in _patched:
         yield Line(path, name, True, "by patch")
@@ -113,7 +114,7 @@ def _accelerate(path: str, module: nn.Module, library: Library) -> Iterator[Line
         reason = _why_not(module, cls, known)
         if reason is None:
             try:
-                module.__class__ = _swapped(cls, known)
+                module.__class__ = _swapped(cls, known)  # type: ignore[assignment]
             except TypeError as error:  # another memory layout, such as a class with slots
                 reason = str(error)
         yield Line(path, name, reason is None, known.note if reason is None else reason)
@@ -132,11 +133,13 @@ def _accelerate(path: str, module: nn.Module, library: Library) -> Iterator[Line
         value = vars(module).get(attribute)
         if value is None:
             continue
-        maker = value.func if isinstance(value, partial) else value
-        if isinstance(type(maker), Swapped):
+        maker: Any = value.func if isinstance(value, partial) else value
+        if isinstance(maker, Swapped):
             yield Line(path, f"{name}.{attribute}", True, "already")
             continue
-        label = f"{name}.{attribute} = {qualified(maker) if isinstance(maker, type) else getattr(maker, '__name__', maker)}"
+        label = (
+            f"{name}.{attribute} = {qualified(maker) if isinstance(maker, type) else getattr(maker, '__name__', maker)}"
+        )
         made = library.known.get(qualified(maker)) if isinstance(maker, type) else None
         if made is None:
             yield Line(path, label, False, "no faster form")
@@ -162,9 +165,9 @@ def restore(model: nn.Module) -> None:
         raise TypeError(f"restore: model is a {type(model).__name__}, expected a torch.nn.Module")
     names = {attribute for library in LIBRARIES.values() for attribute in library.attributes}
     for module in model.modules():
-        cls = type(module)
+        cls: Any = type(module)
         if isinstance(cls, Swapped):
-            module.__class__ = cls.original
+            module.__class__ = cls.original  # type: ignore[assignment]
         for name in names & vars(module).keys():
             value = vars(module)[name]
             maker = value.func if isinstance(value, partial) else value
@@ -216,7 +219,9 @@ def patch(*names: str) -> Patch:
         ImportError: a library is not installed.
     """
     if not names:
-        raise ValueError(f"patch: no library given, expected some of {', '.join(lib.name for lib in LIBRARIES.values())}")
+        raise ValueError(
+            f"patch: no library given, expected some of {', '.join(lib.name for lib in LIBRARIES.values())}"
+        )
     libraries = _libraries("patch", names)
     for library in libraries.values():
         for module in library.modules:
@@ -249,7 +254,7 @@ def _becoming(cls: type, swapped: Swapped) -> Callable[..., None]:
             original(self, *args, **kwargs)
             return
         self.__class__ = swapped
-        self.__init__(*args, **kwargs)
+        swapped.__init__(self, *args, **kwargs)  # type: ignore[misc]
 
     return init
 

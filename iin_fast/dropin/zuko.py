@@ -88,7 +88,7 @@ def spline_init(
 
 def _knots(self: Any) -> None:
     original, *arguments = vars(self)[RAW]
-    twin = object.__new__(type(self).__mro__[1])
+    twin: Any = object.__new__(type(self).__mro__[1])
     original(twin, *arguments)
     for name in ("horizontal", "vertical", "derivatives"):
         setattr(self, name, vars(twin)[name])

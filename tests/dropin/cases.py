@@ -1,3 +1,4 @@
+# ruff: noqa: E731
 """Every class and option that iin_fast.dropin knows, as small models with their calls."""
 
 import importlib.util
@@ -121,7 +122,9 @@ def freia_cases() -> list[Case]:
             return lambda m, x: m([x], list(given.to(x)), rev=rev)
 
         build = lambda: cls(features, dims_c=condition, subnet_constructor=Net, **options)
-        cases.append(Case(f"FrEIA {name}", build, shape, {"forward": call(False), "inverse": call(True)}, 1, loose=loose))
+        cases.append(
+            Case(f"FrEIA {name}", build, shape, {"forward": call(False), "inverse": call(True)}, 1, loose=loose)
+        )
 
     for cls in ("GLOWCouplingBlock", "RNVPCouplingBlock", "GINCouplingBlock", "AffineCouplingOneSided"):
         block = getattr(Fm, cls)
@@ -176,7 +179,9 @@ def zuko_cases() -> list[Case]:
             cases.append(Case(f"zuko {name} context={context}", build, (7, 5), ways(context > 0), 2, loose=loose))
     coupling = flow(zuko.flows.NSF, passes=2, bins=4)
     cases.append(Case("zuko NSF coupling", coupling, (7, 5), ways(False), 2, loose=1000))
-    bare = lambda: spread(zuko.flows.ElementWiseTransform(5, univariate=zuko.transforms.MonotonicRQSTransform, shapes=[(4,), (4,), (3,)]))
+    bare = lambda: spread(
+        zuko.flows.ElementWiseTransform(5, univariate=zuko.transforms.MonotonicRQSTransform, shapes=[(4,), (4,), (3,)])
+    )
     cases.append(Case("zuko elementwise spline", bare, (7, 5), ways(False), 1, loose=20))
     return cases
 
@@ -200,7 +205,9 @@ def published_cases() -> list[Case]:
             cases.append(Case(f"iin stack depth={depth}", stack(depth), (7, 6), both, 10, loose=300))
         odd = lambda: started(iin.EfficientVRNVP(parts[1:], 6, 2, 10, 1), 6)
         cases.append(Case("iin stack of couplings and shuffles", odd, (7, 6), both, 4, loose=100))
-        cases.append(Case("iin coupling", lambda: spread(iin.DoubleVectorCouplingBlock(6, 10)), (7, 6), both, 1, loose=10))
+        cases.append(
+            Case("iin coupling", lambda: spread(iin.DoubleVectorCouplingBlock(6, 10)), (7, 6), both, 1, loose=10)
+        )
         norm = lambda: started(iin.VectorActNorm(6), 6)
         cases.append(Case("iin norm", norm, (7, 6), {"forward": both["forward"]}, 1, loose=10))
         cases.append(Case("iin shuffle", lambda: iin.Shuffle(6), (7, 6), {"inverse": both["inverse"]}, 1))

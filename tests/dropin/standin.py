@@ -43,7 +43,7 @@ class DoubleVectorCouplingBlock(nn.Module):
                 log_scale = s(first)
                 first, second = second * log_scale.exp() + t(first), first
                 logdet = logdet + log_scale.sum(1)
-            return torch.cat([second, first], 1)[:, :], logdet
+            return torch.cat([second, first], 1), logdet
         second, first = first, second
         for s, t in zip(reversed(self.s), reversed(self.t), strict=True):
             first, second = second, (first - t(second)) * (-s(second)).exp()
@@ -61,7 +61,7 @@ class VectorActNorm(nn.Module):
     def forward(self, input: Tensor, reverse: bool = False) -> Any:
         loc, scale = self.loc.flatten(), self.scale.flatten()
         if reverse:
-            return input / scale - loc
+            return self.reverse(input)
         if self.initialized.item() == 0:
             with torch.no_grad():
                 self.loc.copy_(-input.mean(0)[None, :, None, None])
@@ -69,6 +69,9 @@ class VectorActNorm(nn.Module):
                 self.initialized.fill_(1)
             loc, scale = self.loc.flatten(), self.scale.flatten()
         return scale * (input + loc), scale.abs().log().sum() * torch.ones_like(input[:, 0])
+
+    def reverse(self, output: Tensor) -> Tensor:
+        return output / self.scale.flatten() - self.loc.flatten()
 
 
 class Shuffle(nn.Module):

@@ -201,7 +201,9 @@ def test_an_unknown_version_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_a_class_that_was_changed_at_run_time_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     own = nflows.AffineCouplingTransform._coupling_transform_forward
-    monkeypatch.setattr(nflows.AffineCouplingTransform, "_coupling_transform_forward", lambda self, *a, **k: own(self, *a, **k))
+    monkeypatch.setattr(
+        nflows.AffineCouplingTransform, "_coupling_transform_forward", lambda self, *a, **k: own(self, *a, **k)
+    )
     assert not iin_fast.accelerate(affine()).replaced
 
 

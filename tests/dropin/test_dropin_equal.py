@@ -100,13 +100,20 @@ def test_accelerated_model_gives_the_same(case: Case, dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_fast_code_runs(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Equality alone would hold if every call went back to the library's own code."""
-    if "norm" in case.name.split()[1:] or "shuffle" in case.name.split()[1:] or "additive" in case.name or "NICE" in case.name:
+    if (
+        "norm" in case.name.split()[1:]
+        or "shuffle" in case.name.split()[1:]
+        or "additive" in case.name
+        or "NICE" in case.name
+    ):
         pytest.skip("plain torch operations, no op")
     module, x = made(case, case.dtype or torch.float64)
     calls = []
     for name in ("affine_coupling", "spline_coupling", "flow"):
         op = getattr(torch.ops.iin_fast, name)
-        monkeypatch.setattr(torch.ops.iin_fast, name, functools.partial(lambda op, *a: (calls.append(op), op(*a))[1], op))
+        monkeypatch.setattr(
+            torch.ops.iin_fast, name, functools.partial(lambda op, *a: (calls.append(op), op(*a))[1], op)
+        )
     for call in case.calls:
         case.calls[call](module, x)
     assert not calls
