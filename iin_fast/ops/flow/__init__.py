@@ -271,6 +271,8 @@ def _backward(
     # create_graph=True: derivatives of derivatives come from the definition itself
     if torch.is_grad_enabled() or mapped_by_autograd(grad_y, grad_logdet):
         with torch.enable_grad():
+            # aliases: what one input owes to another is the business of autograd beyond this op
+            tensors = [t if t is None else t.view_as(t) for t in tensors]
             outputs = reference.flow(*tensors, *options)
         wanted = [i for i, t in enumerate(tensors) if t is not None and t.requires_grad]
         pairs = [(o, g) for o, g in zip(outputs, (grad_y, grad_logdet), strict=True) if g is not None]

@@ -248,6 +248,8 @@ def _backward(backend: str, ctx: Any, grad_y: Tensor, grad_logdet: Tensor) -> tu
     nothing = (None,) * len(ctx.options)
     if torch.is_grad_enabled():  # create_graph=True: derivatives of derivatives come from the definition itself
         bins, tails, form, left, right, bottom, top, width, height, slope, inverse = ctx.options
+        # aliases: what one input owes to another is the business of autograd beyond this op
+        x, parameters = x.view_as(x), parameters.view_as(parameters)
         outputs = reference.spline_coupling(
             x, parameters, bins, _TAILS[tails], _FORMS[form], (left, right, bottom, top), width, height, slope, inverse
         )
