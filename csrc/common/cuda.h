@@ -62,14 +62,28 @@ public:
 
   template <class... Parameters, class... Arguments>
   void operator()(void (*kernel)(Parameters...), dim3 grid, dim3 block, Arguments &&...arguments) const {
+    launch(kernel, grid, block, 0, std::forward<Arguments>(arguments)...);
+  }
+
+  // The same with dynamic shared memory: call.with_shared(bytes)(kernel, grid, block, arguments...).
+  auto with_shared(size_t bytes) const {
+    return [this, bytes](auto kernel, dim3 grid, dim3 block, auto &&...arguments) {
+      launch(kernel, grid, block, bytes, std::forward<decltype(arguments)>(arguments)...);
+    };
+  }
+
+private:
+  template <class... Parameters, class... Arguments>
+  void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes,
+              Arguments &&...arguments) const {
     cudaLaunchConfig_t config{};
     config.gridDim = grid;
     config.blockDim = block;
+    config.dynamicSmemBytes = shared_bytes;
     config.stream = static_cast<cudaStream_t>(stream_);
     check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), "the launch of a kernel");
   }
 
-private:
   void check(cudaError_t error, const char *what) const {
     if (error == cudaSuccess)
       return;

@@ -1,6 +1,6 @@
 """The op ``spline_coupling``: argument checks, choice of the backend, autograd.
 
-Files: reference.py (plain torch, the definition), csrc/spline_coupling (CPU) and triton.py.
+Files: reference.py (plain torch, the definition), csrc/spline_coupling (CPU and CUDA) and triton.py.
 """
 
 from functools import partial
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import _library  # noqa: F401  (loads the compiled ops)
+from ..._library import libraries
 from ...backends import chosen, ops, register
 from ..checks import check_device, check_dtype, check_floating
 from ..triton_ops import define_triton
@@ -25,6 +25,8 @@ _TAILS = {code: name for name, code in TAILS.items()}
 _FORMS = {code: name for name, code in PARAMETERIZATIONS.items()}
 
 register("spline_coupling", "cpp", "cpu")
+if "cuda" in libraries:
+    register("spline_coupling", "cpp", "cuda")
 define_triton("spline_coupling")
 
 
