@@ -76,6 +76,12 @@ struct SplinePlan {
   size_t shared_bytes;          // dynamic
 };
 
+// What the launch gave of shared memory.
+inline __device__ unsigned char *shared_splines() {
+  extern __shared__ __align__(16) unsigned char dynamic_shared[];
+  return dynamic_shared;
+}
+
 // The elements of a tile. They lie side by side in [rows, features].
 struct SplineTile {
   int64_t row, feature; // the first one
@@ -301,10 +307,9 @@ template <class Storage, bool staged>
 __global__ void __launch_bounds__(spline_threads, 1)
     spline_forward_kernel(const DeviceSplineForward<Storage> job, const SplinePlan plan) {
   using T = compute_t<Storage>;
-  __align__(16) extern __shared__ unsigned char dynamic_shared[];
   __shared__ T sums[spline_threads]; // [tile_rows, tile_features]
   const DeviceSpline<Storage> &spline = job.spline;
-  Storage *const shared = reinterpret_cast<Storage *>(dynamic_shared);
+  Storage *const shared = reinterpret_cast<Storage *>(shared_splines());
   const int thread = threadIdx.x;
   const bool identity = spline.tails != Tails::none;
   T sum = 0;
@@ -365,9 +370,8 @@ template <class Storage, bool staged>
 __global__ void __launch_bounds__(spline_threads, 1)
     spline_backward_kernel(const DeviceSplineBackward<Storage> job, const SplinePlan plan) {
   using T = compute_t<Storage>;
-  __align__(16) extern __shared__ unsigned char dynamic_shared[];
   const DeviceSpline<Storage> &spline = job.spline;
-  Storage *const shared = reinterpret_cast<Storage *>(dynamic_shared);
+  Storage *const shared = reinterpret_cast<Storage *>(shared_splines());
   const int thread = threadIdx.x;
   const bool identity = spline.tails != Tails::none;
   for_tiles(
