@@ -148,7 +148,7 @@ def test_accesses_out_of_bounds_are_reported(fault: str) -> None:
 
 
 def test_the_ops_kernels_touch_no_memory_but_their_own() -> None:
-    files = ["tests/ops/test_affine_coupling_cuda.py", "tests/ops/test_pair_nll_cuda.py"]
+    files = [f"tests/ops/test_{op}_cuda.py" for op in ("affine_coupling", "pair_nll", "flow")]
     # the other squashes read and write the same memory
     squashes = "not identity and not atan and not sigmoid"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", squashes, *files]

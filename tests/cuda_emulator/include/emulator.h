@@ -408,6 +408,9 @@ struct Launch {
   bool cooperative = false; // all blocks at once, so that the kernel may use barriers over the grid
   int *launches = nullptr;  // counts, if given
 
+  Launch with_shared(size_t bytes) const { return {bytes, cooperative, launches}; }
+  Launch together(size_t bytes) const { return {bytes, true, launches}; }
+
   template <class... Parameters, class... Arguments>
   void operator()(void (*kernel)(Parameters...), dim3 grid, dim3 block, Arguments &&...arguments) const {
     const uint64_t threads = uint64_t(block.x) * block.y * block.z;
