@@ -43,6 +43,9 @@ struct Exact {
   static constexpr int depth = 8;
 };
 
+// Blocks of a multiprocessor at once that the compiler leaves registers for; about as many fit the shared memory.
+template <class Precision> constexpr int blocks_at_once = sizeof(typename Precision::Storage) == 8 ? 2 : 3;
+
 // sum[i][j] += a w for a warp's tiles of 16 rows × 8 columns, over one step of the depth. `a` and `w` point into shared
 // memory; a_turned: rows of it are the depth; w_turned: rows of it are columns of the product.
 template <class Precision, int row_tiles, int column_tiles, bool a_turned, bool w_turned, int lda, int ldw>
@@ -202,9 +205,14 @@ struct Tile {
   static constexpr int shared_bytes = tile_bytes > result_bytes ? tile_bytes : result_bytes;
   static_assert(shared_bytes <= 48 * 1024, "what a launch may have without asking");
 
-  // load(product, step, a, w) brings the tiles of a step of the depth; afterwards result() reads C from `shared`.
+  // load(product, step, a, w) brings the tiles of a step of the depth, visit(a, w) may read them (of the first product)
+  // when they are there; afterwards result() reads C from `shared`.
   // All threads of the block call both; a barrier must lie between result() and the next use of `shared`.
   template <class Load> static __device__ __forceinline__ void run(unsigned char *shared, int steps, Load &&load) {
+    run(shared, steps, load, [](const Storage *, const Storage *) {});
+  }
+  template <class Load, class Visit>
+  static __device__ __forceinline__ void run(unsigned char *shared, int steps, Load &&load, Visit &&visit) {
     Storage *const ring = reinterpret_cast<Storage *>(shared);
     const auto bring = [&](int step) {
       if (step < steps)
@@ -234,7 +242,9 @@ struct Tile {
       wait_copies<buffers - 2>();
       __syncthreads(); // all copies of this step have arrived, and the buffer that bring() fills now is free
       bring(step + buffers - 1);
-      const Storage *const a = ring + step % buffers * buffer_size + product * (a_size + w_size), *const w = a + a_size;
+      const Storage *const buffer = ring + step % buffers * buffer_size;
+      const Storage *const a = buffer + product * (a_size + w_size), *const w = a + a_size;
+      visit(buffer, buffer + a_size);
 #pragma unroll
       for (int k = 0; k < share; k += Precision::depth) {
         const int at = depth_warp * share + k;

@@ -369,7 +369,7 @@ __global__ void __launch_bounds__(tile_threads) flow_enter_kernel(const FlowWalk
 }
 
 template <class Precision, bool wide, bool first>
-__global__ void __launch_bounds__(tile_threads)
+__global__ void __launch_bounds__(tile_threads, blocks_at_once<Precision>)
     flow_layer_kernel(const FlowWalk<typename Precision::Storage> walk, const int step, const int layer) {
   using Tile = LayerTile<Precision, wide>;
   layer_tile<Tile, first>(walk, shared_tiles(), step, layer, blockIdx.z, static_cast<int64_t>(blockIdx.x) * Tile::rows,
@@ -377,7 +377,7 @@ __global__ void __launch_bounds__(tile_threads)
 }
 
 template <class Precision, bool wide>
-__global__ void __launch_bounds__(tile_threads)
+__global__ void __launch_bounds__(tile_threads, blocks_at_once<Precision>)
     flow_last_layer_kernel(const FlowWalk<typename Precision::Storage> walk, const int step, const bool inverse) {
   using Tile = LastTile<Precision, wide>;
   last_tile<Tile>(walk, shared_tiles(), step, inverse, static_cast<int64_t>(blockIdx.x) * Tile::rows, blockIdx.y);
