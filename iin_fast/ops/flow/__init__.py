@@ -1,6 +1,7 @@
 """The op ``flow``: a whole stack of flow blocks in one call. Argument checks, choice of the backend, autograd.
 
-Files: reference.py (plain torch, the definition), layout.py (how weights lie), csrc/flow (CPU) and triton.py.
+Files: reference.py (plain torch, the definition), layout.py (how weights lie), saved.py (what a GPU keeps for backward),
+csrc/flow (CPU and CUDA) and triton.py.
 """
 
 from functools import partial
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import _library  # noqa: F401  (loads the compiled ops)
+from ..._library import libraries  # loads the compiled ops
 from ...backends import chosen, ops, register
 from ..checks import check_device, check_dtype, check_floating, check_rank, check_shape
 from ..triton_ops import define_triton
@@ -24,10 +25,12 @@ AUTO_SAVE_BYTES = 256 * 2**20
 """``memory="auto"`` saves activations up to this many bytes and inverts beyond (docs/performance.md)."""
 
 register("flow", "cpp", "cpu")
+if "cuda" in libraries:
+    register("flow", "cpp", "cuda")
 define_triton("flow")
 
 _TYPES = (torch.float32, torch.float64)
-_TRITON_TYPES = (*_TYPES, torch.bfloat16, torch.float16)
+_GPU_TYPES = (*_TYPES, torch.bfloat16, torch.float16)
 _PARAMETERS = (
     "loc",
     "scale",
@@ -66,8 +69,8 @@ def flow(
     context, and a fixed permutation. reference.py is the definition, c = ceil(dim / 2).
 
     Args:
-        x: ``[batch, dim]``, float32 or float64, any strides; dim of at least 2, batch may be 0. With the backends triton
-            and reference also bfloat16 or float16: couplings, log-det and what lies between blocks stay in float32.
+        x: ``[batch, dim]``, float32 or float64, any strides; dim of at least 2, batch may be 0. On GPUs, and with the
+            backends triton and reference, also bfloat16 or float16: couplings, log-det and what lies between blocks stay in float32.
         context: ``[1, batch, context_dim]`` for all blocks or ``[n_flows, batch, context_dim]``; None for none.
         loc, scale: ``[n_flows, dim]``, ActNorm; scale not 0.
         weight_in, bias_in, weight_hidden, bias_hidden, weight_out, bias_out: the nets S and T of every half of every
@@ -115,13 +118,31 @@ def flow(
     if save and memory == "auto":
         size = _saved_size(x, bias_in.shape[-1], bias_hidden.shape[-2], context, loc.shape[0])
         save = size * x.element_size() <= AUTO_SAVE_BYTES
-    y, logdet, _ = ops(backend).flow(*tensors, float(leaky_slope), float(activation_slope), exact_logdet, inverse, save)
+    options = (
+        float(leaky_slope),
+        float(activation_slope),
+        exact_logdet,
+        inverse,
+        save,
+        x.is_cuda and _tf32_is_allowed(),
+    )
+    y, logdet, _ = ops(backend).flow(*tensors, *options)
     return y, logdet
+
+
+def _tf32_is_allowed() -> bool:
+    """Whether the user lets torch multiply float32 matrices as TF32 on NVIDIA GPUs."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+# torch.compile cannot trace the setting. This is torch.compiler.assume_constant_result without an import of the compiler.
+_tf32_is_allowed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _check(x: Tensor, context: Tensor | None, parameters: tuple[Tensor, ...], permutation: Tensor) -> None:
     op = "flow"
-    types = _TYPES if not isinstance(x, Tensor) or chosen(op, x) == "cpp" else _TRITON_TYPES
+    cpu = not isinstance(x, Tensor) or (chosen(op, x) == "cpp" and x.device.type == "cpu")
+    types = _TYPES if cpu else _GPU_TYPES
     autocast = isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type)
     given = [("x", x), *zip(_PARAMETERS, parameters, strict=True)]
     if context is not None:
@@ -213,7 +234,10 @@ def _fake(
     exact_logdet: bool,
     inverse: bool,
     save: bool,
+    tf32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if x.device.type != "cpu":
+        return _fake_gpu(x, loc.shape[0], bias_in.shape[3], bias_hidden.shape[3], inverse, save)
     saved = _saved_size(x, bias_in.shape[3], bias_hidden.shape[3], context, loc.shape[0]) if save else 0
     return x.new_empty(x.shape), x.new_empty(x.shape[:1]), x.new_empty(saved)
 
@@ -238,6 +262,7 @@ def _fake_backward(
     inverse: bool,
     context_grad: bool,
     weight_grads: bool,
+    tf32: bool = False,
 ) -> tuple[Tensor | None, ...]:
     def like(t: Tensor) -> Tensor:
         return t.new_empty(t.shape)
@@ -253,7 +278,7 @@ def _fake_backward(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, ctx.leaky_slope, ctx.activation_slope, ctx.exact_logdet, ctx.inverse, _ = inputs
+    *tensors, ctx.leaky_slope, ctx.activation_slope, ctx.exact_logdet, ctx.inverse, _, ctx.tf32 = inputs
     y, _, saved = output
     ctx.mark_non_differentiable(saved)
     ctx.set_materialize_grads(False)
@@ -265,7 +290,7 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     y, saved, *tensors = ctx.saved_tensors
     options: Any = (ctx.leaky_slope, ctx.activation_slope, ctx.exact_logdet, ctx.inverse)
-    nothing = (None,) * 5
+    nothing = (None,) * 6
     if grad_y is None and grad_logdet is None:
         return (None,) * 11 + nothing
     # create_graph=True: derivatives of derivatives come from the definition itself
@@ -286,7 +311,8 @@ def _backward(
         grads = dict(zip(wanted, found, strict=True))
         return tuple(grads.get(i) for i in range(11)) + nothing
     grad_y = torch.zeros_like(y) if grad_y is None else grad_y
-    grad_logdet = y.new_zeros(y.shape[0]) if grad_logdet is None else grad_logdet
+    if grad_logdet is None:
+        grad_logdet = y.new_zeros(y.shape[0], dtype=torch.float64 if y.dtype == torch.float64 else torch.float32)
     context, weights = tensors[1], tensors[4:10]
     found = ops(backend).flow_backward(
         grad_y,
@@ -299,6 +325,7 @@ def _backward(
         ctx.inverse,
         context is not None and ctx.needs_input_grad[1],
         any(ctx.needs_input_grad[4 : 4 + len(weights)]),
+        ctx.tf32,
     )
     needed = ctx.needs_input_grad
     return tuple(g if needed[i] else None for i, g in enumerate(found)) + (None, *nothing)
@@ -307,7 +334,13 @@ def _backward(
 @torch.library.register_fake("iin_fast_triton::flow")
 def _fake_triton(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     loc, bias_in, bias_hidden, inverse, save = rest[1], rest[4], rest[6], rest[13], rest[14]
-    size = saved_bytes(x, bias_in.shape[3], bias_hidden.shape[3], loc.shape[0], inverse) if save else 0
+    return _fake_gpu(x, loc.shape[0], bias_in.shape[3], bias_hidden.shape[3], inverse, save)
+
+
+def _fake_gpu(
+    x: Tensor, n_flows: int, hidden: int, depth: int, inverse: bool, save: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    size = saved_bytes(x, hidden, depth, n_flows, inverse) if save else 0
     logdet = x.new_empty(x.shape[:1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
     return x.new_empty(x.shape), logdet, x.new_empty(size, dtype=torch.uint8)
 
@@ -330,6 +363,6 @@ for _backend_name, _name in (("cpp", "iin_fast::flow"), ("triton", "iin_fast_tri
     torch.library.register_autograd(_name, partial(_backward, _backend_name), setup_context=_setup)
     torch.library.register_vmap(_name, partial(_vmap, _backend_name))
     torch.library.register_vmap(f"{_name}_backward", one_by_one(ops(_backend_name).flow_backward))
-torch.library.register_autocast("iin_fast::flow", "cpu", torch.float32)
 for _device in ("cpu", "cuda"):
+    torch.library.register_autocast("iin_fast::flow", _device, torch.float32)
     torch.library.register_autocast("iin_fast_triton::flow", _device, torch.float32)
