@@ -127,7 +127,7 @@ def study(
         max_samples=most,
         seed=seed,
     )
-    found |= {"swap": judged["swap"], "leak": judged["leak"]["iin"], "information": judged["information"]["iin"]}
+    found |= {"swap": judged["swap"], "leak": judged["leak"]["iin"]}
     return found, model
 
 
