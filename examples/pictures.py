@@ -28,7 +28,7 @@ def sheet(
         for j in range(m):
             page[i * (h + 2) :, j * (w + 2) :][:h, :w] = values[i, j]
     left = 0.09 * max(map(len, rows), default=0) if rows else 0
-    top = 0.25 if columns else 0
+    top = 0.2 * max(name.count("\n") + 1 for name in columns) + 0.05 if columns else 0
     width, height = page.shape[1] * zoom / 100, page.shape[0] * zoom / 100
     figure = Figure(figsize=(left + width, top + height), dpi=100)
     FigureCanvasAgg(figure)

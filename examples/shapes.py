@@ -33,9 +33,9 @@ def draw(labels: Tensor, random: torch.Generator) -> Tensor:
     """Pictures ``[n, 1, 32, 32]`` in [0, 1] of classes ``[n, 5]``, with play of a third of a step around each class."""
     play = (torch.rand(labels.shape, generator=random) - 0.5) / 1.5
     place = (labels + play) / torch.tensor([float(n) for n in CLASSES.values()])  # 0 to 1 over the classes
-    size = 3.4 + 4.2 * place[:, 1]
+    size = 4.6 + 4.6 * place[:, 1]
     angle = 2 * math.pi * place[:, 2]
-    center = 9.5 + 13 * (place[:, 3:] + 0.5 / 4)
+    center = 11.5 + 9 * (place[:, 3:] + 0.5 / 4)
     grid = torch.arange(SIDE) + 0.5
     x = grid[None, None, :] - center[:, 0, None, None]
     y = grid[None, :, None] - center[:, 1, None, None]
@@ -175,7 +175,7 @@ def main(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
     started = time.perf_counter()
     random = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    steps = {"autoencoder": 30, "judge": 30, "iin": 20} if quick else {"autoencoder": 3000, "judge": 1200, "iin": 2500}
+    steps = {"autoencoder": 30, "judge": 30, "iin": 20} if quick else {"autoencoder": 3000, "judge": 1200, "iin": 3000}
     n_train, n_test = (800, 500) if quick else (12_000, 2500)
 
     autoencoder, judge = Autoencoder(), Judge()

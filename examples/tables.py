@@ -125,10 +125,12 @@ def two_models(results: Mapping[str, Any]) -> str:
         cells += [f"{found['agreement'][concept]:.3f}" for concept in ("digit", "color")]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += ["", *judged_swaps({f"{name}, ": found["swap"] for name, found in models.items()})]
-    lines += ["", "| what a factor knows, share of the entropy | digit | color |", "|---|---:|---:|"]
+    columns = ["all of z", "its own factor", "all other factors", "by chance"]
+    lines += ["", f"| read right from | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
     for name, found in models.items():
-        for factor, known in found["information"]["normalised"].items():
-            lines.append(f"| {name}, factor {factor} | {known['digit']:.3f} | {known['color']:.3f} |")
+        for concept, read in found["leak"].items():
+            cells = [f"{read[key]:.3f}" for key in ("all", "own", "mlp_accuracy", "chance")]
+            lines.append(f"| {name}, {concept} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

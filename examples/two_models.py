@@ -127,7 +127,7 @@ def study(
         max_samples=most,
         seed=seed,
     )
-    found |= {"swap": judged["swap"], "leak": judged["leak"]["iin"], "information": judged["information"]["iin"]}
+    found |= {"swap": judged["swap"], "leak": judged["leak"]["iin"]}
     return found, model
 
 
@@ -175,7 +175,7 @@ def draw(path: Path, encoders: dict[str, Any], models: dict[str, Any], images: T
                 columns.append(encoder.decode(swapped))
             else:
                 columns.append(images[torch.cdist(swapped, z).argmin(1)])
-            names.append(f"{name[:7]}.: {concept}")
+            names.append(f"{concept},\n{name}")
     sheet(path, torch.stack(columns, 1), columns=names, zoom=2.6)
 
 
