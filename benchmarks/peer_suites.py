@@ -29,7 +29,7 @@ SUITES = {
     "freia": ("FrEIA", "tests"),
 }
 
-PLUGIN = '''
+PLUGIN = """
 import atexit, collections, json, os, random
 import numpy, pytest, torch
 
@@ -54,7 +54,7 @@ if os.environ["PATCH"]:
     for name in ("affine_coupling", "spline_coupling"):
         setattr(torch.ops.iin_fast, name, counted(name, getattr(torch.ops.iin_fast, name)))
     atexit.register(lambda: open(os.environ["COUNTS"], "w").write(json.dumps(counts)))
-'''
+"""
 
 
 def suite(name: str, source: Path | None, scratch: Path) -> Path | None:
@@ -102,8 +102,12 @@ def compare(name: str, source: Path | None) -> dict[str, object]:
             return {"version": version, "note": "its source distribution carries no tests"}
         before, _ = run(name, found, False, scratch)
         after, calls = run(name, found, True, scratch)
-    differ = {test: [before.get(test), after.get(test)] for test in before | after if before.get(test) != after.get(test)}
-    tally = {kind: sum(outcome == kind for outcome in before.values()) for kind in ("passed", "failure", "error", "skipped")}
+    differ = {
+        test: [before.get(test), after.get(test)] for test in before | after if before.get(test) != after.get(test)
+    }
+    tally = {
+        kind: sum(outcome == kind for outcome in before.values()) for kind in ("passed", "failure", "error", "skipped")
+    }
     return {"version": version, **tally, "op_calls_under_patch": calls, "different_under_patch": differ}
 
 

@@ -134,13 +134,32 @@ def two_models(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def sbi(results: Mapping[str, Any]) -> str:
+    lines = [
+        f"{made_by(results)} {results['simulations']} simulations, {results['epochs']} epochs, {results['threads']} threads.",
+        "",
+        "| estimator | training, s: own | patched | × | held-out log-prob: own | patched | C2ST: own against patched | own against another seed |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, row in results["estimators"].items():
+        own, fast = row["seconds"]["own"], row["seconds"]["patched"]
+        lines.append(
+            f"| {name} | {own:.1f} | {fast:.1f} | {own / fast:.2f} | {row['log-prob']['own']:.3f} | "
+            f"{row['log-prob']['patched']:.3f} | {row['own against patched']['C2ST']:.3f} | "
+            f"{row['own against another seed']['C2ST']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> int:
     page = DOCS / "examples.md"
     text = before = page.read_text()
-    for write in (two_models, shapes, sentences, outliers, spline_density):
+    for write in (two_models, shapes, sentences, outliers, spline_density, sbi):
         name = write.__name__
         begin, end = BEGIN.format(name), END.format(name)
         head, rest = text.split(begin)
+        if not (DOCS / "examples" / f"{name}.json").exists():  # not run yet
+            continue
         results = json.loads((DOCS / "examples" / f"{name}.json").read_text())
         text = head + begin + "\n" + write(results) + "\n" + end + rest.split(end)[1]
     if "--check" in sys.argv[1:]:

@@ -65,6 +65,14 @@ def test_spline_density(tmp_path: Path) -> None:
     assert found["tables"]["breast cancer"]["iin-fast"]["test nats"]["mean"] > fresh
 
 
+def test_sbi(tmp_path: Path) -> None:
+    pytest.importorskip("sbi.inference")
+    found = importlib.import_module("sbi_npe").main(tmp_path, quick=True)
+    for estimator in found["estimators"].values():
+        assert estimator["own against patched"]["same noise"] < 1e-3  # after two epochs from one seed
+        assert abs(estimator["log-prob"]["own"] - estimator["log-prob"]["patched"]) < 1e-2
+
+
 def test_tables_come_from_the_result_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["tables.py", "--check"])
     assert importlib.import_module("tables").main() == 0

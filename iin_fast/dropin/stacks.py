@@ -1,7 +1,8 @@
 """Whole published stacks (ActNorm, double coupling, shuffle) as one op on the modules' own Parameters.
 
-The op reads its weights stacked and in panels. They are laid out from the modules' Parameters at each call that needs
-their gradients, one copy that autograd knows the way back of; otherwise once, until a Parameter changes.
+The op reads its weights stacked and in panels. They are laid out from the modules' Parameters once, until one of them
+changes: in training after every step of the optimizer. The copy is one that autograd knows the way back of, so several
+calls, and several backward passes, can share it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -78,8 +79,21 @@ class Pack(torch.autograd.Function):
         return packed
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
-        return unpack(grads[0], *ctx.shape).unbind(0)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, columns = ctx.shape
+        if torch.is_grad_enabled():
+            return unpack(grads[0], rows, columns).unbind(0)
+        found: list[Tensor | None] = []
+        for packed, needed in zip(grads[0], ctx.needs_input_grad, strict=True):
+            if not needed:
+                found.append(None)
+                continue
+            weight = packed.new_empty(rows, columns)  # one tensor each, which autograd takes over as the gradient
+            for start in range(0, rows, PANEL):
+                panel = weight[start : start + PANEL]
+                panel.copy_(packed[start * columns : start * columns + panel.numel()].view(columns, -1).T)
+            found.append(weight)
+        return tuple(found)
 
 
 class Stack:
@@ -114,7 +128,7 @@ class Stack:
         ]
         self.edges += [(root._modules, key, child) for key, child in root._modules.items()]
         self.hooks = [getattr(module, name) for module, _ in self.modules for name in HOOKS]
-        self.packed: tuple[list[Any], list[int], tuple[Tensor, ...]] | None = None
+        self.packed: tuple[list[Any], list[Any], tuple[Tensor, ...]] | None = None
         self.start: tuple[Any, ...] | None = None
 
     def _parts(self) -> Iterator[nn.Module]:
@@ -157,18 +171,17 @@ class Stack:
     def parameters(self, x: Tensor) -> tuple[Tensor, ...]:
         """The op's tensors after the context."""
         tensors = self.tensors()
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-            self.packed = None
-            return self._layout(x)
+        wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         held = tensors + [block.shuffle.forward_shuffle_idx for block in self.blocks if block.shuffle is not None]
-        versions = [tensor._version for tensor in held]
+        state = [wanted, *((tensor._version, tensor.requires_grad) for tensor in held)]
         if (
             self.packed is None
-            or self.packed[1] != versions
+            or self.packed[1] != state
             or any(now is not then for now, then in zip(held, self.packed[0], strict=True))
         ):
-            with torch.inference_mode(False), torch.no_grad():
-                self.packed = (held, versions, self._layout(x))
+            self.packed = None  # its memory first
+            with torch.inference_mode(False), torch.set_grad_enabled(wanted):
+                self.packed = (held, state, self._layout(x))
         return self.packed[2]
 
     def _layout(self, x: Tensor) -> tuple[Tensor, ...]:

@@ -55,8 +55,7 @@ def _affine_scale(self: Any) -> None:
 def _affine(original: Any, self: Any, x: Tensor, inverse: bool) -> Tensor:
     if not fits(x, self.log_scale, self.shift) or x.shape != self.shift.shape or not large(x):
         return original(self, x)  # type: ignore[no-any-return]
-    flat = (value.reshape(-1) for value in (x, self.log_scale, self.shift))
-    return affine_coupling(*flat, squash="identity", inverse=inverse)[0].view(x.shape)
+    return affine_coupling(x, self.log_scale, self.shift, squash="identity", inverse=inverse)[0]
 
 
 def affine_call(original: Any, self: Any, x: Tensor) -> Tensor:

@@ -379,6 +379,21 @@ def test_stack_sees_every_change_of_its_modules(stack: nn.Module, monkeypatch: p
     same()
 
 
+def test_calls_of_a_stack_share_its_weights(stack: nn.Module) -> None:
+    """Two samples in one loss, and a second backward pass before the next step."""
+    own, x = copy.deepcopy(stack), torch.randn(2, 9, 6, dtype=torch.float64)
+    iin_fast.accelerate(stack)
+    for model in (stack, own):
+        for loss in (model(x[0])[0].square().sum() + model(x[1])[1].sum(), model(x[1])[0].sin().sum()):
+            loss.backward()
+    for got, want in zip(stack.parameters(), own.parameters(), strict=True):
+        assert torch.allclose(got.grad, want.grad, rtol=1e-9, atol=1e-9)
+    frozen = stack.flow[0].flow[1].s[0].main[0].weight.requires_grad_(False)
+    frozen.grad = None
+    stack(x[0])[0].sum().backward()
+    assert frozen.grad is None
+
+
 def test_hooks_inside_a_stack_fire(stack: nn.Module) -> None:
     iin_fast.accelerate(stack)
     x, seen = torch.randn(9, 6, dtype=torch.float64), []
