@@ -4,6 +4,7 @@ Files: reference.py (plain torch, the definition), layout.py (how weights lie), 
 csrc/flow (CPU and CUDA) and triton.py.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ..._library import libraries  # loads the compiled ops
 from ...backends import chosen, ops, register
+from ..autograd import differentiable
 from ..checks import check_device, check_dtype, check_floating, check_rank, check_shape
 from ..triton_ops import define_triton
 from ..vmap import front, mapped_by_autograd, one_by_one
@@ -99,19 +101,15 @@ def flow(
     See also:
         ``iin_fast.ops.affine_coupling`` for a single coupling with conditioners of your own.
     """
-    _check(x, context, (loc, scale, weight_in, bias_in, weight_hidden, bias_hidden, weight_out, bias_out), permutation)
+    parameters = (loc, scale, weight_in, bias_in, weight_hidden, bias_hidden, weight_out, bias_out)
+    backend = _check(x, context, parameters, permutation)
     if memory not in ("auto", "save", "invert"):
         raise ValueError(f"flow: memory is {memory!r}, expected auto, save or invert")
     if not leaky_slope >= 0:
         raise ValueError(f"flow: leaky_slope is {leaky_slope}, expected at least 0")
     if not activation_slope > 0:
         raise ValueError(f"flow: activation_slope is {activation_slope}, expected a number above 0")
-    # fmt: off
-    tensors = (
-        x, context, loc, scale, weight_in, bias_in, weight_hidden, bias_hidden, weight_out, bias_out, permutation,
-    )
-    # fmt: on
-    backend = chosen("flow", x)
+    tensors = (x, context, *parameters, permutation)
     if backend == "reference":
         return reference.flow(*tensors, leaky_slope, activation_slope, exact_logdet, inverse)
     save = memory != "invert" and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
@@ -126,7 +124,7 @@ def flow(
         save,
         x.is_cuda and _tf32_is_allowed(),
     )
-    y, logdet, _ = ops(backend).flow(*tensors, *options)
+    y, logdet, _ = _calls[backend](*tensors, *options)
     return y, logdet
 
 
@@ -139,21 +137,18 @@ def _tf32_is_allowed() -> bool:
 _tf32_is_allowed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _check(x: Tensor, context: Tensor | None, parameters: tuple[Tensor, ...], permutation: Tensor) -> None:
+def _check(x: Tensor, context: Tensor | None, parameters: tuple[Tensor, ...], permutation: Tensor) -> str:
+    """Refuse what does not fit; gives the backend."""
     op = "flow"
-    cpu = not isinstance(x, Tensor) or (chosen(op, x) == "cpp" and x.device.type == "cpu")
-    types = _TYPES if cpu else _GPU_TYPES
-    autocast = isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type)
-    given = [("x", x), *zip(_PARAMETERS, parameters, strict=True)]
-    if context is not None:
-        given.append(("context", context))
-    for name, value in given:
-        if not isinstance(value, Tensor) or (value.dtype not in types and not autocast):
-            check_floating(op, name, value, types)
-        if value.dtype != x.dtype and not autocast:
-            check_dtype(op, name, value, x.dtype, "like x")
-        if value.device != x.device:
-            check_device(op, name, value, x, "x")
+    check_floating(op, "x", x)
+    backend = chosen(op, x)
+    dtype, device = x.dtype, x.device
+    types = _TYPES if backend == "cpp" and device.type == "cpu" else _GPU_TYPES
+    alike = dtype in types  # the usual, in one look; what differs is looked at closely
+    for value in parameters if context is None else (*parameters, context):
+        alike = alike and isinstance(value, Tensor) and value.dtype == dtype and value.device == device
+    if not alike:
+        _check_types(op, x, context, parameters, types)
     if x.dim() != 2 or x.shape[1] < 2:
         raise ValueError(f"{op}: x has shape {list(x.shape)}, expected [batch, dim] with dim of at least 2")
     loc, _, _, bias_in, _, bias_hidden, _, _ = parameters
@@ -161,14 +156,17 @@ def _check(x: Tensor, context: Tensor | None, parameters: tuple[Tensor, ...], pe
     if loc.dim() != 2 or loc.shape[0] < 1:
         raise ValueError(f"{op}: loc has shape {list(loc.shape)}, expected [n_flows, {dim}] with at least one flow")
     n_flows = loc.shape[0]
-    check_rank(op, "bias_in", bias_in, f"[{n_flows}, 2, 2, hidden]", 4)
-    check_rank(op, "bias_hidden", bias_hidden, f"[{n_flows}, 2, 2, depth, hidden]", 5)
+    # Messages are made where they are needed alone: they take time, and in a compiled call they fix the batch size.
+    if bias_in.dim() != 4:
+        check_rank(op, "bias_in", bias_in, f"[{n_flows}, 2, 2, hidden]", 4)
+    if bias_hidden.dim() != 5:
+        check_rank(op, "bias_hidden", bias_hidden, f"[{n_flows}, 2, 2, depth, hidden]", 5)
     hidden, depth = bias_in.shape[3], bias_hidden.shape[3]
     if hidden < 1:
         raise ValueError(f"{op}: bias_in has shape {list(bias_in.shape)}, expected a hidden width of at least 1")
     wide = 0
     if context is not None:
-        if context.dim() != 3:  # only then is the message made: it would fix the batch size of a compiled call
+        if context.dim() != 3:
             check_rank(op, "context", context, f"[1 or {n_flows}, {x.shape[0]}, context_dim]", 3)
         if context.shape[0] not in (1, n_flows) or context.shape[1] != x.shape[0]:
             raise ValueError(
@@ -186,22 +184,33 @@ def _check(x: Tensor, context: Tensor | None, parameters: tuple[Tensor, ...], pe
         (n_flows, 2, 2, hidden * out),
         (n_flows, 2, 2, out),
     )
-    for name, value, shape in zip(_PARAMETERS, parameters, shapes, strict=True):
-        if value.shape != shape:
-            check_shape(
-                op,
-                name,
-                value,
-                shape,
-                f"for dim {dim}, context {wide}, {n_flows} flows, hidden {hidden}, depth {depth}",
-            )
+    for place, value in enumerate(parameters):
+        if value.shape != shapes[place]:
+            like = f"for dim {dim}, context {wide}, {n_flows} flows, hidden {hidden}, depth {depth}"
+            check_shape(op, _PARAMETERS[place], value, shapes[place], like)
     if not isinstance(permutation, Tensor) or permutation.dtype != torch.int64:
         got = permutation.dtype if isinstance(permutation, Tensor) else type(permutation).__name__
         raise TypeError(f"{op}: permutation is {got}, expected an int64 tensor")
-    if permutation.device != x.device:
+    if permutation.device != device:
         check_device(op, "permutation", permutation, x, "x")
-    if permutation.shape != (n_flows, dim):
-        check_shape(op, "permutation", permutation, (n_flows, dim), "like loc")
+    if permutation.shape != shapes[0]:
+        check_shape(op, "permutation", permutation, shapes[0], "like loc")
+    return backend
+
+
+def _check_types(
+    op: str, x: Tensor, context: Tensor | None, parameters: tuple[Tensor, ...], types: tuple[torch.dtype, ...]
+) -> None:
+    autocast = torch.is_autocast_enabled(x.device.type)
+    given = [("x", x), *zip(_PARAMETERS, parameters, strict=True)]
+    if context is not None:
+        given.append(("context", context))
+    for name, value in given:
+        if not isinstance(value, Tensor) or not autocast:
+            check_floating(op, name, value, types)
+        if not autocast:
+            check_dtype(op, name, value, x.dtype, "like x")
+        check_device(op, name, value, x, "x")
 
 
 def _saved_size(x: Tensor, hidden: int, depth: int, context: Tensor | None, n_flows: int) -> int:
@@ -358,9 +367,10 @@ def _vmap(backend: str, info: Any, in_dims: tuple[int | None, ...], *args: Any) 
     return (y.reshape(size, batch, y.shape[1]), logdet.reshape(size, batch), saved), (0, 0, None)
 
 
+_calls: dict[str, Callable[..., Any]] = {}
 for _backend_name, _name in (("cpp", "iin_fast::flow"), ("triton", "iin_fast_triton::flow")):
     torch.library.register_fake(f"{_name}_backward", _fake_backward)
-    torch.library.register_autograd(_name, partial(_backward, _backend_name), setup_context=_setup)
+    _calls[_backend_name] = differentiable(_name, _setup, partial(_backward, _backend_name))
     torch.library.register_vmap(_name, partial(_vmap, _backend_name))
     torch.library.register_vmap(f"{_name}_backward", one_by_one(ops(_backend_name).flow_backward))
 for _device in ("cpu", "cuda"):

@@ -3,6 +3,7 @@
 Files: reference.py (plain torch, the definition), csrc/spline_coupling (CPU and CUDA) and triton.py.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from ..._library import libraries
 from ...backends import chosen, ops, register
+from ..autograd import differentiable
 from ..checks import check_device, check_dtype, check_floating
 from ..triton_ops import define_triton
 from ..vmap import fold_rows
@@ -110,6 +112,8 @@ def spline_coupling(
             f"{op}: parameters has shape {list(parameters.shape)}, expected {[*x.shape, count]}: {bins} widths, {bins} "
             f"heights and {count - 2 * bins} derivatives for each element of x"
         )
+    if x.dim() == 2:
+        return _run(x, parameters, bins, tails, parameterization, limits, inverse)
     rows = x.reshape(x.shape[0], x.shape[1:].numel())
     y, logdet = _run(rows, parameters.reshape(*rows.shape, count), bins, tails, parameterization, limits, inverse)
     return y.reshape(x.shape), logdet
@@ -226,7 +230,7 @@ def _run(
         return reference.spline_coupling(
             x, parameters, bins, tails, form, (left, right, bottom, top), width, height, slope, inverse
         )
-    return ops(backend).spline_coupling(x, parameters, bins, TAILS[tails], PARAMETERIZATIONS[form], *limits, inverse)
+    return _calls[backend](x, parameters, bins, TAILS[tails], PARAMETERIZATIONS[form], *limits, inverse)
 
 
 def _fake(x: Tensor, parameters: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
@@ -263,10 +267,11 @@ def _backward(backend: str, ctx: Any, grad_y: Tensor, grad_logdet: Tensor) -> tu
     return grad_x, grad_parameters, *nothing
 
 
+_calls: dict[str, Callable[..., Any]] = {}
 for _backend, _name in (("cpp", "iin_fast::spline_coupling"), ("triton", "iin_fast_triton::spline_coupling")):
     torch.library.register_fake(_name, _fake)
     torch.library.register_fake(f"{_name}_backward", _fake_backward)
-    torch.library.register_autograd(_name, partial(_backward, _backend), setup_context=_setup)
+    _calls[_backend] = differentiable(_name, _setup, partial(_backward, _backend))
     torch.library.register_vmap(_name, fold_rows(ops(_backend).spline_coupling))
     torch.library.register_vmap(f"{_name}_backward", fold_rows(ops(_backend).spline_coupling_backward))
     for _device in ("cpu", "cuda"):
