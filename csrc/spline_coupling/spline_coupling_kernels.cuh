@@ -152,7 +152,7 @@ __device__ __forceinline__ void load_tile(const DeviceSpline<Storage> &spline, c
       return __ldg(from + row * spline.row_stride + (e - row * plan.tile_features) * spline.feature_stride +
                    (i - e * spline.count));
     };
-    copy_tile<Storage, 8>(tile.elements * spline.count, load,
+    copy_tile<Storage, 4>(tile.elements * spline.count, load,
                           [&](int i, Storage value) { shared[offset + i + plan.by_count(i) * gap] = value; });
   }
 }
@@ -328,7 +328,7 @@ __device__ __forceinline__ SplineTile tile_of_block(const DeviceSpline<Storage> 
 }
 
 template <class Storage, bool staged>
-__global__ void __launch_bounds__(spline_threads, 1)
+__global__ void __launch_bounds__(spline_threads, sizeof(Storage) == 8 ? 2 : 3)
     spline_forward_kernel(const DeviceSplineForward<Storage> job, const SplinePlan plan) {
   using T = compute_t<Storage>;
   __shared__ T sums[spline_threads]; // [tile_rows, tile_features]
@@ -379,7 +379,7 @@ __global__ void __launch_bounds__(spline_threads, 1)
 }
 
 template <class Storage, bool staged>
-__global__ void __launch_bounds__(spline_threads, 1)
+__global__ void __launch_bounds__(spline_threads, sizeof(Storage) == 8 ? 2 : 3)
     spline_backward_kernel(const DeviceSplineBackward<Storage> job, const SplinePlan plan) {
   using T = compute_t<Storage>;
   const DeviceSpline<Storage> &spline = job.spline;
