@@ -17,8 +17,8 @@
 // an SM 10 warps. Where not even 16 elements fit shared memory, threads read and write global memory themselves.
 //
 // A tile is some whole rows or a part of one row. The log-det's sum over a row is made in shared memory by a few lanes
-// to a row; no atomics, and its order depends on the shape alone. Where rows are wide but too few to fill the GPU,
-// several blocks share a row, and a second, small kernel adds their sums.
+// to a row; no atomics, and its order depends on the shape and the GPU alone. Where several blocks share a row, a
+// second, small kernel adds their sums.
 //
 // The sizes of tiles follow from shared memory and occupancy on paper; no GPU was at hand to measure on. The launch
 // functions at the end take the launcher as an argument, so that nothing here depends on torch.
@@ -64,16 +64,26 @@ template <class Storage> struct DeviceSplineBackward {
   Storage *grad_parameters;              // [rows, features, count]
 };
 
+// i / by for i and by below 2^16.
+struct SmallDivisor {
+  unsigned reciprocal; // 2^32 / by, rounded up; 0: by is 1
+  explicit SmallDivisor(int by = 1) : reciprocal(by == 1 ? 0 : 0xffffffffu / static_cast<unsigned>(by) + 1) {}
+  __device__ __forceinline__ int operator()(int i) const {
+    return reciprocal == 0 ? i : static_cast<int>(static_cast<uint64_t>(i) * reciprocal >> 32);
+  }
+};
+
 // How a launch maps elements to threads.
 struct SplinePlan {
-  int threads;                  // of a block
-  int tile_rows, tile_features; // of a tile: whole rows, or one row's part
-  int pitch;                    // values from an element to the next in shared memory; 0: nothing is staged
-  int log_copy_lanes;           // log2 of the lanes that copy an element, where values are copied one by one
-  int log_sum_lanes;            // log2 of the lanes that sum a row's log-det
-  bool wide_in, wide_out;       // parameters are read, and their gradients written, in 16-byte accesses
-  unsigned blocks, parts;       // blocks over the rows, and blocks that share a row
-  size_t shared_bytes;          // dynamic
+  int threads;                        // of a block
+  int tile_rows, tile_features;       // of a tile: whole rows, or one row's part
+  int pitch;                          // values from an element to the next in shared memory; 0: nothing is staged
+  int log_sum_lanes;                  // log2 of the lanes that sum a row's log-det
+  SmallDivisor by_count, by_features; // of tile_features
+  bool dense;                         // the parameters lie as one contiguous [rows, features, count]
+  bool wide_in, wide_out;             // they are read, and their gradients written, in 16-byte accesses
+  unsigned blocks, parts;             // of the grid, and of them those that share a row
+  size_t shared_bytes;                // dynamic
 };
 
 // What the launch gave of shared memory.
@@ -86,8 +96,7 @@ inline __device__ unsigned char *shared_splines() {
 struct SplineTile {
   int64_t row, feature; // the first one
   int64_t first;        // its number
-  int features;         // of a row in this tile
-  int elements;
+  int rows, elements;
 };
 
 // Values between the last 16-byte boundary and the tile's first value: shared memory is laid out like global memory
@@ -97,34 +106,54 @@ __device__ __forceinline__ int tile_offset(const DeviceSpline<Storage> &spline, 
   return static_cast<int>(tile.first * spline.count % wide_vector<Storage>);
 }
 
+// store(i, load(i)) for all i below `count`, by the threads of the block. A thread has `batch` loads under way before
+// it waits for the first one.
+template <class T, int batch, class Load, class Store>
+__device__ __forceinline__ void copy_tile(int count, Load &&load, Store &&store) {
+  const int threads = blockDim.x;
+  for (int first = threadIdx.x; first < count; first += batch * threads) {
+    T held[batch];
+#pragma unroll
+    for (int j = 0; j < batch; ++j)
+      if (first + j * threads < count)
+        held[j] = load(first + j * threads);
+#pragma unroll
+    for (int j = 0; j < batch; ++j)
+      if (first + j * threads < count)
+        store(first + j * threads, held[j]);
+  }
+}
+
 template <class Storage>
 __device__ __forceinline__ void load_tile(const DeviceSpline<Storage> &spline, const SplinePlan &plan,
                                           const SplineTile &tile, Storage *shared) {
   const int offset = tile_offset(spline, tile);
   if (plan.wide_in) { // pitch is count
     constexpr int vector = wide_vector<Storage>;
-    const int64_t begin = tile.first * spline.count - offset,
-                  left = spline.rows * spline.features * spline.count - begin;
+    const int64_t begin = tile.first * spline.count - offset;
+    const int64_t left = spline.rows * spline.features * spline.count - begin;
     const int vectors = (offset + tile.elements * spline.count + vector - 1) / vector;
     // the last vector may reach into the next tile, but not beyond the tensor
     const int whole = static_cast<int64_t>(vectors) * vector <= left ? vectors : vectors - 1;
     const uint4 *const from = reinterpret_cast<const uint4 *>(spline.parameters + begin);
     uint4 *const to = reinterpret_cast<uint4 *>(shared);
-#pragma unroll 4
-    for (int i = threadIdx.x; i < whole; i += blockDim.x)
-      to[i] = __ldg(from + i);
+    copy_tile<uint4, 6>( // all of it at 8 bins in float32
+        whole, [&](int i) { return __ldg(from + i); }, [&](int i, uint4 value) { to[i] = value; });
     const int at = whole * vector + static_cast<int>(threadIdx.x);
     if (whole < vectors && at < left)
       shared[at] = __ldg(spline.parameters + begin + at);
   } else {
-    const int lanes = 1 << plan.log_copy_lanes, lane = threadIdx.x & (lanes - 1);
-#pragma unroll 4
-    for (int e = threadIdx.x >> plan.log_copy_lanes; e < tile.elements; e += blockDim.x >> plan.log_copy_lanes) {
-      const int row = e / tile.features;
-      const Storage *const from = spline.element(tile.row + row, tile.feature + (e - row * tile.features));
-      for (int k = lane; k < spline.count; k += lanes)
-        shared[offset + e * plan.pitch + k] = __ldg(from + k);
-    }
+    const int gap = plan.pitch - spline.count;
+    const Storage *const from = spline.element(tile.row, tile.feature);
+    const auto load = [&](int i) {
+      if (plan.dense)
+        return __ldg(from + i);
+      const int e = plan.by_count(i), row = plan.by_features(e);
+      return __ldg(from + row * spline.row_stride + (e - row * plan.tile_features) * spline.feature_stride +
+                   (i - e * spline.count));
+    };
+    copy_tile<Storage, 4>(tile.elements * spline.count, load,
+                          [&](int i, Storage value) { shared[offset + i + plan.by_count(i) * gap] = value; });
   }
 }
 
@@ -132,16 +161,15 @@ __device__ __forceinline__ void load_tile(const DeviceSpline<Storage> &spline, c
 template <class Storage>
 __device__ __forceinline__ void store_tile(const DeviceSpline<Storage> &spline, const SplinePlan &plan,
                                            const SplineTile &tile, const Storage *shared, Storage *out) {
-  const int offset = tile_offset(spline, tile);
+  const int offset = tile_offset(spline, tile), count = tile.elements * spline.count, end = offset + count;
   Storage *const to = out + tile.first * spline.count;
   if (plan.wide_out) {
     constexpr int vector = wide_vector<Storage>;
-    const int end = offset + tile.elements * spline.count, first = (offset + vector - 1) / vector, last = end / vector;
-    const uint4 *const from = reinterpret_cast<const uint4 *>(shared);
-    uint4 *const vectors = reinterpret_cast<uint4 *>(to - offset);
-#pragma unroll 4
-    for (int i = first + static_cast<int>(threadIdx.x); i < last; i += blockDim.x)
-      __stwb(vectors + i, from[i]);
+    const int first = (offset + vector - 1) / vector, last = end / vector;
+    const uint4 *const from = reinterpret_cast<const uint4 *>(shared) + first;
+    uint4 *const vectors = reinterpret_cast<uint4 *>(to - offset) + first;
+    copy_tile<uint4, 2>(
+        last - first, [&](int i) { return from[i]; }, [&](int i, uint4 value) { __stwb(vectors + i, value); });
     // what other tiles have a part of goes out one by one
     const int head = offset + static_cast<int>(threadIdx.x);
     if (head < first * vector && head < end)
@@ -150,10 +178,10 @@ __device__ __forceinline__ void store_tile(const DeviceSpline<Storage> &spline, 
     if (tail < end)
       to[tail - offset] = shared[tail];
   } else {
-    const int lanes = 1 << plan.log_copy_lanes, lane = threadIdx.x & (lanes - 1);
-    for (int e = threadIdx.x >> plan.log_copy_lanes; e < tile.elements; e += blockDim.x >> plan.log_copy_lanes)
-      for (int k = lane; k < spline.count; k += lanes)
-        to[e * spline.count + k] = shared[offset + e * plan.pitch + k];
+    const int gap = plan.pitch - spline.count;
+    copy_tile<Storage, 2>(
+        count, [&](int i) { return shared[offset + i + plan.by_count(i) * gap]; },
+        [&](int i, Storage value) { to[i] = value; });
   }
 }
 
@@ -286,159 +314,133 @@ template <class F> __device__ __forceinline__ void with_spline(Parameterization 
     inverse ? f(Z(), std::true_type()) : f(Z(), std::false_type());
 }
 
-// This block's tiles: f(tile) for each tile of a group of rows, then after(first row, rows).
-template <class F, class After>
-__device__ __forceinline__ void for_tiles(int64_t rows, int64_t features, const SplinePlan &plan, F &&f,
-                                          After &&after) {
-  const int64_t step = static_cast<int64_t>(gridDim.x) * plan.tile_rows;
-  for (int64_t row = static_cast<int64_t>(blockIdx.x) * plan.tile_rows; row < rows; row += step) {
-    const int tile_rows = static_cast<int>(rows - row < plan.tile_rows ? rows - row : plan.tile_rows);
-    for (int64_t feature = static_cast<int64_t>(blockIdx.y) * plan.tile_features; feature < features;
-         feature += static_cast<int64_t>(gridDim.y) * plan.tile_features) {
-      const int tile_features =
-          static_cast<int>(features - feature < plan.tile_features ? features - feature : plan.tile_features);
-      f(SplineTile{row, feature, row * features + feature, tile_features, tile_rows * tile_features});
-    }
-    after(row, tile_rows);
-  }
+// The tile of this block. One tile each: what a loop over tiles could keep in registers from one to the next, nvcc did
+// keep, 50 of them.
+template <class Storage>
+__device__ __forceinline__ SplineTile tile_of_block(const DeviceSpline<Storage> &spline, const SplinePlan &plan) {
+  const unsigned group = blockIdx.x / plan.parts, part = blockIdx.x - group * plan.parts;
+  const int64_t row = static_cast<int64_t>(group) * plan.tile_rows;
+  const int64_t feature = static_cast<int64_t>(part) * plan.tile_features;
+  const int64_t rows = spline.rows - row, features = spline.features - feature;
+  const int tile_rows = static_cast<int>(rows < plan.tile_rows ? rows : plan.tile_rows);
+  const int tile_features = static_cast<int>(features < plan.tile_features ? features : plan.tile_features);
+  return {row, feature, row * spline.features + feature, tile_rows, tile_rows * tile_features};
 }
 
 template <class Storage, bool staged>
-__global__ void __launch_bounds__(spline_threads, 1)
+__global__ void __launch_bounds__(spline_threads, sizeof(Storage) == 8 ? 2 : 3)
     spline_forward_kernel(const DeviceSplineForward<Storage> job, const SplinePlan plan) {
   using T = compute_t<Storage>;
   __shared__ T sums[spline_threads]; // [tile_rows, tile_features]
   const DeviceSpline<Storage> &spline = job.spline;
-  Storage *const shared = reinterpret_cast<Storage *>(shared_splines());
-  const int thread = threadIdx.x;
-  const bool identity = spline.tails != Tails::none;
-  T sum = 0;
-  for_tiles(
-      spline.rows, spline.features, plan,
-      [&](const SplineTile &tile) {
-        const bool valid = thread < tile.elements;
-        const int row = thread / tile.features, feature = thread - row * tile.features;
-        T value = 0;
-        if (valid)
-          value = widen(__ldg(job.x[tile.row + row] + tile.feature + feature));
-        std::conditional_t<staged, Storage, const Storage> *raw;
-        if constexpr (staged) {
-          __syncthreads(); // the last tile is done with
-          load_tile(spline, plan, tile, shared);
-          __syncthreads();
-          raw = shared + tile_offset(spline, tile) + thread * plan.pitch;
-        } else {
-          raw = spline.element(tile.row + row, tile.feature + feature);
-        }
-        if (valid)
-          with_spline(spline.form, spline.inverse, [&](auto form, auto inverse) {
-            constexpr Parameterization f = decltype(form)::value;
-            constexpr bool backwards = decltype(inverse)::value;
-            constexpr bool in_place = staged && std::is_same<Storage, T>::value;
-            const Coordinate<T> c = held<backwards>(spline.limits, value);
-            const SplineSoftmax<Storage, f, in_place> widths(raw, spline.bins, spline.limits);
-            const SplineSoftmax<Storage, f, in_place> heights(raw + spline.bins, spline.bins, spline.limits);
-            const SplineBin<T> bin = find_bin<backwards>(spline, widths, heights, raw, c.within);
-            T logdet;
-            narrow(map_element<backwards>(bin.segment, c, identity, logdet), job.y[tile.first + thread]);
-            sum += logdet;
-          });
-      },
-      [&](int64_t first_row, int tile_rows) {
-        T *const to = gridDim.y > 1 ? job.partial : job.logdet;
-        sums[thread] = sum;
-        sum = 0;
-        __syncthreads();
-        const int lanes = 1 << plan.log_sum_lanes, lane = thread & (lanes - 1);
-        const int together = static_cast<int>(blockDim.x) >> plan.log_sum_lanes; // rows that are summed at once
-        for (int first = 0; first < tile_rows; first += together) {              // all threads stay to the shuffles
-          const int row = first + (thread >> plan.log_sum_lanes);
-          T total = 0;
-          if (row < tile_rows)
-            for (int i = lane; i < plan.tile_features; i += lanes)
-              total += sums[row * plan.tile_features + i];
-          for (int offset = lanes / 2; offset > 0; offset /= 2)
-            total += __shfl_xor_sync(whole_warp, total, offset);
-          if (row < tile_rows && lane == 0)
-            to[(first_row + row) * gridDim.y + blockIdx.y] = total;
-        }
-        __syncthreads(); // before the next rows overwrite the sums
-      });
+  const SplineTile tile = tile_of_block(spline, plan);
+  const int thread = threadIdx.x, row = plan.by_features(thread), feature = thread - row * plan.tile_features;
+  const bool valid = thread < tile.elements;
+  T value = 0, logdet = 0;
+  if (valid)
+    value = widen(__ldg(job.x[tile.row + row] + tile.feature + feature));
+  std::conditional_t<staged, Storage, const Storage> *raw;
+  if constexpr (staged) {
+    Storage *const shared = reinterpret_cast<Storage *>(shared_splines());
+    load_tile(spline, plan, tile, shared);
+    __syncthreads();
+    raw = shared + tile_offset(spline, tile) + thread * plan.pitch;
+  } else {
+    raw = spline.element(tile.row + row, tile.feature + feature);
+  }
+  if (valid)
+    with_spline(spline.form, spline.inverse, [&](auto form, auto inverse) {
+      constexpr Parameterization f = decltype(form)::value;
+      constexpr bool backwards = decltype(inverse)::value;
+      constexpr bool in_place = staged && std::is_same<Storage, T>::value;
+      const Coordinate<T> c = held<backwards>(spline.limits, value);
+      const SplineSoftmax<Storage, f, in_place> widths(raw, spline.bins, spline.limits);
+      const SplineSoftmax<Storage, f, in_place> heights(raw + spline.bins, spline.bins, spline.limits);
+      const SplineBin<T> b = find_bin<backwards>(spline, widths, heights, raw, c.within);
+      narrow(map_element<backwards>(b.segment, c, spline.tails != Tails::none, logdet), job.y[tile.first + thread]);
+    });
+
+  sums[thread] = logdet;
+  __syncthreads();
+  T *const to = plan.parts > 1 ? job.partial : job.logdet;
+  const int lanes = 1 << plan.log_sum_lanes, lane = thread & (lanes - 1);
+  const int together = static_cast<int>(blockDim.x) >> plan.log_sum_lanes; // rows that are summed at once
+  for (int first = 0; first < tile.rows; first += together) {              // all threads stay to the shuffles
+    const int r = first + (thread >> plan.log_sum_lanes);
+    T total = 0;
+    if (r < tile.rows)
+      for (int i = lane; i < plan.tile_features; i += lanes)
+        total += sums[r * plan.tile_features + i];
+    for (int offset = lanes / 2; offset > 0; offset /= 2)
+      total += __shfl_xor_sync(whole_warp, total, offset);
+    if (r < tile.rows && lane == 0)
+      to[(tile.row + r) * plan.parts + blockIdx.x % plan.parts] = total;
+  }
 }
 
 template <class Storage, bool staged>
-__global__ void __launch_bounds__(spline_threads, 1)
+__global__ void __launch_bounds__(spline_threads, sizeof(Storage) == 8 ? 2 : 3)
     spline_backward_kernel(const DeviceSplineBackward<Storage> job, const SplinePlan plan) {
   using T = compute_t<Storage>;
   const DeviceSpline<Storage> &spline = job.spline;
-  Storage *const shared = reinterpret_cast<Storage *>(shared_splines());
-  const int thread = threadIdx.x;
-  const bool identity = spline.tails != Tails::none;
-  for_tiles(
-      spline.rows, spline.features, plan,
-      [&](const SplineTile &tile) {
-        const bool valid = thread < tile.elements;
-        const int row = thread / tile.features, feature = thread - row * tile.features;
-        T value = 0, grad_y = 0, grad_logdet = 0;
-        if (valid) {
-          value = widen(__ldg(job.x[tile.row + row] + tile.feature + feature));
-          grad_y = widen(__ldg(job.grad_y[tile.row + row] + tile.feature + feature));
-          grad_logdet = __ldg(job.grad_logdet + tile.row + row);
-        }
-        std::conditional_t<staged, Storage, const Storage> *raw;
-        Storage *out; // gradients of the raw values; in shared memory in their place
-        if constexpr (staged) {
-          __syncthreads(); // the last tile has left
-          load_tile(spline, plan, tile, shared);
-          __syncthreads();
-          raw = out = shared + tile_offset(spline, tile) + thread * plan.pitch;
-        } else {
-          raw = spline.element(tile.row + row, tile.feature + feature);
-          out = job.grad_parameters + (tile.first + thread) * spline.count;
-        }
-        if (valid)
-          with_spline(spline.form, spline.inverse, [&](auto form, auto inverse) {
-            constexpr Parameterization f = decltype(form)::value;
-            constexpr bool backwards = decltype(inverse)::value;
-            constexpr bool in_place = staged && std::is_same<Storage, T>::value && f == Parameterization::nflows;
-            const SplineLimits<T> &limits = spline.limits;
-            const Coordinate<T> c = held<backwards>(limits, value);
-            const SplineSoftmax<Storage, f, in_place> widths(raw, spline.bins, limits);
-            const SplineSoftmax<Storage, f, in_place> heights(raw + spline.bins, spline.bins, limits);
-            const SplineBin<T> b = find_bin<backwards>(spline, widths, heights, raw, c.within);
-            const ElementGradient<T> g = map_element_backward<backwards>(b.segment, c, identity, grad_y, grad_logdet);
-            narrow(g.x, job.grad_x[tile.first + thread]);
-            const T slope0 = g.slope0 * knot_slope_derivative<f>(b.raw0, b.segment.slope0, limits);
-            const T slope1 = g.slope1 * knot_slope_derivative<f>(b.raw1, b.segment.slope1, limits);
-            widths.backward(b.rest_w, b.number, g.corner_x, g.size_x, b.mass_w, b.share_w, out);
-            heights.backward(b.rest_h, b.number, g.corner_y, g.size_y, b.mass_h, b.share_h, out + spline.bins);
-            Storage *const slopes = out + 2 * spline.bins;
-            for (int d = 0; d < spline.count - 2 * spline.bins; ++d)
-              narrow((d == b.first ? slope0 : T(0)) + (d == b.second ? slope1 : T(0)), slopes[d]);
-          });
-        if constexpr (staged) {
-          __syncthreads();
-          store_tile(spline, plan, tile, shared, job.grad_parameters);
-        }
-      },
-      [](int64_t, int) {});
+  const SplineTile tile = tile_of_block(spline, plan);
+  const int thread = threadIdx.x, row = plan.by_features(thread), feature = thread - row * plan.tile_features;
+  const bool valid = thread < tile.elements;
+  T value = 0, grad_y = 0, grad_logdet = 0;
+  if (valid) {
+    value = widen(__ldg(job.x[tile.row + row] + tile.feature + feature));
+    grad_y = widen(__ldg(job.grad_y[tile.row + row] + tile.feature + feature));
+    grad_logdet = __ldg(job.grad_logdet + tile.row + row);
+  }
+  Storage *const shared = staged ? reinterpret_cast<Storage *>(shared_splines()) : nullptr;
+  std::conditional_t<staged, Storage, const Storage> *raw;
+  Storage *out; // gradients of the raw values; in shared memory in their place
+  if constexpr (staged) {
+    load_tile(spline, plan, tile, shared);
+    __syncthreads();
+    raw = out = shared + tile_offset(spline, tile) + thread * plan.pitch;
+  } else {
+    raw = spline.element(tile.row + row, tile.feature + feature);
+    out = job.grad_parameters + (tile.first + thread) * spline.count;
+  }
+  if (valid)
+    with_spline(spline.form, spline.inverse, [&](auto form, auto inverse) {
+      constexpr Parameterization f = decltype(form)::value;
+      constexpr bool backwards = decltype(inverse)::value;
+      constexpr bool in_place = staged && std::is_same<Storage, T>::value && f == Parameterization::nflows;
+      const SplineLimits<T> &limits = spline.limits;
+      const Coordinate<T> c = held<backwards>(limits, value);
+      const SplineSoftmax<Storage, f, in_place> widths(raw, spline.bins, limits);
+      const SplineSoftmax<Storage, f, in_place> heights(raw + spline.bins, spline.bins, limits);
+      const SplineBin<T> b = find_bin<backwards>(spline, widths, heights, raw, c.within);
+      const ElementGradient<T> g =
+          map_element_backward<backwards>(b.segment, c, spline.tails != Tails::none, grad_y, grad_logdet);
+      narrow(g.x, job.grad_x[tile.first + thread]);
+      const T slope0 = g.slope0 * knot_slope_derivative<f>(b.raw0, b.segment.slope0, limits);
+      const T slope1 = g.slope1 * knot_slope_derivative<f>(b.raw1, b.segment.slope1, limits);
+      widths.backward(b.rest_w, b.number, g.corner_x, g.size_x, b.mass_w, b.share_w, out);
+      heights.backward(b.rest_h, b.number, g.corner_y, g.size_y, b.mass_h, b.share_h, out + spline.bins);
+      Storage *const slopes = out + 2 * spline.bins;
+#pragma unroll 4
+      for (int d = 0; d < spline.count - 2 * spline.bins; ++d)
+        narrow((d == b.first ? slope0 : T(0)) + (d == b.second ? slope1 : T(0)), slopes[d]);
+    });
+  if constexpr (staged) {
+    __syncthreads();
+    store_tile(spline, plan, tile, shared, job.grad_parameters);
+  }
 }
 
-// True if the parameters lie as one contiguous [rows, features, count].
-template <class Storage> bool is_dense(const DeviceSpline<Storage> &spline) {
-  return (spline.features <= 1 || spline.feature_stride == spline.count) &&
-         (spline.rows <= 1 || spline.row_stride == spline.features * spline.count);
-}
-
-// `gradients`: where those of the parameters go, or null. `max_blocks`: the limit of the grid's first dimension.
+// `gradients`: where those of the parameters go, or null.
 template <class Storage>
-SplinePlan plan_spline(const DeviceSpline<Storage> &spline, const Storage *gradients, int multiprocessors,
-                       int64_t max_blocks = 0x7fffffff) {
+SplinePlan plan_spline(const DeviceSpline<Storage> &spline, const Storage *gradients, int multiprocessors) {
   const auto aligned = [](const Storage *p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
   const int64_t elements = spline.rows * spline.features, features = spline.features > 0 ? spline.features : 1;
   SplinePlan plan{};
   plan.pitch = spline.count | 1;
-  plan.wide_in = plan.pitch == spline.count && is_dense(spline) && aligned(spline.parameters);
+  plan.dense = (spline.features <= 1 || spline.feature_stride == spline.count) &&
+               (spline.rows <= 1 || spline.row_stride == spline.features * spline.count);
+  plan.wide_in = plan.pitch == spline.count && plan.dense && aligned(spline.parameters);
   plan.wide_out = plan.pitch == spline.count && aligned(gradients);
   // elements of a tile, at most: those that fit, and no more than gives each multiprocessor a tile
   const int64_t bytes = static_cast<int64_t>(plan.pitch) * sizeof(Storage), room = spline_shared_bytes - 16;
@@ -452,11 +454,7 @@ SplinePlan plan_spline(const DeviceSpline<Storage> &spline, const Storage *gradi
   if (features > limit) {
     const int64_t steps = (features + limit - 1) / limit;
     plan.tile_features = static_cast<int>((features + steps - 1) / steps);
-    const int64_t wanted = 4 * static_cast<int64_t>(multiprocessors); // blocks that keep the GPU busy
-    if (spline.rows > 0 && spline.rows < wanted) {
-      const int64_t parts = (wanted + spline.rows - 1) / spline.rows;
-      plan.parts = static_cast<unsigned>(parts < steps ? parts : steps);
-    }
+    plan.parts = static_cast<unsigned>(steps);
   } else {
     // the rows that leave the fewest threads of the block without an element
     plan.tile_features = static_cast<int>(features);
@@ -474,10 +472,9 @@ SplinePlan plan_spline(const DeviceSpline<Storage> &spline, const Storage *gradi
   plan.threads = static_cast<int>(in_warps(tile));
   while ((2 << plan.log_sum_lanes) <= plan.tile_features && plan.log_sum_lanes < 5)
     ++plan.log_sum_lanes;
-  while ((1 << plan.log_copy_lanes) < spline.count && plan.log_copy_lanes < 5)
-    ++plan.log_copy_lanes;
-  const int64_t blocks = (spline.rows + plan.tile_rows - 1) / plan.tile_rows;
-  plan.blocks = static_cast<unsigned>(blocks < max_blocks ? blocks : max_blocks);
+  plan.by_count = SmallDivisor(staged ? spline.count : 1);
+  plan.by_features = SmallDivisor(plan.tile_features);
+  plan.blocks = static_cast<unsigned>((spline.rows + plan.tile_rows - 1) / plan.tile_rows * plan.parts);
   if (staged)
     plan.shared_bytes = static_cast<size_t>((tile * bytes + 16 + 15) / 16 * 16);
   else
@@ -493,11 +490,10 @@ void launch_spline_forward(const DeviceSplineForward<Storage> &job, const Spline
   if (job.spline.rows == 0)
     return;
   const auto kernel = plan.pitch > 0 ? spline_forward_kernel<Storage, true> : spline_forward_kernel<Storage, false>;
-  launch.with_shared(plan.shared_bytes)(kernel, dim3(plan.blocks, plan.parts), dim3(plan.threads), job, plan);
+  launch.with_shared(plan.shared_bytes)(kernel, dim3(plan.blocks), dim3(plan.threads), job, plan);
   if (plan.parts > 1) {
     const T *partial = job.partial;
     constexpr int rows_per_block = row_threads / warp_lanes;
-    // the rows of a shared plan are fewer than the blocks that fill the GPU
     const unsigned blocks = static_cast<unsigned>((job.spline.rows + rows_per_block - 1) / rows_per_block);
     launch(sum_parts_kernel<T>, dim3(blocks), dim3(row_threads), partial, job.logdet, job.spline.rows,
            static_cast<int>(plan.parts));
@@ -509,7 +505,7 @@ void launch_spline_backward(const DeviceSplineBackward<Storage> &job, const Spli
   if (job.spline.rows == 0 || job.spline.features == 0)
     return;
   const auto kernel = plan.pitch > 0 ? spline_backward_kernel<Storage, true> : spline_backward_kernel<Storage, false>;
-  launch.with_shared(plan.shared_bytes)(kernel, dim3(plan.blocks, plan.parts), dim3(plan.threads), job, plan);
+  launch.with_shared(plan.shared_bytes)(kernel, dim3(plan.blocks), dim3(plan.threads), job, plan);
 }
 
 } // namespace iin_fast

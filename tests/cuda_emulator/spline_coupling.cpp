@@ -30,11 +30,11 @@ struct Spline {
 
 // What a test asks of a launch, and learns of it.
 struct SplineLaunch {
-  int64_t max_blocks, multiprocessors; // asked
+  int64_t multiprocessors; // asked
   int64_t threads, tile_rows, tile_features, pitch, wide_in, wide_out, blocks, parts, launches;
 
   template <class Storage> SplinePlan make(const DeviceSpline<Storage> &spline, const Storage *gradients) {
-    const SplinePlan plan = plan_spline(spline, gradients, static_cast<int>(multiprocessors), max_blocks);
+    const SplinePlan plan = plan_spline(spline, gradients, static_cast<int>(multiprocessors));
     threads = plan.threads, tile_rows = plan.tile_rows, tile_features = plan.tile_features, pitch = plan.pitch;
     wide_in = plan.wide_in, wide_out = plan.wide_out, blocks = plan.blocks, parts = plan.parts;
     return plan;
