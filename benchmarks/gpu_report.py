@@ -44,6 +44,11 @@ EXPECTED = {
     r"^coupling_backward_kernel<\w+, [248]>": ("load 16", "store 16"),
     r"^pair_nll_kernel<\w+, [248]>": ("load 16",),
     r"^pair_nll_backward_kernel<\w+, [248]>": ("load 16", "store 16"),
+    # matrix products: tiles by asynchronous copies of 16 bytes; float64 multiplies without tensor cores
+    r"^flow_(layer|last_layer|persistent|layer_backward|first_backward|weight_gradient)_kernel<": ("async copy",),
+    r"^flow_(layer|last_layer|persistent|layer_backward|first_backward|weight_gradient)_kernel<(?!Exact)": (
+        "tensor cores",
+    ),
 }
 
 # Kernels that may use local memory, and why.

@@ -85,6 +85,9 @@ def test_defects_are_named(gpu_report: ModuleType) -> None:
     assert gpu_report.defects({"cuda": {name: {"sm_80": good}, "other": {"sm_80": clean}}}) == []
     assert "load 16" in gpu_report.defects({"cuda": {name: {"sm_80": good | {"load 16": 0}}}})[0]
     assert "2 accesses to local memory" in gpu_report.defects({"cuda": {"k": {"sm_90": clean | {"spill store": 2}}}})[0]
+    layer = {"sm_90": clean | {"async copy": 4}}
+    assert gpu_report.defects({"cuda": {"flow_layer_kernel<Exact, true, false>": layer}}) == []
+    assert "tensor cores" in gpu_report.defects({"cuda": {"flow_layer_kernel<Tf32x3, true, false>": layer}})[0]
     broken = {"a b": {"kernel": "k", "targets": {"sm_90": {"error": "no"}}}}
     assert "does not compile: no" in gpu_report.defects({"cuda": {}, "triton": broken})[0]
 

@@ -65,7 +65,21 @@ public:
     launch(0, false, kernel, grid, block, std::forward<Arguments>(arguments)...);
   }
 
-  // The same with dynamic shared memory (up to 48 KiB); `cooperative`: all blocks at once, so that they may meet.
+  // Blocks of a cooperative launch that run at once on this device; 0 if it has no such launches, or no such block
+  // fits.
+  template <class... Parameters> int blocks_together(void (*kernel)(Parameters...), int threads, size_t shared) const {
+    int cooperative = 0, most = 0, blocks = 0;
+    check(cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device_), "cudaDeviceGetAttribute");
+    check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_), "cudaDeviceGetAttribute");
+    if (!cooperative || shared > static_cast<size_t>(most))
+      return 0;
+    allow_shared(kernel, shared);
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared),
+          "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+    return blocks * multiprocessors();
+  }
+
+  // The same with dynamic shared memory; `cooperative`: all blocks at once, so that they may meet.
   struct WithShared {
     const CudaCall &call;
     size_t bytes;
@@ -79,12 +93,20 @@ public:
   WithShared together(size_t bytes) const { return {*this, bytes, true}; }
 
 private:
+  // More than 48 KiB of shared memory must be asked for.
+  template <class Kernel> void allow_shared(Kernel *kernel, size_t bytes) const {
+    if (bytes > 48 * 1024)
+      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+            "cudaFuncSetAttribute");
+  }
+
   template <class... Parameters, class... Arguments>
   void launch(size_t shared, bool cooperative, void (*kernel)(Parameters...), dim3 grid, dim3 block,
               Arguments &&...arguments) const {
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeCooperative;
     attribute.val.cooperative = 1;
+    allow_shared(kernel, shared);
     cudaLaunchConfig_t config{};
     config.gridDim = grid;
     config.blockDim = block;

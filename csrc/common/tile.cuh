@@ -203,23 +203,35 @@ struct Tile {
   static constexpr int tile_bytes = buffers * buffer_size * static_cast<int>(sizeof(Storage));
   static constexpr int result_bytes = depth_warps * products * c_size * static_cast<int>(sizeof(T));
   static constexpr int shared_bytes = tile_bytes > result_bytes ? tile_bytes : result_bytes;
-  static_assert(shared_bytes <= 48 * 1024, "what a launch may have without asking");
+
+  // The weights of the first steps of a run() that follows with started = true.
+  template <class Load> static __device__ __forceinline__ void fetch(unsigned char *shared, int steps, Load &&load) {
+    Storage *const ring = reinterpret_cast<Storage *>(shared);
+#pragma unroll
+    for (int step = 0; step < buffers - 1; ++step)
+      if (step < steps)
+#pragma unroll
+        for (int product = 0; product < products; ++product)
+          load(product, step, nullptr, ring + step * buffer_size + product * (a_size + w_size) + a_size);
+  }
 
   // load(product, step, a, w) brings the tiles of a step of the depth, visit(a, w) may read them (of the first product)
-  // when they are there; afterwards result() reads C from `shared`.
+  // when they are there; a null pointer asks for nothing. Afterwards result() reads C from `shared`.
   // All threads of the block call both; a barrier must lie between result() and the next use of `shared`.
-  template <class Load> static __device__ __forceinline__ void run(unsigned char *shared, int steps, Load &&load) {
-    run(shared, steps, load, [](const Storage *, const Storage *) {});
+  template <class Load>
+  static __device__ __forceinline__ void run(unsigned char *shared, int steps, Load &&load, bool started = false) {
+    run(shared, steps, load, started, [](const Storage *, const Storage *) {});
   }
   template <class Load, class Visit>
-  static __device__ __forceinline__ void run(unsigned char *shared, int steps, Load &&load, Visit &&visit) {
+  static __device__ __forceinline__ void run(unsigned char *shared, int steps, Load &&load, bool started,
+                                             Visit &&visit) {
     Storage *const ring = reinterpret_cast<Storage *>(shared);
-    const auto bring = [&](int step) {
+    const auto bring = [&](int step, bool weights) {
       if (step < steps)
 #pragma unroll
         for (int product = 0; product < products; ++product) {
           Storage *const a = ring + step % buffers * buffer_size + product * (a_size + w_size);
-          load(product, step, a, a + a_size);
+          load(product, step, a, weights ? a + a_size : nullptr);
         }
       commit_copies();
     };
@@ -237,11 +249,11 @@ struct Tile {
     T sum[row_tiles][column_tiles][4] = {};
 #pragma unroll
     for (int step = 0; step < buffers - 1; ++step)
-      bring(step);
+      bring(step, !started);
     for (int step = 0; step < steps; ++step) {
       wait_copies<buffers - 2>();
       __syncthreads(); // all copies of this step have arrived, and the buffer that bring() fills now is free
-      bring(step + buffers - 1);
+      bring(step + buffers - 1, true);
       const Storage *const buffer = ring + step % buffers * buffer_size;
       const Storage *const a = buffer + product * (a_size + w_size), *const w = a + a_size;
       visit(buffer, buffer + a_size);

@@ -321,6 +321,7 @@ __global__ void __launch_bounds__(tile_threads, blocks_at_once<Precision>)
           load_tile<Tile::depth, Tile::rows, Tile::lda>(a_tile, a + row0 * hidden, hidden, rows, inside - input0,
                                                         wide_a);
       },
+      false,
       [&](const Storage *, const Storage *d_tile) {
         if (blockIdx.x == 0)
           for (int row = share; row < Tile::depth; row += shares)

@@ -42,7 +42,7 @@ struct FlowTensors {
                    contiguous(given.bias_in),    contiguous(given.weight_hidden), contiguous(given.bias_hidden),
                    contiguous(given.weight_out), contiguous(given.bias_out),      contiguous(given.permutation)},
         sizes(flow_sizes(x, context, parameters)) {
-    constexpr int64_t most = 1 << 20; // a grid has 65535 tiles of 16 columns
+    constexpr int64_t most = 1 << 19; // a grid has 65535 tiles of 16 columns
     STD_TORCH_CHECK(sizes.dim < most && sizes.hidden < most && sizes.context_dim < most && sizes.n_flows < most,
                     "flow: dim, hidden, context_dim and n_flows must be less than ", most, " on a GPU");
     if (context.has_value())

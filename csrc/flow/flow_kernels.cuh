@@ -238,17 +238,20 @@ template <class Storage> struct PanelTiles {
 template <class Precision> constexpr int depth_of(int bytes) {
   return bytes / static_cast<int>(sizeof(typename Precision::Storage));
 }
-template <class P, bool wide>
-using LayerTile = std::conditional_t<wide, Tile<P, 64, 64, depth_of<P>(128), 1, 2, 2, 1, 2>,
-                                     Tile<P, 32, 16, depth_of<P>(256), 1, 1, 1, 4, 3>>;
-template <class P, bool wide>
-using LastTile = std::conditional_t<wide, Tile<P, 64, 32, depth_of<P>(64), 2, 2, 1, 1, 3>,
-                                    Tile<P, 32, 16, depth_of<P>(128), 2, 1, 1, 2, 3>>;
+template <class P, bool wide, int buffers = wide ? 2 : 3>
+using LayerTile = std::conditional_t<wide, Tile<P, 64, 64, depth_of<P>(128), 1, 2, 2, 1, buffers>,
+                                     Tile<P, 32, 16, depth_of<P>(256), 1, 1, 1, 4, buffers>>;
+template <class P, bool wide, int buffers = 3>
+using LastTile = std::conditional_t<wide, Tile<P, 64, 32, depth_of<P>(64), 2, 2, 1, 1, buffers>,
+                                    Tile<P, 32, 16, depth_of<P>(128), 2, 1, 1, 2, buffers>>;
+
+// What a block does of its part: all, only begin to fetch its weights, or the rest.
+enum class Do { all, fetch, rest };
 
 // out = LeakyReLU(a W + bias) of one net, for the first layer (layer 0) and the hidden ones (1 … depth).
 template <class Tile, bool first>
 __device__ __forceinline__ void layer_tile(const FlowWalk<typename Tile::Storage> &walk, unsigned char *shared,
-                                           int step, int layer, int net, int64_t row0, int column0) {
+                                           int step, int layer, int net, int64_t row0, int column0, Do what = Do::all) {
   using Storage = typename Tile::Storage;
   using T = typename Tile::T;
   const int hidden = walk.hidden(), inside = first ? walk.inside() : hidden, conditioning = walk.conditioning();
@@ -265,10 +268,14 @@ __device__ __forceinline__ void layer_tile(const FlowWalk<typename Tile::Storage
   const PanelTiles<Storage> panel(weight, inside, hidden, column0);
   const int64_t rows = walk.sizes.batch - row0;
   const bool wide = !first && copies_wide(a, hidden);
-  Tile::run(shared, (inside + Tile::depth - 1) / Tile::depth, [&](int, int part, Storage *a_tile, Storage *w_tile) {
+  const int parts = (inside + Tile::depth - 1) / Tile::depth;
+  const auto load = [&](int, int part, Storage *a_tile, Storage *w_tile) {
     const int k = part * Tile::depth;
-    load_tile<Tile::depth, Tile::columns, Tile::ldw>(w_tile, panel.data + static_cast<int64_t>(k) * panel.width,
-                                                     panel.width, inside - k, panel.valid, panel.wide);
+    if (w_tile != nullptr)
+      load_tile<Tile::depth, Tile::columns, Tile::ldw>(w_tile, panel.data + static_cast<int64_t>(k) * panel.width,
+                                                       panel.width, inside - k, panel.valid, panel.wide);
+    if (a_tile == nullptr)
+      return;
     if constexpr (first)
       compute_tile<Tile::rows, Tile::depth, Tile::lda>(a_tile, rows, inside - k, [&](int row, int column) {
         column += k;
@@ -278,7 +285,10 @@ __device__ __forceinline__ void layer_tile(const FlowWalk<typename Tile::Storage
       });
     else
       load_tile<Tile::rows, Tile::depth, Tile::lda>(a_tile, a + k, hidden, rows, inside - k, wide);
-  });
+  };
+  if (what == Do::fetch)
+    return Tile::fetch(shared, parts, load);
+  Tile::run(shared, parts, load, what == Do::rest);
   Storage *const out = walk.activation(step, layer) + net * walk.activation_net() + row0 * hidden;
   const T leaky = static_cast<T>(walk.leaky_slope);
   for (int at = threadIdx.x; at < Tile::rows * Tile::columns; at += tile_threads) {
@@ -294,7 +304,7 @@ __device__ __forceinline__ void layer_tile(const FlowWalk<typename Tile::Storage
 // stage. `inverse`: the direction of the walk, of which this is step number `walked`.
 template <class Tile>
 __device__ __forceinline__ void last_tile(const FlowWalk<typename Tile::Storage> &walk, unsigned char *shared, int step,
-                                          bool inverse, int64_t row0, int tile) {
+                                          bool inverse, int64_t row0, int tile, Do what = Do::all) {
   using Storage = typename Tile::Storage;
   using T = typename Tile::T;
   constexpr int columns = Tile::columns;
@@ -307,14 +317,20 @@ __device__ __forceinline__ void last_tile(const FlowWalk<typename Tile::Storage>
   const PanelTiles<Storage> second(walk.weights.weight_out + (net_at + 1) * weight_size, hidden, transformed, column0);
   const bool wide = copies_wide(a, hidden) && copies_wide(a, walk.activation_net());
   const bool wide_w = first.wide && second.wide;
-  Tile::run(shared, (hidden + Tile::depth - 1) / Tile::depth, [&](int net, int part, Storage *a_tile, Storage *w_tile) {
+  const int steps = (hidden + Tile::depth - 1) / Tile::depth;
+  const auto load = [&](int net, int part, Storage *a_tile, Storage *w_tile) {
     const int k = part * Tile::depth;
-    load_tile<Tile::depth, columns, Tile::ldw>(w_tile,
-                                               (net ? second : first).data + static_cast<int64_t>(k) * first.width,
-                                               first.width, hidden - k, first.valid, wide_w);
-    load_tile<Tile::rows, Tile::depth, Tile::lda>(a_tile, a + net * walk.activation_net() + k, hidden, rows, hidden - k,
-                                                  wide);
-  });
+    if (w_tile != nullptr)
+      load_tile<Tile::depth, columns, Tile::ldw>(w_tile,
+                                                 (net ? second : first).data + static_cast<int64_t>(k) * first.width,
+                                                 first.width, hidden - k, first.valid, wide_w);
+    if (a_tile != nullptr)
+      load_tile<Tile::rows, Tile::depth, Tile::lda>(a_tile, a + net * walk.activation_net() + k, hidden, rows,
+                                                    hidden - k, wide);
+  };
+  if (what == Do::fetch)
+    return Tile::fetch(shared, steps, load);
+  Tile::run(shared, steps, load, what == Do::rest);
   const Storage *const bias = walk.weights.bias_out + net_at * transformed;
   const int last = inverse ? 0 : walk.steps() - 1;
   const Way way = inverse ? walk.back(step) : walk.onward(step);
@@ -389,6 +405,65 @@ __global__ void __launch_bounds__(tile_threads) flow_finish_kernel(const FlowWal
               static_cast<int64_t>(gridDim.x) * tile_threads);
 }
 
+// Rows up to which one kernel walks all layers, and its buffers: weights of a layer that are on their way while the
+// layer before ends. 90 KB, so that they fit GPUs of compute capability 8.6 and 8.9 too.
+constexpr int64_t persistent_rows = 64;
+constexpr int persistent_buffers = 6;
+template <class P> using PersistentLayer = LayerTile<P, false, persistent_buffers>;
+template <class P> using PersistentLast = LastTile<P, false, persistent_buffers>;
+template <class P>
+constexpr int persistent_bytes =
+    PersistentLayer<P>::shared_bytes > PersistentLast<P>::shared_bytes ? PersistentLayer<P>::shared_bytes
+                                                                       : PersistentLast<P>::shared_bytes;
+
+// The map in one launch of as many blocks as run at once. Blocks share the tiles of a layer, and all meet after it.
+template <class Precision>
+__global__ void __launch_bounds__(tile_threads, 2)
+    flow_persistent_kernel(const FlowWalk<typename Precision::Storage> walk) {
+  using Layer = PersistentLayer<Precision>;
+  using Last = PersistentLast<Precision>;
+  const cooperative_groups::grid_group grid = cooperative_groups::this_grid();
+  unsigned char *const shared = shared_tiles();
+  const int64_t thread = static_cast<int64_t>(blockIdx.x) * tile_threads + threadIdx.x;
+  const int64_t threads = static_cast<int64_t>(gridDim.x) * tile_threads;
+  const int layers = walk.depth() + 2, phases = walk.steps() * layers;
+  const int row_tiles = static_cast<int>((walk.sizes.batch + Layer::rows - 1) / Layer::rows);
+  const int column_tiles = (walk.hidden() + Layer::columns - 1) / Layer::columns;
+  const auto tiles_of_phase = [&](int phase) {
+    return row_tiles * (phase % layers == layers - 1 ? walk.tiles : 2 * column_tiles);
+  };
+  const auto part = [&](int phase, int tile, Do what) {
+    const int walked = phase / layers, layer = phase % layers, step = walk.inverse ? walk.steps() - 1 - walked : walked;
+    const int64_t row0 = static_cast<int64_t>(tile % row_tiles) * Layer::rows;
+    tile /= row_tiles;
+    if (layer == layers - 1)
+      last_tile<Last>(walk, shared, step, walk.inverse, row0, tile, what);
+    else if (layer == 0)
+      layer_tile<Layer, true>(walk, shared, step, layer, tile % 2, row0, tile / 2 * Layer::columns, what);
+    else
+      layer_tile<Layer, false>(walk, shared, step, layer, tile % 2, row0, tile / 2 * Layer::columns, what);
+  };
+  const int mine = blockIdx.x;
+  fill_table(walk, !walk.inverse, thread, threads);
+  if (walk.inverse)
+    grid.sync(); // the first stage needs the table
+  enter_rows(walk, walk.inverse, thread / warp_lanes, threads / warp_lanes);
+  if (mine < tiles_of_phase(0))
+    part(0, mine, Do::fetch);
+  grid.sync();
+  for (int phase = 0; phase < phases; ++phase) {
+    const int tiles = tiles_of_phase(phase);
+    for (int tile = mine; tile < tiles; tile += gridDim.x) {
+      part(phase, tile, tile == mine ? Do::rest : Do::all);
+      __syncthreads(); // the result is read before new tiles come in its place
+    }
+    if (phase + 1 < phases && mine < tiles_of_phase(phase + 1))
+      part(phase + 1, mine, Do::fetch);
+    grid.sync();
+  }
+  finish_rows(walk, shared, thread, threads);
+}
+
 // Memory in pieces of 256 bytes. With base null it only counts.
 struct Arena {
   unsigned char *base;
@@ -459,12 +534,25 @@ void launch_step(const FlowWalk<typename Precision::Storage> &walk, int step, bo
 }
 
 // The map. launch(kernel, grid, block, arguments...) starts a kernel, launch.with_shared(bytes)(...) one with dynamic
-// shared memory.
+// shared memory, launch.together(bytes)(...) one whose blocks may meet, of which launch.blocks_together says how many
+// run at once (0: none may).
 template <class Precision, class Launch>
 void launch_flow_forward(const FlowWalk<typename Precision::Storage> &walk, const Launch &launch) {
   using Storage = typename Precision::Storage;
   if (walk.sizes.batch == 0)
     return;
+  if (walk.sizes.batch <= persistent_rows) {
+    constexpr int bytes = persistent_bytes<Precision>;
+    const int64_t row_tiles = tiles_of(walk.sizes.batch, PersistentLayer<Precision>::rows);
+    const int64_t columns = 2 * tiles_of(walk.sizes.hidden, PersistentLayer<Precision>::columns);
+    const int64_t tiles = row_tiles * (columns > walk.tiles ? columns : walk.tiles); // more blocks would only meet
+    const int64_t blocks = launch.blocks_together(flow_persistent_kernel<Precision>, tile_threads, bytes);
+    if (blocks > 0) {
+      launch.together(bytes)(flow_persistent_kernel<Precision>,
+                             dim3(static_cast<unsigned>(tiles < blocks ? tiles : blocks)), dim3(tile_threads), walk);
+      return;
+    }
+  }
   launch_table(walk, !walk.inverse, launch);
   launch_enter(walk, walk.inverse, launch);
   for (int i = 0; i < walk.steps(); ++i)

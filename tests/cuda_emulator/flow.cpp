@@ -20,6 +20,7 @@ struct FlowCall {
   void *grad_x, *grad_context, *grad_loc, *grad_scale, *grad_weight_in, *grad_bias_in, *grad_weight_hidden,
       *grad_bias_hidden, *grad_weight_out, *grad_bias_out;
   int64_t pending;               // bytes of gradients that wait for those of weights
+  int64_t resident;              // blocks that run at once, or 0: no cooperative launch
   int64_t launches, saved_bytes; // learned
 
   template <class Storage> FlowWalk<Storage> walk() const {
@@ -77,7 +78,8 @@ extern "C" const char *flow_forward(const char *type, FlowCall *call) {
       const Buffer scratch = arranged([&](Arena &arena) { arrange_forward(walk, arena); });
       int launches = 0;
       with_precision<Storage>(call->tf32, [&](auto precision) {
-        launch_flow_forward<decltype(precision)>(walk, emulator::Launch{0, false, &launches});
+        launch_flow_forward<decltype(precision)>(
+            walk, emulator::Launch{0, false, &launches, static_cast<int>(call->resident)});
       });
       call->launches = launches;
     });

@@ -51,7 +51,7 @@ class FlowCall(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("y", "logdet", "saved", "grad_y", "grad_logdet")),
         ("grad_y_row", ctypes.c_int64),
         *((f"grad_{name}", ctypes.c_void_p) for name in TENSORS[:-1]),
-        *((name, ctypes.c_int64) for name in ("pending", "launches", "saved_bytes")),
+        *((name, ctypes.c_int64) for name in ("pending", "resident", "launches", "saved_bytes")),
     ]
 
 
@@ -92,6 +92,7 @@ def forward(
     inverse: bool = False,
     save: bool = False,
     tf32: bool = False,
+    resident: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, FlowCall]:
     x = given[0]
     y = torch.full(x.shape, torch.nan, dtype=x.dtype)
@@ -100,7 +101,7 @@ def forward(
     c.y, c.logdet = y.data_ptr(), logdet.data_ptr()
     size = saved_bytes(x, given[5].shape[3], given[7].shape[3], given[2].shape[0], inverse) if save else 0
     saved = torch.full((size,), 255, dtype=torch.uint8)
-    c.saved = saved.data_ptr() if save else None
+    c.saved, c.resident = saved.data_ptr() if save else None, resident
     call(load("flow").flow_forward, type_name(x.dtype), ctypes.byref(c))
     return y, logdet, saved, c
 
@@ -175,6 +176,26 @@ def test_other_types_judged_by_float64(dtype: torch.dtype, tf32: bool, bound: fl
             assert (got.double() - want).norm() < bound * want.norm(), (shape, got.shape)
         if tf32 and shape == ALIGNED:
             assert (y.double() - judge[0]).norm() > 1e-5 * judge[0].norm()  # it is TF32 that multiplied
+
+
+@pytest.mark.parametrize("shape", [*SHAPES[1:4], SHAPES[6], ALIGNED], ids=str)
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_one_kernel_for_all_layers(shape: tuple[Any, ...], inverse: bool, dtype: torch.dtype) -> None:
+    given = arguments(*shape, dtype)
+    options = (0.8 if shape[5] else 1.0, True, inverse, True)
+    expected = forward(given, *options)
+    # a block has several tiles; one has all of them; more blocks than tiles are not started
+    for resident in (5, 1, 1000) if shape == SHAPES[2] else (5,):
+        got = forward(given, *options, resident=resident)
+        assert got[3].launches == 1
+        for a, b in zip(got[:3], expected[:3], strict=True):
+            assert torch.equal(a, b)  # the same sums in the same order
+
+
+def test_more_rows_than_one_kernel_takes() -> None:
+    *_, c = forward(arguments(*SHAPES[4], torch.float64), resident=8)
+    assert c.launches > 1
 
 
 def test_the_published_size_in_float32() -> None:

@@ -407,9 +407,11 @@ struct Launch {
   size_t shared_bytes = 0;  // dynamic shared memory
   bool cooperative = false; // all blocks at once, so that the kernel may use barriers over the grid
   int *launches = nullptr;  // counts, if given
+  int resident = 0;         // blocks that run at once, for blocks_together
 
-  Launch with_shared(size_t bytes) const { return {bytes, cooperative, launches}; }
-  Launch together(size_t bytes) const { return {bytes, true, launches}; }
+  Launch with_shared(size_t bytes) const { return {bytes, cooperative, launches, resident}; }
+  Launch together(size_t bytes) const { return {bytes, true, launches, resident}; }
+  template <class Kernel> int blocks_together(Kernel *, int, size_t) const { return resident; }
 
   template <class... Parameters, class... Arguments>
   void operator()(void (*kernel)(Parameters...), dim3 grid, dim3 block, Arguments &&...arguments) const {
