@@ -41,7 +41,7 @@ if os.environ["PATCH"]:
     import iin_fast
     from iin_fast.dropin import known
 
-    known.SMALL = 0
+    known.SMALL.clear()
     print(iin_fast.patch(os.environ["PATCH"]).report)
     counts = collections.Counter()
 

@@ -48,8 +48,8 @@ def _couple(self: Any, x: Tensor, raw: Tensor, shift: Tensor, rev: bool) -> tupl
     return affine_coupling(x, raw, shift, squash="tanh", clamp=float(self.clamp), inverse=rev)
 
 
-def _takes(self: Any, x: Any, *conditions: Any) -> bool:
-    return fits(x, *conditions) and x.dim() == self.ndims + 1 and x.numel() > 0 and large(x)
+def _takes(self: Any, x: Any, *conditions: Any, scale: str = "clamped") -> bool:
+    return fits(x, *conditions) and x.dim() == self.ndims + 1 and x.numel() > 0 and large(x, scale)
 
 
 def _glow(net: str, length: str) -> Callable[..., Any]:
@@ -64,7 +64,7 @@ def _glow(net: str, length: str) -> Callable[..., Any]:
 
 def _gin(net: str, length: str) -> Callable[..., Any]:
     def coupling(original: Any, self: Any, x: Tensor, u: Tensor, rev: bool = False) -> Any:
-        if not _takes(self, x, u):
+        if not _takes(self, x, u, scale="identity"):
             return original(self, x, u, rev)
         raw, shift = getattr(self, net)(u).split([getattr(self, length)] * 2, dim=1)
         s = self.clamp * self.f_clamp(raw)
@@ -109,7 +109,13 @@ def _divides(code: CodeType) -> bool:
 
 def all_in_one(original: Any, self: Any, x: Tensor, a: Tensor, rev: bool = False) -> Any:
     """``AllInOneBlock._affine``."""
-    if torch.compiler.is_compiling() or not fits(x, a) or not large(x) or x.numel() == 0 or not self.clamp > 0:
+    if (
+        torch.compiler.is_compiling()
+        or not fits(x, a)
+        or not large(x, "clamped")
+        or x.numel() == 0
+        or not self.clamp > 0
+    ):
         return original(self, x, a, rev)
     raw, shift = (a * 0.1).split([x.shape[1]] * 2, dim=1)
     if _divides(original.__code__):

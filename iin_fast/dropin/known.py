@@ -18,9 +18,9 @@ from .sources import SOURCES
 
 __all__ = ["Known", "fits", "fingerprint", "large", "lookup", "qualified"]
 
-SMALL = 8192
+SMALL = {"clamped": 8192, "identity": 32768, "sigmoid": 131072}
 """Affine couplings of fewer elements stay with the library's own operations on the CPU: there a call of a fused op costs
-more than the few kernels it replaces (benchmarks/results/dropin_cpu.json)."""
+more than the few kernels it replaces, the cheaper the scale the longer (benchmarks/dropin.py)."""
 
 
 def qualified(cls: type) -> str:
@@ -153,6 +153,6 @@ def fits(*tensors: Any) -> bool:
     return not any(wrapped(tensor) for tensor in tensors)
 
 
-def large(x: Tensor) -> bool:
-    """Whether an affine coupling is worth a fused op (see ``SMALL``)."""
-    return x.device.type != "cpu" or x.numel() >= SMALL
+def large(x: Tensor, scale: str) -> bool:
+    """Whether an affine coupling with this kind of scale is worth a fused op (see ``SMALL``)."""
+    return x.device.type != "cpu" or x.numel() >= SMALL.get(scale, 0)

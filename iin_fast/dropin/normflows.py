@@ -35,7 +35,7 @@ def _refuse_affine(module: Any) -> str | None:
 
 def _affine(original: Any, self: Any, z: Any, inverse: bool) -> Any:
     z1, z2 = z
-    if not isinstance(z2, Tensor) or not large(z2):
+    if not isinstance(z2, Tensor) or not large(z2, "identity"):
         return original(self, z)
     param = self.param_map(z1)
     shift, raw = param[:, 0::2, ...], param[:, 1::2, ...]
@@ -90,7 +90,7 @@ def _refuse_mask(module: Any) -> str | None:
 
 
 def _masked(original: Any, self: Any, z: Tensor, inverse: bool) -> Any:
-    if not fits(z, self.b) or not large(z) or z.shape[1:] != self.b.shape[1:]:
+    if not fits(z, self.b) or not large(z, "identity") or z.shape[1:] != self.b.shape[1:]:
         return original(self, z)
     z_masked = self.b * z
     scale, shift = self.s(z_masked), self.t(z_masked)

@@ -21,7 +21,7 @@ LIMIT = {torch.float64: 1e-12, torch.float32: 2e-5}
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small affine couplings take the fused op too."""
-    monkeypatch.setattr(known, "SMALL", 0)
+    monkeypatch.setattr(known, "SMALL", {})
 
 
 def made(case: Case, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
