@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, Transform, TransformedDistribution, constraints
 
-__all__ = ["FlowDistribution", "FlowTransform", "distribution_of"]
+__all__ = ["Density", "FlowDistribution", "FlowTransform", "distribution_of"]
 
 
 class FlowTransform(Transform):
@@ -156,3 +156,62 @@ def distribution_of(
             f"independent features as torch.distributions.Independent(base, 1)"
         )
     return FlowDistribution(base, transform.inv, validate_args=validate_args)
+
+
+class Density:
+    """What a module with ``forward``, ``inverse`` and ``dim`` has for being the density of data."""
+
+    def transform(self, context: Tensor | None = None) -> FlowTransform:
+        """The flow as a ``torch.distributions.Transform`` from data to latents; ``.inv`` goes from latents to data.
+
+        Args:
+            context: ``[..., context]``, broadcast against the batch dimensions of what is transformed.
+        """
+        return FlowTransform(self, context)  # type: ignore[arg-type]
+
+    def distribution(
+        self, context: Tensor | None = None, base: Distribution | None = None, *, validate_args: bool | None = None
+    ) -> FlowDistribution:
+        """The density of data under the flow: ``log_prob``, ``sample``, ``rsample``, ``rsample_and_log_prob``.
+
+        Args:
+            context: ``[..., context]``; its leading dimensions are the batch shape.
+            base: density of the latents, of event shape ``[dim]``; by default a standard normal.
+            validate_args: check samples for NaN, as torch.distributions does by default; this waits for the device.
+
+        Raises:
+            ValueError: a base of another event shape.
+
+        Example:
+            >>> from iin_fast.nn import Flow
+            >>> flow = Flow(6, n_flows=2, hidden_dim=16, context_dim=3)
+            >>> density = flow.distribution(torch.randn(5, 3))
+            >>> density.sample((10,)).shape, density.log_prob(torch.randn(6)).shape
+            (torch.Size([10, 5, 6]), torch.Size([5]))
+        """
+        return distribution_of(self, context, base, validate_args=validate_args)  # type: ignore[arg-type]
+
+    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """log p(x) ``[...]`` in nats of data ``[..., dim]``, the latents standard normal.
+
+        Args:
+            x: ``[..., dim]``.
+            context: ``[..., context]``, broadcast against x.
+        """
+        log_prob: Tensor = self.distribution(context, validate_args=False).log_prob(x)
+        return log_prob
+
+    @torch.no_grad()
+    def sample(self, sample_shape: Any = (), context: Tensor | None = None) -> Tensor:
+        """Data ``[*sample_shape, dim]``, or ``[*sample_shape, ..., dim]`` with a context ``[..., context]``.
+
+        Args:
+            sample_shape: a shape, or a number of samples.
+        """
+        return self.rsample(sample_shape, context)
+
+    def rsample(self, sample_shape: Any = (), context: Tensor | None = None) -> Tensor:
+        """As :meth:`sample`, differentiable by the parameters and the context."""
+        shape = (sample_shape,) if isinstance(sample_shape, int) else sample_shape
+        sample: Tensor = self.distribution(context, validate_args=False).rsample(torch.Size(shape))
+        return sample

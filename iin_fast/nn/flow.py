@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
 
 from ..ops.checks import check_device, check_floating
 from ..ops.flow import flow as flow_op
@@ -13,14 +12,14 @@ from ..ops.flow.layout import pack
 from .actnorm import DataDependentStart, start_values
 from .border import Entry, export_tensors, import_tensors, is_sharded
 from .checks import check_features
-from .distribution import FlowDistribution, FlowTransform, distribution_of
+from .distribution import Density
 
 __all__ = ["Flow"]
 
 MEMORY = ("auto", "save", "invert")
 
 
-class Flow(DataDependentStart):
+class Flow(DataDependentStart, Density):
     """A stack of ``n_flows`` blocks (ActNorm, double affine coupling, permutation) that runs as one op.
 
     One block, with c = ceil(dim / 2) features that condition and dim - c that are transformed:
@@ -251,35 +250,6 @@ class Flow(DataDependentStart):
             ValueError, TypeError: as ``forward``.
         """
         return self._transform(z, self._check("z", z, context), inverse=True)
-
-    def transform(self, context: Tensor | None = None) -> FlowTransform:
-        """The flow as a ``torch.distributions.Transform`` from data to latents; ``.inv`` goes from latents to data.
-
-        Args:
-            context: ``[..., context_dim]``, broadcast against the batch dimensions of what is transformed.
-        """
-        return FlowTransform(self, context)
-
-    def distribution(
-        self, context: Tensor | None = None, base: Distribution | None = None, *, validate_args: bool | None = None
-    ) -> FlowDistribution:
-        """The density of data under the flow: ``log_prob``, ``sample``, ``rsample``, ``rsample_and_log_prob``.
-
-        Args:
-            context: ``[..., context_dim]``; its leading dimensions are the batch shape.
-            base: density of the latents, of event shape ``[dim]``; by default a standard normal.
-            validate_args: check samples for NaN, as torch.distributions does by default; this waits for the device.
-
-        Raises:
-            ValueError: a base of another event shape.
-
-        Example:
-            >>> flow = Flow(6, n_flows=2, hidden_dim=16, context_dim=3)
-            >>> density = flow.distribution(torch.randn(5, 3))
-            >>> density.sample((10,)).shape, density.log_prob(torch.randn(6)).shape
-            (torch.Size([10, 5, 6]), torch.Size([5]))
-        """
-        return distribution_of(self, context, base, validate_args=validate_args)
 
     def _transform(
         self, x: Tensor, context: Tensor | None, *, inverse: bool = False, block: int | None = None

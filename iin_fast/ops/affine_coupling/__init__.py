@@ -142,8 +142,11 @@ def _backward(backend: str, ctx: Any, grad_y: Tensor, grad_logdet: Tensor) -> tu
     x, raw_scale, shift, y = ctx.saved_tensors
     # create_graph=True: derivatives of derivatives come from the definition itself
     if torch.is_grad_enabled() or mapped_by_autograd(grad_y, grad_logdet):
-        inputs = [t for t in (x, raw_scale, shift) if t is not None]
         with torch.enable_grad():
+            # aliases: what one input owes to another is the business of autograd beyond this op
+            x, shift = x.view_as(x), shift.view_as(shift)
+            raw_scale = None if raw_scale is None else raw_scale.view_as(raw_scale)
+            inputs = [t for t in (x, raw_scale, shift) if t is not None]
             outputs = reference.affine_coupling(x, raw_scale, shift, _NAMES[ctx.squash], ctx.clamp, ctx.inverse)
         differentiable = [(o, g) for o, g in zip(outputs, (grad_y, grad_logdet), strict=True) if o.requires_grad]
         wanted = [t for t in inputs if t.requires_grad]

@@ -1,6 +1,7 @@
 """The op ``flow``: a whole stack of flow blocks in one call. Argument checks, choice of the backend, autograd.
 
-Files: reference.py (plain torch, the definition), layout.py (how weights lie), csrc/flow (CPU) and triton.py.
+Files: reference.py (plain torch, the definition), layout.py (how weights lie), saved.py (what a GPU keeps for backward),
+csrc/flow (CPU and CUDA) and triton.py.
 """
 
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import _library  # noqa: F401  (loads the compiled ops)
+from ..._library import libraries  # loads the compiled ops
 from ...backends import chosen, ops, register
 from ..autograd import differentiable
 from ..checks import check_device, check_dtype, check_floating, check_rank, check_shape
@@ -26,10 +27,12 @@ AUTO_SAVE_BYTES = 256 * 2**20
 """``memory="auto"`` saves activations up to this many bytes and inverts beyond (docs/performance.md)."""
 
 register("flow", "cpp", "cpu")
+if "cuda" in libraries:
+    register("flow", "cpp", "cuda")
 define_triton("flow")
 
 _TYPES = (torch.float32, torch.float64)
-_TRITON_TYPES = (*_TYPES, torch.bfloat16, torch.float16)
+_GPU_TYPES = (*_TYPES, torch.bfloat16, torch.float16)
 _PARAMETERS = (
     "loc",
     "scale",
@@ -68,8 +71,8 @@ def flow(
     context, and a fixed permutation. reference.py is the definition, c = ceil(dim / 2).
 
     Args:
-        x: ``[batch, dim]``, float32 or float64, any strides; dim of at least 2, batch may be 0. With the backends triton
-            and reference also bfloat16 or float16: couplings, log-det and what lies between blocks stay in float32.
+        x: ``[batch, dim]``, float32 or float64, any strides; dim of at least 2, batch may be 0. On GPUs, and with the
+            backends triton and reference, also bfloat16 or float16: couplings, log-det and what lies between blocks stay in float32.
         context: ``[1, batch, context_dim]`` for all blocks or ``[n_flows, batch, context_dim]``; None for none.
         loc, scale: ``[n_flows, dim]``, ActNorm; scale not 0.
         weight_in, bias_in, weight_hidden, bias_hidden, weight_out, bias_out: the nets S and T of every half of every
@@ -113,8 +116,25 @@ def flow(
     if save and memory == "auto":
         size = _saved_size(x, bias_in.shape[-1], bias_hidden.shape[-2], context, loc.shape[0])
         save = size * x.element_size() <= AUTO_SAVE_BYTES
-    y, logdet, _ = _calls[backend](*tensors, float(leaky_slope), float(activation_slope), exact_logdet, inverse, save)
+    options = (
+        float(leaky_slope),
+        float(activation_slope),
+        exact_logdet,
+        inverse,
+        save,
+        x.is_cuda and _tf32_is_allowed(),
+    )
+    y, logdet, _ = _calls[backend](*tensors, *options)
     return y, logdet
+
+
+def _tf32_is_allowed() -> bool:
+    """Whether the user lets torch multiply float32 matrices as TF32 on NVIDIA GPUs."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+# torch.compile cannot trace the setting. This is torch.compiler.assume_constant_result without an import of the compiler.
+_tf32_is_allowed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _check(x: Tensor, context: Tensor | None, parameters: tuple[Tensor, ...], permutation: Tensor) -> str:
@@ -123,7 +143,7 @@ def _check(x: Tensor, context: Tensor | None, parameters: tuple[Tensor, ...], pe
     check_floating(op, "x", x)
     backend = chosen(op, x)
     dtype, device = x.dtype, x.device
-    types = _TYPES if backend == "cpp" else _TRITON_TYPES
+    types = _TYPES if backend == "cpp" and device.type == "cpu" else _GPU_TYPES
     alike = dtype in types  # the usual, in one look; what differs is looked at closely
     for value in parameters if context is None else (*parameters, context):
         if not isinstance(value, Tensor) or value.dtype != dtype or value.device != device:
@@ -224,7 +244,10 @@ def _fake(
     exact_logdet: bool,
     inverse: bool,
     save: bool,
+    tf32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if x.device.type != "cpu":
+        return _fake_gpu(x, loc.shape[0], bias_in.shape[3], bias_hidden.shape[3], inverse, save)
     saved = _saved_size(x, bias_in.shape[3], bias_hidden.shape[3], context, loc.shape[0]) if save else 0
     return x.new_empty(x.shape), x.new_empty(x.shape[:1]), x.new_empty(saved)
 
@@ -249,6 +272,7 @@ def _fake_backward(
     inverse: bool,
     context_grad: bool,
     weight_grads: bool,
+    tf32: bool = False,
 ) -> tuple[Tensor | None, ...]:
     def like(t: Tensor) -> Tensor:
         return t.new_empty(t.shape)
@@ -264,7 +288,7 @@ def _fake_backward(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.options = inputs[11:15]
+    ctx.options, ctx.tf32 = inputs[11:15], inputs[16]
     y, _, saved = output
     ctx.mark_non_differentiable(saved)
     ctx.set_materialize_grads(False)
@@ -276,12 +300,14 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     y, saved, *tensors = ctx.saved_tensors
     leaky_slope, activation_slope, _, inverse = ctx.options
-    nothing = (None,) * 5
+    nothing = (None,) * 6
     if grad_y is None and grad_logdet is None:
         return (None,) * 11 + nothing
     # create_graph=True: derivatives of derivatives come from the definition itself
     if torch.is_grad_enabled() or mapped_by_autograd(grad_y, grad_logdet):
         with torch.enable_grad():
+            # aliases: what one input owes to another is the business of autograd beyond this op
+            tensors = [t if t is None else t.view_as(t) for t in tensors]
             outputs = reference.flow(*tensors, *ctx.options)
         wanted = [i for i, t in enumerate(tensors) if t is not None and t.requires_grad]
         pairs = [(o, g) for o, g in zip(outputs, (grad_y, grad_logdet), strict=True) if g is not None]
@@ -295,7 +321,8 @@ def _backward(
         grads = dict(zip(wanted, found, strict=True))
         return tuple(grads.get(i) for i in range(11)) + nothing
     grad_y = torch.zeros_like(y) if grad_y is None else grad_y
-    grad_logdet = y.new_zeros(y.shape[0]) if grad_logdet is None else grad_logdet
+    if grad_logdet is None:
+        grad_logdet = y.new_zeros(y.shape[0], dtype=torch.float64 if y.dtype == torch.float64 else torch.float32)
     context, weights = tensors[1], tensors[4:10]
     found = ops(backend).flow_backward(
         grad_y,
@@ -308,6 +335,7 @@ def _backward(
         inverse,
         context is not None and ctx.needs_input_grad[1],
         any(ctx.needs_input_grad[4 : 4 + len(weights)]),
+        ctx.tf32,
     )
     needed = ctx.needs_input_grad
     return tuple(g if needed[i] else None for i, g in enumerate(found)) + (None, *nothing)
@@ -316,7 +344,13 @@ def _backward(
 @torch.library.register_fake("iin_fast_triton::flow")
 def _fake_triton(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     loc, bias_in, bias_hidden, inverse, save = rest[1], rest[4], rest[6], rest[13], rest[14]
-    size = saved_bytes(x, bias_in.shape[3], bias_hidden.shape[3], loc.shape[0], inverse) if save else 0
+    return _fake_gpu(x, loc.shape[0], bias_in.shape[3], bias_hidden.shape[3], inverse, save)
+
+
+def _fake_gpu(
+    x: Tensor, n_flows: int, hidden: int, depth: int, inverse: bool, save: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    size = saved_bytes(x, hidden, depth, n_flows, inverse) if save else 0
     logdet = x.new_empty(x.shape[:1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
     return x.new_empty(x.shape), logdet, x.new_empty(size, dtype=torch.uint8)
 
@@ -340,6 +374,6 @@ for _backend_name, _name in (("cpp", "iin_fast::flow"), ("triton", "iin_fast_tri
     _calls[_backend_name] = differentiable(_name, _setup, partial(_backward, _backend_name))
     torch.library.register_vmap(_name, partial(_vmap, _backend_name))
     torch.library.register_vmap(f"{_name}_backward", one_by_one(ops(_backend_name).flow_backward))
-torch.library.register_autocast("iin_fast::flow", "cpu", torch.float32)
 for _device in ("cpu", "cuda"):
+    torch.library.register_autocast("iin_fast::flow", _device, torch.float32)
     torch.library.register_autocast("iin_fast_triton::flow", _device, torch.float32)

@@ -1,6 +1,6 @@
 """The op ``spline_coupling``: argument checks, choice of the backend, autograd.
 
-Files: reference.py (plain torch, the definition), csrc/spline_coupling (CPU) and triton.py.
+Files: reference.py (plain torch, the definition), csrc/spline_coupling (CPU and CUDA) and triton.py.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import _library  # noqa: F401  (loads the compiled ops)
+from ..._library import libraries
 from ...backends import chosen, ops, register
 from ..autograd import differentiable
 from ..checks import check_device, check_dtype, check_floating
@@ -18,7 +18,7 @@ from ..triton_ops import define_triton
 from ..vmap import fold_rows
 from . import reference
 
-__all__ = ["parameter_count", "rational_quadratic_spline", "spline_coupling"]
+__all__ = ["check_options", "parameter_count", "rational_quadratic_spline", "spline_coupling"]
 
 # Codes of csrc/spline_coupling/spline_coupling.h.
 TAILS = {"linear": 0, "none": 1, "circular": 2}
@@ -27,6 +27,8 @@ _TAILS = {code: name for name, code in TAILS.items()}
 _FORMS = {code: name for name, code in PARAMETERIZATIONS.items()}
 
 register("spline_coupling", "cpp", "cpu")
+if "cuda" in libraries:
+    register("spline_coupling", "cpp", "cuda")
 define_triton("spline_coupling")
 
 
@@ -96,7 +98,7 @@ def spline_coupling(
         True
     """
     op = "spline_coupling"
-    tails, limits = _options(
+    tails, limits = check_options(
         op, bins, tails, tail_bound, box, min_bin_width, min_bin_height, min_derivative, parameterization
     )
     _check(op, x, "parameters", parameters)
@@ -156,7 +158,7 @@ def rational_quadratic_spline(
     """
     op = "rational_quadratic_spline"
     bins = widths.shape[-1] if isinstance(widths, Tensor) and widths.dim() else 0
-    tails, limits = _options(
+    tails, limits = check_options(
         op, bins, tails, tail_bound, box, min_bin_width, min_bin_height, min_derivative, parameterization
     )
     counts = {"widths": bins, "heights": bins, "derivatives": parameter_count(bins, tails) - 2 * bins}
@@ -179,7 +181,7 @@ def _check(op: str, x: Tensor, name: str, value: Tensor) -> None:
         check_dtype(op, name, value, x.dtype, "like x")
 
 
-def _options(
+def check_options(
     op: str,
     bins: int,
     tails: str | None,
@@ -190,7 +192,7 @@ def _options(
     min_derivative: float,
     parameterization: str,
 ) -> tuple[str, tuple[float, ...]]:
-    """The name of the tails, and left, right, bottom, top and the three minima."""
+    """Refuse options that make no spline; gives the name of the tails, and left, right, bottom, top, the three minima."""
     if tails not in ("linear", "circular", None):
         raise ValueError(f"{op}: tails is {tails!r}, expected 'linear', 'circular' or None")
     if parameterization not in PARAMETERIZATIONS:
@@ -252,6 +254,8 @@ def _backward(backend: str, ctx: Any, grad_y: Tensor, grad_logdet: Tensor) -> tu
     nothing = (None,) * len(ctx.options)
     if torch.is_grad_enabled():  # create_graph=True: derivatives of derivatives come from the definition itself
         bins, tails, form, left, right, bottom, top, width, height, slope, inverse = ctx.options
+        # aliases: what one input owes to another is the business of autograd beyond this op
+        x, parameters = x.view_as(x), parameters.view_as(parameters)
         outputs = reference.spline_coupling(
             x, parameters, bins, _TAILS[tails], _FORMS[form], (left, right, bottom, top), width, height, slope, inverse
         )
