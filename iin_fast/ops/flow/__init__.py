@@ -146,7 +146,8 @@ def _check(x: Tensor, context: Tensor | None, parameters: tuple[Tensor, ...], pe
     types = _TYPES if backend == "cpp" and device.type == "cpu" else _GPU_TYPES
     alike = dtype in types  # the usual, in one look; what differs is looked at closely
     for value in parameters if context is None else (*parameters, context):
-        alike = alike and isinstance(value, Tensor) and value.dtype == dtype and value.device == device
+        if not isinstance(value, Tensor) or value.dtype != dtype or value.device != device:
+            alike = False
     if not alike:
         _check_types(op, x, context, parameters, types)
     if x.dim() != 2 or x.shape[1] < 2:
@@ -287,18 +288,18 @@ def _fake_backward(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, ctx.leaky_slope, ctx.activation_slope, ctx.exact_logdet, ctx.inverse, _, ctx.tf32 = inputs
+    ctx.options, ctx.tf32 = inputs[11:15], inputs[16]
     y, _, saved = output
     ctx.mark_non_differentiable(saved)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(y, saved, *tensors)
+    ctx.save_for_backward(y, saved, *inputs[:11])
 
 
 def _backward(
     backend: str, ctx: Any, grad_y: Tensor | None, grad_logdet: Tensor | None, _: Any
 ) -> tuple[Tensor | None, ...]:
     y, saved, *tensors = ctx.saved_tensors
-    options: Any = (ctx.leaky_slope, ctx.activation_slope, ctx.exact_logdet, ctx.inverse)
+    leaky_slope, activation_slope, _, inverse = ctx.options
     nothing = (None,) * 6
     if grad_y is None and grad_logdet is None:
         return (None,) * 11 + nothing
@@ -307,7 +308,7 @@ def _backward(
         with torch.enable_grad():
             # aliases: what one input owes to another is the business of autograd beyond this op
             tensors = [t if t is None else t.view_as(t) for t in tensors]
-            outputs = reference.flow(*tensors, *options)
+            outputs = reference.flow(*tensors, *ctx.options)
         wanted = [i for i, t in enumerate(tensors) if t is not None and t.requires_grad]
         pairs = [(o, g) for o, g in zip(outputs, (grad_y, grad_logdet), strict=True) if g is not None]
         found = torch.autograd.grad(
@@ -329,9 +330,9 @@ def _backward(
         y,
         saved,
         *tensors[1:],
-        ctx.leaky_slope,
-        ctx.activation_slope,
-        ctx.inverse,
+        leaky_slope,
+        activation_slope,
+        inverse,
         context is not None and ctx.needs_input_grad[1],
         any(ctx.needs_input_grad[4 : 4 + len(weights)]),
         ctx.tf32,
