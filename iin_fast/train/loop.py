@@ -197,8 +197,7 @@ class _Training:
             **options,
         )
         first = self.batches.draw(settings.batch, 0)
-        with torch.no_grad():  # the whole batch starts ActNorm, in every process alike
-            model(torch.cat([self.z[first.a], self.z[first.b]]))
+        model.flow.initialize(torch.cat([self.z[first.a], self.z[first.b]]))  # the whole batch, in every process alike
         return model
 
     def run(self) -> IIN:
@@ -343,6 +342,7 @@ class _Training:
 def _fabric(accelerator: str, devices: int, nodes: int, strategy: str, settings: Settings) -> Any:
     try:
         from lightning_fabric import Fabric
+        from lightning_fabric.utilities.exceptions import MisconfigurationException
     except ImportError as error:
         raise ImportError("train needs lightning-fabric: pip install 'iin-fast[train]'") from error
     event_writer()  # what is missing is said before a folder is made
@@ -359,13 +359,12 @@ def _fabric(accelerator: str, devices: int, nodes: int, strategy: str, settings:
         raise ValueError(
             f"train: batch is {settings.batch}, expected a multiple of {devices * nodes}, the number of processes"
         )
-    fabric = Fabric(
-        accelerator=accelerator,
-        devices=devices,
-        num_nodes=nodes,
-        strategy=strategy,
-        precision=settings.precision,  # type: ignore[arg-type]
-    )
+    kind: Any = accelerator
+    precision: Any = settings.precision
+    try:
+        fabric = Fabric(accelerator=kind, devices=devices, num_nodes=nodes, strategy=strategy, precision=precision)
+    except (ImportError, MisconfigurationException, RuntimeError, ValueError) as error:
+        raise ValueError(f"train: no {devices} × accelerator {accelerator!r} here: {error}") from error
     fabric.launch()
     return fabric
 
