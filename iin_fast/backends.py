@@ -83,7 +83,7 @@ def chosen(op: str, x: Tensor) -> str:
         BackendUnavailable: a backend is forced that has no implementation of ``op`` on the device of ``x``, or none for
             torch.func and forward-mode AD, where only "reference" has one.
     """
-    have = available(op, x.device.type)
+    device = x.device.type
     if needs_definition():
         if _forced not in (None, "reference"):
             raise BackendUnavailable(
@@ -91,14 +91,17 @@ def chosen(op: str, x: Tensor) -> str:
                 f"run it; use iin_fast.backend('reference') there, or torch.autograd"
             )
         return "reference"
+    if _forced is None and not PREFERRED and ("cpp", device) in _implemented.get(op, ()):  # the usual, in one look
+        return "cpp"
+    have = available(op, device)
     if _forced is not None:
         if _forced not in have:
             raise BackendUnavailable(
-                f"{op}: backend {_forced!r} is forced, but on {x.device.type} only {', '.join(have)} can run it"
-                + _remedy(_forced, x.device.type)
+                f"{op}: backend {_forced!r} is forced, but on {device} only {', '.join(have)} can run it"
+                + _remedy(_forced, device)
             )
         return _forced
-    preferred = PREFERRED.get((op, x.device.type))
+    preferred = PREFERRED.get((op, device))
     if preferred in have:
         return preferred
     return "cpp" if "cpp" in have else have[-1]

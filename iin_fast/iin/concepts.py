@@ -73,8 +73,8 @@ def concept_pairs(
             noise or number; ``rest`` with groups of two sizes.
 
     References:
-        Esser, Rombach, Ommer, CVPR 2020, Sec. 3.2, "Two sketches are worth a thousand labels"; there a style transfer
-        makes pairs of pictures from the two sketches and any training picture.
+        Esser, Rombach, Ommer, CVPR 2020, Sec. 3.2 (concepts from two sketches); there a style transfer makes pairs of
+        pictures from the two sketches and any training picture.
 
     Example:
         >>> from iin_fast import concept_pairs

@@ -363,7 +363,7 @@ class IIN(nn.Module):
             TypeError, ValueError: a group that is empty or doesn't fit the model, an unknown factor.
 
         References:
-            Esser, Rombach, Ommer, CVPR 2020, Sec. 4 (interpolation along semantic directions).
+            Larsen, Sønderby, Larochelle, Winther, Autoencoding beyond Pixels, ICML 2016 (attribute vectors, there in z).
 
         Example:
             >>> from iin_fast import IIN

@@ -28,15 +28,22 @@ def start_values(x: Tensor) -> tuple[Tensor, Tensor]:
     return -x.mean(dim=0), 1 / (x.std(dim=0) + 1e-6)
 
 
-def distributed() -> bool:
-    """Whether this is one of several processes that work together."""
-    available = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return available and torch.distributed.get_world_size() > 1
-
-
 def active_ddp() -> Any:
     """The DistributedDataParallel whose forward is running, or None."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
     return nn.parallel.DistributedDataParallel._get_active_ddp_module()
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` has been applied to the module, or to one that holds it."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    from torch.distributed._composable_state import _module_state_mapping
+    from torch.distributed.fsdp import FSDPModule
+
+    roots = [root for root in list(_module_state_mapping) if isinstance(root, FSDPModule)]
+    return any(part is module for root in roots for part in root.modules())
 
 
 class DataDependentStart(nn.Module):
@@ -61,7 +68,7 @@ class DataDependentStart(nn.Module):
         """Whether ``forward`` has to start something first.
 
         Raises:
-            RuntimeError: it has, inside torch.func, or in one of several processes outside DistributedDataParallel.
+            RuntimeError: it has, inside torch.func, or sharded over processes.
         """
         if all(self._started):
             return False
@@ -74,16 +81,16 @@ class DataDependentStart(nn.Module):
             self._started = tuple(self.initialized.flatten().bool().tolist())  # copied from a module that has started?
             if all(self._started):
                 return False
-        if distributed() and active_ddp() is None:
+        if is_sharded(self):
             raise RuntimeError(
-                f"{name}: the first batch sets ActNorm's parameters, and would set others in every process; "
-                f"call initialize(x) with one batch for all, before fully_shard"
+                f"{name}: the first batch sets ActNorm's parameters, which are sharded now; call initialize(x) with one "
+                f"batch for all processes before fully_shard"
             )
         return True
 
     def _finish_start(self) -> None:
         """Note the start; under DistributedDataParallel all processes take that of the first one."""
-        wrapper = active_ddp() if distributed() else None
+        wrapper = active_ddp()
         if wrapper is not None:
             for tensor in (self.loc, self.scale):
                 torch.distributed.broadcast(tensor, group=wrapper.process_group, group_src=0)

@@ -10,7 +10,7 @@ from ..ops.checks import check_device, check_floating
 from ..ops.flow import flow as flow_op
 from ..ops.flow.layout import pack
 from .actnorm import DataDependentStart, start_values
-from .border import Entry, export_tensors, import_tensors
+from .border import Entry, export_tensors, import_tensors, is_sharded
 from .checks import check_features
 from .distribution import Density
 
@@ -228,6 +228,7 @@ class Flow(DataDependentStart, Density):
 
         Raises:
             ValueError: another rank, feature count, batch or device; a context that is missing or not wanted.
+            RuntimeError: the start of ActNorm under torch.func, or after ``fully_shard``.
             TypeError: an integer, boolean or complex tensor.
         """
         context = self._check("x", x, context)
@@ -284,6 +285,11 @@ class Flow(DataDependentStart, Density):
         """Refuse bad input; gives the context as the op reads it, ``[1 or n_flows, batch, context_dim]``."""
         check_features("Flow", name, x, self.dim)
         check_device("Flow", name, x, self.weight_in, "the parameters")
+        if is_sharded(self.weight_in):
+            raise RuntimeError(
+                "Flow: the parameters are sharded, and not gathered here; call initialize before fully_shard, and name "
+                "methods other than forward with torch.distributed.fsdp.register_fsdp_forward_method(module, 'inverse')"
+            )
         if (context is None) != (self.context_dim == 0):
             got, wanted = "None" if context is None else list(context.shape), "None"
             if self.context_dim:

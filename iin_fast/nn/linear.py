@@ -83,15 +83,25 @@ class LULinear(nn.Module):
             ValueError, TypeError: x has another rank, feature count or a type that is not floating.
         """
         check_features("LULinear", "x", x, self.dim)
-        lower, upper = self.factors()
-        return F.linear(x, lower @ upper, self.bias), self._logdet(upper).expand(x.shape[0])
+        x, exact = self._exact(x)
+        with exact:
+            lower, upper = self.factors()
+            return F.linear(x, lower @ upper, self.bias), self._logdet(upper).expand(x.shape[0])
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Map ``z [batch, dim]`` back by two triangular solves. Raises like ``forward``."""
         check_features("LULinear", "z", z, self.dim)
-        lower, upper = self.factors()
-        half = torch.linalg.solve_triangular(lower, (z - self.bias).T, upper=False, unitriangular=True)
-        return torch.linalg.solve_triangular(upper, half, upper=True).T, -self._logdet(upper).expand(z.shape[0])
+        z, exact = self._exact(z)
+        with exact:
+            lower, upper = self.factors()
+            half = torch.linalg.solve_triangular(lower, (z - self.bias).T, upper=False, unitriangular=True)
+            x = torch.linalg.solve_triangular(upper, half, upper=True).T
+            return x, -self._logdet(upper).expand(z.shape[0])
+
+    def _exact(self, x: Tensor) -> tuple[Tensor, torch.autocast]:
+        """The input, and a region without autocast: a density is no place for products of 8 bits of precision."""
+        kind = x.device.type
+        return x.to(self.weight.dtype) if torch.is_autocast_enabled(kind) else x, torch.autocast(kind, enabled=False)
 
     @staticmethod
     def _logdet(upper: Tensor) -> Tensor:

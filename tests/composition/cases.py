@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from iin_fast import IIN, FactorLoss, Factors
 from iin_fast import functional as F
-from iin_fast.nn import ActNorm, AffineCoupling, Flow, Permutation
+from iin_fast.nn import ActNorm, AffineCoupling, Flow, LULinear, NeuralSplineFlow, Permutation, SplineCoupling
 from iin_fast.ops.flow import flow as flow_op
 
 __all__ = ["CASES", "DIM", "MODULES", "OPS", "Case", "same", "seeded", "tensors"]
@@ -79,13 +79,26 @@ def flow(**options: Any) -> nn.Module:
     return started(Flow(DIM, **options), *context)
 
 
-def iin() -> nn.Module:
-    return started(IIN(DIM, {"digit": 3, "color": 2}, n_flows=2, hidden_dim=8, hidden_depth=1, generator=seeded()))
+def spline_flow(context: int = 0) -> nn.Module:
+    module = NeuralSplineFlow(DIM, context, n_flows=2, bins=4, hidden_dim=8, hidden_depth=1, generator=seeded())
+    return started(module, *([normal(4, 16, context)] if context else []))
+
+
+def iin(**options: Any) -> nn.Module:
+    options |= dict(n_flows=2, hidden_dim=8, hidden_depth=1, generator=seeded())
+    return started(IIN(DIM, {"digit": 3, "color": 2}, **options))
 
 
 def linear(inputs: int, outputs: int) -> nn.Linear:
     torch.manual_seed(0)
     return nn.Linear(inputs, outputs)
+
+
+def spline_coupling() -> nn.Module:
+    conditioner = linear(3, SplineCoupling.outputs(DIM, bins=4))
+    with torch.no_grad():
+        conditioner.weight *= 0.3  # knots that don't lie within bfloat16's rounding of one another
+    return SplineCoupling(DIM, conditioner, bins=4)
 
 
 def flow_parameters() -> list[Tensor]:
@@ -134,7 +147,13 @@ MODULES = [
     Case("Flow", flow),
     Case("Flow inverse", lambda: Inverse(flow())),
     Case("Flow context", lambda: flow(context_dim=2), lambda n: (normal(1, n, DIM), normal(2, n, 2)), 2),
+    Case("SplineCoupling", spline_coupling),
+    Case("LULinear", lambda: LULinear(DIM)),
+    Case("NeuralSplineFlow", spline_flow),
+    Case("NeuralSplineFlow inverse", lambda: Inverse(spline_flow())),
+    Case("NeuralSplineFlow context", lambda: spline_flow(context=2), lambda n: (normal(1, n, DIM), normal(2, n, 2)), 2),
     Case("IIN", iin),
+    Case("IIN spline", lambda: iin(coupling="spline")),
     Case("FactorLoss", lambda: PairLoss(iin()), lambda n: (normal(1, n, DIM), normal(2, n, DIM), torch.rand(n, 2, generator=seeded(6)) < 0.5), 3, True),
 ]  # fmt: skip
 

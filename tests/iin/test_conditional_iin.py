@@ -92,6 +92,14 @@ def test_factor_loss_is_the_two_likelihoods(model, z):
     torch.testing.assert_close(loss, -(model.log_prob(z, C) + model.log_prob(zb, D)).mean())
 
 
+def test_compile(model, z):
+    compiled = torch.compile(
+        lambda: model.swap(z, z.flip(0), "digit", context=C, donor_context=D), fullgraph=True, backend="aot_eager"
+    )
+    expected = model.swap(z, z.flip(0), "digit", context=C, donor_context=D)
+    torch.testing.assert_close(compiled(), expected, rtol=1e-10, atol=1e-10)
+
+
 def test_save_and_load(model, z, tmp_path):
     model.save(tmp_path)
     loaded = IIN.load(tmp_path)
