@@ -185,7 +185,6 @@ class _Training:
                     "dims_method='published'"
                 )
             sizes = {name: size for name, size in sizes.items() if size}
-        options: dict[str, Any] = {} if settings.coupling == "affine" else {"coupling": settings.coupling}
         model = IIN(
             self.data.dim,
             sizes if concepts else None,
@@ -193,8 +192,8 @@ class _Training:
             settings.hidden_dim,
             settings.hidden_depth,
             generator=torch.Generator().manual_seed(settings.seed),
+            coupling=settings.coupling,
             dtype=self.dtype,
-            **options,
         )
         first = self.batches.draw(settings.batch, 0)
         model.flow.initialize(torch.cat([self.z[first.a], self.z[first.b]]))  # the whole batch, in every process alike
@@ -379,8 +378,11 @@ def _check_folder(run: Path, data: Latents, settings: Settings, resume: bool) ->
     file = run / "run.json"
     if not file.is_file():
         return
-    record = json.loads(file.read_text(encoding="utf-8"))
-    before = {"latents": record["latents"]["sha256"], **record["settings"]}
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        before = {"latents": record["latents"]["sha256"], **record["settings"]}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file}: damaged, or not of a training ({error!r})") from error
     now = {"latents": data.fingerprint(), **settings.record()}
     for name in now:
         if name not in before or before[name] != now[name]:
