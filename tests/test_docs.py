@@ -65,7 +65,9 @@ def test_site_has_every_page(site: Path) -> None:
         assert (site / (name.parent if name.name == "index" else name) / "index.html").is_file(), name
 
 
-@pytest.mark.parametrize("module", ["iin_fast", "iin_fast.nn", "iin_fast.functional", "iin_fast.evaluate"])
+@pytest.mark.parametrize(
+    "module", ["iin_fast", "iin_fast.nn", "iin_fast.functional", "iin_fast.evaluate", "iin_fast.train", "iin_fast.runs"]
+)
 def test_reference_is_complete(site: Path, module: str) -> None:
     """Every public name has its entry, but modules and the version."""
     pages = "".join(page.read_text() for page in (site / "api").rglob("index.html"))

@@ -18,7 +18,9 @@ class Commands(typer.core.TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except (ArithmeticError, ImportError, OSError, TypeError, ValueError) as error:
+        except (typer.Abort, typer.Exit):  # RuntimeErrors themselves
+            raise
+        except (ArithmeticError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
             text = " ".join(str(error).split()) or type(error).__name__
             errors.print(f"[red]error:[/red] {escape(text)}", highlight=False, soft_wrap=True)
             raise typer.Exit(2) from error

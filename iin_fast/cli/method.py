@@ -62,7 +62,7 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="go on from the last checkpoint in --out, where there is one")
     ] = False,
-    accelerator: Annotated[str, typer.Option(help="auto, cpu, cuda, mps")] = "auto",
+    accelerator: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     devices: Annotated[int, typer.Option(help="of each node; under torchrun its environment counts")] = 1,
     nodes: Annotated[int, typer.Option(help="machines; under torchrun its environment counts")] = 1,
     strategy: Annotated[str, typer.Option(help="auto or ddp")] = "auto",
@@ -102,9 +102,7 @@ def train(
         model = run_training(latents, out, settings, resume=resume, progress=True, **where)
     except KeyboardInterrupt:
         if _first_process():
-            console.print(
-                f"stopped; the checkpoint is in {out}, and the same command with --resume goes on", highlight=False
-            )
+            console.print(f"stopped; the same command with --resume goes on in {out}", highlight=False)
         raise typer.Exit(130) from None
     if not _first_process():
         return

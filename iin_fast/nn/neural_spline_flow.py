@@ -129,9 +129,12 @@ class NeuralSplineFlow(nn.Module, Density):
 
     @torch.no_grad()
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
-        """Start ActNorm from a batch ``[batch, dim]``, as the first ``forward`` does by itself. Do it before wrapping the
-        module for several processes."""
-        self(x, context)
+        """Start ActNorm from a batch ``[batch, dim]``, as the first ``forward`` does by itself; layers that have had their
+        start keep it. Of several processes, call it with one batch for all before wrapping the module."""
+        for layer in self.layers:
+            if isinstance(layer, ActNorm) and not layer.initialized:
+                layer.initialize(x)
+            x = layer(x, context)[0] if isinstance(layer, SplineCoupling) else layer(x)[0]
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map data ``[batch, dim]``, with a context ``[batch, context]`` where there is one, to latents.

@@ -185,7 +185,6 @@ class _Training:
                     "dims_method='published'"
                 )
             sizes = {name: size for name, size in sizes.items() if size}
-        options: dict[str, Any] = {} if settings.coupling == "affine" else {"coupling": settings.coupling}
         model = IIN(
             self.data.dim,
             sizes if concepts else None,
@@ -193,12 +192,11 @@ class _Training:
             settings.hidden_dim,
             settings.hidden_depth,
             generator=torch.Generator().manual_seed(settings.seed),
+            coupling=settings.coupling,
             dtype=self.dtype,
-            **options,
         )
         first = self.batches.draw(settings.batch, 0)
-        with torch.no_grad():  # the whole batch starts ActNorm, in every process alike
-            model(torch.cat([self.z[first.a], self.z[first.b]]))
+        model.flow.initialize(torch.cat([self.z[first.a], self.z[first.b]]))  # the whole batch, in every process alike
         return model
 
     def run(self) -> IIN:
@@ -343,6 +341,7 @@ class _Training:
 def _fabric(accelerator: str, devices: int, nodes: int, strategy: str, settings: Settings) -> Any:
     try:
         from lightning_fabric import Fabric
+        from lightning_fabric.utilities.exceptions import MisconfigurationException
     except ImportError as error:
         raise ImportError("train needs lightning-fabric: pip install 'iin-fast[train]'") from error
     event_writer()  # what is missing is said before a folder is made
@@ -359,13 +358,12 @@ def _fabric(accelerator: str, devices: int, nodes: int, strategy: str, settings:
         raise ValueError(
             f"train: batch is {settings.batch}, expected a multiple of {devices * nodes}, the number of processes"
         )
-    fabric = Fabric(
-        accelerator=accelerator,
-        devices=devices,
-        num_nodes=nodes,
-        strategy=strategy,
-        precision=settings.precision,  # type: ignore[arg-type]
-    )
+    kind: Any = accelerator
+    precision: Any = settings.precision
+    try:
+        fabric = Fabric(accelerator=kind, devices=devices, num_nodes=nodes, strategy=strategy, precision=precision)
+    except (ImportError, MisconfigurationException, RuntimeError, ValueError) as error:
+        raise ValueError(f"train: no {devices} × accelerator {accelerator!r} here: {error}") from error
     fabric.launch()
     return fabric
 
@@ -380,8 +378,11 @@ def _check_folder(run: Path, data: Latents, settings: Settings, resume: bool) ->
     file = run / "run.json"
     if not file.is_file():
         return
-    record = json.loads(file.read_text(encoding="utf-8"))
-    before = {"latents": record["latents"]["sha256"], **record["settings"]}
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        before = {"latents": record["latents"]["sha256"], **record["settings"]}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file}: damaged, or not of a training ({error!r})") from error
     now = {"latents": data.fingerprint(), **settings.record()}
     for name in now:
         if name not in before or before[name] != now[name]:

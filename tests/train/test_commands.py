@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -211,6 +212,21 @@ def test_errors_are_one_line_with_code_2(trained, file, latents, tmp_path):
     assert run("swap", trained, file)[0] == 2  # an option that is missing
 
 
+def test_options_in_the_docs_are_those_of_the_commands():
+    page = (Path(__file__).parents[2] / "docs" / "howto" / "train.md").read_text()
+    text = page.replace("\\\n", " ")
+    lines = re.findall(r"^(?:iin-fast|torchrun .* iin_fast\.cli) (.*)$", text, re.MULTILINE)
+    assert len(lines) > 10
+    for line in lines:
+        name, *_ = line.split()
+        help_text = run(name, "--help")[1]
+        for option in re.findall(r"--[a-z-]+", line.split("#")[0]):
+            assert option in help_text, line
+    train_help = run("train", "--help")[1]
+    for option in re.findall(r"`(--[a-z-]+)", page):
+        assert option in train_help or option == "--donors"
+
+
 def command(*arguments, **options):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
     words = [sys.executable, "-m", "iin_fast.cli", *map(str, arguments)]
@@ -256,10 +272,10 @@ def test_from_latents_to_report_in_processes(file, tmp_path):
     assert code == 2 and out == "" and err.startswith("error: ") and "Traceback" not in err
 
 
-@pytest.mark.parametrize("how", ["devices", "torchrun"])
-def test_two_processes_give_the_same_result(how, file, tmp_path):
+@pytest.mark.parametrize(("how", "coupling"), [("devices", "affine"), ("torchrun", "spline")])
+def test_two_processes_give_the_same_result(how, coupling, file, tmp_path):
     words = ["train", str(file), "--factors", "digit=3,color=2", "--steps", "30", "--log-every", "7", *SMALL]
-    words += ["--held-out-every", "10", "--save-every", "12", "--precision", "64-true"]
+    words += ["--held-out-every", "10", "--save-every", "12", "--precision", "64-true", "--coupling", coupling]
     assert run(*words, "--out", tmp_path / "one")[0] == 0
     if how == "devices":
         process = command(*words, "--out", tmp_path / "two", "--devices", 2)

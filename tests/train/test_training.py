@@ -271,6 +271,9 @@ def test_folders_with_another_run_are_refused(latents, settings, tmp_path):
     with pytest.raises(ValueError, match="latents is '.*', but the run"):
         train(other, run, settings(steps=4), resume=True, accelerator="cpu")
     assert (run / "model.safetensors").read_bytes() == before
+    (run / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match="run.json: damaged, or not of a training"):
+        train(latents, run, settings(steps=4), resume=True, accelerator="cpu")
 
 
 def test_a_damaged_checkpoint_is_named(latents, settings, tmp_path):
