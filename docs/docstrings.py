@@ -20,7 +20,9 @@ def convert(text: str) -> str:
         start = re.match(r"( *)\.\. math::(.*)", line)
         if start:
             formula, indent = True, len(start[1])
-            lines += ["", " " * indent + "$$"] + ([" " * indent + start[2].strip()] if start[2].strip() else [])
+            lines += ["", " " * indent + "$$"] + (
+                [" " * indent + start[2].strip()] if start[2].strip() else []
+            )
         elif formula:
             if line.strip():
                 lines.append(line)

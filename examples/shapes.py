@@ -175,8 +175,8 @@ def main(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
     started = time.perf_counter()
     random = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    steps = {"autoencoder": 30, "judge": 30, "iin": 20} if quick else {"autoencoder": 3000, "judge": 1200, "iin": 3000}
-    n_train, n_test = (800, 500) if quick else (12_000, 2500)
+    steps = {"autoencoder": 15, "judge": 15, "iin": 20} if quick else {"autoencoder": 3000, "judge": 1200, "iin": 3000}
+    n_train, n_test = (400, 300) if quick else (12_000, 2500)
 
     autoencoder, judge = Autoencoder(), Judge()
     error = train(autoencoder, lambda: autoencoder.loss(draw_set(64, random)[0], random), steps["autoencoder"], 3e-3)
@@ -204,7 +204,7 @@ def main(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
         train_labels=labels,
         decoder=decode,
         judge=judge.read,
-        max_samples=500 if quick else 2000,
+        max_samples=150 if quick else 2000,
         seed=seed,
     )
     pictures_of(out, model, decode, test_images, test_z)

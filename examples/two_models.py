@@ -107,7 +107,7 @@ def sizes_of(encoder: Any, digits: Digits, n: int, seed: int) -> dict[str, Any]:
 
 
 def study(
-    encoder: Any, digits: Digits, test: Digits, *, steps: int, n_flows: int, most: int, seed: int
+    encoder: Any, digits: Digits, test: Digits, *, steps: int, n_flows: int, rounds: int, most: int, seed: int
 ) -> tuple[dict[str, Any], iin_fast.IIN]:
     """Sizes, an IIN with them, and what its factors are worth on held-out digits."""
     found = sizes_of(encoder, digits, 4000, seed)
@@ -116,7 +116,7 @@ def study(
     for _ in train_iin(model, encoder, digits, steps=steps, seed=seed):
         pass
     random = torch.Generator().manual_seed(seed + 1)
-    (images, labels), (test_images, test_labels) = paint(digits, random, 4), paint(test, random, 4)
+    (images, labels), (test_images, test_labels) = paint(digits, random, rounds), paint(test, random, rounds)
     judged = evaluate(
         model,
         encode_all(encoder, test_images),
@@ -142,12 +142,17 @@ def main(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
         images, labels = draw_batch(digits, 64, random)
         return F.cross_entropy(classifier(images), labels)
 
-    for _ in train_vae(vae, digits, steps=30 if quick else 2000, seed=seed):
+    for _ in train_vae(vae, digits, steps=15 if quick else 2000, seed=seed):
         pass
-    for _ in train(classifier, loss, torch.optim.Adam(classifier.parameters(), 2e-3), 30 if quick else 800):
+    for _ in train(classifier, loss, torch.optim.Adam(classifier.parameters(), 2e-3), 15 if quick else 800):
         pass
     encoders = {"autoencoder": vae, "classifier": Neck(classifier)}
-    settings = {"steps": 15 if quick else 1500, "n_flows": 2 if quick else 8, "most": 400 if quick else 2000}
+    settings: dict[str, Any] = {
+        "steps": 8 if quick else 1500,
+        "n_flows": 2 if quick else 8,
+        "rounds": 1 if quick else 4,
+    }
+    settings["most"] = 150 if quick else 2000
     found, models = {}, {}
     for name, encoder in encoders.items():
         found[name], models[name] = study(encoder, digits, test, **settings, seed=seed)
