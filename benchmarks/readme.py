@@ -1,4 +1,4 @@
-"""Writes the README's tables from benchmarks/results: python benchmarks/readme.py [--check]"""
+"""Writes the tables of README.md and docs/performance.md from benchmarks/results: python benchmarks/readme.py [--check]"""
 
 import json
 import sys
@@ -75,19 +75,49 @@ def demo_table() -> str:
     return "\n".join(lines)
 
 
+def spline_table() -> str:
+    """Medians of the committed run of benchmarks/spline.py, and how many times faster than each peer ours is."""
+    result = json.loads((RESULTS / "spline_cpu.json").read_text())
+    machine, peers = result["machine"], result["peers"]
+    systems = list(next(iter(result["cases"].values())))
+    lines = [
+        f"Medians in milliseconds, and how many times as long as ours; in brackets least and most. {result['bins']} bins, linear "
+        f"tails, float32; {machine['CPU']} ({machine['CPU instruction set']}), torch {machine['torch']}, "
+        f"{', '.join(f'{name} {version}' for name, version in peers.items())}. All systems in one run, in turn.",
+        "",
+        f"| case | {' | '.join('**iin-fast**' if s == 'iin-fast' else s for s in systems)} |",
+        f"|---|{'---:|' * len(systems)}",
+    ]
+    for case, found in result["cases"].items():
+        ours, cells = found["iin-fast"], []
+        for system, row in found.items():
+            times = f", {row['ours']:.1f} × ({row['min'] / ours['max']:.1f}–{row['max'] / ours['min']:.1f})"
+            cells.append(milliseconds(row) + ("" if system == "iin-fast" else times))
+        lines.append(f"| {case} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+PAGES = {
+    "README.md": {"speed": speed_table, "demo": demo_table, "splines": spline_table},
+    "docs/performance.md": {"splines": spline_table},
+}
+
+
 def main() -> int:
-    readme = ROOT / "README.md"
-    text = before = readme.read_text()
-    for name, table in (("speed", speed_table), ("demo", demo_table)):
-        begin, end = BEGIN.format(name), END.format(name)
-        head, rest = text.split(begin)
-        text = head + begin + "\n" + table() + "\n" + end + rest.split(end)[1]
-    if "--check" in sys.argv[1:]:
-        if text != before:
-            print("README.md differs from benchmarks/results: run python benchmarks/readme.py")
-        return int(text != before)
-    readme.write_text(text)
-    return 0
+    differs = False
+    for page, tables in PAGES.items():
+        path = ROOT / page
+        text = before = path.read_text()
+        for name, table in tables.items():
+            begin, end = BEGIN.format(name), END.format(name)
+            head, rest = text.split(begin)
+            text = head + begin + "\n" + table() + "\n" + end + rest.split(end)[1]
+        if "--check" not in sys.argv[1:]:
+            path.write_text(text)
+        elif text != before:
+            print(f"{page} differs from benchmarks/results: run python benchmarks/readme.py")
+            differs = True
+    return int(differs)
 
 
 if __name__ == "__main__":
