@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/performance.md from benchmarks/results: python benchmarks/readme.py [--check]"""
+"""Writes the tables of README.md and docs/ from benchmarks/results: python benchmarks/readme.py [--check]"""
 
 import json
 import sys
@@ -97,7 +97,25 @@ def spline_table() -> str:
     return "\n".join(lines)
 
 
+def backend_table() -> str:
+    """Medians of the committed run of benchmarks/backends.py."""
+    result = json.loads((RESULTS / "backends_cpu.json").read_text())
+    machine = result["machine"]
+    names = list(next(iter(result["cases"].values())))
+    lines = [
+        f"Medians in milliseconds (least to most); {machine['CPU']} ({machine['CPU instruction set']}), torch {machine['torch']}.",
+        "",
+        f"| case | {' | '.join(names)} |",
+        f"|---|{'---:|' * len(names)}",
+    ]
+    for case, found in result["cases"].items():
+        cells = [f"{milliseconds(row)} ({1e3 * row['min']:.3g} to {1e3 * row['max']:.3g})" for row in found.values()]
+        lines.append(f"| {case} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 PAGES = {
+    "docs/backends.md": {"backends": backend_table},
     "README.md": {"speed": speed_table, "demo": demo_table, "splines": spline_table},
     "docs/performance.md": {"splines": spline_table},
 }
