@@ -44,6 +44,8 @@ EXPECTED = {
     r"^coupling_backward_kernel<\w+, [248]>": ("load 16", "store 16"),
     r"^pair_nll_kernel<\w+, [248]>": ("load 16",),
     r"^pair_nll_backward_kernel<\w+, [248]>": ("load 16", "store 16"),
+    r"^spline_forward_kernel<\w+, (true|1)>": ("load 16",),
+    r"^spline_backward_kernel<\w+, (true|1)>": ("load 16", "store 16"),
 }
 
 # Kernels that may use local memory, and why.

@@ -15,7 +15,7 @@ from iin_fast.backends import available
 if "cuda" not in libraries:
     pytest.skip("the build had no nvcc, so there is no CUDA library", allow_module_level=True)
 
-OPS = ["affine_coupling", "affine_coupling_backward", "pair_nll", "pair_nll_backward"]
+OPS = [op + end for op in ("affine_coupling", "pair_nll", "spline_coupling") for end in ("", "_backward")]
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -24,7 +24,7 @@ def test_ops_have_cuda_kernels(op: str) -> None:
 
 
 def test_the_backend_is_offered() -> None:
-    for op in ("affine_coupling", "pair_nll"):
+    for op in ("affine_coupling", "pair_nll", "spline_coupling"):
         assert "cpp" in available(op, "cuda")
 
 
@@ -85,11 +85,14 @@ def test_a_torch_without_cuda_is_named() -> None:
     on_cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
     x, rows = torch.randn(2, 3), torch.randn(2)
     shared = torch.ones(2, 1, dtype=torch.bool)
+    raw, spline = torch.randn(2, 3, 5), (2, 0, 0, -1.0, 1.0, -1.0, 1.0, 1e-3, 1e-3, 1e-3, False)
     calls = {
         "affine_coupling": (x, x, x, 1, 1.0, False),
         "affine_coupling_backward": (x, rows, x, x, 1, 1.0, False),
         "pair_nll": (x, x, rows, rows, shared, [3], 0.9, False),
         "pair_nll_backward": (rows, x, x, shared, [3], 0.9),
+        "spline_coupling": (x, raw, *spline),
+        "spline_coupling_backward": (x, rows, x, raw, *spline),
     }
     for op, arguments in calls.items():
         with pytest.raises(RuntimeError, match=f"{op}: the torch in this process is built without CUDA"):
