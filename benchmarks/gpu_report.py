@@ -49,6 +49,8 @@ EXPECTED = {
     r"^flow_(layer|last_layer|persistent|layer_backward|first_backward|weight_gradient)_kernel<(?!Exact)": (
         "tensor cores",
     ),
+    r"^spline_forward_kernel<\w+, (true|1)>": ("load 16",),
+    r"^spline_backward_kernel<\w+, (true|1)>": ("load 16", "store 16"),
 }
 
 # Kernels that may use local memory, and why.

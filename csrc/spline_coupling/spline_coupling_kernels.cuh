@@ -3,9 +3,9 @@
 // Bytes an element, with P raw values (3 K - 1 at K bins with linear tails): forward and inverse read the raw values
 // and x and write y, P + 2 numbers: 100 bytes in float32 at K = 8, 50 in 16-bit types. Backward also reads grad_y and
 // writes the gradients of x and of the raw values, 2 P + 3 numbers: 196 and 98 bytes. Knots never leave the registers.
-// On paper an H100 (3350 GB/s) moves 34 billion elements a second forward and 17 backward in float32 at K = 8, which
-// leaves about 880 and 1730 instructions for each; an element takes roughly 600 and 900. 16-bit types leave half of
-// that, and are limited by both.
+// On paper an H100 (3350 GB/s) moves 34 billion elements a second forward and 17 backward in float32 at K = 8, and
+// issues 880 and 1730 instructions for each meanwhile. The compiled code takes about 1300 and 1800: forward is limited
+// by instructions, at two thirds of the bandwidth, backward by both. 16-bit types are limited by instructions.
 //
 // Work: an element to a thread, a tile of elements to a block. Raw values of neighbours lie P apart, which no warp
 // could read well, so a block first brings the values of its tile to shared memory as they lie there, 16 bytes at a
@@ -67,7 +67,7 @@ template <class Storage> struct DeviceSplineBackward {
 // i / by for i and by below 2^16.
 struct SmallDivisor {
   unsigned reciprocal; // 2^32 / by, rounded up; 0: by is 1
-  explicit SmallDivisor(int by = 1) : reciprocal(by == 1 ? 0 : 0xffffffffu / static_cast<unsigned>(by) + 1) {}
+  SmallDivisor(int by = 1) : reciprocal(by == 1 ? 0 : 0xffffffffu / static_cast<unsigned>(by) + 1) {}
   __device__ __forceinline__ int operator()(int i) const {
     return reciprocal == 0 ? i : static_cast<int>(static_cast<uint64_t>(i) * reciprocal >> 32);
   }
@@ -216,11 +216,11 @@ template <class Storage, Parameterization form, bool in_place> struct SplineSoft
 
   __device__ __forceinline__ T exponent(int k) const { return squeeze<form>(widen(values[k]), limits); }
 
-  __device__ __forceinline__ T share(int k) const {
+  __device__ __forceinline__ T numerator(int k) const {
     if constexpr (in_place)
-      return values[k] * over;
+      return values[k];
     else
-      return math::exp(exponent(k) - top) * over;
+      return math::exp(exponent(k) - top);
   }
 
   // Gradients of the raw values, from those by the corner and the size of bin `number`; `rest`: the size of all shares
@@ -230,7 +230,7 @@ template <class Storage, Parameterization form, bool in_place> struct SplineSoft
     const T common = corner * mass + size * own_share;
 #pragma unroll 4
     for (int k = 0; k < bins; ++k) {
-      T g = rest * share(k) * ((k < number ? corner : k == number ? size : T(0)) - common);
+      T g = rest * (numerator(k) * over) * ((k < number ? corner : k == number ? size : T(0)) - common);
       if constexpr (form == Parameterization::zuko) {
         static_assert(!in_place, "the raw values are still needed");
         T step;
@@ -264,24 +264,26 @@ find_bin(const DeviceSpline<Storage> &spline, const SplineSoftmax<Storage, form,
   const T rest_width = T(1) - min_width * bins, rest_height = T(1) - min_height * bins;
   SplineBin<T> b;
   b.mass_w = b.mass_h = T(0);
-  T lost_w = 0, lost_h = 0;
+  T lost_w = 0, lost_h = 0, number = 0;
+#pragma unroll 4
   for (int k = 0;; ++k) {
     b.number = k;
-    b.share_w = widths.share(k);
-    b.share_h = heights.share(k);
+    b.share_w = widths.numerator(k) * widths.over;
+    b.share_h = heights.numerator(k) * heights.over;
     if (k + 1 >= spline.bins)
       break;
     const T after_w = add(b.mass_w, b.share_w, lost_w), after_h = add(b.mass_h, b.share_h, lost_h);
-    const T knot = by_image ? limits.bottom + high * (min_height * T(k + 1) + rest_height * after_h)
-                            : limits.left + wide * (min_width * T(k + 1) + rest_width * after_w);
+    const T knot = by_image ? limits.bottom + high * (min_height * (number + T(1)) + rest_height * after_h)
+                            : limits.left + wide * (min_width * (number + T(1)) + rest_width * after_w);
     if (!(coordinate >= knot)) // NaN stays in the first bin
       break;
+    number += T(1);
     b.mass_w = after_w;
     b.mass_h = after_h;
   }
   Segment<T> &s = b.segment;
-  s.x = limits.left + wide * (min_width * T(b.number) + rest_width * b.mass_w);
-  s.y = limits.bottom + high * (min_height * T(b.number) + rest_height * b.mass_h);
+  s.x = limits.left + wide * (min_width * number + rest_width * b.mass_w);
+  s.y = limits.bottom + high * (min_height * number + rest_height * b.mass_h);
   s.width = wide * (min_width + rest_width * b.share_w);
   s.height = high * (min_height + rest_height * b.share_h);
   b.rest_w = wide * rest_width;
