@@ -142,7 +142,8 @@ def _accelerate(path: str, module: nn.Module, library: Library) -> Iterator[Line
         )
         made = library.known.get(qualified(maker)) if isinstance(maker, type) else None
         if made is None:
-            yield Line(path, label, False, "no faster form")
+            if any(qualified(b) in library.bases for b in cls.__mro__):  # and not a distribution
+                yield Line(path, label, False, "no faster form")
         elif maker in _patched:
             yield Line(path, label, True, "by patch")
         elif (reason := made.unknown_source(maker)) is not None:

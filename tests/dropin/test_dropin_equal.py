@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, all_cases
+from cases import Case, all_cases, has
 from torch import Tensor, nn
 
 import iin_fast
@@ -71,6 +71,26 @@ def close(got: list[Tensor], want: list[Tensor], limit: float) -> None:
         assert torch.allclose(g, w, rtol=limit, atol=limit * max(1.0, float(w.abs().max()) if w.numel() else 1.0)), (
             f"off by {float((g - w).abs().max()):.1e} at magnitude {float(w.abs().max()):.1e}"
         )
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "nflows",
+        "normflows",
+        "zuko",
+        "FrEIA",
+        "FrEIA.modules.splines",
+        "iin.models.iin",
+        "net2net.modules.flow.flatflow",
+        "invariances.model.blocks",
+    ],
+)
+def test_library_is_here(module: str) -> None:
+    """A skip says whose cases did not run."""
+    if not has(module):
+        pytest.skip(f"{module} is not installed: its cases did not run")
+    assert any(case.name.startswith(module.split(".")[0]) for case in CASES)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=("f64", "f32"))
