@@ -379,8 +379,7 @@ def test_stack_sees_every_change_of_its_modules(stack: nn.Module, monkeypatch: p
     same()
 
 
-def test_calls_of_a_stack_share_its_weights(stack: nn.Module) -> None:
-    """Two samples in one loss, and a second backward pass before the next step."""
+def test_two_calls_in_one_loss_and_two_backward_passes(stack: nn.Module) -> None:
     own, x = copy.deepcopy(stack), torch.randn(2, 9, 6, dtype=torch.float64)
     iin_fast.accelerate(stack)
     for model in (stack, own):
@@ -388,10 +387,25 @@ def test_calls_of_a_stack_share_its_weights(stack: nn.Module) -> None:
             loss.backward()
     for got, want in zip(stack.parameters(), own.parameters(), strict=True):
         assert torch.allclose(got.grad, want.grad, rtol=1e-9, atol=1e-9)
-    frozen = stack.flow[0].flow[1].s[0].main[0].weight.requires_grad_(False)
-    frozen.grad = None
+    still = stack.flow[0].flow[1].s[0].main[0].weight.requires_grad_(False)
+    still.grad = None
     stack(x[0])[0].sum().backward()
-    assert frozen.grad is None
+    assert still.grad is None
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_stack_sees_what_torch_does_not_count_unless_frozen(stack: nn.Module, frozen: bool) -> None:
+    own, x = copy.deepcopy(stack), torch.randn(9, 6, dtype=torch.float64)
+    iin_fast.accelerate(stack, frozen=frozen)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert torch.allclose(stack(x)[0], own(x)[0], atol=1e-9)
+            stack.flow[0].flow[1].t[0].main[0].weight.data.mul_(2)
+            own.flow[0].flow[1].t[0].main[0].weight.data.mul_(2)
+            assert torch.allclose(stack(x)[0], own(x)[0], atol=1e-9) != frozen
+        stack.flow[0].flow[1].t[0].main[0].weight.detach().mul_(1)  # counted
+    iin_fast.restore(stack)
+    assert torch.equal(stack(x)[0], own(x)[0])
 
 
 def test_hooks_inside_a_stack_fire(stack: nn.Module) -> None:
