@@ -14,10 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.flow import flow
-from ..ops.flow.layout import PANEL, unpack
+from ..ops.flow.layout import PANEL, pack, unpack
 from .known import fits, qualified
 
 __all__ = ["Block", "Stack", "Unfit", "freeze", "own_class", "run", "stack_of"]
+
+ROWS = 128
+"""Smaller batches run block by block on the CPU unless frozen: laying out the weights costs more than the op saves
+(benchmarks/dropin.py)."""
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -174,9 +178,11 @@ class Stack:
         if torch.compiler.is_compiling() or any(self.hooks):
             return None
         tensors = self.tensors()
+        wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        if x.device.type == "cpu" and x.shape[0] < ROWS and (wanted or not self.frozen):
+            return None
         if not fits(x, *tensors) or not self.started():
             return None
-        wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         held = tensors + [block.shuffle.forward_shuffle_idx for block in self.blocks if block.shuffle is not None]
         if wanted:
             return self._layout(x, None)
@@ -195,7 +201,9 @@ class Stack:
 
         def weights(name: str, layers: list[nn.Linear], *shape: int) -> Tensor:
             matrices = [layer.weight for layer in layers]
-            if memory is None:
+            if x.device.type != "cpu":  # few kernels rather than few bytes
+                packed = pack(torch.stack(matrices))
+            elif memory is None:
                 packed = Pack.apply(*matrices)
             else:
                 space = memory.get(name)

@@ -13,7 +13,7 @@ from cases import Net, has, spread
 from torch import Tensor, nn
 
 import iin_fast
-from iin_fast.dropin import known, sources
+from iin_fast.dropin import known, sources, stacks
 from iin_fast.dropin.swap import Swapped, _patched
 
 nflows = pytest.importorskip("nflows.transforms")
@@ -23,6 +23,7 @@ zuko = pytest.importorskip("zuko")
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(known, "SMALL", {})
+    monkeypatch.setattr(stacks, "ROWS", 0)
     yield
     assert not _patched, "a test left a library patched"
 
@@ -406,6 +407,24 @@ def test_a_stack_sees_what_torch_does_not_count_unless_frozen(stack: nn.Module, 
         stack.flow[0].flow[1].t[0].main[0].weight.detach().mul_(1)  # counted
     iin_fast.restore(stack)
     assert torch.equal(stack(x)[0], own(x)[0])
+
+
+def test_small_batches_of_a_stack_run_block_by_block_unless_frozen(
+    stack: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stacks, "ROWS", 10)
+    calls = ops_called(monkeypatch, "flow")
+    for frozen, wanted, rows, fused in (
+        (False, False, 9, False),
+        (False, True, 10, True),
+        (True, False, 9, True),
+        (True, True, 9, False),
+    ):
+        iin_fast.accelerate(stack, frozen=frozen)
+        calls.clear()
+        with torch.set_grad_enabled(wanted):
+            stack(torch.randn(rows, 6, dtype=torch.float64))
+        assert bool(calls) == fused
 
 
 def test_hooks_inside_a_stack_fire(stack: nn.Module) -> None:

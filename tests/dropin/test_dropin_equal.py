@@ -10,7 +10,7 @@ from cases import Case, all_cases, has
 from torch import Tensor, nn
 
 import iin_fast
-from iin_fast.dropin import known
+from iin_fast.dropin import known, stacks
 
 CASES = all_cases()
 LIBRARY = {"nflows": "nflows", "normflows": "normflows", "FrEIA": "freia", "zuko": "zuko"}
@@ -20,8 +20,9 @@ LIMIT = {torch.float64: 1e-12, torch.float32: 2e-5}
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small affine couplings take the fused op too."""
+    """Small affine couplings and small batches of stacks take the fused ops too."""
     monkeypatch.setattr(known, "SMALL", {})
+    monkeypatch.setattr(stacks, "ROWS", 0)
 
 
 def made(case: Case, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
