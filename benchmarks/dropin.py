@@ -151,14 +151,16 @@ def tensors(result: Any) -> list[Tensor]:
     return [t for part in result for t in tensors(part)] if isinstance(result, list | tuple) else []
 
 
-def measure(build: Callable[[], nn.Module], call: Call, dim: int, batch: int, repeats: int) -> dict[str, Any]:
+def measure(
+    build: Callable[[], nn.Module], call: Call, dim: int, batch: int, repeats: int, frozen: bool = False
+) -> dict[str, Any]:
     """Seconds per call of both sides, in turn."""
     torch.manual_seed(0)
     own, x = build(), torch.randn(batch, dim)
     with torch.no_grad():
         call(own, x)  # data-dependent starts
     fast = copy.deepcopy(own)
-    report = iin_fast.accelerate(fast)
+    report = iin_fast.accelerate(fast, frozen=frozen)
     if not report.replaced:
         raise RuntimeError(f"nothing was replaced:\n{report}")
 
@@ -173,7 +175,7 @@ def measure(build: Callable[[], nn.Module], call: Call, dim: int, batch: int, re
             parameter.grad = None
 
     found: dict[str, Any] = {}
-    for name, run in (("forward", forward), ("forward + backward", training)):
+    for name, run in (("forward", forward),) if frozen else (("forward", forward), ("forward + backward", training)):
         seconds: dict[str, list[float]] = {"own": [], "accelerated": []}
         for turn in range(repeats + 3):
             for side, model in (("own", own), ("accelerated", fast)):
@@ -243,6 +245,8 @@ def main() -> None:
         for batch in batches:
             repeats = 3 if arguments.quick else 15 if batch > 1000 else 60
             found = measure(build, call, dim, batch, repeats)
+            if "stack" in name:
+                found["forward, frozen"] = measure(build, call, dim, batch, repeats, frozen=True)["forward"]
             results["models"][name][str(batch)] = found
         text = [
             f"{n}: {r['forward']['speedup']:.2f}, {r['forward + backward']['speedup']:.2f}"

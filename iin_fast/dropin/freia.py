@@ -218,4 +218,8 @@ LIBRARY = Library(
     ),
     left={f"{COUPLING}.NICECouplingBlock": "one addition; nothing to fuse"},
     bases=frozenset({"FrEIA.modules.base.InvertibleModule"}),
+    containers=frozenset(
+        f"FrEIA.framework.{name}"
+        for name in ("sequence_inn.SequenceINN", "graph_inn.GraphINN", "reversible_graph_net.ReversibleGraphNet")
+    ),
 )

@@ -77,12 +77,12 @@ _binary: "WeakKeyDictionary[Any, tuple[Tensor, int, bool]]" = WeakKeyDictionary(
 
 
 def _refuse_mask(module: Any) -> str | None:
-    """The fused form holds for masks of 0 and 1. The answer is kept until the mask changes."""
+    """The fused form holds for masks of 0 and 1. For a mask on a GPU the answer is kept until it changes."""
     if not isinstance(module.b, Tensor):
         return "b is not a tensor"
     if torch.compiler.is_compiling() or module.b.is_inference():  # an inference tensor has no version
         return "a mask that can't be read now"
-    seen = _binary.get(module)
+    seen = None if module.b.device.type == "cpu" else _binary.get(module)
     if seen is None or seen[0] is not module.b or seen[1] != module.b._version:
         binary = bool(((module.b == 0) | (module.b == 1)).all())
         _binary[module] = seen = (module.b, module.b._version, binary)

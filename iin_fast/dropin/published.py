@@ -76,10 +76,12 @@ _started: "WeakKeyDictionary[Any, tuple[Tensor, int]]" = WeakKeyDictionary()
 
 
 def _has_started(self: Any) -> bool:
-    """Whether ActNorm has had its start; read from the device only after the flag was written."""
+    """Whether ActNorm has had its start; read from a GPU only after the flag was written."""
     flag = self.initialized
-    if torch.compiler.is_compiling() or flag.is_inference():  # an inference tensor has no version
+    if torch.compiler.is_compiling():
         return False
+    if flag.device.type == "cpu" or flag.is_inference():  # cheap to read, or without a version
+        return bool(flag)
     seen = _started.get(self)
     if seen is None or seen[0] is not flag or seen[1] != flag._version:
         if not bool(flag):
@@ -137,9 +139,10 @@ def iin_blocks(root: Any) -> list[Block]:
 
 def iin_stack(original: Any, self: Any, x: Tensor, condition: Any = None, reverse: bool = False) -> Any:
     stack = stack_of(self, iin_blocks)
-    if isinstance(stack, str) or not stack.takes(x, reverse):
+    weights = None if isinstance(stack, str) else stack.weights(x, reverse)
+    if isinstance(stack, str) or weights is None:
         return original(self, x, condition, reverse)
-    y, logdet = run(stack, x, None, reverse)
+    y, logdet = run(stack, weights, x, None, reverse)
     return y, None if reverse else logdet
 
 
@@ -190,10 +193,11 @@ def _refuse(blocks: Callable[[Any], list[Block]]) -> Callable[[Any], str | None]
 
 def flat_stack(original: Any, self: Any, x: Tensor, reverse: bool = False) -> Any:
     stack = stack_of(self, net2net_blocks)
-    if isinstance(stack, str) or x.dim() not in (2, 4) or not stack.takes(x.flatten(1), reverse):
+    weights = stack.weights(x.flatten(1), reverse) if x.dim() in (2, 4) and not isinstance(stack, str) else None
+    if isinstance(stack, str) or weights is None:
         return original(self, x, reverse)
     self.last_outs, self.last_logdets = [], []
-    y, logdet = run(stack, x.flatten(1), None, reverse)
+    y, logdet = run(stack, weights, x.flatten(1), None, reverse)
     y = y[:, :, None, None]
     return y if reverse else (y, logdet)
 
@@ -207,7 +211,8 @@ def _conditional(
         stack = stack_of(self, blocks)
         option = self.conditioning_option.lower()
         plain = x.dim() == 4 and option in ("none", "sequential") and condition.shape[2:] in flat
-        if isinstance(stack, str) or not plain or not stack.takes(x.flatten(1), reverse):
+        weights = stack.weights(x.flatten(1), reverse) if plain and not isinstance(stack, str) else None
+        if isinstance(stack, str) or weights is None:
             return original(self, x, condition, reverse)
         context = embed(self, condition)[:, :, None, None]
         contexts = [context]
@@ -218,7 +223,7 @@ def _conditional(
                 contexts.append(context)
         if blocks is invariances_blocks:
             self.last_outs, self.last_logdets = [], []
-        y, logdet = run(stack, x.flatten(1), torch.stack(contexts).flatten(2), reverse)
+        y, logdet = run(stack, weights, x.flatten(1), torch.stack(contexts).flatten(2), reverse)
         y = y[:, :, None, None]
         return y if reverse else (y, logdet)
 

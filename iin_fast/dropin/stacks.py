@@ -1,22 +1,27 @@
 """Whole published stacks (ActNorm, double coupling, shuffle) as one op on the modules' own Parameters.
 
-The op reads its weights stacked and in panels. They are laid out from the modules' Parameters once, until one of them
-changes: in training after every step of the optimizer. The copy is one that autograd knows the way back of, so several
-calls, and several backward passes, can share it.
+The op reads its weights stacked and in panels, so they are laid out from the Parameters at every call: a change through
+``.data`` leaves no trace that a cache could look for. Where gradients are wanted it is a copy that autograd knows the way
+back of; else it goes into the same memory each time. ``freeze`` lets evaluation keep the copy of the call before.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from operator import is_
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from ..ops.flow import flow
-from ..ops.flow.layout import PANEL, unpack
+from ..ops.flow.layout import PANEL, pack, unpack
 from .known import fits, qualified
 
-__all__ = ["Block", "Stack", "Unfit", "own_class", "run", "stack_of"]
+__all__ = ["Block", "Stack", "Unfit", "freeze", "own_class", "run", "stack_of"]
+
+ROWS = 128
+"""Smaller batches run block by block on the CPU unless frozen: laying out the weights costs more than the op saves
+(benchmarks/dropin.py)."""
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -64,19 +69,22 @@ def _linears(net: nn.Module, use_tanh: bool) -> list[nn.Linear]:
     return found
 
 
+def pack_into(packed: Tensor, weights: Sequence[Tensor]) -> Tensor:  # [len(weights), out * in]
+    rows, columns = weights[0].shape
+    for row, weight in zip(packed, weights, strict=True):
+        for start in range(0, rows, PANEL):
+            panel = weight[start : start + PANEL]
+            row[start * columns : start * columns + panel.numel()].view(columns, -1).copy_(panel.T)
+    return packed
+
+
 class Pack(torch.autograd.Function):
     """[out, in] matrices to one row of panels each; the way back is differentiable, so second derivatives work."""
 
     @staticmethod
     def forward(ctx: Any, *weights: Tensor) -> Tensor:  # [len(weights), out * in]
-        rows, columns = weights[0].shape
-        packed = weights[0].new_empty(len(weights), rows * columns)
-        for row, weight in zip(packed, weights, strict=True):
-            for start in range(0, rows, PANEL):
-                panel = weight[start : start + PANEL]
-                row[start * columns : start * columns + panel.numel()].view(columns, -1).copy_(panel.T)
-        ctx.shape = (rows, columns)
-        return packed
+        ctx.shape = rows, columns = weights[0].shape
+        return pack_into(weights[0].new_empty(len(weights), rows * columns), weights)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -128,7 +136,9 @@ class Stack:
         ]
         self.edges += [(root._modules, key, child) for key, child in root._modules.items()]
         self.hooks = [getattr(module, name) for module, _ in self.modules for name in HOOKS]
-        self.packed: tuple[list[Any], list[Any], tuple[Tensor, ...]] | None = None
+        self.memory: dict[str, Tensor] = {}
+        self.frozen = root in _frozen
+        self.packed: tuple[list[Any], list[int], tuple[Tensor, ...]] | None = None
         self.start: tuple[Any, ...] | None = None
 
     def _parts(self) -> Iterator[nn.Module]:
@@ -141,8 +151,10 @@ class Stack:
         )
 
     def started(self) -> bool:
-        """Whether ActNorm of every block has had its start; read from the device only after a change."""
+        """Whether ActNorm of every block has had its start; read from a GPU only after a change."""
         flags = [block.norm.initialized for block in self.blocks if block.norm is not None]
+        if all(flag.device.type == "cpu" for flag in flags):
+            return all(bool(flag) for flag in flags)
         if any(flag.is_inference() for flag in flags):
             return False
         now = tuple((id(flag), flag._version) for flag in flags)
@@ -157,38 +169,49 @@ class Stack:
         tensors = [layer._parameters[name] for name in ("weight", "bias") for layer in layers]
         return tensors + [norm._parameters[name] for name in ("loc", "scale") for norm in norms]
 
-    def takes(self, x: Tensor, inverse: bool) -> bool:
-        """Whether the op can run on ``x [batch, dim]`` now."""
+    def weights(self, x: Tensor, inverse: bool) -> tuple[Tensor, ...] | None:
+        """The op's tensors after the context for ``x [batch, dim]``; None where the library's own code has to run."""
         if x.dim() != 2 or x.shape[0] < 2 or x.shape[1] // 2 != self.kept:
-            return False
+            return None
         if inverse and x.shape[1] % 2:  # net2net's inverse of odd sizes is not the inverse of its forward
-            return False
+            return None
         if torch.compiler.is_compiling() or any(self.hooks):
-            return False
-        tensors = self.tensors()
-        return fits(x, *tensors) and not any(tensor.is_inference() for tensor in tensors) and self.started()
-
-    def parameters(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The op's tensors after the context."""
+            return None
         tensors = self.tensors()
         wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+        if x.device.type == "cpu" and x.shape[0] < ROWS and (wanted or not self.frozen):
+            return None
+        if not fits(x, *tensors) or not self.started():
+            return None
         held = tensors + [block.shuffle.forward_shuffle_idx for block in self.blocks if block.shuffle is not None]
-        state = [wanted, *((tensor._version, tensor.requires_grad) for tensor in held)]
-        if (
-            self.packed is None
-            or self.packed[1] != state
-            or any(now is not then for now, then in zip(held, self.packed[0], strict=True))
-        ):
-            self.packed = None  # its memory first
-            with torch.inference_mode(False), torch.set_grad_enabled(wanted):
-                self.packed = (held, state, self._layout(x))
+        if wanted:
+            return self._layout(x, None)
+        if not self.frozen or any(tensor.is_inference() for tensor in held):  # which have no version
+            with torch.no_grad():
+                return self._layout(x, self.memory)
+        versions = [tensor._version for tensor in held]
+        if self.packed is None or self.packed[1] != versions or not all(map(is_, held, self.packed[0])):
+            with torch.inference_mode(False), torch.no_grad():
+                self.packed = (held, versions, self._layout(x, {}))
         return self.packed[2]
 
-    def _layout(self, x: Tensor) -> tuple[Tensor, ...]:
+    def _layout(self, x: Tensor, memory: dict[str, Tensor] | None) -> tuple[Tensor, ...]:
+        """Without ``memory`` the result has gradients; with it, weights go into what it holds."""
         n, dim = len(self.blocks), x.shape[1]
 
-        def weights(layers: list[nn.Linear], *shape: int) -> Tensor:
-            return Pack.apply(*(layer.weight for layer in layers)).view(n, 2, 2, *shape, -1)  # type: ignore[no-any-return]
+        def weights(name: str, layers: list[nn.Linear], *shape: int) -> Tensor:
+            matrices = [layer.weight for layer in layers]
+            if x.device.type != "cpu":  # few kernels rather than few bytes
+                packed = pack(torch.stack(matrices))
+            elif memory is None:
+                packed = Pack.apply(*matrices)
+            else:
+                space = memory.get(name)
+                if space is None or space.dtype != x.dtype or space.device != x.device:
+                    with torch.inference_mode(False):
+                        memory[name] = space = x.new_empty(len(matrices), matrices[0].numel())
+                packed = pack_into(space, matrices)
+            return packed.view(n, 2, 2, *shape, -1)  # type: ignore[no-any-return]
 
         def biases(layers: list[nn.Linear], *shape: int) -> Tensor:
             return torch.stack([layer.bias for layer in layers]).view(n, 2, 2, *shape, -1)
@@ -206,22 +229,23 @@ class Stack:
             permutation = torch.stack([block.shuffle.forward_shuffle_idx.detach() for block in self.blocks])
         hidden = self.first[0].out_features
         middle = (
-            (weights(self.hidden, self.depth), biases(self.hidden, self.depth))
+            (weights("hidden", self.hidden, self.depth), biases(self.hidden, self.depth))
             if self.depth
             else (x.new_empty(n, 2, 2, 0, hidden * hidden), x.new_empty(n, 2, 2, 0, hidden))
         )
         return (
             loc,
             scale,
-            weights(self.first),
+            weights("first", self.first),
             biases(self.first),
             *middle,
-            weights(self.last),
+            weights("last", self.last),
             biases(self.last),
             permutation,
         )
 
 
+_frozen: "WeakSet[nn.Module]" = WeakSet()
 _stacks: "WeakKeyDictionary[nn.Module, Stack | str]" = WeakKeyDictionary()
 
 
@@ -238,6 +262,16 @@ def stack_of(root: nn.Module, blocks: Callable[[Any], list[Block]]) -> Stack | s
     return found
 
 
-def run(stack: Stack, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+def freeze(root: nn.Module, frozen: bool) -> None:
+    """Let evaluation of this stack keep its laid-out weights until a Parameter is changed in a way that torch counts."""
+    _frozen.discard(root)
+    if frozen:
+        _frozen.add(root)
+    _stacks.pop(root, None)
+
+
+def run(
+    stack: Stack, weights: tuple[Tensor, ...], x: Tensor, context: Tensor | None, inverse: bool
+) -> tuple[Tensor, Tensor]:
     """The stack on ``x [batch, dim]``, under ``context [1 or n_flows, batch, context_dim]``."""
-    return flow(x, context, *stack.parameters(x), activation_slope=stack.slope, inverse=inverse)
+    return flow(x, context, *weights, activation_slope=stack.slope, inverse=inverse)

@@ -19,6 +19,7 @@ from torch import nn
 from .known import Known, qualified
 from .library import LIBRARIES, Library
 from .report import Line, Report
+from .stacks import freeze
 
 __all__ = ["Patch", "accelerate", "patch", "restore", "unpatch"]
 
@@ -64,12 +65,15 @@ def _why_not(module: Any, cls: type, known: Known) -> str | None:
     return reason
 
 
-def accelerate(model: nn.Module) -> Report:
+def accelerate(model: nn.Module, *, frozen: bool = False) -> Report:
     """Speed up all modules of ``model`` that are known, in place; parameters, hooks and results stay.
 
     Args:
         model: any module tree. Modules whose class is exactly one that is known (docs/dropin.md) get the fast form;
             subclasses, unknown versions and options are left as they are.
+
+        frozen: the Parameters will not change. Published stacks (CompVis/iin, net2net, invariances) then lay their weights
+            out once for evaluation, not at every call. A change that torch counts is still seen, one through ``.data`` not.
 
     Returns:
         What was replaced, and what was left and why.
@@ -86,6 +90,7 @@ def accelerate(model: nn.Module) -> Report:
         raise TypeError(f"accelerate: model is a {type(model).__name__}, expected a torch.nn.Module")
     lines = []
     for path, module in model.named_modules():
+        freeze(module, frozen)
         if isinstance(type(module), Swapped):
             lines.append(Line(path, qualified(type(module)), True, "already"))
             continue
@@ -142,7 +147,8 @@ def _accelerate(path: str, module: nn.Module, library: Library) -> Iterator[Line
         )
         made = library.known.get(qualified(maker)) if isinstance(maker, type) else None
         if made is None:
-            yield Line(path, label, False, "no faster form")
+            if any(qualified(b) in library.bases for b in cls.__mro__):  # and not a distribution
+                yield Line(path, label, False, "no faster form")
         elif maker in _patched:
             yield Line(path, label, True, "by patch")
         elif (reason := made.unknown_source(maker)) is not None:
@@ -165,6 +171,7 @@ def restore(model: nn.Module) -> None:
         raise TypeError(f"restore: model is a {type(model).__name__}, expected a torch.nn.Module")
     names = {attribute for library in LIBRARIES.values() for attribute in library.attributes}
     for module in model.modules():
+        freeze(module, False)
         cls: Any = type(module)
         if isinstance(cls, Swapped):
             module.__class__ = cls.original  # type: ignore[assignment]

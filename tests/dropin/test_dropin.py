@@ -13,7 +13,7 @@ from cases import Net, has, spread
 from torch import Tensor, nn
 
 import iin_fast
-from iin_fast.dropin import known, sources
+from iin_fast.dropin import known, sources, stacks
 from iin_fast.dropin.swap import Swapped, _patched
 
 nflows = pytest.importorskip("nflows.transforms")
@@ -23,6 +23,7 @@ zuko = pytest.importorskip("zuko")
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(known, "SMALL", {})
+    monkeypatch.setattr(stacks, "ROWS", 0)
     yield
     assert not _patched, "a test left a library patched"
 
@@ -379,8 +380,7 @@ def test_stack_sees_every_change_of_its_modules(stack: nn.Module, monkeypatch: p
     same()
 
 
-def test_calls_of_a_stack_share_its_weights(stack: nn.Module) -> None:
-    """Two samples in one loss, and a second backward pass before the next step."""
+def test_two_calls_in_one_loss_and_two_backward_passes(stack: nn.Module) -> None:
     own, x = copy.deepcopy(stack), torch.randn(2, 9, 6, dtype=torch.float64)
     iin_fast.accelerate(stack)
     for model in (stack, own):
@@ -388,10 +388,43 @@ def test_calls_of_a_stack_share_its_weights(stack: nn.Module) -> None:
             loss.backward()
     for got, want in zip(stack.parameters(), own.parameters(), strict=True):
         assert torch.allclose(got.grad, want.grad, rtol=1e-9, atol=1e-9)
-    frozen = stack.flow[0].flow[1].s[0].main[0].weight.requires_grad_(False)
-    frozen.grad = None
+    still = stack.flow[0].flow[1].s[0].main[0].weight.requires_grad_(False)
+    still.grad = None
     stack(x[0])[0].sum().backward()
-    assert frozen.grad is None
+    assert still.grad is None
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_stack_sees_what_torch_does_not_count_unless_frozen(stack: nn.Module, frozen: bool) -> None:
+    own, x = copy.deepcopy(stack), torch.randn(9, 6, dtype=torch.float64)
+    iin_fast.accelerate(stack, frozen=frozen)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert torch.allclose(stack(x)[0], own(x)[0], atol=1e-9)
+            stack.flow[0].flow[1].t[0].main[0].weight.data.mul_(2)
+            own.flow[0].flow[1].t[0].main[0].weight.data.mul_(2)
+            assert torch.allclose(stack(x)[0], own(x)[0], atol=1e-9) != frozen
+        stack.flow[0].flow[1].t[0].main[0].weight.detach().mul_(1)  # counted
+    iin_fast.restore(stack)
+    assert torch.equal(stack(x)[0], own(x)[0])
+
+
+def test_small_batches_of_a_stack_run_block_by_block_unless_frozen(
+    stack: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stacks, "ROWS", 10)
+    calls = ops_called(monkeypatch, "flow")
+    for frozen, wanted, rows, fused in (
+        (False, False, 9, False),
+        (False, True, 10, True),
+        (True, False, 9, True),
+        (True, True, 9, False),
+    ):
+        iin_fast.accelerate(stack, frozen=frozen)
+        calls.clear()
+        with torch.set_grad_enabled(wanted):
+            stack(torch.randn(rows, 6, dtype=torch.float64))
+        assert bool(calls) == fused
 
 
 def test_hooks_inside_a_stack_fire(stack: nn.Module) -> None:

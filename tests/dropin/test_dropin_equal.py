@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from cases import Case, all_cases
+from cases import Case, all_cases, has
 from torch import Tensor, nn
 
 import iin_fast
-from iin_fast.dropin import known
+from iin_fast.dropin import known, stacks
 
 CASES = all_cases()
 LIBRARY = {"nflows": "nflows", "normflows": "normflows", "FrEIA": "freia", "zuko": "zuko"}
@@ -20,8 +20,9 @@ LIMIT = {torch.float64: 1e-12, torch.float32: 2e-5}
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small affine couplings take the fused op too."""
+    """Small affine couplings and small batches of stacks take the fused ops too."""
     monkeypatch.setattr(known, "SMALL", {})
+    monkeypatch.setattr(stacks, "ROWS", 0)
 
 
 def made(case: Case, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
@@ -71,6 +72,26 @@ def close(got: list[Tensor], want: list[Tensor], limit: float) -> None:
         assert torch.allclose(g, w, rtol=limit, atol=limit * max(1.0, float(w.abs().max()) if w.numel() else 1.0)), (
             f"off by {float((g - w).abs().max()):.1e} at magnitude {float(w.abs().max()):.1e}"
         )
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "nflows",
+        "normflows",
+        "zuko",
+        "FrEIA",
+        "FrEIA.modules.splines",
+        "iin.models.iin",
+        "net2net.modules.flow.flatflow",
+        "invariances.model.blocks",
+    ],
+)
+def test_library_is_here(module: str) -> None:
+    """A skip says whose cases did not run."""
+    if not has(module):
+        pytest.skip(f"{module} is not installed: its cases did not run")
+    assert any(case.name.startswith(module.split(".")[0]) for case in CASES)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=("f64", "f32"))
