@@ -16,7 +16,12 @@ import iin_fast
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-RUN = ["index.md", "tutorial.md", *sorted(f"howto/{page.name}" for page in (DOCS / "howto").glob("*.md"))]
+RUN = [
+    "index.md",
+    "tutorial.md",
+    "composition.md",
+    *sorted(f"howto/{page.name}" for page in (DOCS / "howto").glob("*.md")),
+]
 
 
 @pytest.fixture(autouse=True)

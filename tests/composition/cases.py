@@ -80,12 +80,12 @@ def flow(**options: Any) -> nn.Module:
 
 
 def spline_flow(context: int = 0) -> nn.Module:
-    module = NeuralSplineFlow(DIM, context, n_flows=2, bins=4, hidden_dim=8, hidden_depth=1, generator=seeded())
+    module = NeuralSplineFlow(DIM, context, n_flows=1, bins=4, hidden_dim=8, hidden_depth=1, generator=seeded())
     return started(module, *([normal(4, 16, context)] if context else []))
 
 
-def iin(**options: Any) -> nn.Module:
-    options |= dict(n_flows=2, hidden_dim=8, hidden_depth=1, generator=seeded())
+def iin(n_flows: int = 2, **options: Any) -> nn.Module:
+    options |= dict(n_flows=n_flows, hidden_dim=8, hidden_depth=1, generator=seeded())
     return started(IIN(DIM, {"digit": 3, "color": 2}, **options))
 
 
@@ -153,7 +153,7 @@ MODULES = [
     Case("NeuralSplineFlow inverse", lambda: Inverse(spline_flow())),
     Case("NeuralSplineFlow context", lambda: spline_flow(context=2), lambda n: (normal(1, n, DIM), normal(2, n, 2)), 2),
     Case("IIN", iin),
-    Case("IIN spline", lambda: iin(coupling="spline")),
+    Case("IIN spline", lambda: iin(n_flows=1, coupling="spline")),
     Case("FactorLoss", lambda: PairLoss(iin()), lambda n: (normal(1, n, DIM), normal(2, n, DIM), torch.rand(n, 2, generator=seeded(6)) < 0.5), 3, True),
 ]  # fmt: skip
 

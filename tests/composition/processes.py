@@ -154,9 +154,8 @@ def fully_sharded_files(rank: int) -> Any:
         module, shards, full = fully_shard(case.module()), fully_shard(zeroed(case)), fully_shard(zeroed(case))
         state = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True))
         set_model_state_dict(shards, get_model_state_dict(module))
-        loads_whole = any(
-            isinstance(part, Flow) for part in case.module().modules()
-        )  # others, as torch's: shards alone
+        owners = [part for part in case.module().modules() if part._parameters]
+        loads_whole = all(isinstance(part, Flow) for part in owners)  # torch's own modules load shards alone
         if loads_whole:
             full.load_state_dict(state)
         found[case.name] = [state] + [
