@@ -27,7 +27,7 @@ MISSING = -1  # the label of a sample whose class is unknown
 _KNOWN = ("z", "labels", "names", "za", "zb", "factor", "shared", "images", "donor", "position")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Latents:
     """Latents of a pretrained model, with labels, as pairs, or alone.
 
@@ -161,6 +161,9 @@ class Latents:
             if not mask[:, k].any():
                 raise ValueError(f"{where}: no pair shares {name!r}, expected at least one for each concept")
         return cls(torch.cat([a, b]), names=named, shared=torch.from_numpy(mask), path=path)
+
+    def __repr__(self) -> str:
+        return f"Latents(n={self.n}, dim={self.dim}, kind={self.kind!r}, names={list(self.names)})"
 
     @property
     def n(self) -> int:

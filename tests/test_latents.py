@@ -26,7 +26,7 @@ def write(tmp_path):
 def test_samples_with_labels(write):
     latents = load_latents(write(z=Z, labels=LABELS, names=["digit", "color"]))
     assert latents.kind == "labels" and (latents.n, latents.dim) == (6, 3)
-    assert latents.names == ("digit", "color")
+    assert repr(latents) == "Latents(n=6, dim=3, kind='labels', names=['digit', 'color'])"
     assert torch.equal(latents.z, torch.from_numpy(Z)) and latents.labels.tolist() == LABELS.tolist()
     assert load_latents(write(z=Z, labels=LABELS)).names == ("0", "1")
     assert load_latents(write(z=Z, labels=LABELS > 0)).labels.dtype == torch.int64

@@ -272,6 +272,38 @@ def test_from_latents_to_report_in_processes(file, tmp_path):
     assert code == 2 and out == "" and err.startswith("error: ") and "Traceback" not in err
 
 
+def torchrun(*words):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    return subprocess.Popen(
+        [*launch, "iin_fast.cli", *map(str, words)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_two_processes_resume_bit_for_bit(file, tmp_path):
+    steps = "--steps 600 --log-every 20 --save-every 100".split()
+    words = ("train", file, "--factors", "digit=3,color=2", *steps, *SMALL)
+    code, _, err = finish(torchrun(*words, "--out", tmp_path / "whole"))
+    assert code == 0, err
+    process = torchrun(*words, "--out", tmp_path / "cut")
+    while not list(tmp_path.glob("cut/state/step-*")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    process.terminate()
+    assert finish(process)[0] != 0
+    (checkpoint,) = (tmp_path / "cut" / "state").glob("step-*")
+    assert checkpoint.name < "step-000000600"
+    code, _, err = finish(torchrun(*words, "--out", tmp_path / "cut", "--resume"))
+    assert code == 0, err
+    models = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut")]
+    assert models[0] == models[1]
+    lines = [[{**line, "samples_per_second": ""} for line in metrics(tmp_path / name)] for name in ("whole", "cut")]
+    assert lines[0] == lines[1]
+
+
 @pytest.mark.parametrize(("how", "coupling"), [("devices", "affine"), ("torchrun", "spline")])
 def test_two_processes_give_the_same_result(how, coupling, file, tmp_path):
     words = ["train", str(file), "--factors", "digit=3,color=2", "--steps", "30", "--log-every", "7", *SMALL]
@@ -280,15 +312,7 @@ def test_two_processes_give_the_same_result(how, coupling, file, tmp_path):
     if how == "devices":
         process = command(*words, "--out", tmp_path / "two", "--devices", 2)
     else:
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(
-            [*launch, "iin_fast.cli", *words, "--out", str(tmp_path / "two")],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        process = torchrun(*words, "--out", tmp_path / "two")
     code, out, err = finish(process)
     assert code == 0, err
     assert out.count("written to") == 1  # one of them speaks
