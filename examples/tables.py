@@ -59,6 +59,27 @@ def outliers(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def spline_density(results: Mapping[str, Any]) -> str:
+    lines = [
+        f"{made_by(results)} {results['seeds']} seeds, mean ± standard deviation of test nats; {results['steps']} steps of "
+        f"{results['batch']} rows, seconds of training on one thread: median (min to max).",
+        "",
+        "| table | iin-fast: nats | seconds | nflows: nats | seconds | difference in nats, seed by seed | times faster |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for table, row in results["tables"].items():
+        cells = [table]
+        for system in ("iin-fast", "nflows"):
+            nats, seconds = row[system]["test nats"], row[system]["seconds"]
+            cells.append(f"{nats['mean']:.2f} ± {nats['std']:.2f}")
+            cells.append(f"{seconds['median']:.1f} ({seconds['min']:.1f} to {seconds['max']:.1f})")
+        gap, ratio = row["difference in nats"], row["times faster"]
+        cells.append(f"{gap['mean']:+.2f} ± {gap['std']:.2f}")
+        cells.append(f"{ratio['median']:.1f} ({ratio['min']:.1f} to {ratio['max']:.1f})")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 SYSTEMS = {"raw": "z", "pca": "principal components", "iin": "IIN"}
 SWAPS = {"iin": "IIN", "mean_shift": "mean shift", "pca": "principal components"}
 
@@ -115,13 +136,32 @@ def two_models(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def sbi(results: Mapping[str, Any]) -> str:
+    lines = [
+        f"{made_by(results)} {results['simulations']} simulations, {results['epochs']} epochs, {results['threads']} threads.",
+        "",
+        "| estimator | training, s: own | patched | × | held-out log-prob: own | patched | C2ST: own against patched | own against another seed |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, row in results["estimators"].items():
+        own, fast = row["seconds"]["own"], row["seconds"]["patched"]
+        lines.append(
+            f"| {name} | {own:.1f} | {fast:.1f} | {own / fast:.2f} | {row['log-prob']['own']:.3f} | "
+            f"{row['log-prob']['patched']:.3f} | {row['own against patched']['C2ST']:.3f} | "
+            f"{row['own against another seed']['C2ST']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> int:
     page = DOCS / "examples.md"
     text = before = page.read_text()
-    for write in (two_models, shapes, sentences, outliers):
+    for write in (two_models, shapes, sentences, outliers, spline_density, sbi):
         name = write.__name__
         begin, end = BEGIN.format(name), END.format(name)
         head, rest = text.split(begin)
+        if not (DOCS / "examples" / f"{name}.json").exists():  # not run yet
+            continue
         results = json.loads((DOCS / "examples" / f"{name}.json").read_text())
         text = head + begin + "\n" + write(results) + "\n" + end + rest.split(end)[1]
     if "--check" in sys.argv[1:]:

@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from . import adapters, functional, nn, testing
 from .backends import backend
+from .dropin import accelerate, patch, restore, unpatch
 from .iin import IIN, FactorLoss, Factors, PairSampler, concept_pairs, estimate_factor_dims
 
 try:
@@ -17,11 +18,15 @@ __all__ = [
     "Factors",
     "PairSampler",
     "__version__",
+    "accelerate",
     "adapters",
     "backend",
     "concept_pairs",
     "estimate_factor_dims",
     "functional",
     "nn",
+    "patch",
+    "restore",
     "testing",
+    "unpatch",
 ]

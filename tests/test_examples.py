@@ -53,6 +53,26 @@ def test_sentences(tmp_path: Path) -> None:
     assert found["verdicts"]["swaps"]["noun"]["mean shift"]["exact"] > 0.9  # which needs no training
 
 
+def test_spline_density(tmp_path: Path) -> None:
+    pytest.importorskip("nflows")
+    example = importlib.import_module("spline_density")
+    found = example.main(tmp_path, quick=True)
+    assert set(found["tables"]) == {"breast cancer", "digits, 16 components"}
+    # both flows are the same but for their numbers
+    ours, theirs = (make(30) for make in example.SYSTEMS.values())
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
+    fresh = -0.5 * 30 * 2.84  # what a standard normal gives standardised rows
+    assert found["tables"]["breast cancer"]["iin-fast"]["test nats"]["mean"] > fresh
+
+
+def test_sbi(tmp_path: Path) -> None:
+    pytest.importorskip("sbi.inference")
+    found = importlib.import_module("sbi_npe").main(tmp_path, quick=True)
+    for estimator in found["estimators"].values():
+        assert estimator["own against patched"]["same noise"] < 1e-3  # after two epochs from one seed
+        assert abs(estimator["log-prob"]["own"] - estimator["log-prob"]["patched"]) < 1e-2
+
+
 def test_tables_come_from_the_result_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["tables.py", "--check"])
     assert importlib.import_module("tables").main() == 0

@@ -86,7 +86,7 @@ class FactorLoss(nn.Module):
         """
         if not isinstance(model, IIN):
             raise TypeError(f"FactorLoss: model is a {type(model).__name__}, expected an iin_fast.IIN")
-        check_latents("FactorLoss", (("za", za), ("zb", zb)), model.dim, model.flow.loc)
+        check_latents("FactorLoss", (("za", za), ("zb", zb)), model.dim, model.like)
         batch = za.shape[0]
         if batch == 0:
             raise ValueError("FactorLoss: za has no samples, expected at least one pair for a mean")
@@ -95,7 +95,7 @@ class FactorLoss(nn.Module):
             model._check_context("FactorLoss", name, context, batch)
         contexts = None if context_a is None or context_b is None else torch.cat([context_a, context_b])
         factors, logdet = model(torch.cat([za, zb]), contexts)
-        a, b = factors.tensor.chunk(2)
+        a, b = factors.tensor[:batch], factors.tensor[batch:]
         return self._pair_nll(a, logdet[:batch], b, logdet[batch:], mask, model.sizes).mean()
 
     def from_factors(

@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn import Flow
+from ..nn import Flow, NeuralSplineFlow
 from ..ops.checks import check_device, check_dtype, check_floating, check_rank, check_shape
 from . import checkpoint
 from ._checks import check_latents, checked_int
 from .factors import RESIDUAL, Factors, factor_sizes
 
 __all__ = ["IIN"]
+
+COUPLINGS = ("affine", "spline")
 
 
 class IIN(nn.Module):
@@ -35,12 +37,16 @@ class IIN(nn.Module):
         factors: name to size, in order; sizes are positive and sum to at most ``dim``.
         n_flows: blocks of ActNorm, double coupling and permutation.
         hidden_dim: width of the coupling networks.
-        hidden_depth: hidden layers of the coupling networks beside the first.
+        hidden_depth: hidden layers of the coupling networks beside the first; with splines, residual blocks.
+        coupling: ``"affine"`` (published), or ``"spline"``: rational-quadratic splines in place of scale and shift, as in
+            ``iin_fast.nn.NeuralSplineFlow``.
+        bins: of each spline.
+        tail_bound: half the width of the box in which splines bend.
         context_dim: features of the context; 0 for none.
         generator: draws the start weights and permutations; by default torch's global one.
         device: where the parameters are made.
         dtype: type of the parameters.
-        memory: what the flow keeps for backward: ``"save"``, ``"invert"`` or ``"auto"``; see ``iin_fast.nn.Flow``.
+        memory: what an affine flow keeps for backward: ``"save"``, ``"invert"`` or ``"auto"``; see ``iin_fast.nn.Flow``.
 
     Raises:
         TypeError, ValueError: a size that is not a positive integer, factors that don't fit ``dim``, a ``dtype`` that
@@ -69,6 +75,9 @@ class IIN(nn.Module):
         hidden_dim: int = 512,
         hidden_depth: int = 2,
         *,
+        coupling: str = "affine",
+        bins: int = 8,
+        tail_bound: float = 3.0,
         context_dim: int = 0,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
@@ -84,17 +93,29 @@ class IIN(nn.Module):
         hidden_dim = checked_int("IIN", "hidden_dim", hidden_dim)
         hidden_depth = checked_int("IIN", "hidden_depth", hidden_depth, least=0)
         self.context_dim = checked_int("IIN", "context_dim", context_dim, least=0)
-        self.flow = Flow(
-            self.dim,
-            n_flows,
-            hidden_dim,
-            hidden_depth,
-            context_dim=self.context_dim,
-            generator=generator,
-            device=device,
-            dtype=dtype,
-            memory=memory,
-        )
+        if coupling not in COUPLINGS:
+            raise ValueError(f"IIN: coupling is {coupling!r}, expected one of {', '.join(map(repr, COUPLINGS))}")
+        if coupling == "spline" and memory != "auto":
+            raise ValueError(f"IIN: memory is {memory!r}, expected 'auto' with coupling 'spline'")
+        self.coupling = coupling
+        place: dict[str, Any] = {"generator": generator, "device": device, "dtype": dtype}
+        self.flow: Flow | NeuralSplineFlow
+        if coupling == "affine":
+            self.flow = Flow(
+                self.dim, n_flows, hidden_dim, hidden_depth, context_dim=self.context_dim, memory=memory, **place
+            )
+        else:
+            self.flow = NeuralSplineFlow(
+                self.dim,
+                self.context_dim,
+                n_flows=n_flows,
+                bins=checked_int("IIN", "bins", bins),
+                hidden_dim=hidden_dim,
+                hidden_depth=hidden_depth,
+                tail_bound=tail_bound,
+                mixing="permutation",
+                **place,
+            )
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -109,12 +130,17 @@ class IIN(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
-        return self.flow.loc.device
+        return self.like.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The type of the parameters."""
-        return self.flow.loc.dtype
+        return self.like.dtype
+
+    @property
+    def like(self) -> Tensor:
+        """One of the parameters, for what has to be made or checked to fit them."""
+        return next(self.flow.parameters())
 
     def extra_repr(self) -> str:
         context = f", context_dim={self.context_dim}" if self.context_dim else ""
@@ -127,7 +153,7 @@ class IIN(nn.Module):
             z: latents, ``[batch, dim]``.
             context: what each latent comes with, ``[batch, context_dim]``; None without ``context_dim``.
         """
-        check_latents("IIN", [("z", z)], self.dim, self.flow.loc)
+        check_latents("IIN", [("z", z)], self.dim, self.like)
         self._check_context("IIN", "context", context, z.shape[0])
         factors, logdet = self.flow(z, context)
         return Factors._wrap(factors, self._sizes), logdet
@@ -149,7 +175,7 @@ class IIN(nn.Module):
             TypeError, ValueError: a name that is missing or unknown, or a tensor that doesn't fit.
         """
         tensor = self._join(factors)
-        check_latents("IIN.decode", [("factors", tensor)], self.dim, self.flow.loc)
+        check_latents("IIN.decode", [("factors", tensor)], self.dim, self.like)
         self._check_context("IIN.decode", "context", context, tensor.shape[0])
         z: Tensor = self.flow.inverse(tensor, context)[0]
         return z
@@ -264,11 +290,11 @@ class IIN(nn.Module):
         References:
             Esser, Rombach, Ommer, CVPR 2020, Sec. 4.1 and Fig. 2.
         """
-        check_latents("IIN.swap", [("z", z), ("donor", donor)], self.dim, self.flow.loc)
+        check_latents("IIN.swap", [("z", z), ("donor", donor)], self.dim, self.like)
         mask = self._select("IIN.swap", factor)
         both = self._both("IIN.swap", context, "donor_context", donor_context, z.shape[0])
-        kept, given = self.encode(torch.cat([z, donor]), both).tensor.chunk(2)
-        return self.decode(torch.where(mask, given, kept), context)
+        joined, n = self.encode(torch.cat([z, donor]), both).tensor, z.shape[0]
+        return self.decode(torch.where(mask, joined[n:], joined[:n]), context)
 
     def interpolate(
         self,
@@ -296,12 +322,13 @@ class IIN(nn.Module):
         Raises:
             TypeError, ValueError: as :meth:`swap`; ``steps`` below 2.
         """
-        check_latents("IIN.interpolate", [("z_a", z_a), ("z_b", z_b)], self.dim, self.flow.loc)
+        check_latents("IIN.interpolate", [("z_a", z_a), ("z_b", z_b)], self.dim, self.like)
         steps = checked_int("IIN.interpolate", "steps", steps)
         if steps < 2:
             raise ValueError(f"IIN.interpolate: steps is {steps}, expected at least 2, both ends included")
         both = self._both("IIN.interpolate", context, "context_b", context_b, z_a.shape[0])
-        start, end = self.encode(torch.cat([z_a, z_b]), both).tensor.chunk(2)
+        joined = self.encode(torch.cat([z_a, z_b]), both).tensor
+        start, end = joined[: z_a.shape[0]], joined[z_a.shape[0] :]
         if factor is not None:
             end = torch.where(self._select("IIN.interpolate", factor), end, start)
         position = torch.linspace(0, 1, steps, device=end.device, dtype=end.dtype)[:, None, None]
@@ -352,7 +379,7 @@ class IIN(nn.Module):
             ("with_", with_, context, "context"),
             ("without", without, without_context, "without_context"),
         ):
-            check_latents(where, [(name, z)], self.dim, self.flow.loc)
+            check_latents(where, [(name, z)], self.dim, self.like)
             if z.shape[0] == 0:
                 raise ValueError(f"{where}: {name} is empty, expected at least one latent for a mean")
             self._check_context(where, c_name, c, z.shape[0])
@@ -378,7 +405,7 @@ class IIN(nn.Module):
             TypeError, ValueError: latents or an axis that don't fit the model, positions that are not a list of numbers.
         """
         where = "IIN.traverse"
-        check_latents(where, [("z", z)], self.dim, self.flow.loc)
+        check_latents(where, [("z", z)], self.dim, self.like)
         check_floating(where, "axis", axis)
         check_device(where, "axis", axis, z, "z")
         if axis.shape != (self.dim,) and axis.shape != z.shape:
@@ -435,16 +462,20 @@ class IIN(nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """What makes a model like this one, as plain values: ``dim``, ``factors``, the flow's sizes, ``dtype``."""
-        return {
+        """What makes a model like this one, as plain values: ``dim``, ``factors``, the flow's sizes and couplings, ``dtype``."""
+        config: dict[str, Any] = {
             "dim": self.dim,
             "factors": self.sizes,
             "n_flows": self.flow.n_flows,
             "hidden_dim": self.flow.hidden_dim,
             "hidden_depth": self.flow.hidden_depth,
+            "coupling": self.coupling,
             "context_dim": self.context_dim,
             "dtype": str(self.dtype).removeprefix("torch."),
         }
+        if isinstance(self.flow, NeuralSplineFlow):
+            config |= {"bins": self.flow.bins, "tail_bound": self.flow.tail_bound}
+        return config
 
     def _check_context(self, where: str, name: str, context: Tensor | None, batch: int) -> None:
         """Refuse a context that is missing, not wanted, or of another shape, type or device than the model's."""
@@ -458,7 +489,7 @@ class IIN(nn.Module):
             raise ValueError(f"{where}: {name} is given, expected none for a model without context_dim")
         check_floating(where, name, context)
         check_shape(where, name, context, (batch, self.context_dim), "([batch, context_dim])")
-        check_device(where, name, context, self.flow.loc, "the model")
+        check_device(where, name, context, self.like, "the model")
         if not torch.is_autocast_enabled(context.device.type):
             check_dtype(where, name, context, self.dtype, "like the model; convert it with .to(…)")
 
