@@ -71,6 +71,7 @@ def write_results(out: Path, results: Mapping[str, Any], started: float) -> None
     out.mkdir(parents=True, exist_ok=True)
     made_by = {
         "seconds": round(time.perf_counter() - started, 1),
+        "cpu_seconds": round(time.process_time(), 1),
         "torch": torch.__version__.split("+")[0],
         "python": platform.python_version(),
         "iin_fast": iin_fast.__version__,

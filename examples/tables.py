@@ -15,6 +15,8 @@ BEGIN, END = "<!-- {}: written by examples/tables.py -->", "<!-- end of {} -->"
 
 def made_by(results: Mapping[str, Any]) -> str:
     run = results["run"]
+    if "cpu_seconds" in run:
+        return f"One run of {run['cpu_seconds']:.0f} s of processor time, torch {run['torch']}."
     return f"One run of {run['seconds']:.0f} s, torch {run['torch']}."
 
 

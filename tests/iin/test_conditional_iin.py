@@ -13,7 +13,7 @@ def one_hot(labels: list[int]) -> torch.Tensor:
     return F.one_hot(torch.tensor(labels), 3).double()
 
 
-def make_conditional(dim: int = 8, seed: int = 0) -> IIN:
+def make_conditional(dim: int = 8, seed: int = 0, coupling: str = "affine") -> IIN:
     generator = torch.Generator().manual_seed(seed)
     model = IIN(
         dim,
@@ -21,6 +21,7 @@ def make_conditional(dim: int = 8, seed: int = 0) -> IIN:
         n_flows=3,
         hidden_dim=16,
         hidden_depth=1,
+        coupling=coupling,
         context_dim=3,
         generator=generator,
         dtype=torch.float64,
@@ -33,9 +34,9 @@ def make_conditional(dim: int = 8, seed: int = 0) -> IIN:
     return model
 
 
-@pytest.fixture
-def model() -> IIN:
-    return make_conditional()
+@pytest.fixture(params=["affine", "spline"])
+def model(request) -> IIN:
+    return make_conditional(coupling=request.param)
 
 
 @pytest.fixture
