@@ -314,6 +314,18 @@ def test_zuko_objects_outlive_the_patch() -> None:
     assert fast.bins == 5
 
 
+def test_patch_reaches_transformations_that_a_function_makes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """zuko's circular spline names the class inside of a function, where accelerate can't put another."""
+    calls = ops_called(monkeypatch, "spline_coupling")
+    flow, x = zuko.flows.NCSF(3, transforms=2).double(), 3 * torch.rand(6, 3, dtype=torch.float64)
+    assert iin_fast.accelerate(flow).left[0].name.endswith("univariate = CircularRQSTransform")
+    before = flow().log_prob(x)
+    assert not calls
+    with iin_fast.patch("zuko"):
+        assert torch.allclose(flow().log_prob(x), before, rtol=1e-10)
+    assert calls
+
+
 def test_accelerated_models_outlive_a_patch() -> None:
     flow, x = model(), torch.randn(4, 3)
     iin_fast.accelerate(flow)
