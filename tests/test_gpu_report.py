@@ -54,7 +54,9 @@ def test_instructions_are_counted(gpu_report: ModuleType) -> None:
 def test_a_cubin_of_one_target(gpu_report: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = "Resource usage:\n Common:\n  GLOBAL:0\n Function second:\n  REG:64 STACK:8 SHARED:1024 LOCAL:0\n"
     code = SASS.replace("\t\tFunction : first", "").split("\tcode for sm_100")[0]
-    monkeypatch.setattr(gpu_report, "_lines", lambda *command: (sizes if "-res-usage" in command else code).splitlines())
+    monkeypatch.setattr(
+        gpu_report, "_lines", lambda *command: (sizes if "-res-usage" in command else code).splitlines()
+    )
     row = gpu_report.read_binary(Path("one.cubin"), "cuobjdump")["second"]["sm_0"]
     assert (row["reg"], row["stack"], row["spill load"], row["spill store"]) == (64, 8, 1, 1)
     monkeypatch.setattr(gpu_report, "_lines", lambda *command: sizes.splitlines() if "-res-usage" in command else [])

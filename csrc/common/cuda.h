@@ -62,14 +62,39 @@ public:
 
   template <class... Parameters, class... Arguments>
   void operator()(void (*kernel)(Parameters...), dim3 grid, dim3 block, Arguments &&...arguments) const {
+    launch(0, false, kernel, grid, block, std::forward<Arguments>(arguments)...);
+  }
+
+  // The same with dynamic shared memory (up to 48 KiB); `cooperative`: all blocks at once, so that they may meet.
+  struct WithShared {
+    const CudaCall &call;
+    size_t bytes;
+    bool cooperative;
+    template <class... Parameters, class... Arguments>
+    void operator()(void (*kernel)(Parameters...), dim3 grid, dim3 block, Arguments &&...arguments) const {
+      call.launch(bytes, cooperative, kernel, grid, block, std::forward<Arguments>(arguments)...);
+    }
+  };
+  WithShared with_shared(size_t bytes) const { return {*this, bytes, false}; }
+  WithShared together(size_t bytes) const { return {*this, bytes, true}; }
+
+private:
+  template <class... Parameters, class... Arguments>
+  void launch(size_t shared, bool cooperative, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+              Arguments &&...arguments) const {
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeCooperative;
+    attribute.val.cooperative = 1;
     cudaLaunchConfig_t config{};
     config.gridDim = grid;
     config.blockDim = block;
+    config.dynamicSmemBytes = shared;
     config.stream = static_cast<cudaStream_t>(stream_);
+    config.attrs = &attribute;
+    config.numAttrs = cooperative;
     check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), "the launch of a kernel");
   }
 
-private:
   void check(cudaError_t error, const char *what) const {
     if (error == cudaSuccess)
       return;

@@ -125,6 +125,15 @@ template <class T> IIN_FAST_HD T expm1_bounded(T x) {
 
 template <class T> IIN_FAST_HD T abs(T x) { return select(x < T(0), -x, x); }
 
+// On the host in float64 for float32 too, as it is the standard function of C.
+template <class T> IIN_FAST_HD auto sqrt(T x) {
+#if defined(__CUDA_ARCH__)
+  return ::sqrt(x);
+#else
+  return __builtin_sqrt(x);
+#endif
+}
+
 template <class T> IIN_FAST_HD T tanh(T x) {
 #if defined(__CUDA_ARCH__)
   return ::tanh(x);

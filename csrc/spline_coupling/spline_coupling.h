@@ -2,7 +2,8 @@
 //
 // K bins; raw widths and heights become bin sizes through a softmax, raw derivatives become slopes at the knots.
 // Nothing of it is stored: one pass finds the largest raw value, one sums the exponentials, one walks along the knots
-// until the bin of the coordinate is found. The reference for all of it is iin_fast/ops/spline_coupling/reference.py.
+// until the bin of the coordinate is found. The passes are the loops' and the kernels' own; what they do at each step
+// is here. The reference for all of it is iin_fast/ops/spline_coupling/reference.py.
 #pragma once
 
 #include "common/math.h"
@@ -16,6 +17,23 @@ enum class Parameterization : int64_t { nflows = 0, zuko = 1 };
 // Raw derivatives that an element brings: the inner knots, all knots, or all but the last, which is the first again.
 IIN_FAST_HD int64_t derivative_count(Tails tails, int64_t bins) {
   return tails == Tails::linear ? bins - 1 : tails == Tails::none ? bins + 1 : bins;
+}
+
+// Raw derivatives at the two ends of a bin, counted from the first one; those of linear tails lie outside of
+// [0, derivative_count) for the outer knots, which have none.
+struct BinEnds {
+  int64_t first, second;
+};
+IIN_FAST_HD BinEnds bin_ends(Tails tails, int64_t bins, int64_t bin) {
+  const int64_t first = tails == Tails::linear ? bin - 1 : bin;
+  return {first, tails == Tails::circular && bin + 1 == bins ? 0 : first + 1};
+}
+
+// sum += term, with what rounding takes away kept in `lost` (Kahan): knots are differences of running sums.
+template <class T> IIN_FAST_HD T add(T sum, T term, T &lost) {
+  const T corrected = term - lost, next = sum + corrected;
+  lost = (next - sum) - corrected;
+  return next;
 }
 
 template <class T> struct SplineLimits {
@@ -81,7 +99,7 @@ template <class T> IIN_FAST_HD T position_of_image(const Segment<T> &s, T y) {
   const T c = -delta * rise;
   T discriminant = b * b - T(4) * a * c;
   discriminant = math::select(discriminant > T(0), discriminant, T(0));
-  const T divisor = -b - __builtin_sqrt(discriminant);
+  const T divisor = -b - math::sqrt(discriminant);
   return unit(T(2) * c / math::select(divisor == T(0), T(-1), divisor));
 }
 
@@ -124,6 +142,76 @@ IIN_FAST_HD SegmentGradient<T> image_backward(const Segment<T> &s, T theta, T gr
   g.y = grad_y;
   g.height = grad_y * rational + grad_delta * inverse_width;
   return g;
+}
+
+// A coordinate held at the edges of the box, and how far it lay beyond. NaN stays NaN, and lies outside.
+template <class T> struct Coordinate {
+  T within, excess;
+  bool outside;
+};
+
+template <class T> IIN_FAST_HD Coordinate<T> hold(T value, T low, T high) {
+  const bool inside = (value >= low) & (value <= high);
+  const T within = math::select(value > high, high, math::select(value < low, low, value));
+  return {within, value - within, !inside};
+}
+
+// The element's value and its term of the log-det. `identity`: outside the box nothing changes; else a straight line of
+// the outer slope goes on from its edge.
+template <bool inverse, class T>
+IIN_FAST_HD T map_element(const Segment<T> &s, const Coordinate<T> &c, bool identity, T &logdet) {
+  const T theta = inverse ? position_of_image(s, c.within) : position(s, c.within);
+  T slope_log;
+  const T mapped = image(s, theta, slope_log);
+  const T slope = math::exp(inverse ? -slope_log : slope_log);
+  const T result = inverse ? s.x + s.width * theta : mapped;
+  const bool outside = c.outside, same = outside & identity;
+  const T y = math::select(same, c.within + c.excess, math::select(outside, result + c.excess * slope, result));
+  logdet = math::select(same, T(0), inverse ? -slope_log : slope_log);
+  return y;
+}
+
+// Gradients of an element by its coordinate, by the lower left corner of its bin, its size, and the slopes at its ends.
+template <class T> struct ElementGradient {
+  T x, corner_x, size_x, corner_y, size_y, slope0, slope1;
+};
+
+template <bool inverse, class T>
+IIN_FAST_HD ElementGradient<T> map_element_backward(const Segment<T> &s, const Coordinate<T> &c, bool identity,
+                                                    T grad_y, T grad_logdet) {
+  const T theta = inverse ? position_of_image(s, c.within) : position(s, c.within);
+  const bool outside = c.outside, same = outside & identity;
+  T slope_log;
+  image(s, theta, slope_log);
+  const T slope = math::exp(slope_log);
+  T from_y = grad_y, from_logdet = grad_logdet, result = T(0);
+  if constexpr (inverse) {
+    // x = f^-1(y): dx = (dy - f_p dp) / f_x, log-det = -log f_x; at fixed x the log-det moves x as well
+    const SegmentGradient<T> curve = image_backward(s, theta, T(0), T(1));
+    const T curvature = math::select(outside, T(0), curve.theta / s.width);
+    result = (grad_y - grad_logdet * curvature) / slope;
+    from_y = -result;
+    from_logdet = -grad_logdet;
+  }
+  SegmentGradient<T> g = image_backward(s, theta, from_y, from_logdet);
+  if constexpr (!inverse)
+    result = math::select(outside, from_y * slope, g.theta / s.width);
+  // beyond the box the coordinate is held at its edge, and a straight line of the outer slope goes on from there
+  const T beyond = from_y * (inverse ? c.excess / slope : c.excess);
+  const T edge = g.theta / s.width;
+  const T keep = math::select(same, T(0), T(1));
+  const bool above = c.excess > T(0);
+  g.slope0 += math::select(outside & !above, beyond, T(0));
+  g.slope1 += math::select(outside & above, beyond, T(0));
+  ElementGradient<T> e;
+  e.corner_x = keep * math::select(outside, T(0), g.x);
+  e.size_x = keep * math::select(outside, g.width + edge * theta, g.width);
+  e.corner_y = keep * g.y;
+  e.size_y = keep * g.height;
+  e.slope0 = keep * g.slope0;
+  e.slope1 = keep * g.slope1;
+  e.x = math::select(same, grad_y, result);
+  return e;
 }
 
 } // namespace iin_fast

@@ -31,6 +31,15 @@ inline void check_spline(const char *op, const Tensor &x, const Tensor &paramete
                   op, ": parameters must be [rows, features, ", options.count(), "] in the type of x");
 }
 
+inline void check_spline_backward(const char *op, const Tensor &grad_y, const Tensor &grad_logdet, const Tensor &x,
+                                  const Tensor &parameters, const SplineOptions &options) {
+  check_spline(op, x, parameters, options);
+  check_spline(op, grad_y, parameters, options);
+  STD_TORCH_CHECK(grad_logdet.dim() == 1 && grad_logdet.size(0) == x.size(0) &&
+                      grad_logdet.scalar_type() == accumulate_type(x.scalar_type()),
+                  op, ": grad_logdet must be [rows] in the type of the log-det");
+}
+
 // Parameters whose raw values lie side by side, whatever the distance between elements.
 inline Tensor with_contiguous_values(const Tensor &parameters) {
   return parameters.size(2) == 1 || parameters.stride(2) == 1 ? parameters : torch::stable::contiguous(parameters);

@@ -57,11 +57,7 @@ spline_coupling_backward(const Tensor &grad_y_in,      // [rows, features]
                          double top, double min_width, double min_height, double min_derivative, bool inverse) {
   const SplineOptions options{bins, tails, form, left, right, bottom, top, min_width, min_height, min_derivative};
   const char *op = "spline_coupling_backward";
-  check_spline(op, x_in, parameters_in, options);
-  check_spline(op, grad_y_in, parameters_in, options);
-  STD_TORCH_CHECK(grad_logdet_in.dim() == 1 && grad_logdet_in.size(0) == x_in.size(0) &&
-                      grad_logdet_in.scalar_type() == accumulate_type(x_in.scalar_type()),
-                  op, ": grad_logdet must be [rows] in the type of the log-det");
+  check_spline_backward(op, grad_y_in, grad_logdet_in, x_in, parameters_in, options);
   const Tensor x = torch::stable::contiguous(x_in), parameters = with_contiguous_values(parameters_in);
   const Tensor grad_y = torch::stable::contiguous(grad_y_in), grad_logdet = torch::stable::contiguous(grad_logdet_in);
   Tensor grad_x = torch::stable::new_empty(x, x.sizes());

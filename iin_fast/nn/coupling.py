@@ -175,7 +175,8 @@ class SplineCoupling(Coupling):
             "parameterization": parameterization,
         }
         check_options("SplineCoupling", box=None, **self.options)  # type: ignore[arg-type]
-        self.count = parameter_count(bins, tails)
+        self.min_derivative = min_derivative
+        self.count = parameter_count(bins, tails)  # raw values of a feature
 
     @staticmethod
     def outputs(dim: int, *, bins: int = 8, tails: str | None = "linear") -> int:

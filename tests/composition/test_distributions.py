@@ -172,7 +172,7 @@ def test_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match=r"base has event shape \[\], expected \[4\]"):
         make().distribution(base=Normal(torch.zeros(DIM), 1.0))
     with pytest.raises(ValueError, match="within the support"):
-        make().distribution().log_prob(torch.full((5, DIM), math.nan, dtype=torch.float64))
+        make().distribution(validate_args=True).log_prob(torch.full((5, DIM), math.nan, dtype=torch.float64))
 
 
 # The density

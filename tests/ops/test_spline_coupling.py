@@ -235,3 +235,17 @@ def test_gradients_with_a_graph_when_inputs_depend_on_each_other() -> None:
     (with_graph,) = torch.autograd.grad(total, x, create_graph=True)
     (without,) = torch.autograd.grad(total, x)
     torch.testing.assert_close(with_graph, without)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_second_derivatives_where_parameters_depend_on_x(inverse: bool) -> None:
+    """What the parameters owe to x counts once, as autograd has it."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(2, 22, generator=generator, dtype=torch.float64)
+    x = torch.rand(3, 2, generator=generator, dtype=torch.float64, requires_grad=True)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        y, logdet = spline_coupling(x, (x @ weight).tanh(), bins=4, tail_bound=2.0, inverse=inverse)
+        return y.sum() + logdet.sum()
+
+    assert torch.autograd.gradgradcheck(run, x)

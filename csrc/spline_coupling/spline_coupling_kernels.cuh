@@ -1,0 +1,515 @@
+// Rational-quadratic splines on a GPU: from packed raw parameters to y and log-det in one pass, and back to gradients.
+//
+// Bytes an element, with P raw values (3 K - 1 at K bins with linear tails): forward and inverse read the raw values
+// and x and write y, P + 2 numbers: 100 bytes in float32 at K = 8, 50 in 16-bit types. Backward also reads grad_y and
+// writes the gradients of x and of the raw values, 2 P + 3 numbers: 196 and 98 bytes. Knots never leave the registers.
+// On paper an H100 (3350 GB/s) moves 34 billion elements a second forward and 17 backward in float32 at K = 8, which
+// leaves about 880 and 1730 instructions for each; an element takes roughly 600 and 900. 16-bit types leave half of
+// that, and are limited by both.
+//
+// Work: an element to a thread, a tile of elements to a block. Raw values of neighbours lie P apart, which no warp
+// could read well, so a block first brings the values of its tile to shared memory as they lie there, 16 bytes at a
+// time, and each thread takes its own from there; gradients go out the same way, in the place of the values that they
+// belong to. There, elements are an odd number of values apart, so that the lanes of a warp hit different banks: where
+// P is even, or the parameters are strided or not aligned, values are copied one by one, neighbours by neighbouring
+// lanes. float32 and float64 keep the exponentials of the softmax in the place of the raw values; 16-bit types, which
+// would lose digits there, compute them again where they need them. In registers those of 16 bins took 200, which left
+// an SM 10 warps. Where not even 16 elements fit shared memory, threads read and write global memory themselves.
+//
+// A tile is some whole rows or a part of one row. The log-det's sum over a row is made in shared memory by a few lanes
+// to a row; no atomics, and its order depends on the shape alone. Where rows are wide but too few to fill the GPU,
+// several blocks share a row, and a second, small kernel adds their sums.
+//
+// The sizes of tiles follow from shared memory and occupancy on paper; no GPU was at hand to measure on. The launch
+// functions at the end take the launcher as an argument, so that nothing here depends on torch.
+#pragma once
+
+#include "common/rows.cuh"
+#include "spline_coupling/spline_coupling.h"
+
+namespace iin_fast {
+
+constexpr int spline_threads = 256;            // of a block, at most
+constexpr int spline_shared_bytes = 44 * 1024; // of a tile, at most: with the sums below the 48 KiB of any launch
+constexpr int spline_fewest_elements = 16;     // a tile that would hold fewer is not made
+
+template <class Storage> struct DeviceSpline {
+  const Storage *parameters;          // [rows, features, count]: widths, heights, derivatives
+  int64_t row_stride, feature_stride; // of the parameters, in elements
+  int64_t rows, features;
+  int bins, count; // count: raw values of an element
+  Tails tails;
+  Parameterization form;
+  SplineLimits<compute_t<Storage>> limits;
+  bool inverse;
+
+  __host__ __device__ const Storage *element(int64_t row, int64_t feature) const {
+    return parameters + row * row_stride + feature * feature_stride;
+  }
+};
+
+template <class Storage> struct DeviceSplineForward {
+  DeviceSpline<Storage> spline;
+  DeviceRows<const Storage> x; // [rows, features]
+  Storage *y;                  // [rows, features]
+  compute_t<Storage> *logdet;  // [rows]
+  compute_t<Storage> *partial; // [rows, parts], or null if parts is 1
+};
+
+template <class Storage> struct DeviceSplineBackward {
+  DeviceSpline<Storage> spline;
+  DeviceRows<const Storage> x, grad_y;   // [rows, features]; x is the input of the map
+  const compute_t<Storage> *grad_logdet; // [rows]
+  Storage *grad_x;                       // [rows, features]
+  Storage *grad_parameters;              // [rows, features, count]
+};
+
+// How a launch maps elements to threads.
+struct SplinePlan {
+  int threads;                  // of a block
+  int tile_rows, tile_features; // of a tile: whole rows, or one row's part
+  int pitch;                    // values from an element to the next in shared memory; 0: nothing is staged
+  int log_copy_lanes;           // log2 of the lanes that copy an element, where values are copied one by one
+  int log_sum_lanes;            // log2 of the lanes that sum a row's log-det
+  bool wide_in, wide_out;       // parameters are read, and their gradients written, in 16-byte accesses
+  unsigned blocks, parts;       // blocks over the rows, and blocks that share a row
+  size_t shared_bytes;          // dynamic
+};
+
+// What the launch gave of shared memory.
+inline __device__ unsigned char *shared_splines() {
+  extern __shared__ __align__(16) unsigned char dynamic_shared[];
+  return dynamic_shared;
+}
+
+// The elements of a tile. They lie side by side in [rows, features].
+struct SplineTile {
+  int64_t row, feature; // the first one
+  int64_t first;        // its number
+  int features;         // of a row in this tile
+  int elements;
+};
+
+// Values between the last 16-byte boundary and the tile's first value: shared memory is laid out like global memory
+// modulo 16 bytes.
+template <class Storage>
+__device__ __forceinline__ int tile_offset(const DeviceSpline<Storage> &spline, const SplineTile &tile) {
+  return static_cast<int>(tile.first * spline.count % wide_vector<Storage>);
+}
+
+template <class Storage>
+__device__ __forceinline__ void load_tile(const DeviceSpline<Storage> &spline, const SplinePlan &plan,
+                                          const SplineTile &tile, Storage *shared) {
+  const int offset = tile_offset(spline, tile);
+  if (plan.wide_in) { // pitch is count
+    constexpr int vector = wide_vector<Storage>;
+    const int64_t begin = tile.first * spline.count - offset,
+                  left = spline.rows * spline.features * spline.count - begin;
+    const int vectors = (offset + tile.elements * spline.count + vector - 1) / vector;
+    // the last vector may reach into the next tile, but not beyond the tensor
+    const int whole = static_cast<int64_t>(vectors) * vector <= left ? vectors : vectors - 1;
+    const uint4 *const from = reinterpret_cast<const uint4 *>(spline.parameters + begin);
+    uint4 *const to = reinterpret_cast<uint4 *>(shared);
+#pragma unroll 4
+    for (int i = threadIdx.x; i < whole; i += blockDim.x)
+      to[i] = __ldg(from + i);
+    const int at = whole * vector + static_cast<int>(threadIdx.x);
+    if (whole < vectors && at < left)
+      shared[at] = __ldg(spline.parameters + begin + at);
+  } else {
+    const int lanes = 1 << plan.log_copy_lanes, lane = threadIdx.x & (lanes - 1);
+#pragma unroll 4
+    for (int e = threadIdx.x >> plan.log_copy_lanes; e < tile.elements; e += blockDim.x >> plan.log_copy_lanes) {
+      const int row = e / tile.features;
+      const Storage *const from = spline.element(tile.row + row, tile.feature + (e - row * tile.features));
+      for (int k = lane; k < spline.count; k += lanes)
+        shared[offset + e * plan.pitch + k] = __ldg(from + k);
+    }
+  }
+}
+
+// From shared memory to [rows, features, count].
+template <class Storage>
+__device__ __forceinline__ void store_tile(const DeviceSpline<Storage> &spline, const SplinePlan &plan,
+                                           const SplineTile &tile, const Storage *shared, Storage *out) {
+  const int offset = tile_offset(spline, tile);
+  Storage *const to = out + tile.first * spline.count;
+  if (plan.wide_out) {
+    constexpr int vector = wide_vector<Storage>;
+    const int end = offset + tile.elements * spline.count, first = (offset + vector - 1) / vector, last = end / vector;
+    const uint4 *const from = reinterpret_cast<const uint4 *>(shared);
+    uint4 *const vectors = reinterpret_cast<uint4 *>(to - offset);
+#pragma unroll 4
+    for (int i = first + static_cast<int>(threadIdx.x); i < last; i += blockDim.x)
+      __stwb(vectors + i, from[i]);
+    // what other tiles have a part of goes out one by one
+    const int head = offset + static_cast<int>(threadIdx.x);
+    if (head < first * vector && head < end)
+      to[head - offset] = shared[head];
+    const int tail = (first > last ? first : last) * vector + static_cast<int>(threadIdx.x);
+    if (tail < end)
+      to[tail - offset] = shared[tail];
+  } else {
+    const int lanes = 1 << plan.log_copy_lanes, lane = threadIdx.x & (lanes - 1);
+    for (int e = threadIdx.x >> plan.log_copy_lanes; e < tile.elements; e += blockDim.x >> plan.log_copy_lanes)
+      for (int k = lane; k < spline.count; k += lanes)
+        to[e * spline.count + k] = shared[offset + e * plan.pitch + k];
+  }
+}
+
+// Softmax of one element's raw widths or heights. The numerators take the raw values' place if `in_place`; else they
+// are computed again at each use.
+template <class Storage, Parameterization form, bool in_place> struct SplineSoftmax {
+  using T = compute_t<Storage>;
+  const Storage *const values;
+  const int bins;
+  const SplineLimits<T> &limits;
+  T top, over; // the largest exponent, 1 / sum of the numerators
+
+  template <class Values>
+  __device__ __forceinline__ SplineSoftmax(Values *values, int bins, const SplineLimits<T> &limits)
+      : values(values), bins(bins), limits(limits) {
+    top = exponent(0);
+#pragma unroll 4
+    for (int k = 1; k < bins; ++k) {
+      const T value = exponent(k);
+      top = value > top ? value : top;
+    }
+    T sum = 0, lost = 0;
+#pragma unroll 4
+    for (int k = 0; k < bins; ++k) {
+      const T e = math::exp(exponent(k) - top);
+      if constexpr (in_place)
+        values[k] = e;
+      sum = add(sum, e, lost);
+    }
+    over = T(1) / sum;
+  }
+
+  __device__ __forceinline__ T exponent(int k) const { return squeeze<form>(widen(values[k]), limits); }
+
+  __device__ __forceinline__ T share(int k) const {
+    if constexpr (in_place)
+      return values[k] * over;
+    else
+      return math::exp(exponent(k) - top) * over;
+  }
+
+  // Gradients of the raw values, from those by the corner and the size of bin `number`; `rest`: the size of all shares
+  // together. They may take the place of the values.
+  __device__ __forceinline__ void backward(T rest, int number, T corner, T size, T mass, T own_share,
+                                           Storage *out) const {
+    const T common = corner * mass + size * own_share;
+#pragma unroll 4
+    for (int k = 0; k < bins; ++k) {
+      T g = rest * share(k) * ((k < number ? corner : k == number ? size : T(0)) - common);
+      if constexpr (form == Parameterization::zuko) {
+        static_assert(!in_place, "the raw values are still needed");
+        T step;
+        squeeze<form>(widen(values[k]), limits, step);
+        g *= step;
+      }
+      narrow(g, out[k]);
+    }
+  }
+};
+
+// The bin of an element's coordinate, and what its gradients need of it.
+template <class T> struct SplineBin {
+  Segment<T> segment;
+  int number;
+  int first, second;  // raw derivatives at its ends: their places after widths and heights, or -1
+  T raw0, raw1;       // their values
+  T mass_w, mass_h;   // softmax mass left of the bin
+  T share_w, share_h; // and in it
+  T rest_w, rest_h;   // the box's sides less the smallest bins: sizes are these times the shares
+};
+
+template <bool by_image, Parameterization form, bool in_place, class Storage, class T = compute_t<Storage>>
+__device__ __forceinline__ SplineBin<T>
+find_bin(const DeviceSpline<Storage> &spline, const SplineSoftmax<Storage, form, in_place> &widths,
+         const SplineSoftmax<Storage, form, in_place> &heights, const Storage *raw, T coordinate) {
+  const SplineLimits<T> &limits = spline.limits;
+  const T wide = limits.right - limits.left, high = limits.top - limits.bottom, bins = T(spline.bins);
+  const T min_width = form == Parameterization::nflows ? limits.min_width : T(0);
+  const T min_height = form == Parameterization::nflows ? limits.min_height : T(0);
+  const T rest_width = T(1) - min_width * bins, rest_height = T(1) - min_height * bins;
+  SplineBin<T> b;
+  b.mass_w = b.mass_h = T(0);
+  T lost_w = 0, lost_h = 0;
+  for (int k = 0;; ++k) {
+    b.number = k;
+    b.share_w = widths.share(k);
+    b.share_h = heights.share(k);
+    if (k + 1 >= spline.bins)
+      break;
+    const T after_w = add(b.mass_w, b.share_w, lost_w), after_h = add(b.mass_h, b.share_h, lost_h);
+    const T knot = by_image ? limits.bottom + high * (min_height * T(k + 1) + rest_height * after_h)
+                            : limits.left + wide * (min_width * T(k + 1) + rest_width * after_w);
+    if (!(coordinate >= knot)) // NaN stays in the first bin
+      break;
+    b.mass_w = after_w;
+    b.mass_h = after_h;
+  }
+  Segment<T> &s = b.segment;
+  s.x = limits.left + wide * (min_width * T(b.number) + rest_width * b.mass_w);
+  s.y = limits.bottom + high * (min_height * T(b.number) + rest_height * b.mass_h);
+  s.width = wide * (min_width + rest_width * b.share_w);
+  s.height = high * (min_height + rest_height * b.share_h);
+  b.rest_w = wide * rest_width;
+  b.rest_h = high * rest_height;
+
+  const BinEnds ends = bin_ends(spline.tails, spline.bins, b.number);
+  const int derivatives = spline.count - 2 * spline.bins;
+  b.first = static_cast<int>(ends.first);
+  b.second = ends.second < derivatives ? static_cast<int>(ends.second) : -1;
+  const Storage *const slopes = raw + 2 * spline.bins;
+  b.raw0 = b.first >= 0 ? widen(slopes[b.first]) : T(0);
+  b.raw1 = b.second >= 0 ? widen(slopes[b.second]) : T(0);
+  s.slope0 = b.first >= 0 ? knot_slope<form>(b.raw0, limits) : T(1);
+  s.slope1 = b.second >= 0 ? knot_slope<form>(b.raw1, limits) : T(1);
+  return b;
+}
+
+// A coordinate of the map, held in the box.
+template <bool inverse, class T> __device__ __forceinline__ Coordinate<T> held(const SplineLimits<T> &limits, T value) {
+  return inverse ? hold(value, limits.bottom, limits.top) : hold(value, limits.left, limits.right);
+}
+
+// f(form, inverse) as constants: the same for the whole launch, so a jump that all threads take together.
+template <class F> __device__ __forceinline__ void with_spline(Parameterization form, bool inverse, F &&f) {
+  using N = std::integral_constant<Parameterization, Parameterization::nflows>;
+  using Z = std::integral_constant<Parameterization, Parameterization::zuko>;
+  if (form == Parameterization::nflows)
+    inverse ? f(N(), std::true_type()) : f(N(), std::false_type());
+  else
+    inverse ? f(Z(), std::true_type()) : f(Z(), std::false_type());
+}
+
+// This block's tiles: f(tile) for each tile of a group of rows, then after(first row, rows).
+template <class F, class After>
+__device__ __forceinline__ void for_tiles(int64_t rows, int64_t features, const SplinePlan &plan, F &&f,
+                                          After &&after) {
+  const int64_t step = static_cast<int64_t>(gridDim.x) * plan.tile_rows;
+  for (int64_t row = static_cast<int64_t>(blockIdx.x) * plan.tile_rows; row < rows; row += step) {
+    const int tile_rows = static_cast<int>(rows - row < plan.tile_rows ? rows - row : plan.tile_rows);
+    for (int64_t feature = static_cast<int64_t>(blockIdx.y) * plan.tile_features; feature < features;
+         feature += static_cast<int64_t>(gridDim.y) * plan.tile_features) {
+      const int tile_features =
+          static_cast<int>(features - feature < plan.tile_features ? features - feature : plan.tile_features);
+      f(SplineTile{row, feature, row * features + feature, tile_features, tile_rows * tile_features});
+    }
+    after(row, tile_rows);
+  }
+}
+
+template <class Storage, bool staged>
+__global__ void __launch_bounds__(spline_threads, 1)
+    spline_forward_kernel(const DeviceSplineForward<Storage> job, const SplinePlan plan) {
+  using T = compute_t<Storage>;
+  __shared__ T sums[spline_threads]; // [tile_rows, tile_features]
+  const DeviceSpline<Storage> &spline = job.spline;
+  Storage *const shared = reinterpret_cast<Storage *>(shared_splines());
+  const int thread = threadIdx.x;
+  const bool identity = spline.tails != Tails::none;
+  T sum = 0;
+  for_tiles(
+      spline.rows, spline.features, plan,
+      [&](const SplineTile &tile) {
+        const bool valid = thread < tile.elements;
+        const int row = thread / tile.features, feature = thread - row * tile.features;
+        T value = 0;
+        if (valid)
+          value = widen(__ldg(job.x[tile.row + row] + tile.feature + feature));
+        std::conditional_t<staged, Storage, const Storage> *raw;
+        if constexpr (staged) {
+          __syncthreads(); // the last tile is done with
+          load_tile(spline, plan, tile, shared);
+          __syncthreads();
+          raw = shared + tile_offset(spline, tile) + thread * plan.pitch;
+        } else {
+          raw = spline.element(tile.row + row, tile.feature + feature);
+        }
+        if (valid)
+          with_spline(spline.form, spline.inverse, [&](auto form, auto inverse) {
+            constexpr Parameterization f = decltype(form)::value;
+            constexpr bool backwards = decltype(inverse)::value;
+            constexpr bool in_place = staged && std::is_same<Storage, T>::value;
+            const Coordinate<T> c = held<backwards>(spline.limits, value);
+            const SplineSoftmax<Storage, f, in_place> widths(raw, spline.bins, spline.limits);
+            const SplineSoftmax<Storage, f, in_place> heights(raw + spline.bins, spline.bins, spline.limits);
+            const SplineBin<T> bin = find_bin<backwards>(spline, widths, heights, raw, c.within);
+            T logdet;
+            narrow(map_element<backwards>(bin.segment, c, identity, logdet), job.y[tile.first + thread]);
+            sum += logdet;
+          });
+      },
+      [&](int64_t first_row, int tile_rows) {
+        T *const to = gridDim.y > 1 ? job.partial : job.logdet;
+        sums[thread] = sum;
+        sum = 0;
+        __syncthreads();
+        const int lanes = 1 << plan.log_sum_lanes, lane = thread & (lanes - 1);
+        const int together = static_cast<int>(blockDim.x) >> plan.log_sum_lanes; // rows that are summed at once
+        for (int first = 0; first < tile_rows; first += together) {              // all threads stay to the shuffles
+          const int row = first + (thread >> plan.log_sum_lanes);
+          T total = 0;
+          if (row < tile_rows)
+            for (int i = lane; i < plan.tile_features; i += lanes)
+              total += sums[row * plan.tile_features + i];
+          for (int offset = lanes / 2; offset > 0; offset /= 2)
+            total += __shfl_xor_sync(whole_warp, total, offset);
+          if (row < tile_rows && lane == 0)
+            to[(first_row + row) * gridDim.y + blockIdx.y] = total;
+        }
+        __syncthreads(); // before the next rows overwrite the sums
+      });
+}
+
+template <class Storage, bool staged>
+__global__ void __launch_bounds__(spline_threads, 1)
+    spline_backward_kernel(const DeviceSplineBackward<Storage> job, const SplinePlan plan) {
+  using T = compute_t<Storage>;
+  const DeviceSpline<Storage> &spline = job.spline;
+  Storage *const shared = reinterpret_cast<Storage *>(shared_splines());
+  const int thread = threadIdx.x;
+  const bool identity = spline.tails != Tails::none;
+  for_tiles(
+      spline.rows, spline.features, plan,
+      [&](const SplineTile &tile) {
+        const bool valid = thread < tile.elements;
+        const int row = thread / tile.features, feature = thread - row * tile.features;
+        T value = 0, grad_y = 0, grad_logdet = 0;
+        if (valid) {
+          value = widen(__ldg(job.x[tile.row + row] + tile.feature + feature));
+          grad_y = widen(__ldg(job.grad_y[tile.row + row] + tile.feature + feature));
+          grad_logdet = __ldg(job.grad_logdet + tile.row + row);
+        }
+        std::conditional_t<staged, Storage, const Storage> *raw;
+        Storage *out; // gradients of the raw values; in shared memory in their place
+        if constexpr (staged) {
+          __syncthreads(); // the last tile has left
+          load_tile(spline, plan, tile, shared);
+          __syncthreads();
+          raw = out = shared + tile_offset(spline, tile) + thread * plan.pitch;
+        } else {
+          raw = spline.element(tile.row + row, tile.feature + feature);
+          out = job.grad_parameters + (tile.first + thread) * spline.count;
+        }
+        if (valid)
+          with_spline(spline.form, spline.inverse, [&](auto form, auto inverse) {
+            constexpr Parameterization f = decltype(form)::value;
+            constexpr bool backwards = decltype(inverse)::value;
+            constexpr bool in_place = staged && std::is_same<Storage, T>::value && f == Parameterization::nflows;
+            const SplineLimits<T> &limits = spline.limits;
+            const Coordinate<T> c = held<backwards>(limits, value);
+            const SplineSoftmax<Storage, f, in_place> widths(raw, spline.bins, limits);
+            const SplineSoftmax<Storage, f, in_place> heights(raw + spline.bins, spline.bins, limits);
+            const SplineBin<T> b = find_bin<backwards>(spline, widths, heights, raw, c.within);
+            const ElementGradient<T> g = map_element_backward<backwards>(b.segment, c, identity, grad_y, grad_logdet);
+            narrow(g.x, job.grad_x[tile.first + thread]);
+            const T slope0 = g.slope0 * knot_slope_derivative<f>(b.raw0, b.segment.slope0, limits);
+            const T slope1 = g.slope1 * knot_slope_derivative<f>(b.raw1, b.segment.slope1, limits);
+            widths.backward(b.rest_w, b.number, g.corner_x, g.size_x, b.mass_w, b.share_w, out);
+            heights.backward(b.rest_h, b.number, g.corner_y, g.size_y, b.mass_h, b.share_h, out + spline.bins);
+            Storage *const slopes = out + 2 * spline.bins;
+            for (int d = 0; d < spline.count - 2 * spline.bins; ++d)
+              narrow((d == b.first ? slope0 : T(0)) + (d == b.second ? slope1 : T(0)), slopes[d]);
+          });
+        if constexpr (staged) {
+          __syncthreads();
+          store_tile(spline, plan, tile, shared, job.grad_parameters);
+        }
+      },
+      [](int64_t, int) {});
+}
+
+// True if the parameters lie as one contiguous [rows, features, count].
+template <class Storage> bool is_dense(const DeviceSpline<Storage> &spline) {
+  return (spline.features <= 1 || spline.feature_stride == spline.count) &&
+         (spline.rows <= 1 || spline.row_stride == spline.features * spline.count);
+}
+
+// `gradients`: where those of the parameters go, or null. `max_blocks`: the limit of the grid's first dimension.
+template <class Storage>
+SplinePlan plan_spline(const DeviceSpline<Storage> &spline, const Storage *gradients, int multiprocessors,
+                       int64_t max_blocks = 0x7fffffff) {
+  const auto aligned = [](const Storage *p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+  const int64_t elements = spline.rows * spline.features, features = spline.features > 0 ? spline.features : 1;
+  SplinePlan plan{};
+  plan.pitch = spline.count | 1;
+  plan.wide_in = plan.pitch == spline.count && is_dense(spline) && aligned(spline.parameters);
+  plan.wide_out = plan.pitch == spline.count && aligned(gradients);
+  // elements of a tile, at most: those that fit, and no more than gives each multiprocessor a tile
+  const int64_t bytes = static_cast<int64_t>(plan.pitch) * sizeof(Storage), room = spline_shared_bytes - 16;
+  const bool staged = bytes * spline_fewest_elements <= room;
+  int64_t limit = staged && room / bytes < spline_threads ? room / bytes : spline_threads;
+  const int64_t share = (elements / multiprocessors + warp_lanes - 1) / warp_lanes * warp_lanes;
+  limit = share < limit ? (share > warp_lanes ? share : limit < warp_lanes ? limit : warp_lanes) : limit;
+  const auto in_warps = [](int64_t n) { return (n + warp_lanes - 1) / warp_lanes * warp_lanes; };
+  plan.tile_rows = 1;
+  plan.parts = 1;
+  if (features > limit) {
+    const int64_t steps = (features + limit - 1) / limit;
+    plan.tile_features = static_cast<int>((features + steps - 1) / steps);
+    const int64_t wanted = 4 * static_cast<int64_t>(multiprocessors); // blocks that keep the GPU busy
+    if (spline.rows > 0 && spline.rows < wanted) {
+      const int64_t parts = (wanted + spline.rows - 1) / spline.rows;
+      plan.parts = static_cast<unsigned>(parts < steps ? parts : steps);
+    }
+  } else {
+    // the rows that leave the fewest threads of the block without an element
+    plan.tile_features = static_cast<int>(features);
+    int64_t best = 0, best_threads = 1;
+    for (int64_t rows = 1; rows * features <= limit; ++rows) {
+      const int64_t used = rows * features, threads = in_warps(used);
+      if ((used * 8 >= limit * 3 || (rows + 1) * features > limit) && used * best_threads > best * threads) {
+        best = used;
+        best_threads = threads;
+        plan.tile_rows = static_cast<int>(rows);
+      }
+    }
+  }
+  const int64_t tile = static_cast<int64_t>(plan.tile_rows) * plan.tile_features;
+  plan.threads = static_cast<int>(in_warps(tile));
+  while ((2 << plan.log_sum_lanes) <= plan.tile_features && plan.log_sum_lanes < 5)
+    ++plan.log_sum_lanes;
+  while ((1 << plan.log_copy_lanes) < spline.count && plan.log_copy_lanes < 5)
+    ++plan.log_copy_lanes;
+  const int64_t blocks = (spline.rows + plan.tile_rows - 1) / plan.tile_rows;
+  plan.blocks = static_cast<unsigned>(blocks < max_blocks ? blocks : max_blocks);
+  if (staged)
+    plan.shared_bytes = static_cast<size_t>((tile * bytes + 16 + 15) / 16 * 16);
+  else
+    plan.pitch = 0;
+  return plan;
+}
+
+// launch(kernel, grid, block, arguments...) starts a kernel; launch.with_shared(bytes) is one that gives it dynamic
+// shared memory. job.partial must be there if plan.parts > 1.
+template <class Storage, class Launch>
+void launch_spline_forward(const DeviceSplineForward<Storage> &job, const SplinePlan &plan, Launch &&launch) {
+  using T = compute_t<Storage>;
+  if (job.spline.rows == 0)
+    return;
+  const auto kernel = plan.pitch > 0 ? spline_forward_kernel<Storage, true> : spline_forward_kernel<Storage, false>;
+  launch.with_shared(plan.shared_bytes)(kernel, dim3(plan.blocks, plan.parts), dim3(plan.threads), job, plan);
+  if (plan.parts > 1) {
+    const T *partial = job.partial;
+    constexpr int rows_per_block = row_threads / warp_lanes;
+    // the rows of a shared plan are fewer than the blocks that fill the GPU
+    const unsigned blocks = static_cast<unsigned>((job.spline.rows + rows_per_block - 1) / rows_per_block);
+    launch(sum_parts_kernel<T>, dim3(blocks), dim3(row_threads), partial, job.logdet, job.spline.rows,
+           static_cast<int>(plan.parts));
+  }
+}
+
+template <class Storage, class Launch>
+void launch_spline_backward(const DeviceSplineBackward<Storage> &job, const SplinePlan &plan, Launch &&launch) {
+  if (job.spline.rows == 0 || job.spline.features == 0)
+    return;
+  const auto kernel = plan.pitch > 0 ? spline_backward_kernel<Storage, true> : spline_backward_kernel<Storage, false>;
+  launch.with_shared(plan.shared_bytes)(kernel, dim3(plan.blocks, plan.parts), dim3(plan.threads), job, plan);
+}
+
+} // namespace iin_fast

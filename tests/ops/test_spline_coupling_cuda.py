@@ -1,0 +1,303 @@
+"""The CUDA kernels of spline_coupling, run on the host (tests/cuda_emulator), against the definition."""
+
+import ctypes
+import math
+from typing import Any
+
+import pytest
+import torch
+from cuda_emulator import call, data, load, matrix, type_name
+from torch import Tensor
+from torch.testing import assert_close
+
+from iin_fast.ops.spline_coupling import PARAMETERIZATIONS, TAILS, parameter_count, reference
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+FORMS = list(PARAMETERIZATIONS)
+# rows, features, bins: no element, one, tiles of several rows, of one, and of a part of one
+SHAPES = [(0, 4, 8), (5, 0, 8), (1, 1, 1), (7, 3, 2), (45, 1, 8), (33, 2, 5), (25, 32, 8), (3, 70, 10), (2, 300, 4)]
+BOX = (-2.0, 2.0, -2.0, 2.0)
+
+
+class Spline(ctypes.Structure):
+    """Parameters and options of a call (spline_coupling.cpp)."""
+
+    _fields_ = [
+        ("parameters", ctypes.c_void_p),
+        *((n, ctypes.c_int64) for n in "row_stride feature_stride rows features bins count tails form".split()),
+        *((n, ctypes.c_double) for n in "left right bottom top min_width min_height min_derivative softness".split()),
+        ("inverse", ctypes.c_bool),
+    ]
+
+
+class SplineLaunch(ctypes.Structure):
+    """What a test asks of a launch, and learns of it (spline_coupling.cpp)."""
+
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in (
+            "max_blocks multiprocessors threads tile_rows tile_features pitch wide_in wide_out blocks parts launches"
+        ).split()
+    ]
+
+    def __init__(self, max_blocks: int = 2**31 - 1, multiprocessors: int = 1) -> None:
+        super().__init__(max_blocks, multiprocessors)
+
+
+def spline(x: Tensor, raw: Tensor, bins: int, tails: str, form: str, inverse: bool, **limits: Any) -> Spline:
+    box, low = limits.get("box", BOX), limits.get("low", 1e-3)
+    assert raw.shape == (*x.shape, parameter_count(bins, tails)) and (raw.shape[2] == 1 or raw.stride(2) == 1)
+    softness = 1 / math.log(low) if form == "zuko" else 0.0
+    codes = TAILS[tails], PARAMETERIZATIONS[form]
+    sizes = *raw.stride()[:2], *x.shape, bins, raw.shape[2]
+    return Spline(raw.data_ptr(), *sizes, *codes, *box, low, low, low, softness, inverse)
+
+
+def forward(x: Tensor, raw: Tensor, *options: Any, launch: SplineLaunch, **limits: Any) -> tuple[Tensor, Tensor]:
+    y = torch.full(x.shape, torch.nan, dtype=x.dtype)
+    logdet = torch.full(x.shape[:1], torch.nan, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    job = spline(x, raw, *options, **limits)
+    arguments = type_name(x.dtype), ctypes.byref(job), matrix(x), data(y), data(logdet), ctypes.byref(launch)
+    call(load("spline_coupling").spline_forward, *arguments)
+    return y, logdet
+
+
+def backward(
+    grad_y: Tensor, grad_logdet: Tensor, x: Tensor, raw: Tensor, *options: Any, launch: SplineLaunch, **limits: Any
+) -> tuple[Tensor, Tensor]:
+    grad_x = torch.full(x.shape, torch.nan, dtype=x.dtype)
+    grad_raw = torch.full(raw.shape, torch.nan, dtype=x.dtype)
+    call(
+        load("spline_coupling").spline_backward,
+        *(type_name(x.dtype), ctypes.byref(spline(x, raw, *options, **limits)), matrix(x), matrix(grad_y)),
+        *(data(grad_logdet), data(grad_x), data(grad_raw), ctypes.byref(launch)),
+    )
+    return grad_x, grad_raw
+
+
+def inputs(
+    rows: int, features: int, bins: int, tails: str, dtype: torch.dtype, spread: float = 0.7
+) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = 1.3 * torch.randn(rows, features, generator=generator, dtype=torch.float64)
+    raw = torch.randn(rows, features, parameter_count(bins, tails), generator=generator, dtype=torch.float64)
+    return x.to(dtype), (spread * raw).to(dtype)
+
+
+def assert_near(got: Tensor, want: Tensor, plain: Tensor) -> None:
+    """float64 to rounding; other types in the norm, as an element near a knot or in a narrow bin is a matter of luck,
+    and no further from the truth than a few times what the definition is in the same type."""
+    assert got.shape == want.shape and got.dtype == plain.dtype
+    if got.dtype == torch.float64:
+        largest = float(want.abs().max()) if want.numel() else 1.0
+        assert_close(got, want, rtol=1e-9, atol=1e-9 * max(1.0, largest))
+        return
+    assert bool((got.isfinite() == want.isfinite()).all())
+    norm, error, plain_error = (float(torch.linalg.vector_norm(t)) for t in (want, got - want, plain - want))
+    tolerance = {torch.float32: 5e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}[got.dtype]
+    assert error <= max(tolerance * max(norm, 0.01 * want.numel() ** 0.5), 4 * plain_error)
+
+
+def check(
+    x: Tensor,
+    raw: Tensor,
+    *options: Any,
+    launch: SplineLaunch | None = None,
+    weight: float = 1.0,
+    **limits: Any,
+) -> tuple[SplineLaunch, SplineLaunch]:
+    """Forward and backward of these tensors against the definition in float64. `weight`: of the log-det's gradient."""
+    asked = (launch.max_blocks, launch.multiprocessors) if launch else ()
+    launches = SplineLaunch(*asked), SplineLaunch(*asked)
+    y, logdet = forward(x, raw, *options, launch=launches[0], **limits)
+    generator = torch.Generator().manual_seed(1)
+    grad_y = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)
+    grad_logdet = weight * torch.randn(len(x), generator=generator, dtype=torch.float64).to(logdet.dtype)
+    got = y, logdet, *backward(grad_y, grad_logdet, x, raw, *options, launch=launches[1], **limits)
+    bins, tails, form, inverse = options
+    low = limits.get("low", 1e-3)
+
+    def definition(x: Tensor, raw: Tensor) -> list[Tensor]:
+        leaves = [t.detach().clone().requires_grad_() for t in (x, raw)]
+        outputs = reference.spline_coupling(*leaves, bins, tails, form, limits.get("box", BOX), low, low, low, inverse)
+        weights = grad_y.to(outputs[0].dtype), grad_logdet.to(outputs[1].dtype)
+        grads = torch.autograd.grad(outputs, leaves, weights)
+        return [t.detach() for t in (*outputs, *grads)]
+
+    for found, want, plain in zip(got, definition(x.double(), raw.double()), definition(x, raw), strict=True):
+        assert_near(found, want, plain)
+    return launches
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("tails", TAILS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equals_the_definition(tails: str, form: str, dtype: torch.dtype) -> None:
+    for inverse in (False, True):
+        for rows, features, bins in SHAPES:
+            check(*inputs(rows, features, bins, tails, dtype), bins, tails, form, inverse)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", FORMS)
+def test_many_bins(form: str, dtype: torch.dtype) -> None:
+    """The tile shrinks with the bins, until threads work in global memory."""
+    found = []
+    for bins in (16, 64, 100, 1500):
+        for inverse in (False, True):
+            launches = check(*inputs(2, 40, bins, "linear", dtype), bins, "linear", form, inverse, low=1e-4)
+            for launch in launches:
+                assert launch.wide_in == launch.wide_out == 1
+            found.append(launches[0].pitch > 0)
+    assert found == [True] * 6 + [False] * 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_odd_counts_are_read_16_bytes_at_a_time(dtype: torch.dtype) -> None:
+    """Wherever a tile begins and ends between two 16-byte boundaries; an even count is padded instead."""
+    for rows, features in [(1, 1), (3, 1), (9, 7), (61, 5), (400, 1)]:
+        for bins, tails in [(8, "linear"), (1, "none"), (3, "circular")]:
+            for launch in check(*inputs(rows, features, bins, tails, dtype), bins, tails, "nflows", False):
+                assert launch.wide_in == 1 - (bins == 1) or launch.pitch % 2 == 1
+                assert launch.pitch == parameter_count(bins, tails) | 1
+                assert launch.wide_in == launch.wide_out == parameter_count(bins, tails) % 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strided_tensors_are_read_in_place(dtype: torch.dtype) -> None:
+    x, raw = inputs(11, 6, 8, "linear", dtype)
+    count = raw.shape[2]
+    rows = torch.zeros(11, 6 * count + 5, dtype=dtype)  # rows of a wider output
+    rows[:, 2 : 2 + 6 * count] = raw.flatten(1)
+    values = torch.zeros(11, 6, count + 9, dtype=dtype)  # raw values of a wider output
+    values[..., 4 : 4 + count] = raw
+    offset = torch.zeros(raw.numel() + 1, dtype=dtype)  # contiguous, but not aligned
+    offset[1:] = raw.flatten()
+    wide_x = torch.zeros(11, 13, dtype=dtype)
+    wide_x[:, 5:11] = x
+    for strided in (
+        rows[:, 2 : 2 + 6 * count].unflatten(1, (6, count)),
+        values[..., 4 : 4 + count],
+        offset[1:].view(raw.shape),
+        raw.transpose(0, 1).contiguous().transpose(0, 1),
+    ):
+        assert torch.equal(strided, raw)
+        for launch in check(wide_x[:, 5:11], strided, 8, "linear", "nflows", False):
+            assert (launch.wide_in, launch.wide_out) == (0, 1)
+    for same in (raw[:1].expand_as(raw), raw[:, :1].expand_as(raw)):  # strides of 0
+        check(x[:1].expand_as(x), same, 8, "linear", "zuko", True)
+    for launch in check(x[::2], raw[::2].contiguous(), 8, "linear", "nflows", True):
+        assert launch.wide_in == 1
+
+
+def test_every_mapping_of_elements_to_threads_is_used() -> None:
+    found = set()
+    for rows, features in [(300, 1), (100, 6), (20, 32), (5, 70), (3, 200), (2, 256), (1, 3000), (30, 3000)]:
+        x, raw = inputs(rows, features, 2, "linear", torch.float32)
+        first, second = check(x, raw, 2, "linear", "nflows", False)
+        assert first.launches == 1 + (first.parts > 1) and second.launches == 1
+        assert first.threads >= first.tile_rows * first.tile_features > first.threads - 32
+        found.add((first.tile_rows, first.tile_features, first.threads, first.parts))
+    assert found == {
+        (96, 1, 96, 1),
+        (16, 6, 96, 1),
+        (3, 32, 96, 1),
+        (3, 70, 224, 1),
+        (1, 200, 224, 1),
+        (1, 256, 256, 1),
+        (1, 250, 256, 4),
+        (1, 250, 256, 1),
+    }
+
+
+def test_small_launches_are_spread_over_the_gpu() -> None:
+    x, raw = inputs(50, 16, 8, "linear", torch.float32)
+    for launch in check(x, raw, 8, "linear", "nflows", False, launch=SplineLaunch(multiprocessors=100)):
+        assert (launch.threads, launch.tile_rows, launch.blocks) == (32, 2, 25)
+
+
+@pytest.mark.parametrize(("rows", "features"), [(90, 4), (7, 600)])
+def test_a_grid_smaller_than_the_rows(rows: int, features: int) -> None:
+    launch = SplineLaunch(max_blocks=2)
+    for inverse in (False, True):
+        for found in check(
+            *inputs(rows, features, 5, "circular", torch.float32), 5, "circular", "zuko", inverse, launch=launch
+        ):
+            assert found.blocks <= 2
+
+
+def test_no_rows_launch_nothing_and_no_features_give_0() -> None:
+    for launch in check(*inputs(0, 8, 4, "linear", torch.float32), 4, "linear", "nflows", False):
+        assert launch.launches == 0
+    _, logdet = forward(
+        *inputs(300, 0, 4, "linear", torch.float32), 4, "linear", "nflows", False, launch=SplineLaunch()
+    )
+    assert torch.equal(logdet, torch.zeros(300))
+
+
+def test_the_same_bits_every_time() -> None:
+    x, raw = inputs(2, 3000, 2, "linear", torch.float32)
+    runs = [forward(x, raw, 2, "linear", "nflows", False, launch=SplineLaunch(multiprocessors=n)) for n in (4, 4)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("tails", TAILS)
+def test_edges(tails: str, inverse: bool, form: str) -> None:
+    """Coordinates on knots, at the ends of the box, next to them and far outside."""
+    x, raw = inputs(20, 3, 8, tails, torch.float64)
+    low = 1e-3
+    widths = raw[..., 8:16] if inverse else raw[..., :8]
+    if form == "zuko":
+        widths, low = widths / (1 + (2 * widths / math.log(1e-3)).abs()), 0.0
+    knots = reference._knots(widths, -2.0, 2.0, low)
+    x[:9] = torch.stack([knots[i, :, i] for i in range(9)])
+    x[9:17] = torch.tensor([-2.0, 2.0, -2 - 1e-12, 2 + 1e-12, -2 + 1e-12, 2 - 1e-12, 1e6, -1e6]).double()[:, None]
+    # on a knot the log-det has one slope to the left and another to the right
+    check(x, raw, 8, tails, form, inverse, weight=0.0)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_extreme_parameters_stay_finite(dtype: torch.dtype, inverse: bool) -> None:
+    x, raw = inputs(64, 4, 8, "linear", dtype, spread=300.0)
+    options = 8, "linear", "nflows", inverse
+    y, logdet = forward(x, raw, *options, launch=SplineLaunch())
+    ones = torch.ones_like(x), torch.ones_like(logdet)
+    for found in (y, logdet, *backward(*ones, x, raw, *options, launch=SplineLaunch())):
+        if found.dtype == torch.float16 and found.shape == raw.shape:
+            assert not found.isnan().any()  # some are beyond 65504
+        else:
+            assert found.isfinite().all()
+
+
+def test_nan_stays_where_it_is() -> None:
+    x, raw = inputs(40, 3, 8, "linear", torch.float32)
+    x[5, 1] = torch.nan
+    y, logdet = forward(x, raw, 8, "linear", "nflows", False, launch=SplineLaunch())
+    at = torch.zeros(40, 3, dtype=torch.bool)
+    at[5, 1] = True
+    assert torch.equal(y.isnan(), at)
+    assert not logdet[torch.arange(40) != 5].isnan().any()
+    grad_x, grad_raw = backward(
+        y.nan_to_num(), logdet.nan_to_num(), x, raw, 8, "linear", "nflows", False, launch=SplineLaunch()
+    )
+    assert not grad_x[~at].isnan().any() and not grad_raw[~at].isnan().any()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_box_that_is_not_square(form: str) -> None:
+    x, raw = inputs(30, 4, 6, "none", torch.float64)
+    for inverse in (False, True):
+        check(x, raw, 6, "none", form, inverse, box=(-1.0, 0.5, 0.0, 2.0))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("tails", TAILS)
+def test_the_inverse_undoes_the_forward_map(tails: str, form: str) -> None:
+    x, raw = inputs(40, 5, 8, tails, torch.float64)
+    y, logdet = forward(x, raw, 8, tails, form, False, launch=SplineLaunch())
+    back, back_logdet = forward(y, raw, 8, tails, form, True, launch=SplineLaunch())
+    assert_close(back, x, rtol=1e-9, atol=1e-9)
+    assert_close(back_logdet, -logdet, rtol=1e-8, atol=1e-8)
