@@ -66,7 +66,11 @@ bench: build
 	iin-fast bench --out benchmarks/results
 	$(BIN)/python -m pytest benchmarks/test_ops.py -q --benchmark-json=build/ops.json
 	$(BIN)/python benchmarks/ops_summary.py build/ops.json benchmarks/results/ops_cpu.json
+	$(BIN)/python benchmarks/spline.py
+	$(BIN)/python benchmarks/backends.py
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/dropin.py
+	$(BIN)/python benchmarks/dropin.py --table
 	$(BIN)/python benchmarks/readme.py
 
 # What the compilers made of the GPU kernels: registers, spills, instructions. Needs nvcc, but no GPU.

@@ -211,10 +211,11 @@ def table(result: dict[str, Any]) -> str:
         "|---|" + "---:|" * (2 * len(batches)),
     ]
     for name, by_batch in result["models"].items():
-        cells = [
-            f"{by_batch[str(n)][what]['speedup']:.2g}" for n in batches for what in ("forward", "forward + backward")
-        ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        for row, columns in (("", ("forward", "forward + backward")), (", frozen", ("forward, frozen", ""))):
+            cells = [by_batch[str(n)].get(what) for n in batches for what in columns]
+            if any(cells):
+                shown = ["" if cell is None else f"{cell['speedup']:.2g}" for cell in cells]
+                lines.append(f"| {name}{row} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
 
@@ -243,7 +244,8 @@ def main() -> None:
     for name, (build, call, dim) in models().items():
         results["models"][name] = {}
         for batch in batches:
-            repeats = 3 if arguments.quick else 15 if batch > 1000 else 60
+            repeats = 3 if arguments.quick else 60 if batch < 1000 else 15
+            repeats = min(repeats, 15 if batch < 1000 else 5) if "stack" in name else repeats
             found = measure(build, call, dim, batch, repeats)
             if "stack" in name:
                 found["forward, frozen"] = measure(build, call, dim, batch, repeats, frozen=True)["forward"]
