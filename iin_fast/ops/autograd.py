@@ -12,8 +12,8 @@ def differentiable(name: str, setup: Callable[..., None], backward: Callable[...
     """Attach autograd to the op ``name``, and give a function that calls it.
 
     The op carries its autograd itself, for torch.compile, torch.export and whoever calls torch.ops. In plain eager mode
-    the function goes around that, through an autograd.Function of its own: the same values in half the time that
-    torch.library's takes in Python (benchmarks/overhead.py).
+    the function goes around that, through an autograd.Function of its own: the same values with less Python
+    (benchmarks/overhead.py measures both ways).
     """
     torch.library.register_autograd(name, backward, setup_context=setup)
     namespace, op = name.split("::")

@@ -86,7 +86,8 @@ def spline_flow(context: int = 0) -> nn.Module:
 
 def iin(n_flows: int = 2, **options: Any) -> nn.Module:
     options |= dict(n_flows=n_flows, hidden_dim=8, hidden_depth=1, generator=seeded())
-    return started(IIN(DIM, {"digit": 3, "color": 2}, **options))
+    context = [normal(4, 16, options["context_dim"])] if "context_dim" in options else []
+    return started(IIN(DIM, {"digit": 3, "color": 2}, **options), *context)
 
 
 def linear(inputs: int, outputs: int) -> nn.Linear:
@@ -153,6 +154,7 @@ MODULES = [
     Case("NeuralSplineFlow inverse", lambda: Inverse(spline_flow())),
     Case("NeuralSplineFlow context", lambda: spline_flow(context=2), lambda n: (normal(1, n, DIM), normal(2, n, 2)), 2),
     Case("IIN", iin),
+    Case("IIN context", lambda: iin(context_dim=2), lambda n: (normal(1, n, DIM), normal(2, n, 2)), 2),
     Case("IIN spline", lambda: iin(n_flows=1, coupling="spline")),
     Case("FactorLoss", lambda: PairLoss(iin()), lambda n: (normal(1, n, DIM), normal(2, n, DIM), torch.rand(n, 2, generator=seeded(6)) < 0.5), 3, True),
 ]  # fmt: skip
