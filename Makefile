@@ -1,6 +1,7 @@
 # make demo   the main job: environment, wheel, training, swaps, report in runs/demo
 # make test   the whole suite
-.PHONY: demo test wheel sdist build lint bench gpu-report cuda-load-check gpu clean
+# make docs   the documentation site in build/site
+.PHONY: demo test docs wheel sdist build lint bench gpu-report cuda-load-check gpu clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -14,7 +15,7 @@ $(VENV)/.ready: requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --upgrade pip
 	$(PIP) install --progress-bar on -r requirements-dev.txt
-	$(PIP) install --quiet --no-deps nflows zuko  # peers that tests compare with; without the torch they ask for
+	$(PIP) install --quiet --no-deps nflows zuko FrEIA normflows  # peers that tests compare with; without the torch they ask for
 	@touch $@
 
 SOURCES := $(shell find csrc iin_fast -type f -not -name '*.so' -not -name '*.pyc' -not -name _build_info.py) \
@@ -53,6 +54,11 @@ lint: $(VENV)/.ready
 
 test: build lint
 	$(BIN)/python -m pytest
+
+# The documentation site; any warning is an error.
+docs: $(VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "== build/site/index.html"
 
 # The benchmarks whose results are committed, on an otherwise idle machine (a quarter of an hour).
 bench: build

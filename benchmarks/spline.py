@@ -1,10 +1,12 @@
-"""Spline couplings against nflows and zuko, in turn in one process: python benchmarks/spline.py [OUT.json]"""
+"""Spline couplings against nflows, the same compiled, and zuko, in turn in one process:
+python benchmarks/spline.py [OUT.json]"""
 
 import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -24,10 +26,12 @@ def systems(x: torch.Tensor, raw: torch.Tensor) -> dict[str, dict[str, Callable[
     def ours(inverse: bool):
         return spline_coupling(x, raw, bins=BINS, tail_bound=BOUND, inverse=inverse)
 
-    def nflows(inverse: bool):
+    def nflows(inverse: bool, spline: Callable = unconstrained_rational_quadratic_spline):
         parts = raw.split([BINS, BINS, BINS - 1], -1)
-        y, log = unconstrained_rational_quadratic_spline(x, *parts, inverse=inverse, tail_bound=BOUND)
+        y, log = spline(x, *parts, inverse=inverse, tail_bound=BOUND)
         return y, log.sum(1)
+
+    compiled = torch.compile(unconstrained_rational_quadratic_spline)
 
     def zuko(inverse: bool):
         spline = MonotonicRQSTransform(*raw.split([BINS, BINS, BINS - 1], -1), bound=BOUND)
@@ -49,7 +53,12 @@ def systems(x: torch.Tensor, raw: torch.Tensor) -> dict[str, dict[str, Callable[
             "forward + backward": training,
         }
 
-    return {"iin-fast": calls(ours), "nflows": calls(nflows), "zuko": calls(zuko)}
+    return {
+        "iin-fast": calls(ours),
+        "nflows": calls(nflows),
+        "nflows, torch.compile": calls(partial(nflows, spline=compiled)),
+        "zuko": calls(zuko),
+    }
 
 
 def main(out: Path) -> None:
@@ -60,20 +69,23 @@ def main(out: Path) -> None:
         "bins": BINS,
         "cases": {},
     }
-    for rows, features, repeats in ((65536, 32, 5), (256, 32, 40)):
+    # Small calls in bursts, as a training loop makes them; one by one, the others' data has taken the cache in between.
+    for rows, features, repeats, burst in ((65536, 32, 5, 1), (256, 32, 40, 10), (256, 32, 40, 1)):
         x = torch.randn(rows, features, generator=random).requires_grad_()
         raw = torch.randn(rows, features, 3 * BINS - 1, generator=random).requires_grad_()
         table = systems(x, raw)
         for case in ("forward", "inverse", "forward + backward"):
             seconds: dict[str, list[float]] = {name: [] for name in table}
-            for turn in range(repeats + 1):
+            for turn in range(repeats + 2):
                 for name, calls in table.items():
                     start = time.perf_counter()
-                    calls[case]()
-                    if turn:  # the first is a warm-up
-                        seconds[name].append(time.perf_counter() - start)
+                    for _ in range(burst):
+                        calls[case]()
+                    if turn >= 2:  # the first two are warm-up: torch.compile may need both
+                        seconds[name].append((time.perf_counter() - start) / burst)
             medians = {name: statistics.median(s) for name, s in seconds.items()}
-            results["cases"][f"{case}, {rows} x {features}"] = {
+            label = f"{case}, {rows} x {features}" + (f", {burst} calls in a row" if burst > 1 else "")
+            results["cases"][label] = {
                 name: {
                     "min": min(s),
                     "median": medians[name],
@@ -82,7 +94,7 @@ def main(out: Path) -> None:
                 }
                 for name, s in seconds.items()
             }
-            print(case, rows, {n: f"{1e3 * m:.2f} ms, {m / medians['iin-fast']:.1f}x" for n, m in medians.items()})
+            print(label, {n: f"{1e3 * m:.2f} ms, {m / medians['iin-fast']:.1f}x" for n, m in medians.items()})
     out.write_text(json.dumps(results, indent=1) + "\n")
 
 

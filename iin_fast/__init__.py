@@ -2,9 +2,10 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import functional, nn, testing
+from . import adapters, functional, nn, testing
 from .backends import backend
-from .iin import IIN, FactorLoss, Factors, PairSampler, estimate_factor_dims
+from .dropin import accelerate, patch, restore, unpatch
+from .iin import IIN, FactorLoss, Factors, PairSampler, concept_pairs, estimate_factor_dims
 
 try:
     __version__ = version("iin-fast")
@@ -17,9 +18,15 @@ __all__ = [
     "Factors",
     "PairSampler",
     "__version__",
+    "accelerate",
+    "adapters",
     "backend",
+    "concept_pairs",
     "estimate_factor_dims",
     "functional",
     "nn",
+    "patch",
+    "restore",
     "testing",
+    "unpatch",
 ]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 __all__ = ["BackendUnavailable", "available", "backend", "chosen", "ops", "register", "register_triton"]
 
@@ -62,21 +63,45 @@ def available(op: str, device: str) -> list[str]:
     return [name for name in NAMES if (name, device) in have or (name, "any") in have]
 
 
+def needs_definition() -> bool:
+    """Whether torch.func or forward-mode AD differentiates this call: only plain torch can follow, in any nesting.
+
+    A call that is only mapped (torch.vmap) has batching rules instead.
+    """
+    if not torch._C._are_functorch_transforms_active():
+        return forward_ad._current_level >= 0
+    if torch.compiler.is_dynamo_compiling():  # the compiler cannot look at which transforms
+        return True
+    kinds = torch._C._functorch.TransformType
+    return any(level.key() in (kinds.Grad, kinds.Jvp) for level in torch._C._functorch.get_interpreter_stack())
+
+
 def chosen(op: str, x: Tensor) -> str:
     """The backend for this call of ``op``: the forced one, else the preferred one, else cpp, triton, reference.
 
     Raises:
-        BackendUnavailable: a backend is forced that has no implementation of ``op`` on the device of ``x``.
+        BackendUnavailable: a backend is forced that has no implementation of ``op`` on the device of ``x``, or none for
+            torch.func and forward-mode AD, where only "reference" has one.
     """
-    have = available(op, x.device.type)
+    device = x.device.type
+    if needs_definition():
+        if _forced not in (None, "reference"):
+            raise BackendUnavailable(
+                f"{op}: backend {_forced!r} is forced, but under torch.func and forward-mode AD only 'reference' can "
+                f"run it; use iin_fast.backend('reference') there, or torch.autograd"
+            )
+        return "reference"
+    if _forced is None and not PREFERRED and ("cpp", device) in _implemented.get(op, ()):  # the usual, in one look
+        return "cpp"
+    have = available(op, device)
     if _forced is not None:
         if _forced not in have:
             raise BackendUnavailable(
-                f"{op}: backend {_forced!r} is forced, but on {x.device.type} only {', '.join(have)} can run it"
-                + _remedy(_forced, x.device.type)
+                f"{op}: backend {_forced!r} is forced, but on {device} only {', '.join(have)} can run it"
+                + _remedy(_forced, device)
             )
         return _forced
-    preferred = PREFERRED.get((op, x.device.type))
+    preferred = PREFERRED.get((op, device))
     if preferred in have:
         return preferred
     return "cpp" if "cpp" in have else have[-1]

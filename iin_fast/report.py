@@ -395,11 +395,13 @@ classes): {", ".join(said)}. The loss asks for its ρ over pairs that share the 
         rest += f"""<p>Translating z there and back changes it by at most {error["max"]:.1e} (median
 {error["median"]:.1e}); 0 would be exact.</p>"""
     samples = evaluation["samples"]
+    taken = f"<h2>Metrics</h2><p>Taken on {samples['scored']:,} held-out latents."
+    if not rows:
+        return f"{taken} They have no labels that could say more.</p>{rest}"
     return f"""
-<h2>Metrics</h2>
-<p>Taken on {samples["scored"]:,} held-out latents. Beside the IIN stand three ways to do without: moving z by the
-difference of two class means (it is told the true classes, which the IIN is not), exchanging as many principal
-components, and exchanging as many raw dimensions of z, those that know most about the concept.</p>
+{taken} Beside the IIN stand three ways to do without: moving z by the difference of two class means (it is told the true
+classes, which the IIN is not), exchanging as many principal components, and exchanging as many raw dimensions of z, those
+that know most about the concept.</p>
 <div class="scroll"><table class="metrics">{head}{"".join(rows)}</table></div>{rest}"""
 
 

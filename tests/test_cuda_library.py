@@ -15,7 +15,7 @@ from iin_fast.backends import available
 if "cuda" not in libraries:
     pytest.skip("the build had no nvcc, so there is no CUDA library", allow_module_level=True)
 
-OPS = [op + end for op in ("affine_coupling", "pair_nll", "spline_coupling") for end in ("", "_backward")]
+OPS = [op + end for op in ("affine_coupling", "flow", "pair_nll", "spline_coupling") for end in ("", "_backward")]
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -24,7 +24,7 @@ def test_ops_have_cuda_kernels(op: str) -> None:
 
 
 def test_the_backend_is_offered() -> None:
-    for op in ("affine_coupling", "pair_nll", "spline_coupling"):
+    for op in ("affine_coupling", "flow", "pair_nll", "spline_coupling"):
         assert "cpp" in available(op, "cuda")
 
 
@@ -86,7 +86,12 @@ def test_a_torch_without_cuda_is_named() -> None:
     x, rows = torch.randn(2, 3), torch.randn(2)
     shared = torch.ones(2, 1, dtype=torch.bool)
     raw, spline = torch.randn(2, 3, 5), (2, 0, 0, -1.0, 1.0, -1.0, 1.0, 1e-3, 1e-3, 1e-3, False)
+    net = [torch.ones(1, 3), torch.ones(1, 3), torch.randn(1, 2, 2, 8), torch.randn(1, 2, 2, 4)]
+    net += [torch.randn(1, 2, 2, 0, 16), torch.randn(1, 2, 2, 0, 4), torch.randn(1, 2, 2, 4), torch.randn(1, 2, 2, 1)]
+    net.append(torch.arange(3)[None])
     calls = {
+        "flow": (x, None, *net, 0.01, 1.0, False, False, True, False),
+        "flow_backward": (x, rows, x, x[:0], None, *net, 0.01, 1.0, False, False, True, False),
         "affine_coupling": (x, x, x, 1, 1.0, False),
         "affine_coupling_backward": (x, rows, x, x, 1, 1.0, False),
         "pair_nll": (x, x, rows, rows, shared, [3], 0.9, False),

@@ -53,6 +53,48 @@ def test_sentences(tmp_path: Path) -> None:
     assert found["verdicts"]["swaps"]["noun"]["mean shift"]["exact"] > 0.9  # which needs no training
 
 
+def test_spline_density(tmp_path: Path) -> None:
+    pytest.importorskip("nflows")
+    example = importlib.import_module("spline_density")
+    found = example.main(tmp_path, quick=True)
+    assert set(found["tables"]) == {"breast cancer", "digits, 16 components"}
+    # both flows are the same but for their numbers
+    ours, theirs = (make(30) for make in example.SYSTEMS.values())
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
+    fresh = -0.5 * 30 * 2.84  # what a standard normal gives standardised rows
+    assert found["tables"]["breast cancer"]["iin-fast"]["test nats"]["mean"] > fresh
+
+
+def test_sbi(tmp_path: Path) -> None:
+    pytest.importorskip("sbi.inference")
+    found = importlib.import_module("sbi_npe").main(tmp_path, quick=True)
+    for estimator in found["estimators"].values():
+        assert estimator["own against patched"]["same noise"] < 1e-3  # after two epochs from one seed
+        assert abs(estimator["log-prob"]["own"] - estimator["log-prob"]["patched"]) < 1e-2
+
+
 def test_tables_come_from_the_result_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["tables.py", "--check"])
     assert importlib.import_module("tables").main() == 0
+
+
+def test_shapes(tmp_path: Path) -> None:
+    example = importlib.import_module("shapes")
+    images, labels = example.draw_set(500, torch.Generator().manual_seed(0))
+    assert images.shape == (500, 1, 32, 32) and 0 <= images.min() and images.max() == 1
+    assert not images[..., [0, -1], :].any() and not images[..., [0, -1]].any()  # all of every shape is in sight
+    ink = torch.stack([images[labels[:, 1] == size].mean() for size in range(3)])
+    assert (ink.diff() > 0).all()
+    center = (images.sum((1, 2)) * (torch.arange(32) + 0.5)).sum(1) / images.sum((1, 2, 3))
+    means = torch.stack([center[labels[:, 3] == x].mean() for x in range(4)])
+    assert (means.diff() > 1.5).all()
+    found = example.main(tmp_path, quick=True)
+    assert found["scores"]["factors"]["iin"].keys() == found["scores"]["dimensions"]["pca"].keys()
+    assert (tmp_path / "shapes_swaps.png").stat().st_size > 1000
+
+
+def test_two_models(tmp_path: Path) -> None:
+    found = importlib.import_module("two_models").main(tmp_path, quick=True)
+    for model in found["models"].values():
+        assert sum(model["sizes"]["published"].values()) == sum(model["sizes"]["paper"].values()) == 64
+    assert (tmp_path / "two_models_swaps.png").stat().st_size > 1000

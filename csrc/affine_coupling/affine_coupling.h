@@ -36,7 +36,8 @@ template <class F> IIN_FAST_HD void with_constants(Squash squash, bool inverse, 
   }
 }
 
-// s of raw. `clamp` bounds |s| for tanh and atan.
+// s of raw, for squashes whose s comes first; that of sigmoid is the logarithm of its scale, sigmoid(raw + 2) + 0.001.
+// `clamp` bounds |s| for tanh and atan.
 template <Squash squash, class T> IIN_FAST_HD T log_scale(T raw, T clamp) {
   if constexpr (squash == Squash::identity)
     return raw;
@@ -44,10 +45,10 @@ template <Squash squash, class T> IIN_FAST_HD T log_scale(T raw, T clamp) {
     return clamp * math::tanh(raw);
   else if constexpr (squash == Squash::atan)
     return clamp * T(0.636) * math::atan(raw);
-  else if constexpr (squash == Squash::sigmoid)
-    return math::log(math::sigmoid(raw + T(2)) + T(1e-3));
-  else
+  else {
+    static_assert(squash == Squash::none);
     return T(0);
+  }
 }
 
 // s and ds / draw.
@@ -62,11 +63,8 @@ template <Squash squash, class T> IIN_FAST_HD T log_scale(T raw, T clamp, T &der
   } else if constexpr (squash == Squash::atan) {
     derivative = clamp * T(0.636) / (T(1) + raw * raw);
     return clamp * T(0.636) * math::atan(raw);
-  } else if constexpr (squash == Squash::sigmoid) {
-    const T unit = math::sigmoid(raw + T(2)), scale = unit + T(1e-3);
-    derivative = unit * (T(1) - unit) / scale;
-    return math::log(scale);
   } else {
+    static_assert(squash == Squash::none);
     derivative = T(0);
     return T(0);
   }
@@ -74,11 +72,17 @@ template <Squash squash, class T> IIN_FAST_HD T log_scale(T raw, T clamp, T &der
 
 // One element: the transformed value, and its term of the log-det of the map that is computed.
 template <Squash squash, bool inverse, class T> IIN_FAST_HD T couple(T x, T raw, T shift, T clamp, T &logdet) {
-  const T s = log_scale<squash>(raw, clamp);
-  logdet = inverse ? -s : s;
-  if constexpr (squash == Squash::none)
-    return inverse ? x - shift : x + shift;
-  return inverse ? (x - shift) * math::exp(-s) : x * math::exp(s) + shift;
+  if constexpr (squash == Squash::sigmoid) { // the scale itself is at hand
+    const T scale = math::sigmoid(raw + T(2)) + T(1e-3), s = math::log(scale);
+    logdet = inverse ? -s : s;
+    return inverse ? (x - shift) / scale : x * scale + shift;
+  } else {
+    const T s = log_scale<squash>(raw, clamp);
+    logdet = inverse ? -s : s;
+    if constexpr (squash == Squash::none)
+      return inverse ? x - shift : x + shift;
+    return inverse ? (x - shift) * math::exp(-s) : x * math::exp(s) + shift;
+  }
 }
 
 template <class T> struct CouplingGradient {
@@ -88,10 +92,16 @@ template <class T> struct CouplingGradient {
 // `value` is what multiplies ds: the input x of the forward map, the output of the inverse map.
 template <Squash squash, bool inverse, class T>
 IIN_FAST_HD CouplingGradient<T> couple_backward(T value, T raw, T clamp, T grad_y, T grad_logdet) {
-  T derivative;
-  const T s = log_scale<squash>(raw, clamp, derivative);
+  T derivative, grad_x;
   const T sign = inverse ? T(-1) : T(1);
-  const T grad_x = squash == Squash::none ? grad_y : grad_y * math::exp(sign * s);
+  if constexpr (squash == Squash::sigmoid) {
+    const T unit = math::sigmoid(raw + T(2)), scale = unit + T(1e-3);
+    derivative = unit * (T(1) - unit) / scale;
+    grad_x = inverse ? grad_y / scale : grad_y * scale;
+  } else {
+    const T s = log_scale<squash>(raw, clamp, derivative);
+    grad_x = squash == Squash::none ? grad_y : grad_y * math::exp(sign * s);
+  }
   const T grad_shift = inverse ? -grad_x : grad_y;
   const T grad_s = sign * ((inverse ? grad_y : grad_x) * value + grad_logdet);
   return {grad_x, grad_s * derivative, grad_shift};

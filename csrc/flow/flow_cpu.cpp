@@ -3,6 +3,7 @@
 
 #include "common/crew.h"
 #include "common/tensor.h"
+#include "flow/flow_checks.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -14,11 +15,6 @@ namespace {
 using torch::stable::contiguous;
 using torch::stable::new_empty;
 using torch::stable::new_zeros;
-
-// The parameters of a flow, contiguous; shapes as in iin_fast/ops/flow/reference.py.
-struct Parameters {
-  Tensor loc, scale, weight_in, bias_in, weight_hidden, bias_hidden, weight_out, bias_out, permutation;
-};
 
 // A fresh tensor of many megabytes is mapped anew at every call (glibc caches no block of 32 MiB or more), and touching
 // it page by page costs more than computing what goes in: with pages of 2 MiB, a backward of the published size takes
@@ -60,40 +56,9 @@ template <class F> void with_crew(int64_t threads, const F &walk) {
   });
 }
 
-void check_elements(const char *name, const Tensor &t, int64_t expected, ScalarType type) {
-  STD_TORCH_CHECK(t.numel() == expected, "flow: ", name, " has ", t.numel(), " elements, expected ", expected);
-  STD_TORCH_CHECK(t.scalar_type() == type, "flow: ", name, " must have the dtype of x");
-}
-
-// The sizes that x [batch, dim] and the parameters imply, checked against all of them: the loops trust these.
-FlowSizes sizes_of(const Tensor &x, const std::optional<Tensor> &context, const Parameters &p) {
-  const ScalarType type = x.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "flow: x must be float32 or float64");
-  STD_TORCH_CHECK(x.dim() == 2 && x.size(1) >= 2, "flow: x must be [batch, dim] with dim of at least 2");
-  STD_TORCH_CHECK(p.loc.dim() == 2 && p.bias_in.dim() == 4 && p.bias_hidden.dim() == 5,
-                  "flow: loc must be [n_flows, dim], bias_in [n_flows, 2, 2, hidden], bias_hidden "
-                  "[n_flows, 2, 2, depth, hidden]");
-  FlowSizes s{};
-  s.batch = x.size(0), s.dim = x.size(1), s.n_flows = p.loc.size(0);
-  s.hidden = p.bias_in.size(3), s.depth = p.bias_hidden.size(3);
-  STD_TORCH_CHECK(s.n_flows >= 1 && s.hidden >= 1, "flow: n_flows and hidden must be at least 1");
-  if (context.has_value()) {
-    STD_TORCH_CHECK(context->dim() == 3 && (context->size(0) == 1 || context->size(0) == s.n_flows) &&
-                        context->size(1) == s.batch && context->scalar_type() == type,
-                    "flow: context must be [1 or n_flows, batch, context_dim] in the dtype of x");
-    s.context_count = context->size(0), s.context_dim = context->size(2);
-  }
-  const int64_t nets = s.n_flows * 4, out = s.dim / 2, in = s.dim - out + (s.context_count ? s.context_dim : 0);
-  check_elements("loc", p.loc, s.n_flows * s.dim, type);
-  check_elements("scale", p.scale, s.n_flows * s.dim, type);
-  check_elements("weight_in", p.weight_in, nets * in * s.hidden, type);
-  check_elements("bias_in", p.bias_in, nets * s.hidden, type);
-  check_elements("weight_hidden", p.weight_hidden, nets * s.depth * s.hidden * s.hidden, type);
-  check_elements("bias_hidden", p.bias_hidden, nets * s.depth * s.hidden, type);
-  check_elements("weight_out", p.weight_out, nets * s.hidden * out, type);
-  check_elements("bias_out", p.bias_out, nets * out, type);
-  check_elements("permutation", p.permutation, s.n_flows * s.dim, ScalarType::Long);
-  const int64_t *permutation = static_cast<const int64_t *>(p.permutation.const_data_ptr());
+// A wrong permutation would take the loops out of bounds.
+void check_permutation(const FlowSizes &s, const Tensor &t) {
+  const int64_t *permutation = static_cast<const int64_t *>(t.const_data_ptr());
   std::vector<int64_t> seen(s.dim, -1);
   for (int64_t i = 0; i < s.n_flows * s.dim; ++i) {
     const int64_t to = permutation[i], block = i / s.dim;
@@ -101,13 +66,21 @@ FlowSizes sizes_of(const Tensor &x, const std::optional<Tensor> &context, const 
                     "] is not a permutation of 0 .. ", s.dim - 1);
     seen[to] = block;
   }
+}
+
+FlowSizes checked(const Tensor &x, const std::optional<Tensor> &context, const FlowParameters &p) {
+  const ScalarType type = x.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, "flow: x must be float32 or float64");
+  const FlowSizes s = flow_sizes(x, context, p);
+  check_permutation(s, p.permutation);
   return s;
 }
 
 template <class T> const T *in(const Tensor &t) { return static_cast<const T *>(t.const_data_ptr()); }
 template <class T> T *out(const Tensor &t) { return static_cast<T *>(t.mutable_data_ptr()); }
 
-template <class T> FlowJob<T> job_of(const FlowSizes &s, const Parameters &p, const std::optional<Tensor> &context) {
+template <class T>
+FlowJob<T> job_of(const FlowSizes &s, const FlowParameters &p, const std::optional<Tensor> &context) {
   FlowJob<T> job{};
   job.sizes = s;
   job.weights = {in<T>(p.loc),           in<T>(p.scale),       in<T>(p.weight_in),  in<T>(p.bias_in),
@@ -141,14 +114,14 @@ std::tuple<Tensor, Tensor, Tensor> flow(const Tensor &x_in,                     
                                         const Tensor &bias_out,                  // [n_flows, 2, 2, out]
                                         const Tensor &permutation,               // [n_flows, dim]
                                         double leaky_slope, double activation_slope, bool exact_logdet, bool inverse,
-                                        bool save) {
+                                        bool save, bool /* tf32 */) {
   const Tensor x = contiguous(x_in);
   const std::optional<Tensor> context =
       context_in.has_value() ? std::optional<Tensor>(contiguous(*context_in)) : std::nullopt;
-  const Parameters p{contiguous(loc),        contiguous(scale),         contiguous(weight_in),
-                     contiguous(bias_in),    contiguous(weight_hidden), contiguous(bias_hidden),
-                     contiguous(weight_out), contiguous(bias_out),      contiguous(permutation)};
-  const FlowSizes s = sizes_of(x, context, p);
+  const FlowParameters p{contiguous(loc),        contiguous(scale),         contiguous(weight_in),
+                         contiguous(bias_in),    contiguous(weight_hidden), contiguous(bias_hidden),
+                         contiguous(weight_out), contiguous(bias_out),      contiguous(permutation)};
+  const FlowSizes s = checked(x, context, p);
   Tensor y = new_empty(x, {s.batch, s.dim}), logdet = new_empty(x, {s.batch}), saved = x;
   with_type(x.scalar_type(), [&](auto type) {
     using T = decltype(type);
@@ -181,16 +154,16 @@ Gradients flow_backward(const Tensor &grad_y_in,      // [batch, dim]
                         const Tensor &weight_in, const Tensor &bias_in, const Tensor &weight_hidden,
                         const Tensor &bias_hidden, const Tensor &weight_out, const Tensor &bias_out,
                         const Tensor &permutation, double leaky_slope, double activation_slope, bool inverse,
-                        bool context_grad, bool weight_grads) {
+                        bool context_grad, bool weight_grads, bool /* tf32 */) {
   const Tensor y = contiguous(y_in), grad_y = contiguous(grad_y_in), grad_logdet = contiguous(grad_logdet_in);
   const std::optional<Tensor> context =
       context_in.has_value() ? std::optional<Tensor>(contiguous(*context_in)) : std::nullopt;
-  const Parameters p{contiguous(loc),        contiguous(scale),         contiguous(weight_in),
-                     contiguous(bias_in),    contiguous(weight_hidden), contiguous(bias_hidden),
-                     contiguous(weight_out), contiguous(bias_out),      contiguous(permutation)};
-  const FlowSizes s = sizes_of(y, context, p);
-  check_elements("grad_y", grad_y, s.batch * s.dim, y.scalar_type());
-  check_elements("grad_logdet", grad_logdet, s.batch, y.scalar_type());
+  const FlowParameters p{contiguous(loc),        contiguous(scale),         contiguous(weight_in),
+                         contiguous(bias_in),    contiguous(weight_hidden), contiguous(bias_hidden),
+                         contiguous(weight_out), contiguous(bias_out),      contiguous(permutation)};
+  const FlowSizes s = checked(y, context, p);
+  check_flow_elements("grad_y", grad_y, s.batch * s.dim, y.scalar_type());
+  check_flow_elements("grad_logdet", grad_logdet, s.batch, y.scalar_type());
   Tensor grad_x = new_empty(y, {s.batch, s.dim});
   std::optional<Tensor> grad_context;
   if (context_grad && context.has_value())
@@ -207,7 +180,7 @@ Gradients flow_backward(const Tensor &grad_y_in,      // [batch, dim]
     using T = decltype(type);
     const bool have = saved.numel() > 0;
     if (have)
-      check_elements("saved", saved, IIN_FAST_LOOP(flow_saved_size<T>)(s), y.scalar_type());
+      check_flow_elements("saved", saved, IIN_FAST_LOOP(flow_saved_size<T>)(s), y.scalar_type());
     if (s.batch == 0)
       return;
     FlowBackwardJob<T> job{};
@@ -239,12 +212,12 @@ Gradients flow_backward(const Tensor &grad_y_in,      // [batch, dim]
 STABLE_TORCH_LIBRARY_FRAGMENT(iin_fast, m) {
   m.def("flow(Tensor x, Tensor? context, Tensor loc, Tensor scale, Tensor weight_in, Tensor bias_in,"
         " Tensor weight_hidden, Tensor bias_hidden, Tensor weight_out, Tensor bias_out, Tensor permutation,"
-        " float leaky_slope, float activation_slope, bool exact_logdet, bool inverse, bool save)"
+        " float leaky_slope, float activation_slope, bool exact_logdet, bool inverse, bool save, bool tf32=False)"
         " -> (Tensor, Tensor, Tensor)");
   m.def("flow_backward(Tensor grad_y, Tensor grad_logdet, Tensor y, Tensor saved, Tensor? context, Tensor loc,"
         " Tensor scale, Tensor weight_in, Tensor bias_in, Tensor weight_hidden, Tensor bias_hidden, Tensor weight_out,"
         " Tensor bias_out, Tensor permutation, float leaky_slope, float activation_slope, bool inverse,"
-        " bool context_grad, bool weight_grads)"
+        " bool context_grad, bool weight_grads, bool tf32=False)"
         " -> (Tensor, Tensor?, Tensor, Tensor, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)");
 }
 

@@ -1,25 +1,10 @@
 // The whole flow on the CPU: what the glue (flow_cpu.cpp) hands to the loops (flow_loops.cpp). No torch here.
 #pragma once
 
-#include <cstdint>
-
 #include "common/isa.h"
+#include "flow/flow.h"
 
 namespace iin_fast {
-
-struct FlowSizes {
-  int64_t batch, dim, n_flows, hidden, depth; // depth: hidden layers between the first and the last of a net
-  int64_t context_dim, context_count;         // 0: no context; 1: one for all blocks; n_flows: one each
-};
-
-// The arrays that belong to weights; shapes as in iin_fast/ops/flow/reference.py. T is const for the weights
-// themselves.
-template <class T> struct FlowWeights {
-  T *loc, *scale;                 // [n_flows, dim]
-  T *weight_in, *bias_in;         // [n_flows, 2, 2, in * hidden], [n_flows, 2, 2, hidden]
-  T *weight_hidden, *bias_hidden; // [n_flows, 2, 2, depth, hidden * hidden], [n_flows, 2, 2, depth, hidden]
-  T *weight_out, *bias_out;       // [n_flows, 2, 2, hidden * out], [n_flows, 2, 2, out]
-};
 
 // Runs body(begin, end, data) on pieces of [0, count), on several threads.
 using ParallelFor = void (*)(int64_t count, void (*body)(int64_t, int64_t, void *), void *data);

@@ -10,7 +10,7 @@
 // for 32 or 16 vector registers. Tuned on AVX-512 (Zen 5) at hidden 512, batch 25 and 256: docs/performance.md.
 #pragma once
 
-#include "flow/simd.h"
+#include "common/simd.h"
 
 namespace iin_fast {
 namespace IIN_FAST_ISA {

@@ -38,12 +38,13 @@ template <class Storage> struct SplineBackward {
 };
 
 // Elements that are worked on side by side: 64 bytes of them.
-template <class T> constexpr int lanes = 64 / sizeof(T);
+template <class T> constexpr int block_size = 64 / sizeof(T);
 
-// Numbers of scratch memory that a call of the loops needs. The glue brings it: what allocates would have one copy for
-// all instruction sets.
+// Numbers of scratch memory that a call of the loops needs: raw values and their derivatives by lane, a block's rows in
+// the compute type, and room to align the first. The glue brings it: what allocates would have one copy for all
+// instruction sets.
 template <class Storage> int64_t scratch_size(const SplineParameters<Storage> &p) {
-  return (p.count + 2 * p.bins) * lanes<compute_t<Storage>>;
+  return (2 * p.count + 2 * p.bins + 1) * block_size<compute_t<Storage>>;
 }
 
 // clang-format off

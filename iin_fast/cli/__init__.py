@@ -1,26 +1,30 @@
-"""The command line of iin-fast: see what this machine has, check every backend, run the demo, time the flow."""
+"""The command line of iin-fast: train an IIN on latents, look into it, change one factor; check and time the kernels."""
 
-import sys
+from collections.abc import Callable
 
 try:
+    import rich  # noqa: F401
     import typer
-    from rich.markup import escape
 except ImportError as missing:
     raise SystemExit(f"iin-fast: the command line needs {missing.name}: pip install 'iin-fast[cli]'") from missing
 
-from . import tools
-from .console import console
+from . import method, tools
+from .console import Commands
 
 __all__ = ["app", "main"]
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
-for command in (tools.info, tools.check, tools.demo, tools.bench):
-    app.command()(command)
+app = typer.Typer(
+    cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__
+)
+METHOD: tuple[Callable[..., None], ...] = (
+    *(method.train, method.dims, method.encode, method.decode, method.swap),
+    *(method.interpolate, method.sample, method.evaluate, method.report),
+)
+MACHINE: tuple[Callable[..., None], ...] = (tools.info, tools.check, tools.demo, tools.bench)
+for panel, commands in (("The method", METHOD), ("This machine", MACHINE)):
+    for command in commands:
+        app.command(rich_help_panel=panel)(command)
 
 
 def main() -> None:
-    try:
-        app()
-    except (ArithmeticError, ImportError, OSError, TypeError, ValueError) as error:
-        console.print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
-        sys.exit(1)
+    app()

@@ -147,7 +147,7 @@ class VectorActNorm(PublishedNorm):
         if reverse:
             return self.reverse(input)
         input = self._four(input)
-        if not all(self._started):
+        if self._awaits_start():
             self.initialize(input)
         output = (self.scale * (input + self.loc)).squeeze(3).squeeze(2)
         return (output, self._logdet(input)) if self.logdet else output

@@ -110,7 +110,7 @@ class ActNorm(PublishedNorm):
         if reverse:
             return self.reverse(input)
         four = self._four(input)
-        if self.training and not all(self._started):
+        if self.training and self._awaits_start():
             self.initialize(four)
         output = (self.scale * (four + self.loc)).view_as(input)
         return (output, self._logdet(four)) if self.logdet else output
@@ -118,7 +118,7 @@ class ActNorm(PublishedNorm):
     def reverse(self, output: Tensor) -> Tensor:
         """Map back; gives x alone."""
         four = self._four(output)
-        if self.training and not all(self._started):
+        if self.training and self._awaits_start():
             if not self.allow_reverse_init:
                 raise RuntimeError(REVERSE_START.format("ActNorm") + ", or set allow_reverse_init=True")
             self.initialize(four)
@@ -346,7 +346,7 @@ class Net2NetFlow(PublishedFlow):
         return self._transform(x, self._check("x", x, context))
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if self.training and not all(self._started):
+        if self.training and self._awaits_start():
             raise RuntimeError(REVERSE_START.format("flow"))
         return super().inverse(z, context)
 

@@ -38,6 +38,7 @@ def measure_throughput(*, repeats: int) -> Iterator[tuple[str, dict]]:
     z = torch.randn(PUBLISHED_BATCH, size["dim"])
     with torch.no_grad():
         ours(z)  # the data-dependent start
+    assert isinstance(ours.flow, iin_fast.nn.Flow)
     eager = iin_fast.testing.eager_flow(ours.flow)
 
     with torch.no_grad():

@@ -40,13 +40,12 @@ def save(path: str | os.PathLike[str], state: Mapping[str, Tensor], config: Mapp
         ValueError: NaN or Inf in a parameter.
         OSError: the folder can't be made or written.
     """
-    safetensors = _safetensors()
     tensors = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in state.items()}
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"IIN.save: parameter {name!r} has NaN or Inf, and would not load again")
     text = json.dumps({"format": FORMAT, "version": VERSION, **config}, indent=2) + "\n"
-    data = safetensors.torch.save(tensors, {"config": text, "crc32": _checksum(tensors)})
+    data = _serialize(tensors, {"config": text, "crc32": _checksum(tensors)})
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
         _write(tensor_file(path), data)
@@ -122,6 +121,16 @@ def _safetensors() -> ModuleType:
     return safetensors
 
 
+def _serialize(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """A safetensors file; the same content gives the same bytes (safetensors itself shuffles the metadata)."""
+    data = memoryview(_safetensors().torch.save(tensors, metadata))
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(bytes(data[8:end]))
+    text = json.dumps({**header, "__metadata__": dict(sorted(metadata.items()))}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at multiples of 8
+    return b"".join([len(text).to_bytes(8, "little"), text, data[end:]])
+
+
 def _checksum(tensors: Mapping[str, Tensor]) -> str:
     """CRC-32 of all bytes, in the order of the names."""
     crc = 0
@@ -142,12 +151,17 @@ def _write(file: Path, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    if os.name == "posix":  # the new name reaches the disk with the folder
-        folder = os.open(file.parent, os.O_RDONLY)
+    _sync_folder(file.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """New names in the folder reach the disk."""
+    if os.name == "posix":
+        opened = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            os.fsync(opened)
         finally:
-            os.close(folder)
+            os.close(opened)
 
 
 def _parse(text: str) -> Any:

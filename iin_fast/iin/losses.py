@@ -23,6 +23,11 @@ class FactorLoss(nn.Module):
 
     with m_k = 1 where the pair shares factor k, else 0. The residual is never shared.
 
+    A pair may share several factors, or none: with m = 0 throughout, the loss is the negative log-likelihood of two
+    single latents, -log p(z^a) - log p(z^b) (exactly so with ``normalized``). So latents without labels still teach
+    the network the density, and where only some labels are missing, m_k = 0 for those: whether or not two samples share
+    factor k, each alone is N(0, 1) in it, and that is all the term says. :class:`PairSampler` marks pairs so.
+
     Args:
         rho: correlation of a shared factor, the paper's σ_ab, between 0 and 1 exclusive.
         normalized: add the constants that the formula drops (log 2π per dimension and pair, ½ log(1 − ρ²) per shared
@@ -57,7 +62,15 @@ class FactorLoss(nn.Module):
     def extra_repr(self) -> str:
         return f"rho={self.rho}, normalized={self.normalized}"
 
-    def forward(self, model: IIN, za: Tensor, zb: Tensor, shared: Tensor | str | Sequence[str]) -> Tensor:
+    def forward(
+        self,
+        model: IIN,
+        za: Tensor,
+        zb: Tensor,
+        shared: Tensor | str | Sequence[str],
+        context_a: Tensor | None = None,
+        context_b: Tensor | None = None,
+    ) -> Tensor:
         """The mean loss over the batch, a scalar in nats. Both samples go through the flow as one batch.
 
         Args:
@@ -66,19 +79,23 @@ class FactorLoss(nn.Module):
             zb: second latents, ``[batch, dim]``.
             shared: what the pairs share: a boolean tensor ``[batch, concepts]`` in the order of ``model.concepts``, the
                 name of one factor for all pairs, or a sequence of ``batch`` names.
+            context_a, context_b: what ``za`` and ``zb`` come with, ``[batch, context_dim]``; None for a model without.
 
         Raises:
             TypeError, ValueError: latents that don't fit the model or each other, an empty batch, an unknown factor.
         """
         if not isinstance(model, IIN):
             raise TypeError(f"FactorLoss: model is a {type(model).__name__}, expected an iin_fast.IIN")
-        check_latents("FactorLoss", (("za", za), ("zb", zb)), model.dim, model.flow.loc)
+        check_latents("FactorLoss", (("za", za), ("zb", zb)), model.dim, model.like)
         batch = za.shape[0]
         if batch == 0:
             raise ValueError("FactorLoss: za has no samples, expected at least one pair for a mean")
         mask = self._mask(shared, model.sizes, batch, za.device)
-        factors, logdet = model(torch.cat([za, zb]))
-        a, b = factors.tensor.chunk(2)
+        for name, context in (("context_a", context_a), ("context_b", context_b)):
+            model._check_context("FactorLoss", name, context, batch)
+        contexts = None if context_a is None or context_b is None else torch.cat([context_a, context_b])
+        factors, logdet = model(torch.cat([za, zb]), contexts)
+        a, b = factors.tensor[:batch], factors.tensor[batch:]
         return self._pair_nll(a, logdet[:batch], b, logdet[batch:], mask, model.sizes).mean()
 
     def from_factors(

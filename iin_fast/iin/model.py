@@ -8,12 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn import Flow
+from ..nn import Flow, NeuralSplineFlow
+from ..ops.checks import check_device, check_dtype, check_floating, check_rank, check_shape
 from . import checkpoint
 from ._checks import check_latents, checked_int
 from .factors import RESIDUAL, Factors, factor_sizes
 
 __all__ = ["IIN"]
+
+COUPLINGS = ("affine", "spline")
 
 
 class IIN(nn.Module):
@@ -26,16 +29,24 @@ class IIN(nn.Module):
     network is unsupervised: all of it is residual. Train it with :class:`FactorLoss` on pairs, or by maximising
     :meth:`log_prob`. The first batch that goes forward starts the ActNorm layers.
 
+    With ``context_dim`` the network is conditional: T(z, c) and p(z | c), where c is a class (one-hot) or any other
+    vector that comes with each latent. Every method then wants it; factors need not hold what c already says.
+
     Args:
         dim: features N of a latent.
         factors: name to size, in order; sizes are positive and sum to at most ``dim``.
         n_flows: blocks of ActNorm, double coupling and permutation.
         hidden_dim: width of the coupling networks.
-        hidden_depth: hidden layers of the coupling networks beside the first.
+        hidden_depth: hidden layers of the coupling networks beside the first; with splines, residual blocks.
+        coupling: ``"affine"`` (published), or ``"spline"``: rational-quadratic splines in place of scale and shift, as in
+            ``iin_fast.nn.NeuralSplineFlow``.
+        bins: of each spline.
+        tail_bound: half the width of the box in which splines bend.
+        context_dim: features of the context; 0 for none.
         generator: draws the start weights and permutations; by default torch's global one.
         device: where the parameters are made.
         dtype: type of the parameters.
-        memory: what the flow keeps for backward: ``"save"``, ``"invert"`` or ``"auto"``; see ``iin_fast.nn.Flow``.
+        memory: what an affine flow keeps for backward: ``"save"``, ``"invert"`` or ``"auto"``; see ``iin_fast.nn.Flow``.
 
     Raises:
         TypeError, ValueError: a size that is not a positive integer, factors that don't fit ``dim``, a ``dtype`` that
@@ -64,6 +75,10 @@ class IIN(nn.Module):
         hidden_dim: int = 512,
         hidden_depth: int = 2,
         *,
+        coupling: str = "affine",
+        bins: int = 8,
+        tail_bound: float = 3.0,
+        context_dim: int = 0,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -77,16 +92,30 @@ class IIN(nn.Module):
         n_flows = checked_int("IIN", "n_flows", n_flows)
         hidden_dim = checked_int("IIN", "hidden_dim", hidden_dim)
         hidden_depth = checked_int("IIN", "hidden_depth", hidden_depth, least=0)
-        self.flow = Flow(
-            self.dim,
-            n_flows,
-            hidden_dim,
-            hidden_depth,
-            generator=generator,
-            device=device,
-            dtype=dtype,
-            memory=memory,
-        )
+        self.context_dim = checked_int("IIN", "context_dim", context_dim, least=0)
+        if coupling not in COUPLINGS:
+            raise ValueError(f"IIN: coupling is {coupling!r}, expected one of {', '.join(map(repr, COUPLINGS))}")
+        if coupling == "spline" and memory != "auto":
+            raise ValueError(f"IIN: memory is {memory!r}, expected 'auto' with coupling 'spline'")
+        self.coupling = coupling
+        place: dict[str, Any] = {"generator": generator, "device": device, "dtype": dtype}
+        self.flow: Flow | NeuralSplineFlow
+        if coupling == "affine":
+            self.flow = Flow(
+                self.dim, n_flows, hidden_dim, hidden_depth, context_dim=self.context_dim, memory=memory, **place
+            )
+        else:
+            self.flow = NeuralSplineFlow(
+                self.dim,
+                self.context_dim,
+                n_flows=n_flows,
+                bins=checked_int("IIN", "bins", bins),
+                hidden_dim=hidden_dim,
+                hidden_depth=hidden_depth,
+                tail_bound=tail_bound,
+                mixing="permutation",
+                **place,
+            )
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -101,45 +130,62 @@ class IIN(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
-        return self.flow.loc.device
+        return self.like.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The type of the parameters."""
-        return self.flow.loc.dtype
+        return self.like.dtype
+
+    @property
+    def like(self) -> Tensor:
+        """One of the parameters, for what has to be made or checked to fit them."""
+        return next(self.flow.parameters())
 
     def extra_repr(self) -> str:
-        return f"dim={self.dim}, factors={self._sizes}"
+        context = f", context_dim={self.context_dim}" if self.context_dim else ""
+        return f"dim={self.dim}, factors={self._sizes}{context}"
 
-    def forward(self, z: Tensor) -> tuple[Factors, Tensor]:
-        """Factors of latents ``[batch, dim]``, and log|det T'(z)| ``[batch]`` in nats."""
-        check_latents("IIN", [("z", z)], self.dim, self.flow.loc)
-        factors, logdet = self.flow(z)
+    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Factors, Tensor]:
+        """Factors of latents ``[batch, dim]``, and log|det T'(z)| ``[batch]`` in nats.
+
+        Args:
+            z: latents, ``[batch, dim]``.
+            context: what each latent comes with, ``[batch, context_dim]``; None without ``context_dim``.
+        """
+        check_latents("IIN", [("z", z)], self.dim, self.like)
+        self._check_context("IIN", "context", context, z.shape[0])
+        factors, logdet = self.flow(z, context)
         return Factors._wrap(factors, self._sizes), logdet
 
-    def encode(self, z: Tensor) -> Factors:
-        """Factors of latents ``[batch, dim]``."""
-        factors: Factors = self(z)[0]
+    def encode(self, z: Tensor, context: Tensor | None = None) -> Factors:
+        """Factors of latents ``[batch, dim]``; ``context`` as for :meth:`forward`."""
+        factors: Factors = self(z, context)[0]
         return factors
 
-    def decode(self, factors: Factors | Mapping[str, Tensor] | Tensor) -> Tensor:
+    def decode(self, factors: Factors | Mapping[str, Tensor] | Tensor, context: Tensor | None = None) -> Tensor:
         """Latents ``[batch, dim]`` of factors: the inverse of :meth:`encode`.
 
         Args:
             factors: Factors; or a mapping with a tensor ``[batch, size]`` for each name, in any order; or all of them
                 side by side, ``[batch, dim]``.
+            context: as for :meth:`forward`.
 
         Raises:
             TypeError, ValueError: a name that is missing or unknown, or a tensor that doesn't fit.
         """
         tensor = self._join(factors)
-        check_latents("IIN.decode", [("factors", tensor)], self.dim, self.flow.loc)
-        z: Tensor = self.flow.inverse(tensor)[0]
+        check_latents("IIN.decode", [("factors", tensor)], self.dim, self.like)
+        self._check_context("IIN.decode", "context", context, tensor.shape[0])
+        z: Tensor = self.flow.inverse(tensor, context)[0]
         return z
 
-    def log_prob(self, z: Tensor) -> Tensor:
-        """log p(z) of latents ``[batch, dim]``, normalised, ``[batch]`` in nats; in float32 at least."""
-        factors, logdet = self(z)
+    def log_prob(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        """log p(z) of latents ``[batch, dim]``, or log p(z | context), normalised, ``[batch]`` in nats.
+
+        The flow's density is exact, no bound and no estimate. In float32 at least; ``context`` as for :meth:`forward`.
+        """
+        factors, logdet = self(z, context)
         values = factors.tensor
         if values.dtype != torch.float64:
             values = values.float()
@@ -147,12 +193,13 @@ class IIN(nn.Module):
         return log_prob
 
     @torch.no_grad()
-    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+    def sample(self, n: int, generator: torch.Generator | None = None, *, context: Tensor | None = None) -> Tensor:
         """``n`` latents ``[n, dim]`` of the model's distribution.
 
         Args:
             n: how many.
             generator: draws them, on its own device, so that a seed gives the same draw wherever the model is.
+            context: as for :meth:`forward`, a row for each of the ``n``.
         """
         n = checked_int("IIN.sample", "n", n)
         if generator is not None and not isinstance(generator, torch.Generator):
@@ -160,15 +207,79 @@ class IIN(nn.Module):
             raise TypeError(f"IIN.sample: generator is a {kind}, expected a torch.Generator")
         device = self.device if generator is None else generator.device
         noise = torch.randn(n, self.dim, generator=generator, device=device, dtype=self.dtype)
-        return self.decode(noise.to(self.device))
+        return self.decode(noise.to(self.device), context)
 
-    def swap(self, z: Tensor, donor: Tensor, factor: str | Sequence[str]) -> Tensor:
+    @torch.no_grad()
+    def outlier_score(self, z: Tensor, held_in: Tensor, *, context: Tensor | None = None) -> Tensor:
+        r"""How unlikely latents are among others of their kind: the share of ``held_in`` that is likelier.
+
+        .. math:: s(z) = \frac{\#\{j : \log p(z_j) > \log p(z)\}}{m + 1}
+
+        From 0 (as likely as the likeliest) up to m / (m + 1) (less likely than all of them); higher is more outlying.
+        1 - s is a conformal p-value: of latents from the distribution of ``held_in``, at most a share α scores 1 - α or
+        more, whatever the model. That holds if the model was not trained on ``held_in``. Where many latents score the
+        maximum, ``-log_prob`` orders them.
+
+        Args:
+            z: latents, ``[batch, dim]``. One whose likelihood is not a number scores the maximum.
+            held_in: m latents of the usual kind, ``[m, dim]``; or their log-likelihoods, ``[m]``, as
+                :meth:`log_prob` gives them (computed once, or with a context of their own).
+            context: of ``z``, as for :meth:`forward`.
+
+        Returns:
+            ``[batch]``, float32 at least.
+
+        Raises:
+            TypeError, ValueError: latents that don't fit the model, no ``held_in`` or NaN among its likelihoods.
+
+        References:
+            Vovk, Gammerman, Shafer, Algorithmic Learning in a Random World, 2005, Sec. 2.2 and 4.1.
+
+        Example:
+            >>> from iin_fast import IIN
+            >>> model = IIN(4, n_flows=2, hidden_dim=8, generator=torch.Generator().manual_seed(0))
+            >>> usual = torch.randn(99, 4, generator=torch.Generator().manual_seed(0))
+            >>> model.outlier_score(torch.full((1, 4), 1e3), usual)
+            tensor([0.9900])
+        """
+        where = "IIN.outlier_score"
+        if not isinstance(held_in, Tensor):
+            raise TypeError(f"{where}: held_in is a {type(held_in).__name__}, expected a torch.Tensor")
+        if held_in.shape[:1].numel() == 0:
+            raise ValueError(f"{where}: held_in has shape {list(held_in.shape)}, expected at least one latent")
+        if held_in.dim() == 2 and self.context_dim:
+            raise ValueError(
+                f"{where}: held_in are latents, expected their log-likelihoods [m] for a model with a context: "
+                f"model.log_prob(held_in, context)"
+            )
+        usual = self.log_prob(held_in) if held_in.dim() == 2 else held_in
+        own = self.log_prob(z, context)
+        check_floating(where, "held_in", usual)
+        check_rank(where, "held_in", usual, f"latents [m, {self.dim}] or log-likelihoods [m]", 1)
+        if usual.isnan().any():
+            raise ValueError(f"{where}: held_in has NaN among its log-likelihoods, expected numbers")
+        usual = usual.to(own).sort().values
+        own = torch.where(own.isnan(), -torch.inf, own)
+        likelier = len(usual) - torch.searchsorted(usual, own, right=True)
+        return likelier.to(own.dtype) / (len(usual) + 1)
+
+    def swap(
+        self,
+        z: Tensor,
+        donor: Tensor,
+        factor: str | Sequence[str],
+        *,
+        context: Tensor | None = None,
+        donor_context: Tensor | None = None,
+    ) -> Tensor:
         """``z`` with one or more factors of ``donor``; everything else of ``z`` stays.
 
         Args:
             z: latents that keep the rest, ``[batch, dim]``.
             donor: latents that give the factor, ``[batch, dim]``.
             factor: a name, or several; ``"residual"`` is one of them.
+            context: of ``z``, and of the result, as for :meth:`forward`.
+            donor_context: of ``donor``; by default ``context``.
 
         Returns:
             ``[batch, dim]``.
@@ -179,12 +290,22 @@ class IIN(nn.Module):
         References:
             Esser, Rombach, Ommer, CVPR 2020, Sec. 4.1 and Fig. 2.
         """
-        check_latents("IIN.swap", [("z", z), ("donor", donor)], self.dim, self.flow.loc)
+        check_latents("IIN.swap", [("z", z), ("donor", donor)], self.dim, self.like)
         mask = self._select("IIN.swap", factor)
-        kept, given = self.encode(torch.cat([z, donor])).tensor.chunk(2)
-        return self.decode(torch.where(mask, given, kept))
+        both = self._both("IIN.swap", context, "donor_context", donor_context, z.shape[0])
+        joined, n = self.encode(torch.cat([z, donor]), both).tensor, z.shape[0]
+        return self.decode(torch.where(mask, joined[n:], joined[:n]), context)
 
-    def interpolate(self, z_a: Tensor, z_b: Tensor, steps: int, factor: str | Sequence[str] | None = None) -> Tensor:
+    def interpolate(
+        self,
+        z_a: Tensor,
+        z_b: Tensor,
+        steps: int,
+        factor: str | Sequence[str] | None = None,
+        *,
+        context: Tensor | None = None,
+        context_b: Tensor | None = None,
+    ) -> Tensor:
         """Latents on the straight line between the factors of ``z_a`` and ``z_b``.
 
         Args:
@@ -192,6 +313,8 @@ class IIN(nn.Module):
             z_b: latents where it ends, ``[batch, dim]``.
             steps: points on the line, both ends included; at least 2.
             factor: move only these factors, a name or several; by default all of them.
+            context: of ``z_a``, and of the whole line, as for :meth:`forward`.
+            context_b: of ``z_b``; by default ``context``. Where it is another, the line does not end in ``z_b``.
 
         Returns:
             ``[steps, batch, dim]``; the first is ``z_a``, the last is ``z_b``, or ``z_a`` with the factors of ``z_b``.
@@ -199,16 +322,104 @@ class IIN(nn.Module):
         Raises:
             TypeError, ValueError: as :meth:`swap`; ``steps`` below 2.
         """
-        check_latents("IIN.interpolate", [("z_a", z_a), ("z_b", z_b)], self.dim, self.flow.loc)
+        check_latents("IIN.interpolate", [("z_a", z_a), ("z_b", z_b)], self.dim, self.like)
         steps = checked_int("IIN.interpolate", "steps", steps)
         if steps < 2:
             raise ValueError(f"IIN.interpolate: steps is {steps}, expected at least 2, both ends included")
-        start, end = self.encode(torch.cat([z_a, z_b])).tensor.chunk(2)
+        both = self._both("IIN.interpolate", context, "context_b", context_b, z_a.shape[0])
+        joined = self.encode(torch.cat([z_a, z_b]), both).tensor
+        start, end = joined[: z_a.shape[0]], joined[z_a.shape[0] :]
         if factor is not None:
             end = torch.where(self._select("IIN.interpolate", factor), end, start)
         position = torch.linspace(0, 1, steps, device=end.device, dtype=end.dtype)[:, None, None]
         line = torch.lerp(start.expand(steps, -1, -1), end.expand(steps, -1, -1), position)
-        return self.decode(line.flatten(0, 1)).reshape(line.shape)
+        return self._decode_line(line, context)
+
+    def axis(
+        self,
+        with_: Tensor,  # [m, dim]
+        without: Tensor,  # [n, dim]
+        factor: str | Sequence[str] | None = None,
+        *,
+        context: Tensor | None = None,
+        without_context: Tensor | None = None,
+    ) -> Tensor:
+        r"""The direction in factor space from latents without something to latents with it.
+
+        .. math:: v = \frac1m \sum_i T(z_i^\text{with}) - \frac1n \sum_i T(z_i^\text{without})
+
+        One step of :meth:`traverse` along it leads from the mean of one group to the mean of the other.
+
+        Args:
+            with_: latents that have it, ``[m, dim]``.
+            without: latents that don't, ``[n, dim]``.
+            factor: keep the direction within these factors, a name or several; it is 0 in all others.
+            context, without_context: of ``with_`` and ``without``, as for :meth:`forward`.
+
+        Returns:
+            ``[dim]``, all factors side by side.
+
+        Raises:
+            TypeError, ValueError: a group that is empty or doesn't fit the model, an unknown factor.
+
+        References:
+            Larsen, Sønderby, Larochelle, Winther, Autoencoding beyond Pixels, ICML 2016 (attribute vectors, there in z).
+
+        Example:
+            >>> from iin_fast import IIN
+            >>> model = IIN(8, {"size": 3}, n_flows=2, hidden_dim=16)
+            >>> large, small = torch.randn(5, 8) + 2, torch.randn(7, 8) - 2
+            >>> axis = model.axis(large, small, "size")
+            >>> model.traverse(small, axis, [0, 0.5, 1]).shape  # from as they are to large
+            torch.Size([3, 7, 8])
+        """
+        where = "IIN.axis"
+        means = []
+        for name, z, c, c_name in (
+            ("with_", with_, context, "context"),
+            ("without", without, without_context, "without_context"),
+        ):
+            check_latents(where, [(name, z)], self.dim, self.like)
+            if z.shape[0] == 0:
+                raise ValueError(f"{where}: {name} is empty, expected at least one latent for a mean")
+            self._check_context(where, c_name, c, z.shape[0])
+            means.append(self.encode(z, c).tensor.mean(0))
+        direction = means[0] - means[1]
+        return direction if factor is None else direction * self._select(where, factor)
+
+    def traverse(
+        self, z: Tensor, axis: Tensor, positions: Sequence[float] | Tensor, *, context: Tensor | None = None
+    ) -> Tensor:
+        """Latents moved along a direction of factor space: ``T⁻¹(T(z) + position · axis)``.
+
+        Args:
+            z: where it starts, ``[batch, dim]``.
+            axis: the direction, ``[dim]`` as :meth:`axis` gives it, or one for each latent, ``[batch, dim]``.
+            positions: how far along it; 0 is ``z`` itself, 1 the whole axis, any other number in between or beyond.
+            context: of ``z``, as for :meth:`forward`.
+
+        Returns:
+            ``[positions, batch, dim]``.
+
+        Raises:
+            TypeError, ValueError: latents or an axis that don't fit the model, positions that are not a list of numbers.
+        """
+        where = "IIN.traverse"
+        check_latents(where, [("z", z)], self.dim, self.like)
+        check_floating(where, "axis", axis)
+        check_device(where, "axis", axis, z, "z")
+        if axis.shape != (self.dim,) and axis.shape != z.shape:
+            raise ValueError(
+                f"{where}: axis has shape {list(axis.shape)}, expected [{self.dim}] or {list(z.shape)} like z"
+            )
+        try:
+            places = torch.as_tensor(positions, dtype=axis.dtype, device=axis.device)
+        except (TypeError, ValueError, RuntimeError):
+            raise TypeError(f"{where}: positions is {positions!r}, expected a list of numbers") from None
+        if places.dim() != 1 or places.shape[0] == 0:
+            raise ValueError(f"{where}: positions has shape {list(places.shape)}, expected a list of numbers")
+        start = self.encode(z, context).tensor
+        return self._decode_line(start + (places[:, None, None] * axis).to(start), context)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write ``model.safetensors`` and ``config.json`` into the folder ``path``, which is made if it is not there.
@@ -251,15 +462,50 @@ class IIN(nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """What makes a model like this one, as plain values: ``dim``, ``factors``, the flow's sizes, ``dtype``."""
-        return {
+        """What makes a model like this one, as plain values: ``dim``, ``factors``, the flow's sizes and couplings, ``dtype``."""
+        config: dict[str, Any] = {
             "dim": self.dim,
             "factors": self.sizes,
             "n_flows": self.flow.n_flows,
             "hidden_dim": self.flow.hidden_dim,
             "hidden_depth": self.flow.hidden_depth,
+            "coupling": self.coupling,
+            "context_dim": self.context_dim,
             "dtype": str(self.dtype).removeprefix("torch."),
         }
+        if isinstance(self.flow, NeuralSplineFlow):
+            config |= {"bins": self.flow.bins, "tail_bound": self.flow.tail_bound}
+        return config
+
+    def _check_context(self, where: str, name: str, context: Tensor | None, batch: int) -> None:
+        """Refuse a context that is missing, not wanted, or of another shape, type or device than the model's."""
+        if context is None and not self.context_dim:
+            return
+        if context is None:
+            raise ValueError(
+                f"{where}: {name} is missing, expected [{batch}, {self.context_dim}] (the model's context)"
+            )
+        if not self.context_dim:
+            raise ValueError(f"{where}: {name} is given, expected none for a model without context_dim")
+        check_floating(where, name, context)
+        check_shape(where, name, context, (batch, self.context_dim), "([batch, context_dim])")
+        check_device(where, name, context, self.like, "the model")
+        if not torch.is_autocast_enabled(context.device.type):
+            check_dtype(where, name, context, self.dtype, "like the model; convert it with .to(…)")
+
+    def _both(self, where: str, context: Tensor | None, name: str, second: Tensor | None, batch: int) -> Tensor | None:
+        """The contexts of two batches, one after the other; the second is the first where it is not given."""
+        self._check_context(where, "context", context, batch)
+        if second is None:
+            second = context
+        self._check_context(where, name, second, batch)
+        return None if context is None or second is None else torch.cat([context, second])
+
+    def _decode_line(self, line: Tensor, context: Tensor | None) -> Tensor:
+        """Latents of factors ``[steps, batch, dim]``, all steps with the same context."""
+        if context is not None:
+            context = context.repeat(line.shape[0], 1)
+        return self.decode(line.flatten(0, 1), context).reshape(line.shape)
 
     def _join(self, factors: Factors | Mapping[str, Tensor] | Tensor) -> Tensor:
         if isinstance(factors, Tensor):

@@ -13,6 +13,8 @@ from ._checks import checked_int
 
 __all__ = ["PairBatches", "PairSampler", "Pairs"]
 
+MISSING = -1  # a label that is not known
+
 # Draws per pair before the partners are listed. Acceptance is (1 - 1/values) per other concept for even labels, so two
 # or three concepts are done in a few rounds; lists serve the rest.
 _ROUNDS = 16
@@ -26,18 +28,22 @@ class Pairs(NamedTuple):
     a: Tensor  # [batch] int64, row of the first sample
     b: Tensor  # [batch] int64, row of the second sample
     shared: Tensor  # [batch, concepts] bool; with others="differ" exactly one True per row
-    factor: Tensor  # [batch] int64, the concept that was drawn for the pair
+    factor: Tensor  # [batch] int64, the concept that was drawn for the pair; -1 for two rows without labels
 
 
 class PairSampler:
-    """Creates a source of pairs (a, b) that share one concept, and differ in all the others or leave them free.
+    """Creates a source of pairs (a, b) that share one concept, or all but one.
 
     A concept is drawn (evenly, or by ``weights``), then a sample evenly among those that have a partner for it, then
     its partner evenly among all of them. Batch k depends on the seed, k and its size alone: a run resumes bit for bit
     from ``state_dict()``, and workers of a DataLoader can draw different batches of one sequence (:meth:`batches`).
 
+    Labels may be missing (-1). An unknown label counts as different from every other: no pair is said to share it, and
+    :class:`FactorLoss` then asks nothing of that factor but that each sample be likely in it. Rows without any label
+    come in pairs that share nothing, as a fixed share of each batch, and teach the density alone.
+
     Args:
-        labels: integers ``[n, concepts]``, or a mapping of concept name to ``[n]``; not negative.
+        labels: integers ``[n, concepts]``, or a mapping of concept name to ``[n]``; from 0, or -1 where unknown.
         seed: a non-negative integer; the same seed gives the same pairs.
         names: names of the columns, where ``labels`` is an array; by default ``"0"``, ``"1"``, …
         weights: how often each concept is drawn, relative to the others, in column order or by name; by default evenly.
@@ -45,14 +51,19 @@ class PairSampler:
         others: ``"differ"``: partners differ in every other concept. ``"any"``: the others fall as they may, and
             ``shared`` marks all that agree. Take "any" where concepts have two values: partners that differ in two of
             them always agree on whether the two are equal, and a factor would learn that in place of its concept.
+            ``"agree"``: partners share every other concept and differ in the drawn one, which says what a concept is by
+            its change (the negative codes of the published code, which there share the residual too: name it as a
+            concept for that).
+        unlabelled: share of the pairs of a batch that are drawn from the rows without any label, from 0 to 1; by
+            default one half, and 0 where every row has a label.
 
     Raises:
         TypeError: labels that are not integers.
-        ValueError: empty labels, a negative label, names, weights or ``others`` that don't fit, a concept that no pair
-            shares (alone, with "differ").
+        ValueError: empty labels, a label below -1, names, weights, ``others`` or ``unlabelled`` that don't fit, a
+            concept that no pair shares (alone, with "differ"; or differs in alone, with "agree").
 
     References:
-        Esser, Rombach, Ommer, CVPR 2020, Sec. 3 (pairs that share a semantic concept).
+        Esser, Rombach, Ommer, CVPR 2020, Sec. 3 (pairs that share a semantic concept); CompVis/iin, factor codes.
 
     Example:
         >>> from iin_fast import PairSampler
@@ -73,16 +84,20 @@ class PairSampler:
         names: Sequence[str] | None = None,
         weights: Mapping[str, float] | Sequence[float] | None = None,
         others: str = "differ",
+        unlabelled: float | None = None,
     ) -> None:
-        if others not in ("differ", "any"):
-            raise ValueError(f"PairSampler: others is {others!r}, expected 'differ' or 'any'")
+        if others not in ("differ", "any", "agree"):
+            raise ValueError(f"PairSampler: others is {others!r}, expected 'differ', 'any' or 'agree'")
         self.others = others
         table, self.names = _table(labels, names)
         self.seed = checked_int("PairSampler", "seed", seed, least=0)
         self.step = 0
         n, concepts = table.shape
         self._weights = _weights(weights, self.names)
-        self._codes = np.stack([_dense(table[:, k]) for k in range(concepts)], axis=1)
+        self._known = table != MISSING
+        self._codes = np.stack([_dense(_distinct(table[:, k])) for k in range(concepts)], axis=1)
+        self._free = np.flatnonzero(~self._known.any(1))
+        self._unlabelled = _share(unlabelled, len(self._free))
         self._fingerprint = zlib.crc32(self._codes.data, n)
 
         # Rows with the same labels form a cell. Cells, not rows, decide who has a partner.
@@ -91,22 +106,31 @@ class PairSampler:
             self._cell_of = _dense(self._cell_of * (self._codes[:, k].max() + 1) + self._codes[:, k])
         self._by_cell = _Groups(self._cell_of)
         self._cell_size = self._by_cell.size
-        self._cells = self._codes[self._by_cell.order[self._by_cell.start]]
-        self._rows = [_Groups(self._codes[:, k]) for k in range(concepts)]
+        first = self._by_cell.order[self._by_cell.start]  # a row of each cell
+        self._cells = self._codes[first]
+        self._cell_known = self._known[first]
+        # Partners for concept k lie in the group of rows that share it, or, for "agree", that share all the others.
+        self._group_of = np.stack([self._groups(k) for k in range(concepts)], axis=1)
+        self._rows = [_Groups(self._group_of[:, k]) for k in range(concepts)]
         if others == "any":
-            partners = np.stack([g.size[self._cells[:, k]] - 1 for k, g in enumerate(self._rows)], axis=1)
+            partners = np.stack([g.size[self._group_of[first, k]] - 1 for k, g in enumerate(self._rows)], axis=1)
+        elif others == "agree":
+            known = [np.bincount(self._group_of[:, k], weights=self._known[:, k]) for k in range(concepts)]
+            partners = np.stack([known[k][self._group_of[first, k]] - self._cell_size for k in range(concepts)], axis=1)
+            partners *= self._cell_known
         else:
             partners = _partner_counts(self._cells, self._cell_size)
-        self._cell_groups = [_Groups(self._cells[:, k]) for k in range(concepts)]
+        self._cell_groups = [_Groups(_dense(self._group_of[first, k])) for k in range(concepts)]
         self._anchors = []
         for k, name in enumerate(self.names):
             anchors = np.flatnonzero(partners[self._cell_of, k] > 0)
             if len(anchors) == 0 and self._weights[k] > 0:
-                alone = "" if others == "any" else " and differs in all others"
-                raise ValueError(
-                    f"PairSampler: labels have no pair that shares concept {name!r}{alone}; "
-                    f"give it weight 0 or leave it out"
-                )
+                wanted = {
+                    "any": f"shares concept {name!r}",
+                    "differ": f"shares concept {name!r} and differs in all others",
+                    "agree": f"differs in concept {name!r} and shares all others",
+                }[others]
+                raise ValueError(f"PairSampler: labels have no pair that {wanted}; give it weight 0 or leave it out")
             self._anchors.append(anchors)
         self._listed: dict[tuple[int, int], tuple[NDArray[np.int64], NDArray[np.int64]]] = {}
         self._room = _LISTED
@@ -165,30 +189,40 @@ class PairSampler:
         factor = np.minimum(factor, np.flatnonzero(self._weights)[-1])  # random * edges[-1] may round up to edges[-1]
         a = np.empty(batch_size, dtype=np.int64)
         b = np.empty(batch_size, dtype=np.int64)
+        if self._unlabelled:
+            factor[random.random(batch_size) < self._unlabelled] = -1
         for k in np.unique(factor):
             drawn = np.flatnonzero(factor == k)
+            if k < 0:
+                a[drawn] = self._free[random.integers(len(self._free), size=len(drawn))]
+                b[drawn] = self._free[random.integers(len(self._free), size=len(drawn))]
+                continue
             anchors = self._anchors[k]
             a[drawn] = anchors[random.integers(len(anchors), size=len(drawn))]
             b[drawn] = self._partners(a[drawn], int(k), random)
         if self.others == "any":
             shared = self._codes[a] == self._codes[b]
         else:
-            shared = np.zeros((batch_size, len(self.names)), dtype=bool)
-            shared[np.arange(batch_size), factor] = True
+            shared = np.arange(len(self.names)) == factor[:, None]
+            if self.others == "agree":
+                shared = ~shared
+        shared[factor < 0] = False
         return Pairs(torch.from_numpy(a), torch.from_numpy(b), torch.from_numpy(shared), torch.from_numpy(factor))
 
     def _partners(self, a: NDArray[np.int64], concept: int, random: np.random.Generator) -> NDArray[np.int64]:
-        """For each row of ``a`` (which all have one) a partner that shares ``concept``, evenly drawn."""
+        """For each row of ``a`` (which all have one) a partner for ``concept``, evenly drawn."""
         rows = self._rows[concept]
-        others = [] if self.others == "any" else [k for k in range(len(self.names)) if k != concept]
-        group = self._codes[a, concept]
-        if not others:  # the only rule is that b is not a
+        group = self._group_of[a, concept]
+        differ = self._differing(concept)
+        if not differ:  # the only rule is that b is not a
             return rows.draw(group, random, without=a)
         b = np.empty_like(a)
         left = np.arange(len(a))
         for _ in range(_ROUNDS):
             candidate = rows.draw(group[left], random)
-            good = (self._codes[candidate][:, others] != self._codes[a[left]][:, others]).all(1)
+            good = (self._codes[candidate][:, differ] != self._codes[a[left]][:, differ]).all(1)
+            if self.others == "agree":
+                good &= self._known[candidate, concept]
             b[left[good]] = candidate[good]
             left = left[~good]
             if len(left) == 0:
@@ -200,15 +234,33 @@ class PairSampler:
             b[i] = self._by_cell.members(cells[chosen])[place - edges[chosen]]  # counted from the end of the cell
         return b
 
+    def _differing(self, concept: int) -> list[int]:
+        """The concepts in which partners for ``concept`` have to differ."""
+        if self.others == "any":
+            return []
+        return [k for k in range(len(self.names)) if (k == concept) == (self.others == "agree")]
+
+    def _groups(self, concept: int) -> NDArray[np.int64]:
+        """The group of each row, ``[n]`` from 0 without gaps: rows of one group may be partners for ``concept``."""
+        if self.others != "agree":
+            return self._codes[:, concept]
+        group = np.zeros(len(self._codes), dtype=np.int64)
+        for k in range(len(self.names)):
+            if k != concept:
+                group = _dense(group * (self._codes[:, k].max() + 1) + self._codes[:, k])
+        return group
+
     def _partner_cells(self, cell: int, concept: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """The cells that share ``concept`` alone with ``cell``, and the running sum of their rows."""
+        """The cells of partners of ``cell`` for ``concept``, and the running sum of their rows."""
         listed = self._listed.get((cell, concept))
         if listed is None:
             labels = self._cells[cell]
-            cells = self._cell_groups[concept].members(labels[concept])
-            for k in range(len(self.names)):
-                if k != concept:
-                    cells = cells[self._cells[cells, k] != labels[k]]
+            row = self._by_cell.members(cell)[0]
+            cells = self._cell_groups[concept].members(self._group_of[row, concept])
+            for k in self._differing(concept):
+                cells = cells[self._cells[cells, k] != labels[k]]
+            if self.others == "agree":
+                cells = cells[self._cell_known[cells, concept]]
             listed = cells, np.cumsum(self._cell_size[cells])
             if len(cells) <= self._room:
                 self._room -= len(cells)
@@ -338,10 +390,8 @@ def _table(
             raise ValueError(f"PairSampler: names has {len(names)} names, expected {table.shape[1]}, one per concept")
     if 0 in table.shape:
         raise ValueError(f"PairSampler: labels are empty, of shape {list(table.shape)}, expected [n, concepts]")
-    if table.min() < 0:
-        raise ValueError(
-            f"PairSampler: labels have the value {table.min()}, expected none below 0; leave out rows without label"
-        )
+    if table.min() < MISSING:
+        raise ValueError(f"PairSampler: labels have the value {table.min()}, expected none below 0 but -1 for unknown")
     for name in names:
         if not isinstance(name, str) or not name:
             raise TypeError(f"PairSampler: names has {name!r}, expected non-empty strings")
@@ -357,6 +407,29 @@ def _integers(name: str, values: Tensor | ArrayLike) -> NDArray[np.int64]:
     if array.dtype.kind not in "iub":
         raise TypeError(f"PairSampler: {name} is {array.dtype}, expected integers")
     return array.astype(np.int64)
+
+
+def _distinct(codes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Codes in which every unknown label is a value of its own, so that it equals no other."""
+    unknown = np.flatnonzero(codes == MISSING)
+    if len(unknown) == 0:
+        return codes
+    codes = _dense(codes + 1)  # unknown is 0
+    codes[unknown] = codes.max() + 1 + np.arange(len(unknown))
+    return codes
+
+
+def _share(unlabelled: float | None, n: int) -> float:
+    """The share of pairs without labels, for ``n`` rows that have none."""
+    if unlabelled is None:
+        return 0.5 if n else 0.0
+    if isinstance(unlabelled, bool) or not isinstance(unlabelled, int | float):
+        raise TypeError(f"PairSampler: unlabelled is {unlabelled!r}, expected a number from 0 to 1")
+    if not 0 <= unlabelled <= 1:
+        raise ValueError(f"PairSampler: unlabelled is {unlabelled}, expected a number from 0 to 1")
+    if unlabelled and not n:
+        raise ValueError(f"PairSampler: unlabelled is {unlabelled}, expected 0 where every row has a label")
+    return float(unlabelled)
 
 
 def _weights(weights: Mapping[str, float] | Sequence[float] | None, names: tuple[str, ...]) -> NDArray[np.float64]:

@@ -28,14 +28,34 @@ def start_values(x: Tensor) -> tuple[Tensor, Tensor]:
     return -x.mean(dim=0), 1 / (x.std(dim=0) + 1e-6)
 
 
+def active_ddp() -> Any:
+    """The DistributedDataParallel whose forward is running, or None."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+    return nn.parallel.DistributedDataParallel._get_active_ddp_module()
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether ``fully_shard`` has been applied to the module, or to one that holds it."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    from torch.distributed._composable_state import _module_state_mapping
+    from torch.distributed.fsdp import FSDPModule
+
+    roots = [root for root in list(_module_state_mapping) if isinstance(root, FSDPModule)]
+    return any(part is module for root in roots for part in root.modules())
+
+
 class DataDependentStart(nn.Module):
     """Remembers which parts of a module have had their data-dependent start.
 
-    The checkpoint knows it by the buffer ``initialized``; ``self._started`` mirrors it in Python, so that no call has
-    to read the buffer from the device.
+    The checkpoint knows it by the buffer ``initialized``; ``self._started`` mirrors it in Python, so that no call after
+    the start has to read the buffer from the device.
     """
 
     initialized: Tensor
+    loc: Tensor
+    scale: Tensor
     _started: tuple[bool, ...]
 
     def _register_start(self, shape: tuple[int, ...], done: bool, device: torch.device | str | None) -> None:
@@ -44,9 +64,44 @@ class DataDependentStart(nn.Module):
         self.register_buffer("initialized", flags, persistent=not done)
         self._started = (done,) * flags.numel()
 
+    def _awaits_start(self) -> bool:
+        """Whether ``forward`` has to start something first.
+
+        Raises:
+            RuntimeError: it has, inside torch.func, or sharded over processes.
+        """
+        if all(self._started):
+            return False
+        name = type(self).__name__
+        if torch._C._are_functorch_transforms_active():
+            raise RuntimeError(
+                f"{name}: the first batch sets ActNorm's parameters, which torch.func cannot do; call initialize(x) before"
+            )
+        if not torch.compiler.is_compiling() and not self.initialized.is_meta:
+            self._started = tuple(self.initialized.flatten().bool().tolist())  # copied from a module that has started?
+            if all(self._started):
+                return False
+        if is_sharded(self):
+            raise RuntimeError(
+                f"{name}: the first batch sets ActNorm's parameters, which are sharded now; call initialize(x) with one "
+                f"batch for all processes before fully_shard"
+            )
+        return True
+
     def _finish_start(self) -> None:
+        """Note the start; under DistributedDataParallel all processes take that of the first one."""
+        wrapper = active_ddp()
+        if wrapper is not None:
+            for tensor in (self.loc, self.scale):
+                torch.distributed.broadcast(tensor, group=wrapper.process_group, group_src=0)
         self.initialized.fill_(1)
         self._started = (True,) * len(self._started)
+
+    def _replicate_for_data_parallel(self) -> "DataDependentStart":
+        raise RuntimeError(
+            f"{type(self).__name__}: torch.nn.DataParallel would lose the start of ActNorm with its replicas, and copies "
+            f"all parameters at every call; use torch.nn.parallel.DistributedDataParallel, one process for each GPU"
+        )
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
@@ -60,8 +115,8 @@ class ActNorm(DataDependentStart):
     y = scale * (x + loc),  log|det| = sum log|scale|.
 
     The first call of ``forward`` sets loc = -mean and scale = 1 / (std + 1e-6) (unbiased std; a batch of one row gives
-    scale = 1; an empty batch starts nothing), whether the module trains or not. With several processes, make that call
-    before wrapping the module in DistributedDataParallel, so that all start alike.
+    scale = 1; an empty batch starts nothing), whether the module trains or not. Under DistributedDataParallel all processes
+    take the start of the first one; before ``fully_shard``, call ``initialize`` with one batch for all.
 
     References:
         Kingma and Dhariwal 2018 (Glow), Sec. 3.1. Esser et al. 2020, Sec. 3.1.
@@ -107,7 +162,7 @@ class ActNorm(DataDependentStart):
             ValueError, TypeError: x has another rank, feature count or a type that is not floating.
         """
         check_features("ActNorm", "x", x, self.dim)
-        if not all(self._started):
+        if self._awaits_start():
             self.initialize(x)
         return self.scale * (x + self.loc), self.scale.abs().log().sum().expand(x.shape[0])
 

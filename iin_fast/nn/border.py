@@ -8,13 +8,14 @@ their gradients, and for anything else of their shapes.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..ops.flow.layout import pack, unpack
 
-__all__ = ["Entry", "export_tensors", "import_tensors"]
+__all__ = ["Entry", "export_tensors", "import_tensors", "is_sharded"]
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def import_tensors(
     Args:
         entries: the keys.
         current: the tensors as they are stored now.
-        state: tensors under ``prefix`` + key.
+        state: tensors under ``prefix`` + key; whole, or sharded over processes.
         prefix: stands before every key.
         keep_dtype: True keeps the type of ``state``, False converts to the stored type.
         missing: gets the keys that ``state`` lacks.
@@ -80,6 +81,7 @@ def import_tensors(
         ValueError: a tensor holds NaN or Inf, or an index is no permutation, or not the inverse of its partner.
     """
     entries = list(entries)
+    state = {key: whole(state[key]) for key in (prefix + entry.key for entry in entries) if key in state}
     found: dict[str, list[tuple[Entry, Tensor]]] = {name: [] for name in current}
     complete = dict.fromkeys(current, True)
     for entry in entries:
@@ -109,7 +111,8 @@ def import_tensors(
         if complete[name]:
             neutral = torch.empty(shape, dtype=dtype, device=device)
         else:
-            kept = unpack(current[name].detach(), *panels) if panels else current[name].detach()
+            kept = whole(current[name].detach())
+            kept = unpack(kept, *panels) if panels else kept
             neutral = kept.to(device=device, dtype=dtype, copy=True)
         for entry, tensor in pieces:
             if not entry.inverse:
@@ -120,8 +123,28 @@ def import_tensors(
                     f"load_state_dict: {prefix + entry.key} is not the inverse of the permutation it stands beside; "
                     f"the checkpoint is corrupt or foreign"
                 )
-        result[name] = pack(neutral) if panels else neutral
+        result[name] = sharded_like(current[name], pack(neutral) if panels else neutral)
     return result
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor lies in parts over processes, as ``fully_shard`` lays parameters out."""
+    return type(tensor).__name__ == "DTensor"
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, of which this process may hold a part."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def sharded_like(like: Tensor, tensor: Tensor) -> Tensor:
+    """This process' part of a tensor that all processes hold, if ``like`` is sharded."""
+    if not is_sharded(like):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    sharded: Any = like
+    return distribute_tensor(tensor, sharded.device_mesh, sharded.placements, src_data_rank=None)
 
 
 def check_values(key: str, tensor: Tensor, entry: Entry) -> None:

@@ -10,15 +10,16 @@ from ..ops.checks import check_device, check_floating
 from ..ops.flow import flow as flow_op
 from ..ops.flow.layout import pack
 from .actnorm import DataDependentStart, start_values
-from .border import Entry, export_tensors, import_tensors
+from .border import Entry, export_tensors, import_tensors, is_sharded
 from .checks import check_features
+from .distribution import Density
 
 __all__ = ["Flow"]
 
 MEMORY = ("auto", "save", "invert")
 
 
-class Flow(DataDependentStart):
+class Flow(DataDependentStart, Density):
     """A stack of ``n_flows`` blocks (ActNorm, double affine coupling, permutation) that runs as one op.
 
     One block, with c = ceil(dim / 2) features that condition and dim - c that are transformed:
@@ -196,8 +197,8 @@ class Flow(DataDependentStart):
 
         loc = -mean, scale = 1 / (std + 1e-6) with the unbiased std. A batch of one row has no spread: scale = 1. An
         empty batch starts nothing. Blocks that have had their start keep it. ``forward`` does this by itself at its
-        first call; with several processes, do it before wrapping the module in DistributedDataParallel, so that all
-        start alike.
+        first call; under DistributedDataParallel all processes then take the start of the first one. Before
+        ``fully_shard``, call it with one batch for all processes.
 
         Args:
             x: ``[batch, dim]``.
@@ -227,10 +228,11 @@ class Flow(DataDependentStart):
 
         Raises:
             ValueError: another rank, feature count, batch or device; a context that is missing or not wanted.
+            RuntimeError: the start of ActNorm under torch.func, or after ``fully_shard``.
             TypeError: an integer, boolean or complex tensor.
         """
         context = self._check("x", x, context)
-        if not all(self._started):
+        if self._awaits_start():
             self.initialize(x, context)
         return self._transform(x, context)
 
@@ -283,6 +285,11 @@ class Flow(DataDependentStart):
         """Refuse bad input; gives the context as the op reads it, ``[1 or n_flows, batch, context_dim]``."""
         check_features("Flow", name, x, self.dim)
         check_device("Flow", name, x, self.weight_in, "the parameters")
+        if is_sharded(self.weight_in):
+            raise RuntimeError(
+                "Flow: the parameters are sharded, and not gathered here; call initialize before fully_shard, and name "
+                "methods other than forward with torch.distributed.fsdp.register_fsdp_forward_method(module, 'inverse')"
+            )
         if (context is None) != (self.context_dim == 0):
             got, wanted = "None" if context is None else list(context.shape), "None"
             if self.context_dim:
@@ -343,6 +350,12 @@ class Flow(DataDependentStart):
         if strict:
             missing_keys.extend(missing)
             known = {prefix + entry.key for entry in entries}
-            unexpected_keys.extend(key for key in state_dict if key.startswith(prefix) and key not in known)
+            unexpected_keys.extend(
+                key
+                for key in state_dict
+                if key.startswith(prefix)
+                and key not in known
+                and key[len(prefix) :].split(".", 1)[0] not in self._modules  # parametrizations read their own
+            )
         stored = {prefix + name: tensor for name, tensor in stored.items()}
         super()._load_from_state_dict(stored, prefix, local_metadata, strict, [], [], error_msgs)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-__all__ = ["check_device", "check_dtype", "check_floating", "check_rank", "check_shape"]
+__all__ = ["check_device", "check_dtype", "check_floating", "check_like", "check_rank", "check_shape"]
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -28,13 +28,24 @@ def check_rank(op: str, name: str, value: Tensor, expected: str, *ranks: int) ->
 
 
 def check_shape(op: str, name: str, value: Tensor, shape: tuple[int, ...] | torch.Size, like: str) -> None:
-    if value.shape != torch.Size(shape):
+    if value.shape != shape:
         raise ValueError(f"{op}: {name} has shape {list(value.shape)}, expected {list(shape)} {like}")
 
 
 def check_dtype(op: str, name: str, value: Tensor, dtype: torch.dtype, like: str) -> None:
     if value.dtype != dtype:
         raise TypeError(f"{op}: {name} has dtype {_short(value.dtype)}, expected {_short(dtype)} {like}")
+
+
+def check_like(op: str, name: str, value: object, shape: torch.Size, like: str, x: Tensor, x_name: str = "x") -> None:
+    """A floating tensor of this shape, with the device and, without autocast, the dtype of the floating tensor ``x``."""
+    if isinstance(value, Tensor) and value.dtype == x.dtype and value.device == x.device and value.shape == shape:
+        return
+    tensor = check_floating(op, name, value)
+    check_device(op, name, tensor, x, x_name)
+    check_shape(op, name, tensor, shape, like)
+    if not torch.is_autocast_enabled(x.device.type):
+        check_dtype(op, name, tensor, x.dtype, f"like {x_name}")
 
 
 def check_device(op: str, name: str, value: Tensor, like: Tensor, like_name: str) -> None:

@@ -9,6 +9,7 @@
   }
 #define LOOPS(name) LOOP(name, float) LOOP(name, double)
 LOOPS(exp)
+LOOPS(exp_below_zero)
 LOOPS(log)
 LOOPS(tanh)
 LOOPS(sigmoid)

@@ -49,6 +49,7 @@ def call(library: ctypes.CDLL, name: str, x: np.ndarray) -> np.ndarray:
 
 TRUTH = {
     "exp": np.exp,
+    "exp_below_zero": np.exp,
     "log": np.log,
     "tanh": np.tanh,
     "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
@@ -58,13 +59,14 @@ TRUTH = {
 # ranges that cover small, usual and extreme arguments
 RANGES = {
     "exp": {np.float32: (-87.0, 88.7), np.float64: (-700.0, 709.7)},
+    "exp_below_zero": {np.float32: (-87.0, 0.0), np.float64: (-700.0, 0.0)},
     "log": {np.float32: (1e-37, 3e38), np.float64: (1e-300, 1e308)},
     "tanh": {np.float32: (-30.0, 30.0), np.float64: (-30.0, 30.0)},
     "sigmoid": {np.float32: (-80.0, 80.0), np.float64: (-700.0, 700.0)},
     "atan": {np.float32: (-1e6, 1e6), np.float64: (-1e9, 1e9)},
     "softplus": {np.float32: (-80.0, 1e6), np.float64: (-700.0, 1e9)},
 }
-ULP = {"exp": 2, "log": 2, "tanh": 3, "sigmoid": 3, "atan": 2, "softplus": 3}
+ULP = {"exp": 2, "exp_below_zero": 2, "log": 2, "tanh": 3, "sigmoid": 3, "atan": 2, "softplus": 3}
 
 
 @pytest.mark.parametrize("name", TRUTH)
@@ -85,10 +87,18 @@ def test_accuracy(library: ctypes.CDLL, name: str, dtype: type) -> None:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_exp_far_below_zero(library: ctypes.CDLL, dtype: type) -> None:
+    least = np.finfo(dtype).smallest_normal
+    got = call(library, "exp_below_zero", np.array([-INF, -1e30, -1000.0] * 8, dtype))
+    assert (0 < got).all() and (got <= 1.001 * least).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize(
     ("name", "x", "expected"),
     [
         ("exp", [-INF, INF, np.nan, 0.0, 1000.0, -1000.0], [0.0, INF, np.nan, 1.0, INF, 0.0]),
+        ("exp_below_zero", [np.nan, 0.0], [np.nan, 1.0]),
         ("log", [0.0, -1.0, INF, np.nan, 1.0], [-INF, np.nan, INF, np.nan, 0.0]),
         ("tanh", [-INF, INF, np.nan, 0.0], [-1.0, 1.0, np.nan, 0.0]),
         ("sigmoid", [-INF, INF, np.nan, 0.0], [0.0, 1.0, np.nan, 0.5]),

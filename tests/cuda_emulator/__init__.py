@@ -20,7 +20,7 @@ CACHE = ROOT / "build" / "cuda_emulator"
 FLAGS = [
     *("-std=c++17", "-O1", "-g1", "-shared", "-fPIC", "-pthread", "-Wall", "-Wextra"),
     *("-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"),
-    *(f"-I{ROOT / 'csrc'}", f"-I{Path(__file__).parent / 'include'}"),
+    *(f"-I{Path(__file__).parent / 'include'}", f"-I{ROOT / 'csrc'}"),  # first what stands in for csrc's own
 ]
 SANITIZER_FLAGS = ["-fsanitize=address,alignment,bounds", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 

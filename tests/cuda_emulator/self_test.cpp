@@ -3,6 +3,7 @@
 #include <cuda_runtime.h>
 
 #include "binding.h"
+#include "common/mma.cuh"
 
 namespace iin_fast {
 
@@ -82,6 +83,76 @@ __global__ void warp_kernel(unsigned *out) {
   mine[7] = atomicMax(out + 32 * 8, unsigned(lane));
 }
 
+// c [16, 8] = a [16, depth] b [depth, 8], with what a lane holds as csrc/common/mma.cuh says. kind: 0 TF32, 1 bfloat16,
+// 2 float16; 3 and 4 as 1 with fragments from load_matrices, of matrices that lie as they are, and turned around.
+__global__ void multiply_kernel(int kind, const float *a, const float *b, float *c) {
+  __shared__ __align__(16) uint16_t left[16 * 16];
+  __shared__ __align__(16) uint16_t right[16 * 16]; // columns 8 on stay 0
+  const int lane = threadIdx.x, group = lane / 4, pair = lane % 4;
+  float sum[4] = {};
+  uint32_t x[4], y[2];
+  if (kind == 0) {
+    for (int i = 0; i < 4; ++i)
+      x[i] = to_tf32(a[(group + i % 2 * 8) * 8 + pair + i / 2 * 4]);
+    for (int i = 0; i < 2; ++i)
+      y[i] = to_tf32(b[(pair + i * 4) * 8 + group]);
+    mma_tf32(sum, x, y);
+  } else {
+    const auto bits = [&](float value) -> uint32_t {
+      return kind == 2 ? __float2half_rn(value).bits : __float2bfloat16_rn(value).bits;
+    };
+    const auto both = [&](float low, float high) { return bits(low) | bits(high) << 16; };
+    for (int i = 0; i < 4; ++i) {
+      const float *const from = a + (group + i % 2 * 8) * 16 + 2 * pair + i / 2 * 8;
+      x[i] = both(from[0], from[1]);
+    }
+    for (int i = 0; i < 2; ++i) {
+      const float *const from = b + (2 * pair + i * 8) * 8 + group;
+      y[i] = both(from[0], from[8]);
+    }
+    if (kind > 2) {
+      const bool turned = kind == 4; // left as [k][row], right as [k][column], else [column][k]
+      for (int i = lane; i < 256; i += 32) {
+        const int p = i / 16, q = i % 16;
+        left[i] = bits(turned ? a[q * 16 + p] : a[i]);
+        right[i] = turned ? (q < 8 ? bits(b[p * 8 + q]) : 0) : (p < 8 ? bits(b[q * 8 + p]) : 0);
+      }
+      __syncthreads();
+      uint32_t z[4];
+      const int line = lane % 8, second = lane / 8 % 2 * 8, third = lane / 16 * 8;
+      if (turned) {
+        load_matrices_turned(x, left + (line + third) * 16 + second);
+        load_matrices_turned(z, right + (line + second) * 16 + third);
+      } else {
+        load_matrices(x, left + (line + second) * 16 + third);
+        load_matrices(z, right + (line + third) * 16 + second);
+      }
+      y[0] = z[0], y[1] = z[1];
+    }
+    if (kind == 2)
+      mma_f16(sum, x, y);
+    else
+      mma_bf16(sum, x, y);
+  }
+  for (int i = 0; i < 4; ++i)
+    c[(group + i / 2 * 8) * 8 + 2 * pair + i % 2] = sum[i];
+}
+
+// Every thread copies 16 bytes, of which `bytes` count, and adds them up; `early` without waiting.
+__global__ void copy_kernel(const float *from, float *sums, int bytes, bool early) {
+  extern __shared__ unsigned char dynamic_shared[];
+  float *const mine = reinterpret_cast<float *>(dynamic_shared) + 4 * threadIdx.x;
+  copy_async_16(mine, from + 4 * threadIdx.x, bytes);
+  commit_copies();
+  commit_copies(); // a group without copies
+  if (early)
+    wait_copies<2>();
+  else
+    wait_copies<1>();
+  sums[threadIdx.x] = mine[0] + mine[1] + mine[2] + mine[3];
+  wait_copies<0>();
+}
+
 enum Fault {
   barrier_left_out,
   barrier_elsewhere,
@@ -94,6 +165,10 @@ enum Fault {
   dynamic_shared_overrun,
   static_shared_overrun,
   grid_barrier_without_cooperation,
+  copy_unfinished,
+  copy_misaligned,
+  copy_overrun,
+  lane_without_mma,
 };
 
 __global__ void faulty_kernel(int fault, int *data, int count) {
@@ -144,6 +219,27 @@ __global__ void faulty_kernel(int fault, int *data, int count) {
   case grid_barrier_without_cooperation:
     cooperative_groups::this_grid().sync();
     break;
+  case copy_unfinished:
+    copy_async_16(dynamic_shared, data, 16);
+    commit_copies();
+    wait_copies<1>();
+    break;
+  case copy_misaligned:
+    copy_async_16(dynamic_shared, data + 1, 16);
+    break;
+  case copy_overrun: // the last thread copies one number too far
+    copy_async_16(dynamic_shared + thread / 8 * 16, data + (thread == 31 ? count - 2 : 0) / 4 * 4, 16);
+    copy_async_16(dynamic_shared + 64, data + (thread == 31 ? count : 0), 4);
+    commit_copies();
+    wait_copies<0>();
+    break;
+  case lane_without_mma:
+    if (thread != 9) {
+      float c[4] = {};
+      const uint32_t a[4] = {}, b[2] = {};
+      mma_tf32(c, a, b);
+    }
+    break;
   }
 }
 
@@ -172,6 +268,14 @@ extern "C" const char *counting_barrier(unsigned *arrived, unsigned *seen, int b
 
 extern "C" const char *warp(unsigned *out) {
   return report([&] { emulator::Launch()(warp_kernel, dim3(1), dim3(32), out); });
+}
+
+extern "C" const char *multiply(int kind, const float *a, const float *b, float *c) {
+  return report([&] { emulator::Launch()(multiply_kernel, dim3(1), dim3(32), kind, a, b, c); });
+}
+
+extern "C" const char *copy(const float *from, float *sums, int bytes, bool early) {
+  return report([&] { emulator::Launch{64 * 16}(copy_kernel, dim3(1), dim3(64), from, sums, bytes, early); });
 }
 
 extern "C" const char *faulty(int fault, int *data, int count) {

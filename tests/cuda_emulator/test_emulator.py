@@ -57,6 +57,32 @@ def test_warp_functions() -> None:
     assert out[-1] == 31
 
 
+def rounded(values: np.ndarray, bits: int) -> np.ndarray:
+    """To this many bits after the point, to nearest, ties away from 0 (no value here lies in the middle)."""
+    unit = np.exp2(np.floor(np.log2(np.abs(values))) - bits)
+    return np.round(values / unit) * unit
+
+
+@pytest.mark.parametrize("kind, depth, bits", [(0, 8, 10), (1, 16, 7), (2, 16, 10), (3, 16, 7), (4, 16, 7)])
+def test_tensor_cores_and_their_fragments(kind: int, depth: int, bits: int) -> None:
+    generator = np.random.default_rng(kind)
+    a, b = (generator.standard_normal(shape).astype(np.float32) for shape in ((16, depth), (depth, 8)))
+    c = np.full((16, 8), np.nan, np.float32)
+    call(load("self_test").multiply, kind, pointer(a), pointer(b), pointer(c))
+    np.testing.assert_allclose(c, rounded(a, bits) @ rounded(b, bits), rtol=1e-5, atol=1e-5)
+    assert np.abs(c - a @ b).max() > 1e-4  # rounded it is
+
+
+def test_asynchronous_copies_arrive_when_waited_for() -> None:
+    values = np.random.default_rng(0).standard_normal((64, 4)).astype(np.float32)
+    sums = np.zeros(64, np.float32)
+    for count in range(5):
+        call(load("self_test").copy, pointer(values), pointer(sums), 4 * count, False)
+        np.testing.assert_allclose(sums, values[:, :count].sum(1), atol=1e-6)
+    call(load("self_test").copy, pointer(values), pointer(sums), 16, True)
+    assert np.isnan(sums).all()
+
+
 # in the order of the enum in self_test.cpp
 FAULTS = {
     "barrier_left_out": r"divergent barrier in block \(0, 0, 0\): 16 threads \(the first is 0\) wait in __syncthreads at "
@@ -71,8 +97,12 @@ FAULTS = {
     "dynamic_shared_overrun": "AddressSanitizer: use-after-poison",
     "static_shared_overrun": "index 8 out of bounds for type 'int \\[8\\]'",
     "grid_barrier_without_cooperation": "a barrier over the grid needs a cooperative launch",
+    "copy_unfinished": r"thread \d+ ended before its asynchronous copies",
+    "copy_misaligned": "misaligned copy_async_16",
+    "copy_overrun": "heap-buffer-overflow",
+    "lane_without_mma": r"31 threads .* wait in mma_tf32 .*, 1 threads \(the first is 9\) left",
 }
-SANITIZED = ("global_overrun", "dynamic_shared_overrun", "static_shared_overrun")
+SANITIZED = ("global_overrun", "dynamic_shared_overrun", "static_shared_overrun", "copy_overrun")
 
 
 @pytest.mark.parametrize("fault", [name for name in FAULTS if name not in SANITIZED])
@@ -118,7 +148,7 @@ def test_accesses_out_of_bounds_are_reported(fault: str) -> None:
 
 
 def test_the_ops_kernels_touch_no_memory_but_their_own() -> None:
-    files = [f"tests/ops/test_{op}_cuda.py" for op in ("affine_coupling", "pair_nll", "spline_coupling")]
+    files = [f"tests/ops/test_{op}_cuda.py" for op in ("affine_coupling", "pair_nll", "spline_coupling", "flow")]
     # the other squashes read and write the same memory
     squashes = "not identity and not atan and not sigmoid"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", squashes, *files]

@@ -24,8 +24,9 @@ def folder(model, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("factors", [{"digit": 3, "color": 2}, {"a": 8}, None])
-def test_round_trip(make, tmp_path, dtype, factors):
-    model = make(8, factors, dtype)
+@pytest.mark.parametrize("options", [{}, {"coupling": "spline", "bins": 5, "tail_bound": 4.0}])
+def test_round_trip(make, tmp_path, dtype, factors, options):
+    model = make(8, factors, dtype, **options)
     model.save(tmp_path)
     assert sorted(os.listdir(tmp_path)) == ["config.json", "model.safetensors"]
     torch.manual_seed(0)
@@ -72,6 +73,8 @@ def test_config_is_plain(folder):
         "n_flows": 3,
         "hidden_dim": 16,
         "hidden_depth": 1,
+        "coupling": "affine",
+        "context_dim": 0,
         "dtype": "float32",
     }
 

@@ -13,9 +13,9 @@ from iin_fast.iin import IIN, Factors
 SIZES = {"digit": 3, "color": 2}
 
 
-@pytest.fixture
-def model(make) -> IIN:
-    return make()
+@pytest.fixture(params=["affine", "spline"])
+def model(make, request) -> IIN:
+    return make(coupling=request.param)
 
 
 @pytest.fixture
@@ -30,8 +30,9 @@ def donor() -> torch.Tensor:
 
 @pytest.mark.parametrize("dim", [2, 3, 8, 33])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float64, 1e-10)])
-def test_decode_inverts_encode(make, dim, dtype, tolerance):
-    model = make(dim, {"a": 1}, dtype)
+@pytest.mark.parametrize("coupling", ["affine", "spline"])
+def test_decode_inverts_encode(make, dim, dtype, tolerance, coupling):
+    model = make(dim, {"a": 1}, dtype, coupling=coupling)
     z = torch.randn(10, dim, dtype=dtype)
     factors = model.encode(z)
     assert factors.sizes == {"a": 1, "residual": dim - 1}
@@ -73,8 +74,9 @@ def test_log_prob_is_change_of_variables(model, z):
         torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_density_integrates_to_one(make):
-    model = make(2, None)
+@pytest.mark.parametrize("coupling", ["affine", "spline"])
+def test_density_integrates_to_one(make, coupling):
+    model = make(2, None, coupling=coupling)
     with torch.no_grad():
         samples = model.sample(4000, generator=torch.Generator().manual_seed(0))
         low, high = samples.amin(0) - 6, samples.amax(0) + 6
@@ -165,7 +167,7 @@ def test_deepcopy(model, z):
 
 
 def test_state_dict_moves_to_another_model(make, model, z):
-    other = make(seed=9)
+    other = make(seed=9, coupling=model.coupling)
     other.load_state_dict(model.state_dict())
     assert torch.equal(other.log_prob(z), model.log_prob(z))
 
@@ -230,6 +232,10 @@ def test_meta_device():
         (dict(dim=8, hidden_depth=-1), ValueError, "IIN: hidden_depth is -1, expected an integer of at least 0"),
         (dict(dim=8, dtype=torch.int64), TypeError, "IIN: dtype is torch.int64"),
         (dict(dim=8, memory="all"), ValueError, "memory is 'all'"),
+        (dict(dim=8, coupling="cubic"), ValueError, "IIN: coupling is 'cubic', expected one of 'affine', 'spline'"),
+        (dict(dim=8, coupling="spline", bins=0), ValueError, "IIN: bins is 0"),
+        (dict(dim=8, coupling="spline", tail_bound=0.0), ValueError, "tail_bound is 0.0, expected a number above 0"),
+        (dict(dim=8, coupling="spline", memory="invert"), ValueError, "expected 'auto' with coupling 'spline'"),
     ],
 )
 def test_bad_construction(arguments, error, message):

@@ -237,7 +237,11 @@ LABELS = np.array([[0, 0], [0, 1], [1, 0], [1, 1]])
         (np.where(LABELS, np.nan, 0.0), {}, TypeError, "labels is float64"),
         (LABELS.astype(complex), {}, TypeError, "labels is complex128"),
         (torch.rand(4, 2), {}, TypeError, "labels is float32"),
-        (LABELS - 1, {}, ValueError, "value -1, expected none below 0"),
+        (LABELS - 2, {}, ValueError, "value -2, expected none below 0 but -1 for unknown"),
+        (LABELS, {"unlabelled": 0.5}, ValueError, "unlabelled is 0.5, expected 0 where every row has a label"),
+        (LABELS, {"unlabelled": 1.5}, ValueError, "unlabelled is 1.5, expected a number from 0 to 1"),
+        (LABELS, {"unlabelled": "half"}, TypeError, "unlabelled is 'half'"),
+        (np.full((4, 2), -1), {}, ValueError, "no pair that shares concept '0'"),
         (LABELS[:, 0], {}, ValueError, r"shape \[4\], expected \[n, concepts\]"),
         (
             {"a": [0, 1], "b": [0, 1, 2]},
@@ -295,5 +299,79 @@ def test_others_free_are_independent():
     drawn = PairSampler(labels, seed=1, others="any").sample(4000)
     agree = drawn.shared[drawn.factor == 0, 1].float().mean().item()
     assert abs(agree - 0.5) < 0.06
-    with pytest.raises(ValueError, match="others is 'free', expected 'differ' or 'any'"):
+    with pytest.raises(ValueError, match="others is 'free', expected 'differ', 'any' or 'agree'"):
         PairSampler(labels, others="free")
+
+
+with_gaps = st.tuples(st.integers(1, 30), st.integers(1, 4), st.integers(1, 3)).flatmap(
+    lambda shape: arrays.arrays(np.int64, shape[:2], elements=st.integers(-1, shape[2]))
+)
+
+
+def unknown_apart(labels: np.ndarray) -> np.ndarray:
+    """By the definition: each unknown label is a value of its own."""
+    apart = labels.copy()
+    apart[labels == -1] = 1000 + np.arange((labels == -1).sum())
+    return apart
+
+
+@settings(deadline=None, max_examples=100)
+@given(with_gaps, st.integers(0, 2**40), st.sampled_from(["differ", "any", "agree"]), st.sampled_from([0, 16]))
+def test_partners_with_unknown_labels(labels, seed, others, rounds):
+    """Each way to draw, against its definition pair by pair; rows without labels share nothing."""
+    n, concepts = labels.shape
+    apart = unknown_apart(labels)
+    same = apart[:, None] == apart[None]  # [n, n, concepts]
+    truth = np.zeros((n, n, concepts), dtype=bool)
+    for k in range(concepts):
+        rest = np.delete(same, k, axis=2)
+        known = (labels[:, k] >= 0)[:, None] & (labels[:, k] >= 0)[None]
+        truth[..., k] = {
+            "any": same[..., k],
+            "differ": same[..., k] & ~rest.any(2),
+            "agree": ~same[..., k] & rest.all(2) & known,
+        }[others]
+        np.fill_diagonal(truth[..., k], False)
+    weights = [float(truth[..., k].any()) for k in range(concepts)]
+    if not any(weights):
+        with pytest.raises(ValueError, match="no pair that"):
+            PairSampler(labels, others=others)
+        return
+    sampler = PairSampler(labels, seed=seed, weights=weights, others=others)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pairs, "_ROUNDS", rounds)
+        drawn = sampler.sample(128)
+    a, b, factor = drawn.a.numpy(), drawn.b.numpy(), drawn.factor.numpy()
+    labelled = factor >= 0
+    assert truth[a[labelled], b[labelled], factor[labelled]].all()
+    assert torch.equal(drawn.shared[labelled], torch.from_numpy(same[a, b])[labelled])
+    empty = (labels == -1).all(1)
+    assert labelled.all() == (not empty.any())
+    assert empty[a[~labelled]].all() and empty[b[~labelled]].all() and not drawn.shared[~labelled].any()
+
+
+def test_agree_names_a_concept_by_its_change():
+    labels = {"digit": [0, 0, 1, 1], "color": [0, 1, 0, 1], "size": [0, 0, 0, 0]}
+    drawn = PairSampler(labels, seed=1, others="agree", weights=[1, 1, 0]).sample(400)
+    assert torch.equal(~drawn.shared, torch.nn.functional.one_hot(drawn.factor, 3).bool())
+    assert set(drawn.factor.tolist()) == {0, 1}
+    with pytest.raises(ValueError, match="no pair that differs in concept 'size' and shares all others"):
+        PairSampler(labels, others="agree")
+
+
+def test_share_of_unlabelled_rows():
+    labels = np.full((1000, 2), -1)
+    labels[:40] = np.random.default_rng(0).integers(3, size=(40, 2))
+    for asked, expected in ((None, 0.5), (0.2, 0.2), (1.0, 1.0), (0, 0.0)):
+        sampler = PairSampler(labels, seed=2, unlabelled=asked)
+        share = (sampler.sample(4000).factor < 0).float().mean().item()
+        assert abs(share - expected) < 0.04
+    rows = PairSampler(labels, seed=2, unlabelled=1.0).sample(20_000)
+    assert set(torch.cat([rows.a, rows.b]).tolist()) == set(range(40, 1000))
+
+
+def test_unknown_labels_change_nothing_for_full_tables():
+    """The same seed gives the same pairs as before labels could be missing."""
+    labels = np.random.default_rng(0).integers(4, size=(200, 3))
+    drawn = PairSampler(labels, seed=11).sample(6)
+    assert drawn.a.tolist() == [109, 88, 132, 14, 108, 27] and drawn.b.tolist() == [194, 198, 165, 127, 103, 78]

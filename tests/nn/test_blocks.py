@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from iin_fast.nn import ActNorm, AffineCoupling, Permutation
+from iin_fast.nn import ActNorm, AffineCoupling, LULinear, NeuralSplineFlow, Permutation, SplineCoupling
 
 
 def actnorm() -> ActNorm:
@@ -21,6 +21,29 @@ def coupling(dim: int = 5, **kwargs) -> AffineCoupling:
     return AffineCoupling(dim, nn.Linear(dim - size, outputs, dtype=torch.float64), **kwargs)
 
 
+def spline(**kwargs) -> SplineCoupling:
+    outputs = SplineCoupling.outputs(5, bins=4, tails=kwargs.get("tails", "linear"))
+    return SplineCoupling(5, nn.Linear(3, outputs, dtype=torch.float64), bins=4, tail_bound=1.5, **kwargs)
+
+
+def lu() -> LULinear:
+    block = LULinear(5, dtype=torch.float64)
+    with torch.no_grad():
+        block.weight.normal_()
+        block.bias.normal_()
+    return block
+
+
+def spline_flow(**kwargs) -> NeuralSplineFlow:
+    """One that has started ActNorm, and is not the identity."""
+    flow = NeuralSplineFlow(5, n_flows=2, bins=4, hidden_dim=8, dtype=torch.float64, **kwargs)
+    flow(2 * torch.randn(50, 5, dtype=torch.float64) + 1)
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return flow
+
+
 BLOCKS = {
     "actnorm": actnorm,
     "permutation": lambda: Permutation(5, torch.tensor([1, 2, 0, 4, 3])),
@@ -31,6 +54,13 @@ BLOCKS = {
     "identity": lambda: coupling(squash="identity"),
     "additive": lambda: coupling(squash="none"),
     "swapped": lambda: coupling(swap=True),
+    "spline": spline,
+    "spline, swapped": lambda: spline(swap=True),
+    "spline, no tails": lambda: spline(tails=None),
+    "spline, zuko": lambda: spline(parameterization="zuko"),
+    "lu": lu,
+    "spline flow": spline_flow,
+    "spline flow, permuted": lambda: spline_flow(mixing="permutation"),
 }
 
 

@@ -256,7 +256,7 @@ def test_no_call_reads_from_the_device():
     flow = fresh()
     x = batch_of(flow).requires_grad_()
     with NoSync():
-        for _ in range(2):  # the first call, which starts ActNorm, included
+        for _ in range(2):  # the first call, which starts ActNorm, reads its flags at most
             z, logdet = flow(x)
             (z.square().sum() - logdet.sum()).backward()
             flow.inverse(z)

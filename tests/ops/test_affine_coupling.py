@@ -190,3 +190,12 @@ class TestBadInput:
         self.check(ValueError, "raw_scale is None", x, None, x)
         self.check(ValueError, "raw_scale is a tensor, expected None", x, x, x, squash="none")
         self.check(ValueError, r"x has shape \[\]", x[0, 0], x[0, 0], x[0, 0])
+
+
+def test_gradients_with_a_graph_when_inputs_depend_on_each_other() -> None:
+    x = torch.randn(3, 2, dtype=torch.float64, requires_grad=True)
+    y, logdet = affine_coupling(x, x.sin(), x.cos())
+    total = y.sum() + logdet.sum()
+    (with_graph,) = torch.autograd.grad(total, x, create_graph=True)
+    (without,) = torch.autograd.grad(total, x)
+    assert_close(with_graph, without)

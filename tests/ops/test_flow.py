@@ -372,3 +372,12 @@ class TestBadInput:
         self.check(ValueError, "memory is 'keep', expected auto, save or invert", memory="keep")
         self.check(ValueError, "leaky_slope is -0.1", leaky_slope=-0.1)
         self.check(ValueError, "activation_slope is 0.0", activation_slope=0.0)
+
+
+def test_gradients_with_a_graph_when_inputs_depend_on_each_other() -> None:
+    x, _, *tensors, permutation = inputs(1, 3, 2, 1, 2, context_dim=1)
+    y, logdet = flow(x.requires_grad_(), x[None, :, :1].sin(), *tensors, permutation, leaky_slope=0.3)
+    total = y.sum() + logdet.sum()
+    (with_graph,) = torch.autograd.grad(total, x, create_graph=True)
+    (without,) = torch.autograd.grad(total, x)
+    assert_close(with_graph, without)

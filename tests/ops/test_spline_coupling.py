@@ -226,3 +226,26 @@ def test_opcheck(inverse) -> None:
 def test_bad_arguments(options, message) -> None:
     with pytest.raises(ValueError, match=message):
         spline_coupling(torch.zeros(2, 3), torch.zeros(2, 3, 23), **({"bins": 8} | options))
+
+
+def test_gradients_with_a_graph_when_inputs_depend_on_each_other() -> None:
+    x = torch.linspace(-0.8, 0.7, 6, dtype=torch.float64).view(3, 2).requires_grad_()
+    y, logdet = spline_coupling(x, x[..., None].sin() * torch.arange(8.0, dtype=torch.float64), bins=3)
+    total = y.sum() + logdet.sum()
+    (with_graph,) = torch.autograd.grad(total, x, create_graph=True)
+    (without,) = torch.autograd.grad(total, x)
+    torch.testing.assert_close(with_graph, without)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_second_derivatives_where_parameters_depend_on_x(inverse: bool) -> None:
+    """What the parameters owe to x counts once, as autograd has it."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(2, 22, generator=generator, dtype=torch.float64)
+    x = torch.rand(3, 2, generator=generator, dtype=torch.float64, requires_grad=True)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        y, logdet = spline_coupling(x, (x @ weight).tanh(), bins=4, tail_bound=2.0, inverse=inverse)
+        return y.sum() + logdet.sum()
+
+    assert torch.autograd.gradgradcheck(run, x)

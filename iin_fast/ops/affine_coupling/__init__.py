@@ -3,6 +3,7 @@
 Files: reference.py (plain torch, the definition), csrc/affine_coupling (CPU and CUDA) and triton.py.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,8 +12,10 @@ from torch import Tensor
 
 from ..._library import libraries
 from ...backends import chosen, ops, register
-from ..checks import check_device, check_dtype, check_floating, check_shape
+from ..autograd import differentiable
+from ..checks import check_floating, check_like
 from ..triton_ops import define_triton
+from ..vmap import fold_rows, mapped_by_autograd
 from . import reference
 
 __all__ = ["SQUASHES", "affine_coupling"]
@@ -100,19 +103,14 @@ def affine_coupling(
         raise ValueError(
             f"{op}: raw_scale is {got}, expected {'None' if squash == 'none' else 'a tensor'} for {squash}"
         )
-    for name, value in (("raw_scale", raw_scale), ("shift", shift)):
-        if name == "raw_scale" and value is None:
-            continue
-        tensor = check_floating(op, name, value)
-        check_device(op, name, tensor, x, "x")
-        check_shape(op, name, tensor, x.shape, "like x")
-        if not torch.is_autocast_enabled(x.device.type):
-            check_dtype(op, name, tensor, x.dtype, "like x")
+    if raw_scale is not None:
+        check_like(op, "raw_scale", raw_scale, x.shape, "like x", x)
+    check_like(op, "shift", shift, x.shape, "like x", x)
     code, default = SQUASHES[squash]
     backend = chosen(op, x)
     if backend == "reference":
         return reference.affine_coupling(x, raw_scale, shift, squash, clamp or default, inverse)
-    return ops(backend).affine_coupling(x, raw_scale, shift, code, float(clamp or default), inverse)
+    return _calls[backend](x, raw_scale, shift, code, float(clamp or default), inverse)
 
 
 def _fake(
@@ -142,9 +140,14 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 def _backward(backend: str, ctx: Any, grad_y: Tensor, grad_logdet: Tensor) -> tuple[Tensor | None, ...]:
     x, raw_scale, shift, y = ctx.saved_tensors
-    if torch.is_grad_enabled():  # create_graph=True: derivatives of derivatives come from the definition itself
-        inputs = [t for t in (x, raw_scale, shift) if t is not None]
-        outputs = reference.affine_coupling(x, raw_scale, shift, _NAMES[ctx.squash], ctx.clamp, ctx.inverse)
+    # create_graph=True: derivatives of derivatives come from the definition itself
+    if torch.is_grad_enabled() or mapped_by_autograd(grad_y, grad_logdet):
+        with torch.enable_grad():
+            # aliases: what one input owes to another is the business of autograd beyond this op
+            x, shift = x.view_as(x), shift.view_as(shift)
+            raw_scale = None if raw_scale is None else raw_scale.view_as(raw_scale)
+            inputs = [t for t in (x, raw_scale, shift) if t is not None]
+            outputs = reference.affine_coupling(x, raw_scale, shift, _NAMES[ctx.squash], ctx.clamp, ctx.inverse)
         differentiable = [(o, g) for o, g in zip(outputs, (grad_y, grad_logdet), strict=True) if o.requires_grad]
         wanted = [t for t in inputs if t.requires_grad]
         found = torch.autograd.grad(
@@ -159,9 +162,12 @@ def _backward(backend: str, ctx: Any, grad_y: Tensor, grad_logdet: Tensor) -> tu
     return grad_x, grad_raw, grad_shift, None, None, None
 
 
+_calls: dict[str, Callable[..., Any]] = {}
 for _backend, _name in (("cpp", "iin_fast::affine_coupling"), ("triton", "iin_fast_triton::affine_coupling")):
     torch.library.register_fake(_name, _fake)
     torch.library.register_fake(f"{_name}_backward", _fake_backward)
-    torch.library.register_autograd(_name, partial(_backward, _backend), setup_context=_setup)
+    _calls[_backend] = differentiable(_name, _setup, partial(_backward, _backend))
+    torch.library.register_vmap(_name, fold_rows(ops(_backend).affine_coupling))
+    torch.library.register_vmap(f"{_name}_backward", fold_rows(ops(_backend).affine_coupling_backward))
     for _device in ("cpu", "cuda"):
         torch.library.register_autocast(_name, _device, torch.float32)

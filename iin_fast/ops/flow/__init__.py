@@ -1,18 +1,22 @@
 """The op ``flow``: a whole stack of flow blocks in one call. Argument checks, choice of the backend, autograd.
 
-Files: reference.py (plain torch, the definition), layout.py (how weights lie), csrc/flow (CPU) and triton.py.
+Files: reference.py (plain torch, the definition), layout.py (how weights lie), saved.py (what a GPU keeps for backward),
+csrc/flow (CPU and CUDA) and triton.py.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ... import _library  # noqa: F401  (loads the compiled ops)
+from ..._library import libraries  # loads the compiled ops
 from ...backends import chosen, ops, register
+from ..autograd import differentiable
 from ..checks import check_device, check_dtype, check_floating, check_rank, check_shape
 from ..triton_ops import define_triton
+from ..vmap import front, mapped_by_autograd, one_by_one
 from . import reference
 from .layout import pack, unpack
 from .saved import saved_bytes
@@ -23,10 +27,12 @@ AUTO_SAVE_BYTES = 256 * 2**20
 """``memory="auto"`` saves activations up to this many bytes and inverts beyond (docs/performance.md)."""
 
 register("flow", "cpp", "cpu")
+if "cuda" in libraries:
+    register("flow", "cpp", "cuda")
 define_triton("flow")
 
 _TYPES = (torch.float32, torch.float64)
-_TRITON_TYPES = (*_TYPES, torch.bfloat16, torch.float16)
+_GPU_TYPES = (*_TYPES, torch.bfloat16, torch.float16)
 _PARAMETERS = (
     "loc",
     "scale",
@@ -65,8 +71,8 @@ def flow(
     context, and a fixed permutation. reference.py is the definition, c = ceil(dim / 2).
 
     Args:
-        x: ``[batch, dim]``, float32 or float64, any strides; dim of at least 2, batch may be 0. With the backends triton
-            and reference also bfloat16 or float16: couplings, log-det and what lies between blocks stay in float32.
+        x: ``[batch, dim]``, float32 or float64, any strides; dim of at least 2, batch may be 0. On GPUs, and with the
+            backends triton and reference, also bfloat16 or float16: couplings, log-det and what lies between blocks stay in float32.
         context: ``[1, batch, context_dim]`` for all blocks or ``[n_flows, batch, context_dim]``; None for none.
         loc, scale: ``[n_flows, dim]``, ActNorm; scale not 0.
         weight_in, bias_in, weight_hidden, bias_hidden, weight_out, bias_out: the nets S and T of every half of every
@@ -95,43 +101,54 @@ def flow(
     See also:
         ``iin_fast.ops.affine_coupling`` for a single coupling with conditioners of your own.
     """
-    _check(x, context, (loc, scale, weight_in, bias_in, weight_hidden, bias_hidden, weight_out, bias_out), permutation)
+    parameters = (loc, scale, weight_in, bias_in, weight_hidden, bias_hidden, weight_out, bias_out)
+    backend = _check(x, context, parameters, permutation)
     if memory not in ("auto", "save", "invert"):
         raise ValueError(f"flow: memory is {memory!r}, expected auto, save or invert")
     if not leaky_slope >= 0:
         raise ValueError(f"flow: leaky_slope is {leaky_slope}, expected at least 0")
     if not activation_slope > 0:
         raise ValueError(f"flow: activation_slope is {activation_slope}, expected a number above 0")
-    # fmt: off
-    tensors = (
-        x, context, loc, scale, weight_in, bias_in, weight_hidden, bias_hidden, weight_out, bias_out, permutation,
-    )
-    # fmt: on
-    backend = chosen("flow", x)
+    tensors = (x, context, *parameters, permutation)
     if backend == "reference":
         return reference.flow(*tensors, leaky_slope, activation_slope, exact_logdet, inverse)
     save = memory != "invert" and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     if save and memory == "auto":
         size = _saved_size(x, bias_in.shape[-1], bias_hidden.shape[-2], context, loc.shape[0])
         save = size * x.element_size() <= AUTO_SAVE_BYTES
-    y, logdet, _ = ops(backend).flow(*tensors, float(leaky_slope), float(activation_slope), exact_logdet, inverse, save)
+    options = (
+        float(leaky_slope),
+        float(activation_slope),
+        exact_logdet,
+        inverse,
+        save,
+        x.is_cuda and _tf32_is_allowed(),
+    )
+    y, logdet, _ = _calls[backend](*tensors, *options)
     return y, logdet
 
 
-def _check(x: Tensor, context: Tensor | None, parameters: tuple[Tensor, ...], permutation: Tensor) -> None:
+def _tf32_is_allowed() -> bool:
+    """Whether the user lets torch multiply float32 matrices as TF32 on NVIDIA GPUs."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+# torch.compile cannot trace the setting. This is torch.compiler.assume_constant_result without an import of the compiler.
+_tf32_is_allowed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _check(x: Tensor, context: Tensor | None, parameters: tuple[Tensor, ...], permutation: Tensor) -> str:
+    """Refuse what does not fit; gives the backend."""
     op = "flow"
-    types = _TYPES if not isinstance(x, Tensor) or chosen(op, x) == "cpp" else _TRITON_TYPES
-    autocast = isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type)
-    given = [("x", x), *zip(_PARAMETERS, parameters, strict=True)]
-    if context is not None:
-        given.append(("context", context))
-    for name, value in given:
-        if not isinstance(value, Tensor) or (value.dtype not in types and not autocast):
-            check_floating(op, name, value, types)
-        if value.dtype != x.dtype and not autocast:
-            check_dtype(op, name, value, x.dtype, "like x")
-        if value.device != x.device:
-            check_device(op, name, value, x, "x")
+    check_floating(op, "x", x)
+    backend = chosen(op, x)
+    dtype, device = x.dtype, x.device
+    types = _TYPES if backend == "cpp" and device.type == "cpu" else _GPU_TYPES
+    alike = dtype in types  # the usual, in one look; what differs is looked at closely
+    for value in parameters if context is None else (*parameters, context):
+        alike = alike and isinstance(value, Tensor) and value.dtype == dtype and value.device == device
+    if not alike:
+        _check_types(op, x, context, parameters, types)
     if x.dim() != 2 or x.shape[1] < 2:
         raise ValueError(f"{op}: x has shape {list(x.shape)}, expected [batch, dim] with dim of at least 2")
     loc, _, _, bias_in, _, bias_hidden, _, _ = parameters
@@ -139,14 +156,18 @@ def _check(x: Tensor, context: Tensor | None, parameters: tuple[Tensor, ...], pe
     if loc.dim() != 2 or loc.shape[0] < 1:
         raise ValueError(f"{op}: loc has shape {list(loc.shape)}, expected [n_flows, {dim}] with at least one flow")
     n_flows = loc.shape[0]
-    check_rank(op, "bias_in", bias_in, f"[{n_flows}, 2, 2, hidden]", 4)
-    check_rank(op, "bias_hidden", bias_hidden, f"[{n_flows}, 2, 2, depth, hidden]", 5)
+    # Messages are made where they are needed alone: they take time, and in a compiled call they fix the batch size.
+    if bias_in.dim() != 4:
+        check_rank(op, "bias_in", bias_in, f"[{n_flows}, 2, 2, hidden]", 4)
+    if bias_hidden.dim() != 5:
+        check_rank(op, "bias_hidden", bias_hidden, f"[{n_flows}, 2, 2, depth, hidden]", 5)
     hidden, depth = bias_in.shape[3], bias_hidden.shape[3]
     if hidden < 1:
         raise ValueError(f"{op}: bias_in has shape {list(bias_in.shape)}, expected a hidden width of at least 1")
     wide = 0
     if context is not None:
-        check_rank(op, "context", context, f"[1 or {n_flows}, {x.shape[0]}, context_dim]", 3)
+        if context.dim() != 3:
+            check_rank(op, "context", context, f"[1 or {n_flows}, {x.shape[0]}, context_dim]", 3)
         if context.shape[0] not in (1, n_flows) or context.shape[1] != x.shape[0]:
             raise ValueError(
                 f"{op}: context has shape {list(context.shape)}, expected [1 or {n_flows}, {x.shape[0]}, context_dim]"
@@ -163,22 +184,33 @@ def _check(x: Tensor, context: Tensor | None, parameters: tuple[Tensor, ...], pe
         (n_flows, 2, 2, hidden * out),
         (n_flows, 2, 2, out),
     )
-    for name, value, shape in zip(_PARAMETERS, parameters, shapes, strict=True):
-        if value.shape != shape:
-            check_shape(
-                op,
-                name,
-                value,
-                shape,
-                f"for dim {dim}, context {wide}, {n_flows} flows, hidden {hidden}, depth {depth}",
-            )
+    for place, value in enumerate(parameters):
+        if value.shape != shapes[place]:
+            like = f"for dim {dim}, context {wide}, {n_flows} flows, hidden {hidden}, depth {depth}"
+            check_shape(op, _PARAMETERS[place], value, shapes[place], like)
     if not isinstance(permutation, Tensor) or permutation.dtype != torch.int64:
         got = permutation.dtype if isinstance(permutation, Tensor) else type(permutation).__name__
         raise TypeError(f"{op}: permutation is {got}, expected an int64 tensor")
-    if permutation.device != x.device:
+    if permutation.device != device:
         check_device(op, "permutation", permutation, x, "x")
-    if permutation.shape != (n_flows, dim):
-        check_shape(op, "permutation", permutation, (n_flows, dim), "like loc")
+    if permutation.shape != shapes[0]:
+        check_shape(op, "permutation", permutation, shapes[0], "like loc")
+    return backend
+
+
+def _check_types(
+    op: str, x: Tensor, context: Tensor | None, parameters: tuple[Tensor, ...], types: tuple[torch.dtype, ...]
+) -> None:
+    autocast = torch.is_autocast_enabled(x.device.type)
+    given = [("x", x), *zip(_PARAMETERS, parameters, strict=True)]
+    if context is not None:
+        given.append(("context", context))
+    for name, value in given:
+        if not isinstance(value, Tensor) or not autocast:
+            check_floating(op, name, value, types)
+        if not autocast:
+            check_dtype(op, name, value, x.dtype, "like x")
+        check_device(op, name, value, x, "x")
 
 
 def _saved_size(x: Tensor, hidden: int, depth: int, context: Tensor | None, n_flows: int) -> int:
@@ -211,7 +243,10 @@ def _fake(
     exact_logdet: bool,
     inverse: bool,
     save: bool,
+    tf32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if x.device.type != "cpu":
+        return _fake_gpu(x, loc.shape[0], bias_in.shape[3], bias_hidden.shape[3], inverse, save)
     saved = _saved_size(x, bias_in.shape[3], bias_hidden.shape[3], context, loc.shape[0]) if save else 0
     return x.new_empty(x.shape), x.new_empty(x.shape[:1]), x.new_empty(saved)
 
@@ -236,6 +271,7 @@ def _fake_backward(
     inverse: bool,
     context_grad: bool,
     weight_grads: bool,
+    tf32: bool = False,
 ) -> tuple[Tensor | None, ...]:
     def like(t: Tensor) -> Tensor:
         return t.new_empty(t.shape)
@@ -251,7 +287,7 @@ def _fake_backward(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, ctx.leaky_slope, ctx.activation_slope, ctx.exact_logdet, ctx.inverse, _ = inputs
+    *tensors, ctx.leaky_slope, ctx.activation_slope, ctx.exact_logdet, ctx.inverse, _, ctx.tf32 = inputs
     y, _, saved = output
     ctx.mark_non_differentiable(saved)
     ctx.set_materialize_grads(False)
@@ -263,11 +299,15 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     y, saved, *tensors = ctx.saved_tensors
     options: Any = (ctx.leaky_slope, ctx.activation_slope, ctx.exact_logdet, ctx.inverse)
-    nothing = (None,) * 5
+    nothing = (None,) * 6
     if grad_y is None and grad_logdet is None:
         return (None,) * 11 + nothing
-    if torch.is_grad_enabled():  # create_graph=True: derivatives of derivatives come from the definition itself
-        outputs = reference.flow(*tensors, *options)
+    # create_graph=True: derivatives of derivatives come from the definition itself
+    if torch.is_grad_enabled() or mapped_by_autograd(grad_y, grad_logdet):
+        with torch.enable_grad():
+            # aliases: what one input owes to another is the business of autograd beyond this op
+            tensors = [t if t is None else t.view_as(t) for t in tensors]
+            outputs = reference.flow(*tensors, *options)
         wanted = [i for i, t in enumerate(tensors) if t is not None and t.requires_grad]
         pairs = [(o, g) for o, g in zip(outputs, (grad_y, grad_logdet), strict=True) if g is not None]
         found = torch.autograd.grad(
@@ -280,7 +320,8 @@ def _backward(
         grads = dict(zip(wanted, found, strict=True))
         return tuple(grads.get(i) for i in range(11)) + nothing
     grad_y = torch.zeros_like(y) if grad_y is None else grad_y
-    grad_logdet = y.new_zeros(y.shape[0]) if grad_logdet is None else grad_logdet
+    if grad_logdet is None:
+        grad_logdet = y.new_zeros(y.shape[0], dtype=torch.float64 if y.dtype == torch.float64 else torch.float32)
     context, weights = tensors[1], tensors[4:10]
     found = ops(backend).flow_backward(
         grad_y,
@@ -293,6 +334,7 @@ def _backward(
         ctx.inverse,
         context is not None and ctx.needs_input_grad[1],
         any(ctx.needs_input_grad[4 : 4 + len(weights)]),
+        ctx.tf32,
     )
     needed = ctx.needs_input_grad
     return tuple(g if needed[i] else None for i, g in enumerate(found)) + (None, *nothing)
@@ -301,14 +343,36 @@ def _backward(
 @torch.library.register_fake("iin_fast_triton::flow")
 def _fake_triton(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     loc, bias_in, bias_hidden, inverse, save = rest[1], rest[4], rest[6], rest[13], rest[14]
-    size = saved_bytes(x, bias_in.shape[3], bias_hidden.shape[3], loc.shape[0], inverse) if save else 0
+    return _fake_gpu(x, loc.shape[0], bias_in.shape[3], bias_hidden.shape[3], inverse, save)
+
+
+def _fake_gpu(
+    x: Tensor, n_flows: int, hidden: int, depth: int, inverse: bool, save: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    size = saved_bytes(x, hidden, depth, n_flows, inverse) if save else 0
     logdet = x.new_empty(x.shape[:1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
     return x.new_empty(x.shape), logdet, x.new_empty(size, dtype=torch.uint8)
 
 
+def _vmap(backend: str, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+    """Rows of x and context go into one batch; flows of several sets of parameters run one by one."""
+    (x, context, *rest), (x_dim, context_dim, *rest_dims), size = args, in_dims, info.batch_size
+    if any(dim is not None for dim in rest_dims):
+        results, _ = one_by_one(ops(backend).flow)(info, in_dims, *args)
+        return results, (0, 0, 0)
+    batch = front(x, x_dim, size).shape[1]
+    if context is not None:  # [size, 1 or n_flows, batch, context_dim]
+        context = front(context, context_dim, size).transpose(0, 1).flatten(1, 2)
+    y, logdet, saved = ops(backend).flow(front(x, x_dim, size).flatten(0, 1), context, *rest)
+    return (y.reshape(size, batch, y.shape[1]), logdet.reshape(size, batch), saved), (0, 0, None)
+
+
+_calls: dict[str, Callable[..., Any]] = {}
 for _backend_name, _name in (("cpp", "iin_fast::flow"), ("triton", "iin_fast_triton::flow")):
     torch.library.register_fake(f"{_name}_backward", _fake_backward)
-    torch.library.register_autograd(_name, partial(_backward, _backend_name), setup_context=_setup)
-torch.library.register_autocast("iin_fast::flow", "cpu", torch.float32)
+    _calls[_backend_name] = differentiable(_name, _setup, partial(_backward, _backend_name))
+    torch.library.register_vmap(_name, partial(_vmap, _backend_name))
+    torch.library.register_vmap(f"{_name}_backward", one_by_one(ops(_backend_name).flow_backward))
 for _device in ("cpu", "cuda"):
+    torch.library.register_autocast("iin_fast::flow", _device, torch.float32)
     torch.library.register_autocast("iin_fast_triton::flow", _device, torch.float32)

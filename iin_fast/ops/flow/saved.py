@@ -1,4 +1,7 @@
-"""What the Triton flow keeps for backward: one tensor of bytes, in pieces. No Triton here: torch.compile asks for the size."""
+"""What the flow keeps for backward on a GPU: one tensor of bytes, in pieces, the same for Triton and CUDA C++.
+
+No Triton here: torch.compile asks for the size. CUDA C++ has the pieces in arrange_steps (csrc/flow/flow_kernels.cuh).
+"""
 
 import torch
 from torch import Tensor

@@ -3,7 +3,7 @@
 Files: reference.py (plain torch, the definition), csrc/pair_nll (CPU and CUDA) and triton.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,8 +12,10 @@ from torch import Tensor
 
 from ..._library import libraries
 from ...backends import chosen, ops, register
-from ..checks import check_device, check_dtype, check_floating, check_rank, check_shape
+from ..autograd import differentiable
+from ..checks import check_device, check_dtype, check_floating, check_like, check_rank, check_shape
 from ..triton_ops import define_triton
+from ..vmap import fold_rows
 from . import reference
 
 __all__ = ["pair_nll"]
@@ -66,16 +68,13 @@ def pair_nll(
     op = "pair_nll"
     check_floating(op, "za", za)
     check_rank(op, "za", za, "[batch, dim]", 2)
-    check_floating(op, "zb", zb)
-    check_shape(op, "zb", zb, za.shape, "like za")
+    check_like(op, "zb", zb, za.shape, "like za", za, "za")
     autocast = torch.is_autocast_enabled(za.device.type)
     wide = torch.float64 if za.dtype == torch.float64 else torch.float32
-    if not autocast:
-        check_dtype(op, "zb", zb, za.dtype, "like za")
     for name, logdet in (("logdet_a", logdet_a), ("logdet_b", logdet_b)):
         check_floating(op, name, logdet)
         check_shape(op, name, logdet, za.shape[:1], "(one number a pair)")
-        if not autocast:
+        if logdet.dtype != wide and not autocast:
             check_dtype(op, name, logdet, wide, f"for samples of {str(za.dtype).removeprefix('torch.')}")
     if not isinstance(shared, Tensor) or shared.dtype != torch.bool:
         got = shared.dtype if isinstance(shared, Tensor) else type(shared).__name__
@@ -88,12 +87,12 @@ def pair_nll(
         )
     if not 0 < rho < 1:
         raise ValueError(f"{op}: rho is {rho}, expected a correlation inside (0, 1)")
-    for name, value in (("zb", zb), ("logdet_a", logdet_a), ("logdet_b", logdet_b), ("shared", shared)):
+    for name, value in (("logdet_a", logdet_a), ("logdet_b", logdet_b), ("shared", shared)):
         check_device(op, name, value, za, "za")
     backend = chosen(op, za)
     if backend == "reference":
         return reference.pair_nll(za, zb, logdet_a, logdet_b, shared, sizes, rho, normalized)
-    return ops(backend).pair_nll(za, zb, logdet_a, logdet_b, shared, sizes, float(rho), normalized)
+    return _calls[backend](za, zb, logdet_a, logdet_b, shared, sizes, float(rho), normalized)
 
 
 def _fake(
@@ -133,9 +132,12 @@ def _backward(backend: str, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]
     return grad_a, grad_b, -grad, -grad, None, None, None, None
 
 
+_calls: dict[str, Callable[..., Any]] = {}
 for _backend, _name in (("cpp", "iin_fast::pair_nll"), ("triton", "iin_fast_triton::pair_nll")):
     torch.library.register_fake(_name, _fake)
     torch.library.register_fake(f"{_name}_backward", _fake_backward)
-    torch.library.register_autograd(_name, partial(_backward, _backend), setup_context=_setup)
+    _calls[_backend] = differentiable(_name, _setup, partial(_backward, _backend))
+    torch.library.register_vmap(_name, fold_rows(ops(_backend).pair_nll))
+    torch.library.register_vmap(f"{_name}_backward", fold_rows(ops(_backend).pair_nll_backward))
     for _device in ("cpu", "cuda"):
         torch.library.register_autocast(_name, _device, torch.float32)

@@ -3,6 +3,7 @@
 Files: reference.py (plain torch, the definition), csrc/spline_coupling (CPU and CUDA) and triton.py.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,11 +12,13 @@ from torch import Tensor
 
 from ..._library import libraries
 from ...backends import chosen, ops, register
+from ..autograd import differentiable
 from ..checks import check_device, check_dtype, check_floating
 from ..triton_ops import define_triton
+from ..vmap import fold_rows
 from . import reference
 
-__all__ = ["parameter_count", "rational_quadratic_spline", "spline_coupling"]
+__all__ = ["check_options", "parameter_count", "rational_quadratic_spline", "spline_coupling"]
 
 # Codes of csrc/spline_coupling/spline_coupling.h.
 TAILS = {"linear": 0, "none": 1, "circular": 2}
@@ -95,7 +98,7 @@ def spline_coupling(
         True
     """
     op = "spline_coupling"
-    tails, limits = _options(
+    tails, limits = check_options(
         op, bins, tails, tail_bound, box, min_bin_width, min_bin_height, min_derivative, parameterization
     )
     _check(op, x, "parameters", parameters)
@@ -109,6 +112,8 @@ def spline_coupling(
             f"{op}: parameters has shape {list(parameters.shape)}, expected {[*x.shape, count]}: {bins} widths, {bins} "
             f"heights and {count - 2 * bins} derivatives for each element of x"
         )
+    if x.dim() == 2:
+        return _run(x, parameters, bins, tails, parameterization, limits, inverse)
     rows = x.reshape(x.shape[0], x.shape[1:].numel())
     y, logdet = _run(rows, parameters.reshape(*rows.shape, count), bins, tails, parameterization, limits, inverse)
     return y.reshape(x.shape), logdet
@@ -153,7 +158,7 @@ def rational_quadratic_spline(
     """
     op = "rational_quadratic_spline"
     bins = widths.shape[-1] if isinstance(widths, Tensor) and widths.dim() else 0
-    tails, limits = _options(
+    tails, limits = check_options(
         op, bins, tails, tail_bound, box, min_bin_width, min_bin_height, min_derivative, parameterization
     )
     counts = {"widths": bins, "heights": bins, "derivatives": parameter_count(bins, tails) - 2 * bins}
@@ -176,7 +181,7 @@ def _check(op: str, x: Tensor, name: str, value: Tensor) -> None:
         check_dtype(op, name, value, x.dtype, "like x")
 
 
-def _options(
+def check_options(
     op: str,
     bins: int,
     tails: str | None,
@@ -187,7 +192,7 @@ def _options(
     min_derivative: float,
     parameterization: str,
 ) -> tuple[str, tuple[float, ...]]:
-    """The name of the tails, and left, right, bottom, top and the three minima."""
+    """Refuse options that make no spline; gives the name of the tails, and left, right, bottom, top, the three minima."""
     if tails not in ("linear", "circular", None):
         raise ValueError(f"{op}: tails is {tails!r}, expected 'linear', 'circular' or None")
     if parameterization not in PARAMETERIZATIONS:
@@ -225,7 +230,7 @@ def _run(
         return reference.spline_coupling(
             x, parameters, bins, tails, form, (left, right, bottom, top), width, height, slope, inverse
         )
-    return ops(backend).spline_coupling(x, parameters, bins, TAILS[tails], PARAMETERIZATIONS[form], *limits, inverse)
+    return _calls[backend](x, parameters, bins, TAILS[tails], PARAMETERIZATIONS[form], *limits, inverse)
 
 
 def _fake(x: Tensor, parameters: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
@@ -249,6 +254,8 @@ def _backward(backend: str, ctx: Any, grad_y: Tensor, grad_logdet: Tensor) -> tu
     nothing = (None,) * len(ctx.options)
     if torch.is_grad_enabled():  # create_graph=True: derivatives of derivatives come from the definition itself
         bins, tails, form, left, right, bottom, top, width, height, slope, inverse = ctx.options
+        # aliases: what one input owes to another is the business of autograd beyond this op
+        x, parameters = x.view_as(x), parameters.view_as(parameters)
         outputs = reference.spline_coupling(
             x, parameters, bins, _TAILS[tails], _FORMS[form], (left, right, bottom, top), width, height, slope, inverse
         )
@@ -260,9 +267,12 @@ def _backward(backend: str, ctx: Any, grad_y: Tensor, grad_logdet: Tensor) -> tu
     return grad_x, grad_parameters, *nothing
 
 
+_calls: dict[str, Callable[..., Any]] = {}
 for _backend, _name in (("cpp", "iin_fast::spline_coupling"), ("triton", "iin_fast_triton::spline_coupling")):
     torch.library.register_fake(_name, _fake)
     torch.library.register_fake(f"{_name}_backward", _fake_backward)
-    torch.library.register_autograd(_name, partial(_backward, _backend), setup_context=_setup)
+    _calls[_backend] = differentiable(_name, _setup, partial(_backward, _backend))
+    torch.library.register_vmap(_name, fold_rows(ops(_backend).spline_coupling))
+    torch.library.register_vmap(f"{_name}_backward", fold_rows(ops(_backend).spline_coupling_backward))
     for _device in ("cpu", "cuda"):
         torch.library.register_autocast(_name, _device, torch.float32)

@@ -5,7 +5,8 @@
 //
 //   - a __syncthreads, or a barrier over the grid, that some threads don't reach, or reach at another line
 //   - a warp function whose mask lacks the caller, names lanes that never come, or reads a lane outside of it
-//   - a misaligned __ldg; a grid or block that no GPU would take
+//   - a misaligned __ldg, matrix load or asynchronous copy; a grid or block that no GPU would take
+//   - asynchronous copies that nobody waited for when their thread ended; what they bring is NaN until then
 //
 // Compiled with -fsanitize=address,alignment,bounds it reports accesses out of bounds too: of global memory (heap),
 // of dynamic shared memory beyond what the launch asked for, and of arrays of known size such as static shared ones.
@@ -71,6 +72,13 @@ constexpr unsigned warp_size = 32;
 constexpr size_t largest_shared = 227 * 1024; // of one block on sm_90 and sm_100
 constexpr size_t stack_bytes = 128 * 1024;
 
+// An asynchronous copy of 16 bytes, of which the first `bytes` come from global memory.
+struct Copy {
+  void *shared;
+  const void *global;
+  int bytes;
+};
+
 struct Fiber {
   enum State { ready, at_block_barrier, at_grid_barrier, in_warp_function, done };
   ucontext_t context;
@@ -81,6 +89,8 @@ struct Fiber {
   Site site{};
   unsigned mask = 0;       // of a warp function
   void *payload = nullptr; // of a warp function
+  std::vector<std::vector<Copy>> copies =
+      std::vector<std::vector<Copy>>(1); // asynchronous ones in groups; the last group is open
 };
 
 // The blocks of a cooperative launch. `turn` is held by the one block that runs.
@@ -159,6 +169,28 @@ public:
     leave();
   }
 
+  void copy_async(Site site, void *shared, const void *global, int bytes) {
+    if (bytes < 0 || bytes > 16 || reinterpret_cast<uintptr_t>(shared) % 16 != 0 ||
+        reinterpret_cast<uintptr_t>(global) % 16 != 0)
+      throw Fault("misaligned " + site.text() + ", or of more than 16 bytes");
+    std::memset(shared, 0xff, 16);
+    fibers_[current_].copies.back().push_back({shared, global, bytes});
+  }
+
+  void commit_copies() { fibers_[current_].copies.emplace_back(); }
+
+  // Finishes all groups of this thread but the last `groups` (and the open one).
+  void wait_copies(size_t groups) {
+    std::vector<std::vector<Copy>> &copies = fibers_[current_].copies;
+    while (copies.size() > groups + 1) {
+      for (const Copy &copy : copies.front()) {
+        std::memset(copy.shared, 0, 16);
+        std::memcpy(copy.shared, copy.global, copy.bytes);
+      }
+      copies.erase(copies.begin());
+    }
+  }
+
   // Meets the other lanes of `mask`. The last one to come calls combine(payloads, mask), payloads[lane] being null for
   // lanes that take no part; the others' payloads live on their stacks meanwhile.
   void warp_function(Site site, unsigned mask, void *payload,
@@ -203,6 +235,9 @@ private:
     block.arrived(nullptr);
     try {
       block.body_();
+      for (const std::vector<Copy> &group : block.fibers_[block.current_].copies)
+        if (!group.empty())
+          throw Fault(describe(block.current_) + " ended before its asynchronous copies");
     } catch (...) {
       block.fault_ = std::current_exception();
     }
@@ -374,6 +409,7 @@ struct Launch {
   int *launches = nullptr;  // counts, if given
 
   Launch with_shared(size_t bytes) const { return {bytes, cooperative, launches}; }
+  Launch together(size_t bytes) const { return {bytes, true, launches}; }
 
   template <class... Parameters, class... Arguments>
   void operator()(void (*kernel)(Parameters...), dim3 grid, dim3 block, Arguments &&...arguments) const {

@@ -1,0 +1,489 @@
+// The flow on a GPU, forward and inverse: one kernel for each layer of both nets, or one for all (persistent).
+//
+// A stage is what one half of a coupling sees: rows [conditioning | transformed] of `dim` numbers in float32 at least.
+// A step is (block, half), step = 2 block + half. What happens to a row between steps (swap, permutation, ActNorm,
+// activation) is a map of columns and an operation on single numbers, done where a column is stored: move and pass.
+// Weights are read as they lie, in panels [in][64 outputs]: no tile of a weight crosses a panel.
+//
+// Launches for n blocks with nets of depth + 2 layers: a table of permutations, the first stage, 2 n (depth + 2)
+// layers, of which the last ones hold coupling, log-det and the way to the next stage, and the sum of log-dets. Bytes:
+// every weight once for every `rows` of a tile (mostly from the L2 cache after the first), and for each layer the
+// activations of a row, written once and read once for every `columns` outputs. Up to 128 rows narrow tiles spread a
+// weight over many multiprocessors; beyond, tiles of 64 × 64 multiply. All sums run in a fixed order: results repeat
+// bit for bit.
+//
+// The persistent kernel (up to persistent_rows rows) walks all layers in one launch, with a barrier over the grid
+// between them; a block begins to fetch its weights of the next layer before that barrier.
+#pragma once
+
+#include <cooperative_groups.h>
+
+#include "common/math.h"
+#include "common/tile.cuh"
+#include "flow/flow.h"
+
+namespace iin_fast {
+
+constexpr int flow_panel = 64;
+
+enum class Move : int { keep, swap, unswap, table };
+enum class Pass : int { keep, normalize, denormalize };
+
+// The way of a row from a step to the next.
+struct Way {
+  Move move;
+  int permutation; // the block whose table applies
+  Pass pass;
+  int block; // whose loc and scale apply
+};
+
+// A call: sizes, parameters and buffers. Buffers hold every step (for backward), or one step at a time.
+template <class Storage> struct FlowWalk {
+  using T = compute_t<Storage>;
+  FlowSizes sizes;
+  FlowWeights<const Storage> weights;
+  const int64_t *permutation; // [n_flows, dim]
+  const Storage *context;     // [context_count, batch, context_dim]
+  double leaky_slope, activation_slope, log_slope;
+  bool inverse;             // the map that is computed
+  bool every, keep, keep_v; // buffers of all steps; s and all activations are kept; what couplings put out is, too
+
+  const Storage *x; // [batch, dim], rows x_row apart
+  int64_t x_row;
+  Storage *y; // [batch, dim], or null: then the last step puts out nothing
+  T *logdet;  // [batch], or null
+
+  T *stages;            // [steps or 2, batch, dim]
+  T *s, *v;             // [steps or 1, batch, transformed]
+  Storage *activations; // [steps or 1, 2, layers, batch, hidden]
+  T *parts;             // [1 + steps * tiles, batch], of the log-det
+  int *table;           // [n_flows, dim]: where columns go; of the permutations, or of their inverses (inverted_table)
+  int tiles;            // column tiles of the last layers
+
+  __host__ __device__ int steps() const { return 2 * static_cast<int>(sizes.n_flows); }
+  __host__ __device__ int dim() const { return static_cast<int>(sizes.dim); }
+  __host__ __device__ int transformed() const { return dim() / 2; }
+  __host__ __device__ int conditioning() const { return dim() - transformed(); }
+  __host__ __device__ int context_dim() const { return static_cast<int>(sizes.context_dim); }
+  __host__ __device__ int inside() const { return conditioning() + context_dim(); }
+  __host__ __device__ int hidden() const { return static_cast<int>(sizes.hidden); }
+  __host__ __device__ int depth() const { return static_cast<int>(sizes.depth); }
+  __host__ __device__ int layers() const { return keep || depth() == 0 ? depth() + 1 : 2; } // kept activations
+
+  __host__ __device__ T *stage(int step) const {
+    return stages + static_cast<int64_t>(every ? step : step % 2) * sizes.batch * sizes.dim;
+  }
+  __host__ __device__ T *of_step(T *buffer, int step) const {
+    return buffer + static_cast<int64_t>(every ? step : 0) * sizes.batch * transformed();
+  }
+  __host__ __device__ int64_t activation_net() const { return layers() * sizes.batch * sizes.hidden; }
+  __host__ __device__ Storage *activation(int step, int layer) const {
+    return activations + (every ? step : 0) * 2 * activation_net() +
+           (keep ? layer : layer % 2) * sizes.batch * sizes.hidden;
+  }
+  __host__ __device__ const Storage *context_of(int block) const {
+    return context + (sizes.context_count > 1 ? block : 0) * sizes.batch * sizes.context_dim;
+  }
+
+  // From the stage of `step` to what follows; going forward and going back.
+  __host__ __device__ Way onward(int step) const {
+    const int block = step / 2;
+    if (step % 2 == 0)
+      return {Move::swap, 0, Pass::keep, 0};
+    if (block == sizes.n_flows - 1)
+      return {Move::table, block, Pass::keep, 0};
+    return {Move::table, block, Pass::normalize, block + 1};
+  }
+  __host__ __device__ Way back(int step) const {
+    const int block = step / 2;
+    if (step % 2 == 1)
+      return {Move::unswap, 0, Pass::keep, 0};
+    if (block == 0)
+      return {Move::keep, 0, Pass::denormalize, 0};
+    return {Move::table, block - 1, Pass::denormalize, block};
+  }
+};
+
+// Where a column of a stage goes. A table is clamped: it may hold anything.
+template <class Storage>
+__device__ __forceinline__ int move_column(const FlowWalk<Storage> &walk, const Way &way, int column) {
+  const int conditioning = walk.conditioning(), transformed = walk.transformed();
+  switch (way.move) {
+  case Move::swap:
+    return column < conditioning ? column + transformed : column - conditioning;
+  case Move::unswap:
+    return column < transformed ? column + conditioning : column - transformed;
+  case Move::table: {
+    const int to = walk.table[static_cast<int64_t>(way.permutation) * walk.dim() + column];
+    return to < 0 ? 0 : to >= walk.dim() ? walk.dim() - 1 : to;
+  }
+  default:
+    return column;
+  }
+}
+
+// ActNorm with its activation, or the inverse; true if the activation scaled the value. `at` is the place of loc and
+// scale.
+template <class Storage>
+__device__ __forceinline__ bool pass_value(const FlowWalk<Storage> &walk, Pass pass, int64_t at,
+                                           compute_t<Storage> &value) {
+  using T = compute_t<Storage>;
+  if (pass == Pass::keep)
+    return false;
+  const T loc = widen(__ldg(walk.weights.loc + at)), scale = widen(__ldg(walk.weights.scale + at));
+  const T slope = static_cast<T>(walk.activation_slope);
+  if (pass == Pass::normalize) {
+    value = scale * (value + loc);
+    const bool negative = value < T(0);
+    value = negative ? value * slope : value;
+    return negative;
+  }
+  const bool negative = value < T(0);
+  value = (negative ? value / slope : value) / scale - loc;
+  return negative;
+}
+
+// A column of a row on its way to the next stage, or to the output; returns what the log-det gains (times the sign of
+// the map).
+template <class Storage>
+__device__ __forceinline__ compute_t<Storage> carry(const FlowWalk<Storage> &walk, const Way &way,
+                                                    compute_t<Storage> *target, Storage *output, int64_t row,
+                                                    int column, compute_t<Storage> value) {
+  using T = compute_t<Storage>;
+  const int to = move_column(walk, way, column);
+  const int64_t at = static_cast<int64_t>(way.block) * walk.dim() + (way.pass == Pass::normalize ? to : column);
+  const bool negative = pass_value(walk, way.pass, at, value);
+  if (output != nullptr)
+    narrow(value, output[row * walk.dim() + to]);
+  else
+    target[row * walk.dim() + to] = value;
+  return negative ? static_cast<T>(walk.log_slope) : T(0);
+}
+
+// table[b, j] = permutation[b, j], or its inverse; what is no index of a column is left out there.
+template <class Storage>
+__device__ __forceinline__ void fill_table(const FlowWalk<Storage> &walk, bool inverted, int64_t thread,
+                                           int64_t threads) {
+  const int64_t count = walk.sizes.n_flows * walk.sizes.dim;
+  for (int64_t at = thread; at < count; at += threads) {
+    const int64_t to = walk.permutation[at];
+    const bool valid = to >= 0 && to < walk.sizes.dim;
+    if (!inverted)
+      walk.table[at] = valid ? static_cast<int>(to) : 0;
+    else if (valid)
+      walk.table[at / walk.sizes.dim * walk.sizes.dim + to] = static_cast<int>(at % walk.sizes.dim);
+  }
+}
+
+// The stage of the first step from the input, a warp a row. `inverse`: the direction of the walk.
+template <class Storage>
+__device__ __forceinline__ void enter_rows(const FlowWalk<Storage> &walk, bool inverse, int64_t first_warp,
+                                           int64_t warps) {
+  using T = compute_t<Storage>;
+  const int lane = threadIdx.x % warp_lanes, last = static_cast<int>(walk.sizes.n_flows) - 1;
+  const Way way = inverse ? Way{Move::table, last, Pass::keep, 0} : Way{Move::keep, 0, Pass::normalize, 0};
+  T *const target = walk.stage(inverse ? walk.steps() - 1 : 0);
+  for (int64_t row = first_warp; row < walk.sizes.batch; row += warps) {
+    T gained = 0;
+    for (int column = lane; column < walk.dim(); column += warp_lanes)
+      gained += carry<Storage>(walk, way, target, nullptr, row, column, widen(walk.x[row * walk.x_row + column]));
+    for (int offset = warp_lanes / 2; offset > 0; offset /= 2)
+      gained += __shfl_xor_sync(whole_warp, gained, offset);
+    if (lane == 0 && walk.parts != nullptr)
+      walk.parts[row] = gained;
+  }
+}
+
+// logdet = the parts in order + the sum of log|scale|, negated for the inverse map. All threads of a block call it.
+template <class Storage>
+__device__ __forceinline__ void finish_rows(const FlowWalk<Storage> &walk, unsigned char *shared, int64_t first,
+                                            int64_t threads) {
+  using T = compute_t<Storage>;
+  T *const sums = reinterpret_cast<T *>(shared);
+  const int64_t scales = walk.sizes.n_flows * walk.sizes.dim;
+  T sum = 0;
+  for (int64_t at = threadIdx.x; at < scales; at += tile_threads)
+    sum += math::log(math::abs(widen(__ldg(walk.weights.scale + at))));
+  sums[threadIdx.x] = sum;
+  for (int half = tile_threads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (static_cast<int>(threadIdx.x) < half)
+      sums[threadIdx.x] += sums[threadIdx.x + half];
+  }
+  __syncthreads();
+  const int count = 1 + walk.steps() * walk.tiles;
+  for (int64_t row = first; row < walk.sizes.batch; row += threads) {
+    T total = sums[0];
+    for (int part = 0; part < count; ++part)
+      total += walk.parts[part * walk.sizes.batch + row];
+    walk.logdet[row] = walk.inverse ? -total : total;
+  }
+}
+
+// The tiles of a weight [inside, outside] in panels from column `first` on.
+template <class Storage> struct PanelTiles {
+  const Storage *data; // of input 0, column `first`
+  int width, valid;    // of the panel, and from `first` on
+  bool wide;
+  __device__ PanelTiles(const Storage *weight, int inside, int outside, int first) {
+    const int start = first / flow_panel * flow_panel;
+    width = outside - start < flow_panel ? outside - start : flow_panel;
+    valid = width - (first - start);
+    data = weight + static_cast<int64_t>(start) * inside + (first - start);
+    wide = copies_wide(data, width);
+  }
+};
+
+// Shapes of blocks. Depths are in bytes of a row: 256 and 128 are whole sectors, and fill the shared memory.
+template <class Precision> constexpr int depth_of(int bytes) {
+  return bytes / static_cast<int>(sizeof(typename Precision::Storage));
+}
+template <class P, bool wide>
+using LayerTile = std::conditional_t<wide, Tile<P, 64, 64, depth_of<P>(128), 1, 2, 2, 1, 2>,
+                                     Tile<P, 32, 16, depth_of<P>(256), 1, 1, 1, 4, 3>>;
+template <class P, bool wide>
+using LastTile = std::conditional_t<wide, Tile<P, 64, 32, depth_of<P>(64), 2, 2, 1, 1, 3>,
+                                    Tile<P, 32, 16, depth_of<P>(128), 2, 1, 1, 2, 3>>;
+
+// out = LeakyReLU(a W + bias) of one net, for the first layer (layer 0) and the hidden ones (1 … depth).
+template <class Tile, bool first>
+__device__ __forceinline__ void layer_tile(const FlowWalk<typename Tile::Storage> &walk, unsigned char *shared,
+                                           int step, int layer, int net, int64_t row0, int column0) {
+  using Storage = typename Tile::Storage;
+  using T = typename Tile::T;
+  const int hidden = walk.hidden(), inside = first ? walk.inside() : hidden, conditioning = walk.conditioning();
+  const int64_t net_at = 2 * static_cast<int64_t>(step) + net, hidden_at = net_at * walk.depth() + layer - 1;
+  const Storage *const weight = first ? walk.weights.weight_in + net_at * inside * hidden
+                                      : walk.weights.weight_hidden + hidden_at * hidden * hidden;
+  const Storage *const bias =
+      first ? walk.weights.bias_in + net_at * hidden : walk.weights.bias_hidden + hidden_at * hidden;
+  const Storage *const a =
+      first ? nullptr : walk.activation(step, layer - 1) + net * walk.activation_net() + row0 * hidden;
+  const T *const stage = walk.stage(step) + row0 * walk.dim();
+  const Storage *const context =
+      walk.context_dim() > 0 ? walk.context_of(step / 2) + row0 * walk.context_dim() : nullptr;
+  const PanelTiles<Storage> panel(weight, inside, hidden, column0);
+  const int64_t rows = walk.sizes.batch - row0;
+  const bool wide = !first && copies_wide(a, hidden);
+  Tile::run(shared, (inside + Tile::depth - 1) / Tile::depth, [&](int, int part, Storage *a_tile, Storage *w_tile) {
+    const int k = part * Tile::depth;
+    load_tile<Tile::depth, Tile::columns, Tile::ldw>(w_tile, panel.data + static_cast<int64_t>(k) * panel.width,
+                                                     panel.width, inside - k, panel.valid, panel.wide);
+    if constexpr (first)
+      compute_tile<Tile::rows, Tile::depth, Tile::lda>(a_tile, rows, inside - k, [&](int row, int column) {
+        column += k;
+        return column < conditioning
+                   ? stage[static_cast<int64_t>(row) * walk.dim() + column]
+                   : widen(context[static_cast<int64_t>(row) * walk.context_dim() + column - conditioning]);
+      });
+    else
+      load_tile<Tile::rows, Tile::depth, Tile::lda>(a_tile, a + k, hidden, rows, inside - k, wide);
+  });
+  Storage *const out = walk.activation(step, layer) + net * walk.activation_net() + row0 * hidden;
+  const T leaky = static_cast<T>(walk.leaky_slope);
+  for (int at = threadIdx.x; at < Tile::rows * Tile::columns; at += tile_threads) {
+    const int row = at / Tile::columns, column = column0 + at % Tile::columns;
+    if (row < rows && column < hidden) {
+      const T value = Tile::result(shared, 0, row, at % Tile::columns) + widen(__ldg(bias + column));
+      narrow(value > T(0) ? value : value * leaky, out[static_cast<int64_t>(row) * hidden + column]);
+    }
+  }
+}
+
+// Last layers of both nets, coupling, log-det, and the way of these columns (those that condition go along) to the next
+// stage. `inverse`: the direction of the walk, of which this is step number `walked`.
+template <class Tile>
+__device__ __forceinline__ void last_tile(const FlowWalk<typename Tile::Storage> &walk, unsigned char *shared, int step,
+                                          bool inverse, int64_t row0, int tile) {
+  using Storage = typename Tile::Storage;
+  using T = typename Tile::T;
+  constexpr int columns = Tile::columns;
+  const int hidden = walk.hidden(), transformed = walk.transformed(), conditioning = walk.conditioning();
+  const int column0 = tile * columns;
+  const int64_t net_at = 2 * static_cast<int64_t>(step), rows = walk.sizes.batch - row0;
+  const int64_t weight_size = static_cast<int64_t>(hidden) * transformed;
+  const Storage *const a = walk.activation(step, walk.depth()) + row0 * hidden;
+  const PanelTiles<Storage> first(walk.weights.weight_out + net_at * weight_size, hidden, transformed, column0);
+  const PanelTiles<Storage> second(walk.weights.weight_out + (net_at + 1) * weight_size, hidden, transformed, column0);
+  const bool wide = copies_wide(a, hidden) && copies_wide(a, walk.activation_net());
+  const bool wide_w = first.wide && second.wide;
+  Tile::run(shared, (hidden + Tile::depth - 1) / Tile::depth, [&](int net, int part, Storage *a_tile, Storage *w_tile) {
+    const int k = part * Tile::depth;
+    load_tile<Tile::depth, columns, Tile::ldw>(w_tile,
+                                               (net ? second : first).data + static_cast<int64_t>(k) * first.width,
+                                               first.width, hidden - k, first.valid, wide_w);
+    load_tile<Tile::rows, Tile::depth, Tile::lda>(a_tile, a + net * walk.activation_net() + k, hidden, rows, hidden - k,
+                                                  wide);
+  });
+  const Storage *const bias = walk.weights.bias_out + net_at * transformed;
+  const int last = inverse ? 0 : walk.steps() - 1;
+  const Way way = inverse ? walk.back(step) : walk.onward(step);
+  const T *const stage = walk.stage(step);
+  T *const target = step == last ? nullptr : walk.stage(inverse ? step - 1 : step + 1);
+  Storage *const output = step == last ? walk.y : nullptr;
+  const bool goes_on = target != nullptr || output != nullptr;
+  T *const parts = walk.parts == nullptr
+                       ? nullptr
+                       : walk.parts + (1 + static_cast<int64_t>(step) * walk.tiles + tile) * walk.sizes.batch;
+  const int j = column0 + threadIdx.x % columns;
+  for (int at = threadIdx.x / columns; at < Tile::rows; at += tile_threads / columns) {
+    const int64_t row = row0 + at;
+    T gained = 0;
+    if (at < rows && j < transformed) {
+      const T raw = Tile::result(shared, 0, at, j - column0) + widen(__ldg(bias + j));
+      const T shift = Tile::result(shared, 1, at, j - column0) + widen(__ldg(bias + transformed + j));
+      const T s = math::tanh(raw);
+      T v = stage[row * walk.dim() + conditioning + j];
+      v = inverse ? (v - shift) * math::exp(-s) : v * math::exp(s) + shift;
+      gained = s;
+      if (walk.keep)
+        walk.of_step(walk.s, step)[row * transformed + j] = s;
+      if (walk.keep_v)
+        walk.of_step(walk.v, step)[row * transformed + j] = v;
+      if (goes_on)
+        gained += carry<Storage>(walk, way, target, output, row, conditioning + j, v);
+    }
+    if (at < rows && j < conditioning && goes_on)
+      gained += carry<Storage>(walk, way, target, output, row, j, stage[row * walk.dim() + j]);
+    if (parts != nullptr) {
+#pragma unroll
+      for (int offset = columns / 2; offset > 0; offset /= 2)
+        gained += __shfl_xor_sync(whole_warp, gained, offset);
+      if (j == column0 && at < rows)
+        parts[row] = gained;
+    }
+  }
+}
+
+template <class Storage>
+__global__ void __launch_bounds__(tile_threads) flow_table_kernel(const FlowWalk<Storage> walk, const bool inverted) {
+  fill_table(walk, inverted, static_cast<int64_t>(blockIdx.x) * tile_threads + threadIdx.x,
+             static_cast<int64_t>(gridDim.x) * tile_threads);
+}
+
+template <class Storage>
+__global__ void __launch_bounds__(tile_threads) flow_enter_kernel(const FlowWalk<Storage> walk, const bool inverse) {
+  constexpr int warps = tile_threads / warp_lanes;
+  enter_rows(walk, inverse, static_cast<int64_t>(blockIdx.x) * warps + threadIdx.x / warp_lanes,
+             static_cast<int64_t>(gridDim.x) * warps);
+}
+
+template <class Precision, bool wide, bool first>
+__global__ void __launch_bounds__(tile_threads, blocks_at_once<Precision>)
+    flow_layer_kernel(const FlowWalk<typename Precision::Storage> walk, const int step, const int layer) {
+  using Tile = LayerTile<Precision, wide>;
+  layer_tile<Tile, first>(walk, shared_tiles(), step, layer, blockIdx.z, static_cast<int64_t>(blockIdx.x) * Tile::rows,
+                          blockIdx.y * Tile::columns);
+}
+
+template <class Precision, bool wide>
+__global__ void __launch_bounds__(tile_threads, blocks_at_once<Precision>)
+    flow_last_layer_kernel(const FlowWalk<typename Precision::Storage> walk, const int step, const bool inverse) {
+  using Tile = LastTile<Precision, wide>;
+  last_tile<Tile>(walk, shared_tiles(), step, inverse, static_cast<int64_t>(blockIdx.x) * Tile::rows, blockIdx.y);
+}
+
+template <class Storage>
+__global__ void __launch_bounds__(tile_threads) flow_finish_kernel(const FlowWalk<Storage> walk) {
+  finish_rows(walk, shared_tiles(), static_cast<int64_t>(blockIdx.x) * tile_threads + threadIdx.x,
+              static_cast<int64_t>(gridDim.x) * tile_threads);
+}
+
+// Memory in pieces of 256 bytes. With base null it only counts.
+struct Arena {
+  unsigned char *base;
+  int64_t used = 0;
+  template <class T> T *take(int64_t count) {
+    unsigned char *const piece = base == nullptr ? nullptr : base + used;
+    used += (count * static_cast<int64_t>(sizeof(T)) + 255) / 256 * 256;
+    return reinterpret_cast<T *>(piece);
+  }
+};
+
+// Up to this batch tiles are narrow.
+constexpr int64_t narrow_rows = 128;
+
+inline unsigned tiles_of(int64_t extent, int tile) { return static_cast<unsigned>((extent + tile - 1) / tile); }
+
+// What is kept of all steps for backward, or used for one step at a time (every = false): iin_fast/ops/flow/saved.py.
+template <class Storage> void arrange_steps(FlowWalk<Storage> &walk, Arena &arena) {
+  using T = compute_t<Storage>;
+  const int64_t batch = walk.sizes.batch, steps = walk.every ? walk.steps() : 1, pair = batch * walk.transformed();
+  walk.stages = arena.take<T>((walk.every ? steps : 2) * batch * walk.sizes.dim);
+  walk.s = arena.take<T>(walk.keep ? steps * pair : 0);
+  walk.v = arena.take<T>(walk.keep_v ? steps * pair : 0);
+  walk.activations = arena.take<Storage>(steps * 2 * walk.layers() * batch * walk.sizes.hidden);
+}
+
+template <class Storage> void arrange_forward(FlowWalk<Storage> &walk, Arena &scratch) {
+  walk.tiles = static_cast<int>(tiles_of(walk.conditioning(), walk.sizes.batch <= narrow_rows ? 16 : 32));
+  walk.parts =
+      scratch.take<compute_t<Storage>>((1 + walk.steps() * static_cast<int64_t>(walk.tiles)) * walk.sizes.batch);
+  walk.table = scratch.take<int>(walk.sizes.n_flows * walk.sizes.dim);
+}
+
+template <class Storage, class Launch>
+void launch_table(const FlowWalk<Storage> &walk, bool inverted, const Launch &launch) {
+  const unsigned blocks = tiles_of(walk.sizes.n_flows * walk.sizes.dim, tile_threads);
+  launch(flow_table_kernel<Storage>, dim3(blocks < 1024 ? blocks : 1024), dim3(tile_threads), walk, inverted);
+}
+
+template <class Storage, class Launch>
+void launch_enter(const FlowWalk<Storage> &walk, bool inverse, const Launch &launch) {
+  launch(flow_enter_kernel<Storage>, dim3(tiles_of(walk.sizes.batch, tile_threads / warp_lanes)), dim3(tile_threads),
+         walk, inverse);
+}
+
+// One step of a walk: all layers of both nets.
+template <class Precision, bool wide, class Launch>
+void launch_step(const FlowWalk<typename Precision::Storage> &walk, int step, bool inverse, const Launch &launch) {
+  using One = LayerTile<Precision, wide>;
+  using Both = LastTile<Precision, wide>;
+  const int64_t batch = walk.sizes.batch;
+  const dim3 grid(tiles_of(batch, One::rows), tiles_of(walk.sizes.hidden, One::columns), 2);
+  const auto start = launch.with_shared(One::shared_bytes);
+  start(flow_layer_kernel<Precision, wide, true>, grid, dim3(tile_threads), walk, step, 0);
+  for (int layer = 1; layer <= walk.depth(); ++layer)
+    start(flow_layer_kernel<Precision, wide, false>, grid, dim3(tile_threads), walk, step, layer);
+  launch.with_shared(Both::shared_bytes)(flow_last_layer_kernel<Precision, wide>,
+                                         dim3(tiles_of(batch, Both::rows), walk.tiles), dim3(tile_threads), walk, step,
+                                         inverse);
+}
+
+template <class Precision, class Launch>
+void launch_step(const FlowWalk<typename Precision::Storage> &walk, int step, bool inverse, const Launch &launch) {
+  if (walk.sizes.batch <= narrow_rows)
+    launch_step<Precision, false>(walk, step, inverse, launch);
+  else
+    launch_step<Precision, true>(walk, step, inverse, launch);
+}
+
+// The map. launch(kernel, grid, block, arguments...) starts a kernel, launch.with_shared(bytes)(...) one with dynamic
+// shared memory.
+template <class Precision, class Launch>
+void launch_flow_forward(const FlowWalk<typename Precision::Storage> &walk, const Launch &launch) {
+  using Storage = typename Precision::Storage;
+  if (walk.sizes.batch == 0)
+    return;
+  launch_table(walk, !walk.inverse, launch);
+  launch_enter(walk, walk.inverse, launch);
+  for (int i = 0; i < walk.steps(); ++i)
+    launch_step<Precision>(walk, walk.inverse ? walk.steps() - 1 - i : i, walk.inverse, launch);
+  launch.with_shared(tile_threads * sizeof(double))(
+      flow_finish_kernel<Storage>, dim3(tiles_of(walk.sizes.batch, tile_threads)), dim3(tile_threads), walk);
+}
+
+// f(Precision()) for a storage type; `tf32`: the user allows float32 products of TF32's precision.
+template <class Storage, class F> void with_precision(bool tf32, F &&f) {
+  if constexpr (std::is_same_v<Storage, double>)
+    f(Exact());
+  else if constexpr (std::is_same_v<Storage, float>) {
+    if (tf32)
+      f(Tf32());
+    else
+      f(Tf32x3());
+  } else
+    f(Bits16<Storage>());
+}
+
+} // namespace iin_fast

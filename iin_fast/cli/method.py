@@ -1,0 +1,331 @@
+"""iin-fast train, dims, encode, decode, swap, interpolate, sample, evaluate, report: from latents to a page about them."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from .console import console
+
+__all__ = ["decode", "dims", "encode", "evaluate", "interpolate", "report", "sample", "swap", "train"]
+
+LatentsFile = Annotated[
+    Path,
+    typer.Argument(
+        metavar="LATENTS",
+        show_default=False,
+        help=".npz or .safetensors with z \\[n, dim] and labels \\[n, concepts] (integers, -1 where unknown) and names; or "
+        "pairs za, zb, factor; or z alone",
+    ),
+]
+Run = Annotated[Path, typer.Argument(metavar="RUN", show_default=False, help="the folder that train wrote")]
+Out = Annotated[Path, typer.Option(show_default=False, help="file to write, .npz or .safetensors")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
+Factor = Annotated[list[str], typer.Option(show_default=False, help="a factor's name; several times for several")]
+
+
+def train(
+    latents: LatentsFile,
+    out: Annotated[Path, typer.Option(show_default=False, help="the run folder; all that comes of it goes there")],
+    factors: Annotated[
+        str, typer.Option(help="sizes like digit=22,color=11; the rest is residual. Default: estimated from pairs")
+    ] = "",
+    dims_method: Annotated[str, typer.Option(help="how sizes are estimated: published or paper")] = "published",
+    others: Annotated[
+        str,
+        typer.Option(help="in the concepts that a pair does not share, it may differ, agree, or fall as it may (any)"),
+    ] = "differ",
+    unlabelled: Annotated[
+        float | None,
+        typer.Option(help="share of the pairs that come from samples without labels. Default: half, if any"),
+    ] = None,
+    rho: Annotated[float, typer.Option(help="correlation of a shared factor, between 0 and 1")] = 0.975,
+    n_flows: Annotated[int, typer.Option(help="blocks of the flow")] = 12,
+    hidden_dim: Annotated[int, typer.Option(help="width of its networks")] = 512,
+    hidden_depth: Annotated[int, typer.Option(help="hidden layers of its networks beside the first")] = 2,
+    coupling: Annotated[str, typer.Option(help="affine or spline")] = "affine",
+    batch: Annotated[int, typer.Option(help="pairs in a step, over all processes")] = 25,
+    steps: Annotated[int, typer.Option(help="optimizer steps")] = 10_000,
+    learning_rate: Annotated[float | None, typer.Option(help="of Adam. Default: 4.5e-6 × batch")] = None,
+    decay_start: Annotated[
+        int | None,
+        typer.Option(help="step from which the learning rate falls to 0 in a line. Default: half of the steps"),
+    ] = None,
+    held_out: Annotated[float, typer.Option(help="share of the latents that is left alone")] = 0.1,
+    precision: Annotated[str, typer.Option(help="32-true, 64-true or bf16-mixed")] = "32-true",
+    seed: Annotated[int, typer.Option(help="of weights, split and pairs")] = 0,
+    log_every: Annotated[int, typer.Option(help="steps between two lines of the log")] = 50,
+    held_out_every: Annotated[int, typer.Option(help="steps between two looks at held-out pairs")] = 500,
+    save_every: Annotated[int, typer.Option(help="steps between two checkpoints")] = 1000,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="go on from the last checkpoint in --out, where there is one")
+    ] = False,
+    accelerator: Annotated[str, typer.Option(help="auto, cpu, cuda, mps")] = "auto",
+    devices: Annotated[int, typer.Option(help="of each node; under torchrun its environment counts")] = 1,
+    nodes: Annotated[int, typer.Option(help="machines; under torchrun its environment counts")] = 1,
+    strategy: Annotated[str, typer.Option(help="auto or ddp")] = "auto",
+) -> None:
+    """Train an IIN on the latents of any pretrained model.
+
+    Pairs of latents that share a concept teach each factor its concept. Samples without any label take part through their
+    likelihood; without labels at all the IIN is unsupervised. Ctrl-C writes a checkpoint; so does every --save-every steps,
+    and after a crash the same command with --resume loses nothing.
+    """
+    from ..train import Settings
+    from ..train import train as run_training
+
+    settings = Settings(
+        factors=_sizes(factors),
+        dims_method=dims_method,
+        others=others,
+        unlabelled=unlabelled,
+        rho=rho,
+        n_flows=n_flows,
+        hidden_dim=hidden_dim,
+        hidden_depth=hidden_depth,
+        coupling=coupling,
+        batch=batch,
+        steps=steps,
+        learning_rate=learning_rate,
+        decay_start=decay_start,
+        held_out=held_out,
+        precision=precision,
+        seed=seed,
+        log_every=log_every,
+        held_out_every=held_out_every,
+        save_every=save_every,
+    )
+    where: dict[str, Any] = {"accelerator": accelerator, "devices": devices, "nodes": nodes, "strategy": strategy}
+    try:
+        model = run_training(latents, out, settings, resume=resume, progress=True, **where)
+    except KeyboardInterrupt:
+        if _first_process():
+            console.print(
+                f"stopped; the checkpoint is in {out}, and the same command with --resume goes on", highlight=False
+            )
+        raise typer.Exit(130) from None
+    if not _first_process():
+        return
+    table = Table("factor", "dimensions")
+    for name, size in model.sizes.items():
+        table.add_row(escape(name), str(size))
+    console.print(table)
+    console.print(
+        f"written to {out}; next: iin-fast evaluate {out}, then iin-fast report {out}", highlight=False, soft_wrap=True
+    )
+
+
+def dims(
+    latents: LatentsFile,
+    method: Annotated[str, typer.Option(help="published, paper or both")] = "both",
+    others: Annotated[str, typer.Option(help="as for train: differ, agree or any")] = "differ",
+    seed: Annotated[int, typer.Option(help="of the pairs")] = 0,
+) -> None:
+    """Estimate how many dimensions each concept asks for, from what pairs that share it have in common."""
+    from ..latents import load_latents
+    from ..runs import dims as run_dims
+
+    data = load_latents(latents)
+    methods = ("published", "paper") if method == "both" else (method,)
+    found = {name: run_dims(data, method=name, others=others, seed=seed) for name in methods}
+    table = Table("factor", *methods)
+    for name in found[methods[0]]:
+        table.add_row(escape(name), *(str(sizes[name]) for sizes in found.values()))
+    console.print(table)
+
+
+def encode(run: Run, latents: LatentsFile, out: Out, device: Device = "cpu") -> None:
+    """Translate latents into factors: one array \\[n, size] for each factor."""
+    from ..latents import save_arrays
+    from ..runs import encode as run_encode
+
+    factors = run_encode(run, latents, device=device)
+    save_arrays(out, dict(factors))
+    sizes = ", ".join(f"{name} {size}" for name, size in factors.sizes.items())
+    _wrote(out, f"{factors.tensor.shape[0]} samples in {sizes} dimensions")
+
+
+def decode(
+    run: Run,
+    factors: Annotated[Path, typer.Argument(metavar="FACTORS", show_default=False, help="the file that encode wrote")],
+    out: Out,
+    device: Device = "cpu",
+) -> None:
+    """Translate factors back into latents z, which the pretrained model's own decoder reads."""
+    from ..latents import save_arrays
+    from ..runs import decode as run_decode
+
+    z = run_decode(run, factors, device=device)
+    save_arrays(out, {"z": z})
+    _wrote(out, f"{len(z)} latents")
+
+
+def swap(
+    run: Run,
+    latents: LatentsFile,
+    factor: Factor,
+    out: Out,
+    donors: Annotated[
+        Path | None,
+        typer.Option(help="latents that give the factor, a row for each. Default: the same latents in another order"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="of that order")] = 0,
+    device: Device = "cpu",
+) -> None:
+    """Give each latent one factor of another sample; everything else stays. Writes z, and each donor's row."""
+    from ..latents import save_arrays
+    from ..runs import swap as run_swap
+
+    z, rows = run_swap(run, latents, factor, donors, seed=seed, device=device)
+    save_arrays(out, {"z": z, "donor": rows})
+    _wrote(out, f"{len(z)} latents with another's {' and '.join(factor)}")
+
+
+def interpolate(
+    run: Run,
+    latents: LatentsFile,
+    start: Annotated[
+        list[int], typer.Option(show_default=False, help="row where the way starts; several times for several")
+    ],
+    end: Annotated[list[int], typer.Option(show_default=False, help="row where it ends, one for each start")],
+    out: Out,
+    factor: Annotated[
+        list[str] | None, typer.Option(help="what moves; several times for several. Default: all")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="latents on the way, both ends included")] = 9,
+    device: Device = "cpu",
+) -> None:
+    """Walk from one sample towards another in one factor. Writes z, way after way, and each one's position from 0 to 1."""
+    import torch
+
+    from ..latents import save_arrays
+    from ..runs import interpolate as run_interpolate
+
+    z = run_interpolate(run, latents, start, end, steps, factor or None, device=device)
+    position = torch.linspace(0, 1, steps).repeat(len(start))
+    save_arrays(out, {"z": z.transpose(0, 1).reshape(-1, z.shape[2]), "position": position})
+    _wrote(out, f"{len(position)} latents, {steps} for each of {len(start)} ways")
+
+
+def sample(
+    run: Run,
+    out: Out,
+    n: Annotated[int, typer.Option("--n", help="how many")] = 16,
+    seed: Annotated[int, typer.Option(help="the same seed gives the same latents")] = 0,
+    device: Device = "cpu",
+) -> None:
+    """Draw latents z from the IIN's distribution."""
+    from ..latents import save_arrays
+    from ..runs import sample as run_sample
+
+    z = run_sample(run, n, seed=seed, device=device)
+    save_arrays(out, {"z": z})
+    _wrote(out, f"{len(z)} latents")
+
+
+def evaluate(
+    run: Run,
+    latents: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[LATENTS]", show_default=False, help="default: what train held out; others are all held out"
+        ),
+    ] = None,
+    concept: Annotated[
+        list[str] | None, typer.Option(help="look at this one; several times for several. Default: all")
+    ] = None,
+    max_samples: Annotated[int, typer.Option(help="most samples a metric is taken on")] = 2000,
+    seed: Annotated[int, typer.Option(help="of all draws")] = 0,
+) -> None:
+    """Take all metrics on held-out latents, beside what does without an IIN; writes RUN/evaluation.json."""
+    from ..runs import evaluate as run_evaluate
+
+    with console.status("evaluating") as status:
+        found = run_evaluate(
+            run,
+            latents,
+            concepts=concept or None,
+            max_samples=max_samples,
+            seed=seed,
+            progress=lambda what: status.update(f"evaluating: {what}"),
+        )
+    likelihood = found["likelihood"]
+    if found["concepts"]:
+        console.print(_scores(found))
+    console.print(
+        f"nats per dimension: {likelihood['iin']:.3f} (what it learned on: {likelihood['iin_learned_on']:.3f}; a Gaussian: "
+        f"{likelihood['gaussian']:.3f}); largest inversion error {found['invertibility']['max']:.1e}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(
+        f"written to {run / 'evaluation.json'}; docs/metrics.md says what each number means",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def report(
+    run: Run,
+    latents: Annotated[
+        Path | None,
+        typer.Option(help="what the pictures are made of. Default: what it was trained on. images in it are shown"),
+    ] = None,
+    decoder: Annotated[
+        str, typer.Option(help="a function from latents to images: package.module:name or file.py:name")
+    ] = "",
+) -> None:
+    """Write RUN/report.html: one page with swaps, interpolations, metrics and how it was trained."""
+    from ..runs import report as run_report
+
+    path = run_report(run, latents, decoder=decoder or None)
+    console.print(f"written to {path}", highlight=False, soft_wrap=True)
+
+
+def _scores(found: dict[str, Any]) -> Table:
+    from ..report import COLUMNS
+
+    table = Table("", *COLUMNS.values(), title="higher is better, but for the leak")
+
+    def line(text: str, values: dict[str, float]) -> None:
+        table.add_row(text, *(f"{values[who]:.2f}" if who in values else "" for who in COLUMNS))
+
+    for name in found.get("swap", {}).get("iin", ()):
+        line(f"swap {escape(name)}: changed, all else kept", {who: found["swap"][who][name]["both"] for who in COLUMNS})
+    for key in ("mig", "sap"):
+        line(key.upper(), {who: scores[key] for who, scores in found[key].items()})
+    for key in ("disentanglement", "completeness", "informativeness"):
+        line(f"DCI {key}", {who: scores[key] for who, scores in found["dci"].items()})
+    for name in found["concepts"]:
+        line(f"leak of {escape(name)}", {who: scores[name]["mlp"] for who, scores in found["leak"].items()})
+    return table
+
+
+def _sizes(text: str) -> dict[str, int] | None:
+    """``digit=22,color=11`` as a mapping."""
+    if not text:
+        return None
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        name, equals, number = (piece.strip() for piece in part.rpartition("="))
+        if not equals or not name or not number.isdigit():
+            raise ValueError(f"--factors has {part!r}, expected sizes like digit=22,color=11")
+        if name in sizes:
+            raise ValueError(f"--factors names {name!r} twice")
+        sizes[name] = int(number)
+    return sizes
+
+
+def _first_process() -> bool:
+    import torch
+
+    return (
+        not (torch.distributed.is_available() and torch.distributed.is_initialized())
+        or torch.distributed.get_rank() == 0
+    )
+
+
+def _wrote(out: Path, what: str) -> None:
+    console.print(f"{escape(str(out))}: {escape(what)}", highlight=False, soft_wrap=True)

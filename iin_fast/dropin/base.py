@@ -1,0 +1,45 @@
+"""What is known of one library."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from .known import Known, lookup
+
+__all__ = ["Library"]
+
+
+@dataclass(frozen=True)
+class Library:
+    """A library and its classes.
+
+    Args:
+        name: as ``patch`` takes it.
+        package: its top-level package.
+        modules: that hold the known classes.
+        install: what to do where it is missing.
+        entries: the known classes.
+        left: qualified names of classes that are looked at and left, with the reason.
+        bases: classes whose instances are transforms of this library; those without an entry are reported.
+        containers: transforms that only hold others, and are not reported.
+        attributes: of modules, that may hold a known class or a partial of one.
+    """
+
+    name: str
+    package: str
+    modules: tuple[str, ...]
+    install: str
+    entries: tuple[Known, ...]
+    left: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    bases: frozenset[str] = frozenset()
+    containers: frozenset[str] = frozenset()
+    attributes: tuple[str, ...] = ()
+
+    @property
+    def known(self) -> dict[str, Known]:
+        return {entry.name: entry for entry in self.entries}
+
+    def classes(self) -> dict[str, type]:
+        """The known classes that are loaded."""
+        found = {name: lookup(name) for name in self.known}
+        return {name: cls for name, cls in found.items() if isinstance(cls, type)}

@@ -1,0 +1,215 @@
+"""FrEIA: affine couplings of all kinds, the all-in-one block, and the rational-quadratic spline."""
+
+import inspect
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..functional import affine_coupling, spline_coupling
+from .base import Library
+from .known import Known, fits, large, lookup
+
+__all__ = ["LIBRARY"]
+
+COUPLING = "FrEIA.modules.coupling_layers"
+BASE = f"{COUPLING}._BaseCouplingBlock"
+SPLINES = "FrEIA.modules.splines"
+
+
+def clamp_name(f_clamp: Callable[[Tensor], Tensor]) -> str | None:
+    """ "ATAN", "TANH" or "SIGMOID" for FrEIA's own clamp functions, None for a function of the user's."""
+    if f_clamp is torch.tanh:
+        return "TANH"
+    code = getattr(f_clamp, "__code__", None)
+    init = getattr(lookup(f"{BASE}.__init__"), "__code__", None)
+    if isinstance(code, CodeType) and isinstance(init, CodeType) and any(code is const for const in init.co_consts):
+        if "atan" in code.co_names:
+            return "ATAN"
+        if "sigmoid" in code.co_names:
+            return "SIGMOID"
+    return None
+
+
+def _couple(self: Any, x: Tensor, raw: Tensor, shift: Tensor, rev: bool) -> tuple[Tensor, Tensor]:
+    """The affine map with s = clamp * f_clamp(raw), and the sum of s over all but the batch."""
+    name = clamp_name(self.f_clamp)
+    if name is None or not isinstance(self.clamp, int | float) or not self.clamp > 0:
+        return affine_coupling(x, self.clamp * self.f_clamp(raw), shift, squash="identity", inverse=rev)
+    if name == "ATAN":
+        return affine_coupling(x, raw, shift, squash="atan", clamp=float(self.clamp), inverse=rev)
+    if name == "SIGMOID":  # 2 (sigmoid(u) - 1/2) = tanh(u / 2)
+        raw = 0.5 * raw
+    return affine_coupling(x, raw, shift, squash="tanh", clamp=float(self.clamp), inverse=rev)
+
+
+def _takes(self: Any, x: Any, *conditions: Any) -> bool:
+    return fits(x, *conditions) and x.dim() == self.ndims + 1 and x.numel() > 0 and large(x)
+
+
+def _glow(net: str, length: str) -> Callable[..., Any]:
+    def coupling(original: Any, self: Any, x: Tensor, u: Tensor, rev: bool = False) -> Any:
+        if not _takes(self, x, u):
+            return original(self, x, u, rev)
+        raw, shift = getattr(self, net)(u).split([getattr(self, length)] * 2, dim=1)
+        return _couple(self, x, raw, shift, rev)
+
+    return coupling
+
+
+def _gin(net: str, length: str) -> Callable[..., Any]:
+    def coupling(original: Any, self: Any, x: Tensor, u: Tensor, rev: bool = False) -> Any:
+        if not _takes(self, x, u):
+            return original(self, x, u, rev)
+        raw, shift = getattr(self, net)(u).split([getattr(self, length)] * 2, dim=1)
+        s = self.clamp * self.f_clamp(raw)
+        s = s - s.mean(1, keepdim=True)
+        return affine_coupling(x, s, shift, squash="identity", inverse=rev)[0], 0.0
+
+    return coupling
+
+
+def _rnvp(net_s: str, net_t: str) -> Callable[..., Any]:
+    def coupling(original: Any, self: Any, x: Tensor, u: Tensor, rev: bool = False) -> Any:
+        if not _takes(self, x, u):
+            return original(self, x, u, rev)
+        return _couple(self, x, getattr(self, net_s)(u), getattr(self, net_t)(u), rev)
+
+    return coupling
+
+
+def one_sided(original: Any, self: Any, x: Any, c: Any = (), rev: bool = False, jac: bool = True) -> Any:
+    if not _takes(self, x[0], *c):
+        return original(self, x, c, rev, jac)
+    x1, x2 = torch.split(x[0], [self.split_len1, self.split_len2], dim=1)
+    u = torch.cat([x1, *c], 1) if self.conditional else x1
+    raw, shift = self.subnet(u).split([self.split_len2] * 2, dim=1)
+    y2, logdet = _couple(self, x2, raw, shift, rev)
+    return (torch.cat((x1, y2), 1),), logdet
+
+
+def conditional(original: Any, self: Any, x: Any, c: Any = (), rev: bool = False, jac: bool = True) -> Any:
+    if not c or not _takes(self, x[0], *c):
+        return original(self, x, c, rev, jac)
+    raw, shift = self.subnet(torch.cat(c, 1) if len(c) > 1 else c[0]).split([self.channels] * 2, dim=1)
+    y, logdet = _couple(self, x[0], raw, shift, rev)
+    return (y,), logdet
+
+
+@lru_cache
+def _divides(code: CodeType) -> bool:
+    """Whether this version of ``AllInOneBlock._affine`` divides by the clamp inside of tanh; FrEIA 0.2 does not."""
+    return "/self.clamp" in "".join(inspect.getsource(code).split())
+
+
+def all_in_one(original: Any, self: Any, x: Tensor, a: Tensor, rev: bool = False) -> Any:
+    """``AllInOneBlock._affine``."""
+    if torch.compiler.is_compiling() or not fits(x, a) or not large(x) or x.numel() == 0 or not self.clamp > 0:
+        return original(self, x, a, rev)
+    raw, shift = (a * 0.1).split([x.shape[1]] * 2, dim=1)
+    if _divides(original.__code__):
+        raw = raw / self.clamp
+    if not self.GIN:
+        return affine_coupling(x, raw, shift, squash="tanh", clamp=float(self.clamp), inverse=rev)
+    s = self.clamp * torch.tanh(raw)
+    s = s - torch.mean(s, dim=self.sum_dims, keepdim=True)
+    return affine_coupling(x, s, shift, squash="identity", inverse=rev)
+
+
+def _spline(net: str, length: str) -> Callable[..., Any]:
+    """``RationalQuadraticSpline._coupling1`` and ``_coupling2``.
+
+    FrEIA's box differs by element. A linear map of both coordinates takes it to [-1, 1]; there the slope at its ends
+    and beyond is 1, the linear tails of the op.
+    """
+
+    def coupling(original: Any, self: Any, x: Tensor, u: Tensor, rev: bool = False) -> Any:
+        if not fits(x, u, self.spline_base.default_domain) or x.numel() == 0:
+            return original(self, x, u, rev)
+        base = self.spline_base
+        p = base.split_parameters(getattr(self, net)(u), getattr(self, length))
+        x = x.movedim(1, -1)
+        slopes = p["deltas"] + SOFTPLUS_ONE
+        if "total_width" in base.parameter_counts:
+            width = base.clamp_domain(base.default_width * F.softplus(p["total_width"] + SOFTPLUS_ONE))
+            raw, height = [p["widths"], p["heights"], slopes], width
+            left = bottom = -width / 2
+        else:
+            p = base.constrain_parameters(p)
+            width, height = (p[name].sum(-1, keepdim=True) for name in ("widths", "heights"))
+            slopes = F.softplus(slopes) * (width / height)
+            slopes = slopes + torch.log(-torch.expm1(-slopes))  # the inverse of softplus
+            raw, left, bottom = [p["widths"].log(), p["heights"].log(), slopes], p["left"], p["bottom"]
+        width, height, left, bottom = (value.squeeze(-1) for value in (width, height, left, bottom))
+        if rev:
+            width, height, left, bottom = height, width, bottom, left
+        y, logdet = spline_coupling(
+            (x - left) / width * 2 - 1,
+            torch.cat(raw, -1),
+            bins=p["widths"].shape[-1],
+            inverse=rev,
+            min_bin_width=0.0,
+            min_bin_height=0.0,
+            min_derivative=0.0,
+        )
+        y = (y + 1) / 2 * height + bottom
+        if "total_width" not in base.parameter_counts:
+            logdet = logdet + (height / width).log().flatten(1).sum(1)
+        return y.movedim(-1, 1), logdet
+
+    return coupling
+
+
+SOFTPLUS_ONE = math.log(math.e - 1)  # softplus of it is 1
+
+
+def _two_sided(name: str, make: Callable[..., Any], nets1: tuple[str, ...], nets2: tuple[str, ...]) -> Known:
+    return Known(
+        f"{COUPLING}.{name}",
+        {"_coupling1": make(*nets1), "_coupling2": make(*nets2)},
+        relies_on=(f"{BASE}.__init__", f"{BASE}.forward"),
+    )
+
+
+def _refuse_conditional(module: Any) -> str | None:
+    return None if module.conditional else "no condition"
+
+
+LIBRARY = Library(
+    name="freia",
+    package="FrEIA",
+    modules=("FrEIA.modules",),
+    install="pip install FrEIA",
+    entries=(
+        _two_sided("GLOWCouplingBlock", _glow, ("subnet2", "split_len1"), ("subnet1", "split_len2")),
+        _two_sided("RNVPCouplingBlock", _rnvp, ("subnet_s2", "subnet_t2"), ("subnet_s1", "subnet_t1")),
+        _two_sided("GINCouplingBlock", _gin, ("subnet2", "split_len1"), ("subnet1", "split_len2")),
+        Known(f"{COUPLING}.AffineCouplingOneSided", {"forward": one_sided}, relies_on=(f"{BASE}.__init__",)),
+        Known(
+            f"{COUPLING}.ConditionalAffineTransform",
+            {"forward": conditional},
+            relies_on=(f"{BASE}.__init__",),
+            refuse=_refuse_conditional,
+        ),
+        Known("FrEIA.modules.all_in_one_block.AllInOneBlock", {"_affine": all_in_one}),
+        Known(
+            f"{SPLINES}.rational_quadratic.RationalQuadraticSpline",
+            {"_coupling1": _spline("subnet1", "split_len1"), "_coupling2": _spline("subnet2", "split_len2")},
+            relies_on=(
+                f"{SPLINES}.rational_quadratic.RationalQuadraticSpline.constrain_parameters",
+                f"{SPLINES}.rational_quadratic.rational_quadratic_spline",
+                *(
+                    f"{SPLINES}.binned.BinnedSplineBase.{name}"
+                    for name in ("split_parameters", "clamp_domain", "constrain_parameters", "binned_spline")
+                ),
+            ),
+        ),
+    ),
+    left={f"{COUPLING}.NICECouplingBlock": "one addition; nothing to fuse"},
+    bases=frozenset({"FrEIA.modules.base.InvertibleModule"}),
+)

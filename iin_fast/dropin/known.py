@@ -1,0 +1,158 @@
+"""One class of a library that has a faster form, and the conditions under which that form computes the same."""
+
+import ast
+import hashlib
+import inspect
+import sys
+import textwrap
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import wraps
+from types import FunctionType, MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .sources import SOURCES
+
+__all__ = ["Known", "fits", "fingerprint", "large", "lookup", "qualified"]
+
+SMALL = 8192
+"""Affine couplings of fewer elements stay with the library's own operations on the CPU: there a call of a fused op costs
+more than the few kernels it replaces (benchmarks/results/dropin_cpu.json)."""
+
+
+def qualified(cls: type) -> str:
+    """``module.Class``."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def lookup(name: str) -> Any:
+    """The object of a qualified name, in modules that are loaded already; None where there is none."""
+    parts = name.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        found: Any = sys.modules.get(".".join(parts[:end]))
+        if found is not None:
+            for part in parts[end:]:
+                found = vars(found).get(part) if isinstance(found, type) else getattr(found, part, None)
+            return found
+    return None
+
+
+@dataclass(frozen=True)
+class Known:
+    """A class that can be sped up.
+
+    Args:
+        name: its qualified name.
+        methods: for each method that is replaced, ``fast(original, self, *args)``, which may call ``original(self, …)``
+            for an input that it does not take.
+        relies_on: qualified names of further functions whose behaviour the fast methods reproduce.
+        refuse: why an instance can't be replaced, or None.
+        note: what a reader of the report should know.
+        attributes: class attributes that the fast form adds.
+        at_init: instances are short-lived and no modules: ``patch`` lets them become fast ones in their ``__init__``,
+            so that they stay whole when the patch ends before they do.
+    """
+
+    name: str
+    methods: Mapping[str, Callable[..., Any]]
+    relies_on: tuple[str, ...] = ()
+    refuse: Callable[[Any], str | None] = lambda instance: None
+    note: str = ""
+    attributes: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    at_init: bool = False
+
+    def unknown_source(self, cls: type) -> str | None:
+        """Why the source of ``cls`` is not one that is known, or None."""
+        found = fingerprint(cls, self)
+        if found is None:
+            return "its source can't be read, or was changed at run time"
+        if found not in SOURCES.get(self.name, ()):
+            return f"a version of its source that is not known ({found})"
+        return None
+
+    def fast(self, cls: type, accept: Callable[[Any], bool]) -> dict[str, Any]:
+        """The attributes of the fast form of ``cls``; an instance that is not accepted runs the library's own code."""
+        made: dict[str, Any] = dict(self.attributes)
+        for name, function in self.methods.items():
+            made[name] = _method(function, getattr(cls, name), self.refuse, accept)
+        return made
+
+
+def _method(
+    function: Callable[..., Any],
+    original: Callable[..., Any],
+    refuse: Callable[[Any], str | None],
+    accept: Callable[[Any], bool],
+) -> Callable[..., Any]:
+    @wraps(original)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not accept(self) or refuse(self) is not None:
+            return original(self, *args, **kwargs)
+        return function(original, self, *args, **kwargs)
+
+    return method
+
+
+def fingerprint(cls: type, known: Known) -> str | None:
+    """A hash of the source of all functions that a fast form stands for; comments at the end, spaces and docstrings aside.
+
+    None where a source can't be read, or where a function was put in at run time.
+    """
+    digest = hashlib.sha256()
+    functions = [getattr(cls, name, None) for name in known.methods] + [lookup(name) for name in known.relies_on]
+    for function in functions:
+        if isinstance(function, staticmethod):
+            function = function.__func__
+        if isinstance(function, property):
+            function = function.fget
+        if not isinstance(function, FunctionType) or hasattr(function, "__wrapped__"):
+            return None
+        source = _source(function)
+        if source is None:
+            return None
+        digest.update("".join(source.split()).encode())
+    return digest.hexdigest()[:12]
+
+
+def _source(function: FunctionType) -> str | None:
+    """The source of a function without its docstring."""
+    try:
+        source = textwrap.dedent(inspect.getsource(function.__code__))
+        tree = ast.parse(source).body[0]
+    except (OSError, TypeError, SyntaxError, IndexError):
+        return None
+    if not isinstance(tree, ast.FunctionDef):
+        return None
+    first, lines = tree.body[0], source.splitlines()
+    if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+        lines[first.lineno - 1 : first.end_lineno] = []
+    return "\n".join(lines)
+
+
+def fits(*tensors: Any) -> bool:
+    """Whether the ops take these: float32 or float64, all alike, on a CPU or an NVIDIA GPU.
+
+    Under torch.func transforms and forward-mode differentiation the library's own code runs.
+    """
+    first = tensors[0]
+    if not isinstance(first, Tensor) or first.dtype not in (torch.float32, torch.float64):
+        return False
+    if first.device.type not in ("cpu", "cuda") or torch.is_autocast_enabled(first.device.type):
+        return False
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor) or tensor.dtype != first.dtype or tensor.device != first.device:
+            return False
+    if torch.compiler.is_compiling():
+        return True
+    if torch.autograd.forward_ad._current_level >= 0:
+        return False
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    return not any(wrapped(tensor) for tensor in tensors)
+
+
+def large(x: Tensor) -> bool:
+    """Whether an affine coupling is worth a fused op (see ``SMALL``)."""
+    return x.device.type != "cpu" or x.numel() >= SMALL

@@ -1,0 +1,90 @@
+"""nflows: affine, additive and rational-quadratic couplings, and the masked autoregressive spline."""
+
+from typing import Any
+
+from torch import Tensor
+
+from ..functional import affine_coupling
+from . import splines
+from .base import Library
+from .known import Known, fits, large
+
+__all__ = ["LIBRARY"]
+
+COUPLING = "nflows.transforms.coupling"
+SPLINE = "nflows.transforms.splines.rational_quadratic"
+SPLINE_FUNCTIONS = (f"{SPLINE}.unconstrained_rational_quadratic_spline", f"{SPLINE}.rational_quadratic_spline")
+
+
+def _affine(original: Any, self: Any, inputs: Tensor, transform_params: Tensor, inverse: bool) -> Any:
+    if not fits(inputs, transform_params) or not large(inputs):
+        return original(self, inputs=inputs, transform_params=transform_params)
+    shift, raw = transform_params.split([self.num_transform_features] * 2, dim=1)
+    return affine_coupling(inputs, raw, shift, squash="sigmoid", inverse=inverse)
+
+
+def affine_forward(original: Any, self: Any, inputs: Tensor, transform_params: Tensor) -> Any:
+    return _affine(original, self, inputs, transform_params, False)
+
+
+def affine_inverse(original: Any, self: Any, inputs: Tensor, transform_params: Tensor) -> Any:
+    return _affine(original, self, inputs, transform_params, True)
+
+
+def _additive(original: Any, self: Any, inputs: Tensor, transform_params: Tensor, inverse: bool) -> Any:
+    if not fits(inputs, transform_params) or inputs.shape != transform_params.shape:
+        return original(self, inputs=inputs, transform_params=transform_params)
+    # one addition; nflows also multiplies by ones, and sums their logarithms
+    outputs = inputs - transform_params if inverse else inputs + transform_params
+    return outputs, inputs.new_zeros(inputs.shape[0])
+
+
+def additive_forward(original: Any, self: Any, inputs: Tensor, transform_params: Tensor) -> Any:
+    return _additive(original, self, inputs, transform_params, False)
+
+
+def additive_inverse(original: Any, self: Any, inputs: Tensor, transform_params: Tensor) -> Any:
+    return _additive(original, self, inputs, transform_params, True)
+
+
+LIBRARY = Library(
+    name="nflows",
+    package="nflows",
+    modules=("nflows.transforms",),
+    install="pip install nflows",
+    entries=(
+        Known(
+            f"{COUPLING}.AffineCouplingTransform",
+            {"_coupling_transform_forward": affine_forward, "_coupling_transform_inverse": affine_inverse},
+            relies_on=(f"{COUPLING}.AffineCouplingTransform._scale_and_shift",),
+        ),
+        Known(
+            f"{COUPLING}.AdditiveCouplingTransform",
+            {"_coupling_transform_forward": additive_forward, "_coupling_transform_inverse": additive_inverse},
+            relies_on=(f"{COUPLING}.AdditiveCouplingTransform._scale_and_shift",),
+        ),
+        Known(
+            f"{COUPLING}.PiecewiseRationalQuadraticCouplingTransform",
+            {"_coupling_transform": splines.coupling},
+            relies_on=(f"{COUPLING}.PiecewiseRationalQuadraticCouplingTransform._piecewise_cdf", *SPLINE_FUNCTIONS),
+            refuse=splines.refuse_tails((None, "linear")),
+        ),
+        Known(
+            "nflows.transforms.autoregressive.MaskedPiecewiseRationalQuadraticAutoregressiveTransform",
+            {"_elementwise": splines.autoregressive},
+            relies_on=SPLINE_FUNCTIONS,
+            refuse=splines.refuse_tails((None, "linear")),
+        ),
+        Known(
+            "nflows.transforms.nonlinearities.PiecewiseRationalQuadraticCDF",
+            {"_spline": splines.cdf},
+            relies_on=SPLINE_FUNCTIONS,
+            refuse=splines.refuse_tails((None, "linear")),
+        ),
+    ),
+    bases=frozenset({"nflows.transforms.base.Transform"}),
+    containers=frozenset(
+        f"nflows.transforms.base.{name}"
+        for name in ("CompositeTransform", "InverseTransform", "MultiscaleCompositeTransform")
+    ),
+)

@@ -1,0 +1,372 @@
+"""Latents on disk: what an IIN is trained on, read from .npz or .safetensors and checked to the last value."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from .iin import checkpoint
+from .iin.factors import RESIDUAL
+
+__all__ = ["MISSING", "Latents", "load_latents", "save_arrays"]
+
+MISSING = -1  # the label of a sample whose class is unknown
+
+# What a file may hold. ``donor`` and ``position`` are notes of the commands that write latents.
+_KNOWN = ("z", "labels", "names", "za", "zb", "factor", "shared", "images", "donor", "position")
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Latents of a pretrained model, with labels, as pairs, or alone.
+
+    Made by :func:`load_latents`, :meth:`of` and :meth:`of_pairs`, which check everything.
+
+    Attributes:
+        z: ``[n, dim]``, float32 or float64. Of pairs: the first samples, then the second ones.
+        labels: ``[n, concepts]`` int64, -1 where unknown; or None.
+        names: of the concepts; empty without labels and pairs.
+        shared: ``[pairs, concepts]`` bool, what row i and row pairs + i of ``z`` share; or None.
+        images: the samples themselves, ``[n, …]`` numbers or texts, for pictures; or None.
+        path: the file they came from; or None.
+    """
+
+    z: Tensor
+    labels: Tensor | None = None
+    names: tuple[str, ...] = ()
+    shared: Tensor | None = None
+    images: np.ndarray[Any, Any] | None = None
+    path: Path | None = None
+
+    @classmethod
+    def of(
+        cls,
+        z: Tensor | ArrayLike,
+        labels: Tensor | ArrayLike | Mapping[str, Tensor | ArrayLike] | None = None,
+        names: Sequence[str] | None = None,
+        *,
+        images: Any = None,
+        path: Path | None = None,
+    ) -> Latents:
+        """Checked latents from arrays.
+
+        Args:
+            z: real floating-point numbers ``[n, dim]``, at least 2 features.
+            labels: integers ``[n, concepts]``, -1 where unknown, or name to ``[n]``; by default none.
+            names: of the columns of ``labels``; by default ``"0"``, ``"1"``, …
+            images: one for each row of ``z``: numbers ``[n, …]`` or texts.
+            path: named in errors, and recorded by a training.
+
+        Raises:
+            TypeError: z that is not floating-point, labels that are not integers.
+            ValueError: shapes that don't match, NaN or Inf, labels below -1, names that don't fit.
+        """
+        where = str(path or "Latents")
+        values = _floats(where, "z", z)
+        if labels is None:
+            if names is not None and len(names):
+                raise ValueError(f"{where}: names is {list(map(str, names))}, but there are no labels that they name")
+            return cls(values, images=_images(where, images, len(values)), path=path)
+        if isinstance(labels, Mapping):
+            if names is not None:
+                raise ValueError(f"{where}: names is given, expected none with labels that are a mapping")
+            names = list(labels)
+            columns = [_array(where, f"labels[{name!r}]", column) for name, column in labels.items()]
+            for name, column in zip(names, columns, strict=True):
+                if column.shape != (len(values),):
+                    shape = list(column.shape)
+                    raise ValueError(f"{where}: labels[{name!r}] has shape {shape}, expected [{len(values)}] like z")
+            labels = np.stack(columns, axis=1) if columns else np.zeros((len(values), 0), dtype=np.int64)
+        table = _array(where, "labels", labels)
+        if table.dtype.kind not in "iub":
+            raise TypeError(f"{where}: labels are {table.dtype}, expected integers (-1 where a label is missing)")
+        if table.ndim != 2 or len(table) != len(values) or table.shape[1] == 0:
+            expected = f"[{len(values)}, concepts], a row for each of z and at least one column"
+            raise ValueError(f"{where}: labels have shape {list(table.shape)}, expected {expected}")
+        if table.dtype == np.uint64 and table.max() > np.iinfo(np.int64).max:
+            raise ValueError(f"{where}: labels have the value {table.max()}, expected at most 2^63 - 1")
+        codes = table.astype(np.int64)
+        if codes.min() < MISSING:
+            raise ValueError(
+                f"{where}: labels have the value {codes.min()}, expected classes from 0, or -1 for unknown"
+            )
+        named = _names(where, names, codes.shape[1])
+        return cls(values, torch.from_numpy(codes), named, images=_images(where, images, len(values)), path=path)
+
+    @classmethod
+    def of_pairs(
+        cls,
+        za: Tensor | ArrayLike,
+        zb: Tensor | ArrayLike,
+        factor: Tensor | ArrayLike | None = None,
+        names: Sequence[str] | None = None,
+        *,
+        shared: Tensor | ArrayLike | None = None,
+        path: Path | None = None,
+    ) -> Latents:
+        """Checked pairs of latents that share something.
+
+        Args:
+            za, zb: first and second samples, ``[pairs, dim]``.
+            factor: the one concept that each pair shares, integers ``[pairs]`` from 0.
+            names: of the concepts; by default ``"0"``, ``"1"``, …
+            shared: in place of ``factor``: all that each pair shares, bool ``[pairs, concepts]``.
+            path: named in errors, and recorded by a training.
+
+        Raises:
+            TypeError, ValueError: as :meth:`of`; both or none of ``factor`` and ``shared``, a negative code.
+        """
+        where = str(path or "Latents")
+        a, b = _floats(where, "za", za), _floats(where, "zb", zb)
+        if b.shape != a.shape:
+            raise ValueError(f"{where}: zb has shape {list(b.shape)}, expected {list(a.shape)} like za")
+        if b.dtype != a.dtype:
+            raise TypeError(f"{where}: zb is {b.dtype}, expected {a.dtype} like za")
+        if (factor is None) == (shared is None):
+            raise ValueError(f"{where}: pairs za, zb need one of factor [n] and shared [n, concepts]")
+        if shared is not None:
+            mask = _array(where, "shared", shared)
+            if mask.dtype != bool:
+                raise TypeError(f"{where}: shared is {mask.dtype}, expected bool")
+            if mask.ndim != 2 or len(mask) != len(a) or mask.shape[1] == 0:
+                raise ValueError(f"{where}: shared has shape {list(mask.shape)}, expected [{len(a)}, concepts]")
+        else:
+            codes = _array(where, "factor", factor)
+            if codes.dtype.kind not in "iu":
+                raise TypeError(f"{where}: factor is {codes.dtype}, expected integers")
+            if codes.shape != (len(a),):
+                raise ValueError(f"{where}: factor has shape {list(codes.shape)}, expected [{len(a)}], one per pair")
+            if codes.min() < 0:
+                advice = "say what a pair shares with shared [n, concepts] where it is more than one concept"
+                raise ValueError(f"{where}: factor has the value {codes.min()}, expected codes from 0; {advice}")
+            concepts = int(codes.max()) + 1 if names is None else len(names)
+            if codes.max() >= concepts:
+                raise ValueError(f"{where}: factor has the value {codes.max()}, expected below {concepts}, the names")
+            if concepts > 10_000:
+                raise ValueError(f"{where}: factor has the value {codes.max()}, expected codes from 0 without gaps")
+            mask = codes[:, None] == np.arange(concepts)
+        named = _names(where, names, mask.shape[1])
+        for k, name in enumerate(named):
+            if not mask[:, k].any():
+                raise ValueError(f"{where}: no pair shares {name!r}, expected at least one for each concept")
+        return cls(torch.cat([a, b]), names=named, shared=torch.from_numpy(mask), path=path)
+
+    @property
+    def n(self) -> int:
+        """Rows of ``z``."""
+        return len(self.z)
+
+    @property
+    def dim(self) -> int:
+        """Features of a latent."""
+        return self.z.shape[1]
+
+    @property
+    def kind(self) -> str:
+        """``"labels"``, ``"pairs"`` or ``"unlabelled"``."""
+        return "pairs" if self.shared is not None else "labels" if self.labels is not None else "unlabelled"
+
+    def fingerprint(self) -> str:
+        """SHA-256 of all that a training sees: z, labels, names, what pairs share. Hexadecimal."""
+        digest = hashlib.sha256()
+        for name, tensor in (("z", self.z), ("labels", self.labels), ("shared", self.shared)):
+            if tensor is not None:
+                digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+                digest.update(tensor.contiguous().numpy().data)
+        digest.update(json.dumps(self.names).encode())
+        return digest.hexdigest()
+
+
+def load_latents(path: str | os.PathLike[str]) -> Latents:
+    """Latents from a file: ``.npz`` (``numpy.savez``) or ``.safetensors``.
+
+    The file holds one of:
+
+    - ``z`` ``[n, dim]`` and ``labels`` ``[n, concepts]`` (integers, -1 where unknown), with ``names`` if there are any;
+    - ready pairs ``za``, ``zb`` ``[n, dim]`` and ``factor`` ``[n]`` (which concept they share) or ``shared``
+      ``[n, concepts]`` (bool), with ``names``;
+    - ``z`` alone.
+
+    In a .safetensors file ``names`` is a JSON list in the metadata. ``images`` ``[n, …]``, numbers or texts, may be there
+    for pictures.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ImportError: safetensors is missing.
+        TypeError, ValueError: a file that is damaged or of another kind, an array that is missing, unknown, of a wrong
+            type or shape, or holds NaN or Inf.
+
+    Example:
+        >>> import tempfile, numpy as np
+        >>> from iin_fast.latents import load_latents
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     np.savez(folder + "/latents.npz", z=np.ones((4, 2)), labels=np.arange(4)[:, None], names=["digit"])
+        ...     latents = load_latents(folder + "/latents.npz")
+        >>> latents.kind, latents.n, latents.dim, latents.names
+        ('labels', 4, 2, ('digit',))
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file, expected latents in .npz or .safetensors")
+    if file.suffix == ".npz":
+        arrays = _read_npz(file)
+    elif file.suffix == ".safetensors":
+        arrays = _read_safetensors(file)
+    else:
+        raise ValueError(f"{file}: ends in {file.suffix or 'nothing'!r}, expected .npz or .safetensors")
+    unknown = sorted(set(arrays) - set(_KNOWN))
+    if unknown:
+        raise ValueError(f"{file}: holds {unknown}, expected z, labels, names, or za, zb, factor, names, or z alone")
+    names = arrays.get("names")
+    if names is not None:
+        names = np.asarray(names)
+        if names.ndim != 1 or names.dtype.kind not in "US":
+            raise TypeError(f"{file}: names is {names.dtype} of shape {list(names.shape)}, expected a list of strings")
+        names = [text.decode() if isinstance(text, bytes) else str(text) for text in names.tolist()]
+    pair_keys = [key for key in ("za", "zb", "factor", "shared") if key in arrays]
+    if "z" in arrays and pair_keys:
+        raise ValueError(f"{file}: holds z and {pair_keys}, expected samples or pairs, not both")
+    if pair_keys:
+        for key in ("za", "zb"):
+            if key not in arrays:
+                raise ValueError(f"{file}: holds {pair_keys}, but {key} is missing")
+        factor, shared = arrays.get("factor"), arrays.get("shared")
+        return Latents.of_pairs(arrays["za"], arrays["zb"], factor, names, shared=shared, path=file)
+    if "z" not in arrays:
+        raise ValueError(f"{file}: holds {sorted(arrays)}, but no z [n, dim] and no pairs za, zb, factor")
+    return Latents.of(arrays["z"], arrays.get("labels"), names, images=arrays.get("images"), path=file)
+
+
+def save_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Tensor | ArrayLike]) -> Path:
+    """Write named arrays to ``.npz`` or ``.safetensors``; the file appears whole or not at all.
+
+    Raises:
+        ValueError: another ending.
+        OSError: the file can't be written.
+    """
+    import io
+
+    file = Path(path)
+    plain = {
+        k: v.detach().cpu().contiguous().numpy() if isinstance(v, Tensor) else np.asarray(v) for k, v in arrays.items()
+    }
+    if file.suffix == ".npz":
+        buffer = io.BytesIO()
+        np.savez(buffer, **plain)  # type: ignore[arg-type]
+        data = buffer.getvalue()
+    elif file.suffix == ".safetensors":
+        metadata = {k: json.dumps(v.tolist()) for k, v in plain.items() if v.dtype.kind == "U"}
+        tensors = {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in plain.items() if v.dtype.kind != "U"}
+        data = checkpoint._serialize(tensors, metadata)
+    else:
+        raise ValueError(f"{file}: ends in {file.suffix or 'nothing'!r}, expected .npz or .safetensors")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    checkpoint._write(file, data)
+    return file
+
+
+def _read_npz(file: Path) -> dict[str, Any]:
+    try:
+        with np.load(file, allow_pickle=False) as opened:
+            if not hasattr(opened, "files"):
+                raise ValueError("one array, not an archive of named ones")
+            return {name: opened[name] for name in opened.files}
+    except (ValueError, zipfile.BadZipFile, EOFError, KeyError, OSError) as error:
+        reason = "it holds Python objects" if "pickle" in str(error) else str(error)
+        raise ValueError(f"{file}: damaged or no .npz file of plain arrays ({reason})") from error
+
+
+def _read_safetensors(file: Path) -> dict[str, Any]:
+    safetensors = checkpoint._safetensors()
+    try:
+        with safetensors.safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            arrays: dict[str, Any] = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{file}: damaged or no safetensors file ({error})") from error
+    if "names" in metadata:
+        try:
+            arrays["names"] = np.asarray(json.loads(metadata["names"]))
+        except ValueError as error:
+            raise ValueError(f"{file}: names in the metadata are no JSON list ({error})") from error
+    return arrays
+
+
+def _array(where: str, name: str, values: Any) -> np.ndarray[Any, Any]:
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        return (values.double() if values.is_floating_point() else values).numpy()
+    try:
+        return np.asarray(values)
+    except ValueError as error:  # rows of unequal length
+        raise ValueError(f"{where}: {name} is no array ({error})") from error
+
+
+def _floats(where: str, name: str, values: Any) -> Tensor:
+    """Finite ``[n, dim]`` as float32, or float64 where it came so."""
+    if isinstance(values, Tensor):
+        tensor = values.detach().cpu()
+        kind = str(tensor.dtype)
+        good = tensor.is_floating_point()
+    else:
+        array = _array(where, name, values)
+        kind, good = str(array.dtype), array.dtype.kind == "f"
+        tensor = (
+            torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32 if array.itemsize <= 4 else np.float64))
+            if good
+            else torch.empty(0)
+        )
+    if not good:
+        raise TypeError(f"{where}: {name} is {kind}, expected real floating-point numbers")
+    if tensor.dtype not in (torch.float32, torch.float64):
+        tensor = tensor.float()
+    if tensor.dim() != 2 or tensor.shape[0] == 0 or tensor.shape[1] < 2:
+        shape = list(tensor.shape)
+        raise ValueError(f"{where}: {name} has shape {shape}, expected [n, dim] with n from 1 and dim from 2")
+    finite = torch.isfinite(tensor)
+    if not finite.all():
+        row, column = (~finite).nonzero()[0].tolist()
+        count = int((~finite).sum())
+        raise ValueError(
+            f"{where}: {name} has NaN or Inf in {count} places (first: row {row}, feature {column}), "
+            "expected finite numbers"
+        )
+    return tensor.contiguous()
+
+
+def _names(where: str, names: Sequence[str] | None, concepts: int) -> tuple[str, ...]:
+    if names is None:
+        return tuple(str(k) for k in range(concepts))
+    named = tuple(names)
+    for name in named:
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"{where}: names has {name!r}, expected non-empty strings")
+    if len(named) != concepts:
+        raise ValueError(f"{where}: names has {len(named)} names {list(named)}, expected {concepts}, one per concept")
+    if len(set(named)) != len(named):
+        raise ValueError(f"{where}: names has one twice: {list(named)}")
+    if RESIDUAL in named:
+        raise ValueError(f"{where}: names has {RESIDUAL!r}, which is what the concepts leave over; take another name")
+    return named
+
+
+def _images(where: str, images: Any, n: int) -> np.ndarray[Any, Any] | None:
+    if images is None:
+        return None
+    array = _array(where, "images", images)
+    if array.ndim == 0 or len(array) != n:
+        raise ValueError(f"{where}: images has shape {list(array.shape)}, expected [{n}, …] like z")
+    if array.dtype.kind not in "fiubUS" or (array.dtype.kind in "US" and array.ndim != 1):
+        raise TypeError(f"{where}: images is {array.dtype} of shape {list(array.shape)}, expected numbers or texts [n]")
+    return array

@@ -1,0 +1,163 @@
+"""A neural spline flow as one module."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .actnorm import ActNorm
+from .checks import check_features
+from .coupling import SplineCoupling
+from .distribution import Density
+from .linear import LULinear
+from .permutation import Permutation
+from .residual import ResidualNet
+
+__all__ = ["NeuralSplineFlow"]
+
+MIXINGS = ("lu", "permutation")
+
+
+class NeuralSplineFlow(nn.Module, Density):
+    """The density of data, given a context or not, as a stack of rational-quadratic spline couplings (RQ-NSF (C)).
+
+    One block: ActNorm; a :class:`SplineCoupling` of each half of the features by the other; a random permutation, and
+    with ``mixing="lu"`` an :class:`LULinear` after it. Every conditioner is a :class:`ResidualNet`. The splines start as
+    the identity. The first call of ``forward`` or ``log_prob`` starts ActNorm from its batch, so that what the splines see
+    lies in their box; beyond it they are the identity.
+
+    See also :class:`iin_fast.nn.Flow`, the affine flow of the IIN.
+
+    References:
+        Durkan, Bekasov, Murray, Papamakarios: Neural spline flows, 2019, arXiv 1906.04032, Sec. 3.
+
+    Args:
+        dim: number of features, at least 2.
+        context: number of features of the context; 0: none.
+        n_flows: number of blocks.
+        bins: of each spline.
+        hidden_dim: width of the conditioners.
+        hidden_depth: residual blocks of each conditioner.
+        tail_bound: half the width of the box in which the splines bend.
+        mixing: "lu" or "permutation".
+        dropout: of the conditioners, in [0, 1).
+        generator: draws the weights and permutations; by default torch's global one.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: a size or an option out of range.
+
+    Example:
+        >>> flow = NeuralSplineFlow(3, context=2, n_flows=2, hidden_dim=16)
+        >>> x, context = torch.randn(5, 3), torch.randn(5, 2)
+        >>> flow.log_prob(x, context).shape, flow.sample((10,), context).shape
+        (torch.Size([5]), torch.Size([10, 5, 3]))
+        >>> z, logdet = flow(x, context)
+        >>> torch.allclose(flow.inverse(z, context)[0], x, atol=1e-4)
+        True
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        context: int = 0,
+        n_flows: int = 5,
+        bins: int = 8,
+        hidden_dim: int = 128,
+        hidden_depth: int = 2,
+        *,
+        tail_bound: float = 3.0,
+        mixing: str = "lu",
+        dropout: float = 0.0,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, size, least in (("dim", dim, 2), ("context", context, 0), ("n_flows", n_flows, 1), ("bins", bins, 1)):
+            if size < least:
+                raise ValueError(f"NeuralSplineFlow: {name} is {size}, expected at least {least}")
+        if mixing not in MIXINGS:
+            raise ValueError(f"NeuralSplineFlow: mixing is {mixing!r}, expected one of {', '.join(map(repr, MIXINGS))}")
+        self.dim = dim
+        self.context = context
+        self.n_flows = n_flows
+        self.bins = bins
+        self.hidden_dim = hidden_dim
+        self.hidden_depth = hidden_depth
+        self.tail_bound = tail_bound
+        self.mixing = mixing
+
+        def coupling(swap: bool) -> SplineCoupling:
+            conditioner = ResidualNet(
+                dim - dim // 2 + context,
+                SplineCoupling.outputs(dim, bins=bins),
+                hidden_dim,
+                hidden_depth,
+                dropout=dropout,
+                generator=generator,
+                device=device,
+                dtype=dtype,
+            )
+            return SplineCoupling(dim, conditioner, bins=bins, tail_bound=tail_bound, swap=swap)
+
+        layers: list[nn.Module] = []
+        for _ in range(n_flows):
+            layers += [ActNorm(dim, device=device, dtype=dtype), coupling(False), coupling(True)]
+            layers.append(Permutation(dim, generator=generator, device=device))
+            if mixing == "lu":
+                layers.append(LULinear(dim, device=device, dtype=dtype))
+        self.layers = nn.ModuleList(layers)
+        self._start_as_identity()
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.dim}, context={self.context}, n_flows={self.n_flows}, bins={self.bins}, "
+            f"hidden_dim={self.hidden_dim}, hidden_depth={self.hidden_depth}, tail_bound={self.tail_bound}, "
+            f"mixing={self.mixing!r}"
+        )
+
+    @torch.no_grad()
+    def _start_as_identity(self) -> None:
+        """Equal bins, slope 1 at every knot."""
+        for layer in self.layers:
+            if isinstance(layer, SplineCoupling):
+                last: nn.Linear = layer.conditioner.last  # type: ignore[assignment]
+                last.weight.zero_()
+                raw = last.bias.zero_().unflatten(0, (-1, layer.count))
+                raw[:, 2 * self.bins :] = math.log(math.expm1(1 - layer.min_derivative))
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
+        """Start ActNorm from a batch ``[batch, dim]``, as the first ``forward`` does by itself. Do it before wrapping the
+        module for several processes."""
+        self(x, context)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Map data ``[batch, dim]``, with a context ``[batch, context]`` where there is one, to latents.
+
+        Returns:
+            z ``[batch, dim]`` and log|det dz/dx| ``[batch]`` in nats.
+
+        Raises:
+            ValueError: another rank, feature count or batch; a context that is missing or not wanted.
+            TypeError: an integer, boolean or complex tensor.
+        """
+        return self._run("x", x, context, inverse=False)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Map latents to data, with log|det dx/dz|. Arguments and errors are those of ``forward``."""
+        return self._run("z", z, context, inverse=True)
+
+    def _run(self, name: str, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+        check_features("NeuralSplineFlow", name, x, self.dim)
+        wanted = [x.shape[0], self.context] if self.context else None
+        got = None if context is None else list(context.shape)
+        if got != wanted:
+            raise ValueError(f"NeuralSplineFlow: context is {got}, expected {wanted}")
+        total = x.new_zeros(x.shape[0], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+        for layer in reversed(self.layers) if inverse else self.layers:
+            run = layer.inverse if inverse else layer
+            x, logdet = run(x, context) if isinstance(layer, SplineCoupling) else run(x)  # type: ignore[operator]
+            total = total + logdet
+        return x, total

@@ -1,0 +1,81 @@
+"""A residual network, the usual conditioner of couplings."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import skip_init
+
+__all__ = ["ResidualNet"]
+
+
+class ResidualNet(nn.Module):
+    """A linear layer, residual blocks of two ReLU layers each, and a linear layer.
+
+    References:
+        He et al. 2016 (identity mappings). Durkan et al. 2019 (Neural spline flows), Sec. 5 and B.1.
+
+    Args:
+        in_features, out_features: of the network.
+        hidden_dim: width.
+        hidden_depth: number of residual blocks.
+        dropout: in [0, 1), within each block.
+        generator: draws the weights, as torch.nn.Linear does; by default torch's global one.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: a size or a rate out of range.
+
+    Example:
+        >>> ResidualNet(3, 7, hidden_dim=16)(torch.randn(5, 3)).shape
+        torch.Size([5, 7])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        hidden_dim: int = 128,
+        hidden_depth: int = 2,
+        *,
+        dropout: float = 0.0,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if hidden_dim < 1:
+            raise ValueError(f"ResidualNet: hidden_dim is {hidden_dim}, expected at least 1")
+        if hidden_depth < 0:
+            raise ValueError(f"ResidualNet: hidden_depth is {hidden_depth}, expected at least 0")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"ResidualNet: dropout is {dropout}, expected at least 0 and below 1")
+
+        def linear(inputs: int, outputs: int) -> nn.Module:
+            return skip_init(nn.Linear, inputs, outputs, device=device or torch.get_default_device(), dtype=dtype)
+
+        self.dropout = dropout
+        self.first = linear(in_features, hidden_dim)
+        self.blocks = nn.ModuleList(
+            nn.ModuleList([linear(hidden_dim, hidden_dim), linear(hidden_dim, hidden_dim)]) for _ in range(hidden_depth)
+        )
+        self.last = linear(hidden_dim, out_features)
+        self.reset_parameters(generator)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw all weights anew."""
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.kaiming_uniform_(layer.weight, a=5**0.5, generator=generator)
+                bound = layer.in_features**-0.5
+                nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[batch, in_features]`` to ``[batch, out_features]``."""
+        h = self.first(x)
+        for block in self.blocks:
+            inner, outer = block.children()
+            step = F.dropout(F.relu(inner(F.relu(h))), self.dropout, self.training)
+            h = h + outer(step)
+        out: Tensor = self.last(F.relu(h))
+        return out

@@ -1,0 +1,385 @@
+"""What one does with a trained IIN in its run folder: translate latents, change one factor, score it, write its report."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .iin import IIN, Factors, checkpoint
+from .iin._checks import checked_int
+from .latents import Latents, load_latents
+
+__all__ = ["decode", "dims", "encode", "evaluate", "interpolate", "load_function", "report", "sample", "swap"]
+
+BATCH = 8192  # rows in one pass
+
+PathLike = str | os.PathLike[str]
+Source = Latents | PathLike
+
+
+def dims(
+    latents: Source,
+    *,
+    method: str = "published",
+    others: str = "differ",
+    concepts: Sequence[str] | None = None,
+    seed: int = 0,
+) -> dict[str, int]:
+    """How many dimensions each concept asks for, estimated from pairs; ``residual`` is last.
+
+    See :func:`iin_fast.estimate_factor_dims`; ``others`` is that of :class:`iin_fast.PairSampler`.
+
+    Raises:
+        TypeError, ValueError: latents without labels and pairs, an unknown concept or method.
+    """
+    from .train import Batches, estimate_sizes
+
+    data = _latents(latents)
+    if data.kind == "unlabelled":
+        raise ValueError(f"dims: {data.path or 'latents'} has neither labels nor pairs, which the estimate needs")
+    return estimate_sizes(data, Batches(data, concepts=concepts, seed=seed, others=others), method=method)
+
+
+@torch.no_grad()
+def encode(run: PathLike, latents: Source, *, device: str = "cpu") -> Factors:
+    """The factors of all latents ``[n, dim]``, on the CPU.
+
+    Raises:
+        TypeError, ValueError, FileNotFoundError: no model in ``run``, latents that don't fit it.
+    """
+    model = IIN.load(run, device=device)
+    z = _z(run, model, latents)
+    parts = [model.encode(part.to(device)).tensor.cpu() for part in z.split(BATCH)]
+    return Factors._wrap(torch.cat(parts), model.sizes)
+
+
+@torch.no_grad()
+def decode(run: PathLike, factors: Factors | Mapping[str, Tensor] | PathLike, *, device: str = "cpu") -> Tensor:
+    """The latents ``[n, dim]`` of factors, on the CPU: the inverse of :func:`encode`.
+
+    Args:
+        run: the run folder.
+        factors: by name, ``[n, size]`` each; or a file with them, .npz or .safetensors, as ``iin-fast encode`` writes it.
+        device: where the model runs.
+
+    Raises:
+        TypeError, ValueError, FileNotFoundError: no model in ``run``, factors that are missing or don't fit it.
+    """
+    model = IIN.load(run, device=device)
+    if not isinstance(factors, Mapping):
+        factors = _factor_file(Path(factors))
+    for name, part in factors.items():
+        if not torch.isfinite(part).all():
+            raise ValueError(f"decode: factor {name!r} has NaN or Inf, expected finite numbers")
+    whole = model._join({name: part.to(device, model.dtype) for name, part in factors.items()})
+    assert isinstance(whole, Tensor)
+    return torch.cat([model.decode(part).cpu() for part in whole.split(BATCH)])
+
+
+@torch.no_grad()
+def swap(
+    run: PathLike,
+    latents: Source,
+    factor: str | Sequence[str],
+    donors: Source | None = None,
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+) -> tuple[Tensor, Tensor]:
+    """All latents with one or more factors of others; everything else stays.
+
+    Args:
+        run: the run folder.
+        latents: what keeps the rest, ``[n, dim]``.
+        factor: name, or names.
+        donors: what gives the factor, as many rows; by default the same latents in another order, none its own donor.
+        seed: of that order.
+        device: where the model runs.
+
+    Returns:
+        the changed latents ``[n, dim]``, and the row of each one's donor, ``[n]``.
+
+    Raises:
+        TypeError, ValueError, FileNotFoundError: no model in ``run``, latents that don't fit it, an unknown factor.
+    """
+    model = IIN.load(run, device=device)
+    z = _z(run, model, latents)
+    if donors is None:
+        if len(z) < 2:
+            raise ValueError("swap: latents have one row, expected two at least, or donors")
+        order = np.random.default_rng(checked_int("swap", "seed", seed, least=0)).permutation(len(z))
+        rows = torch.empty(len(z), dtype=torch.int64)
+        rows[torch.from_numpy(order)] = torch.from_numpy(np.roll(order, 1))  # one cycle: no row gives to itself
+        given = z
+    else:
+        given = _z(run, model, donors)
+        if len(given) != len(z):
+            raise ValueError(f"swap: donors have {len(given)} rows, expected {len(z)} like the latents")
+        rows = torch.arange(len(z))
+    swapped = [
+        model.swap(a.to(device), given[b].to(device), factor).cpu()
+        for a, b in zip(z.split(BATCH), rows.split(BATCH), strict=True)
+    ]
+    return torch.cat(swapped), rows
+
+
+@torch.no_grad()
+def interpolate(
+    run: PathLike,
+    latents: Source,
+    start: Sequence[int],
+    end: Sequence[int],
+    steps: int = 9,
+    factor: str | Sequence[str] | None = None,
+    *,
+    device: str = "cpu",
+) -> Tensor:
+    """Latents on the way from rows ``start`` to rows ``end``, in one or more factors; by default in all.
+
+    Returns:
+        ``[steps, pairs, dim]``, both ends included.
+
+    Raises:
+        TypeError, ValueError, FileNotFoundError: no model in ``run``, latents that don't fit it, a row that is not there.
+    """
+    model = IIN.load(run, device=device)
+    z = _z(run, model, latents)
+    if len(start) != len(end) or not len(start):
+        raise ValueError(
+            f"interpolate: {len(start)} rows to start and {len(end)} to end at, expected one of each or more"
+        )
+    for row in (*start, *end):
+        if not 0 <= row < len(z):
+            raise ValueError(f"interpolate: row {row} is not there, expected 0 to {len(z) - 1}")
+    return model.interpolate(z[list(start)].to(device), z[list(end)].to(device), steps, factor).cpu()
+
+
+def sample(run: PathLike, n: int, *, seed: int = 0, device: str = "cpu") -> Tensor:
+    """``n`` latents ``[n, dim]`` of the model's distribution; a seed gives the same ones anywhere.
+
+    Raises:
+        TypeError, ValueError, FileNotFoundError: no model in ``run``, ``n`` below 1.
+    """
+    model = IIN.load(run, device=device)
+    generator = torch.Generator().manual_seed(checked_int("sample", "seed", seed, least=0))
+    return model.sample(n, generator).cpu()
+
+
+def evaluate(
+    run: PathLike,
+    latents: Source | None = None,
+    *,
+    concepts: Sequence[str] | None = None,
+    max_samples: int = 2000,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Takes all metrics of the model in ``run`` on held-out latents, and writes them to ``evaluation.json`` there.
+
+    Args:
+        run: the run folder.
+        latents: by default those it was trained on: the held-out rows are scored, and judge, probes and baselines learn
+            on the others. Other latents are all held out; one half is scored, the other is learned on.
+        concepts: which to look at; by default all.
+        max_samples, seed, progress: of :func:`iin_fast.evaluate.evaluate`.
+
+    Returns:
+        the metrics; without labels, likelihood and invertibility alone.
+
+    Raises:
+        ImportError: scikit-learn is missing, and there are labels.
+        TypeError, ValueError, FileNotFoundError: no model in ``run``, latents that don't fit it or are not there, nothing
+            held out.
+    """
+    from .evaluate import write_evaluation
+
+    folder = Path(run)
+    model = IIN.load(folder)
+    data, train_rows, held_rows = _held_out(folder, latents)
+    _check_dim(folder, model, data)
+    settings: dict[str, Any] = {"max_samples": max_samples, "seed": seed, "progress": progress}
+    if data.labels is None:
+        if concepts:
+            raise ValueError(f"evaluate: concepts is {list(concepts)}, but {data.path or 'latents'} has no labels")
+        return _evaluate_density(folder, model, data, train_rows, held_rows, seed)
+    if train_rows is not None:
+        settings |= {"train_z": data.z[train_rows], "train_labels": data.labels[train_rows]}
+    return write_evaluation(
+        folder, data.z[held_rows], data.labels[held_rows], data.names, concepts=concepts, **settings
+    )
+
+
+def report(
+    run: PathLike, latents: Source | None = None, *, decoder: Callable[[Tensor], Any] | str | None = None
+) -> Path:
+    """Writes ``report.html`` into ``run``; see :func:`iin_fast.report.write_report`.
+
+    Args:
+        run: the run folder.
+        latents: what the pictures are made of; by default those it was trained on, if they are still there. ``images`` in
+            them stand in for a decoder.
+        decoder: latents ``[m, dim]`` to images; or where it is, for :func:`load_function`.
+
+    Returns:
+        the path of the page.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        TypeError, ValueError, FileNotFoundError: no model in ``run``, latents that don't fit it.
+    """
+    from .report import write_report
+
+    folder = Path(run)
+    if isinstance(decoder, str):
+        decoder = load_function(decoder)
+    if latents is None:
+        path = _recorded(folder).get("latents", {}).get("path")
+        data = load_latents(path) if path and Path(path).is_file() else None
+    else:
+        data = _latents(latents)
+    return write_report(folder, latents=data, decoder=decoder, images=None if data is None else _images(data))
+
+
+def load_function(where: str) -> Callable[..., Any]:
+    """A function by its place: ``package.module:name`` or ``path/to/file.py:name``.
+
+    Raises:
+        ValueError: no such place, or something else is there.
+        ImportError: the module can't be imported.
+    """
+    module_name, colon, name = where.rpartition(":")
+    if not colon or not module_name or not name:
+        raise ValueError(f"{where!r} is no place of a function, expected package.module:name or file.py:name")
+    if module_name.endswith(".py"):
+        file = Path(module_name)
+        spec = importlib.util.spec_from_file_location(file.stem, file) if file.is_file() else None
+        if spec is None or spec.loader is None:
+            raise FileNotFoundError(f"{module_name}: no such file, expected Python with the function {name!r}")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    else:
+        module = importlib.import_module(module_name)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ValueError(f"{module_name} has no function {name!r}")
+    return function  # type: ignore[no-any-return]
+
+
+def _latents(latents: Source) -> Latents:
+    return latents if isinstance(latents, Latents) else load_latents(latents)
+
+
+def _check_dim(run: PathLike, model: IIN, data: Latents) -> None:
+    if data.dim != model.dim:
+        where = data.path or "latents"
+        raise ValueError(f"{where}: z has {data.dim} features, expected {model.dim} like the model in {os.fspath(run)}")
+
+
+def _z(run: PathLike, model: IIN, latents: Source) -> Tensor:
+    data = _latents(latents)
+    _check_dim(run, model, data)
+    return data.z.to(model.dtype)
+
+
+def _recorded(run: Path) -> dict[str, Any]:
+    """What the training wrote of itself; empty for a folder of ``IIN.save``."""
+    file = run / "run.json"
+    if not file.is_file():
+        return {}
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(record, dict) or not isinstance(record.get("latents", {}), dict):
+            raise ValueError("no JSON object of a training")
+    except ValueError as error:
+        raise ValueError(f"{file}: damaged ({error})") from error
+    return record
+
+
+def _held_out(run: Path, latents: Source | None) -> tuple[Latents, NDArray[np.int64] | None, NDArray[np.int64]]:
+    """Latents, the rows to learn on (None: half of the others) and the rows that are held out."""
+    trained = _recorded(run).get("latents", {})
+    path = trained.get("path")
+    if latents is None and path is None:
+        raise ValueError(f"{run}: does not say which latents it was trained on; name the latents")
+    if latents is None and not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file, although the run was trained on it; name the latents")
+    data = _latents(path if latents is None else latents)
+    if data.fingerprint() != trained.get("sha256"):
+        if latents is None:
+            raise ValueError(f"{path}: changed since the training; name latents that are held out")
+        return data, None, np.arange(data.n)
+    with np.load(run / "split.npz") as split:
+        train_rows, held_rows = split["train"], split["held_out"]
+    if len(held_rows) == 0:
+        raise ValueError(f"{run}: the training held nothing out; name other latents")
+    return data, train_rows, held_rows
+
+
+def _evaluate_density(
+    run: Path, model: IIN, data: Latents, train_rows: NDArray[np.int64] | None, held_rows: NDArray[np.int64], seed: int
+) -> dict[str, Any]:
+    """What can be said without labels."""
+    from .evaluate import gaussian_nats_per_dim, invertibility_error, nats_per_dim, normal_nats_per_dim
+
+    source = "training samples"
+    if train_rows is None:
+        order = np.random.default_rng(seed).permutation(held_rows)
+        half = (len(order) + 1) // 2
+        train_rows, held_rows, source = np.sort(order[:half]), np.sort(order[half:]), "half of the held-out samples"
+    if len(held_rows) == 0:
+        raise ValueError("evaluate: latents have one row, expected two at least")
+    z, train = data.z[held_rows], data.z[train_rows]
+    result: dict[str, Any] = {
+        "format": "iin_fast.evaluation",
+        "version": 1,
+        "seed": seed,
+        "samples": {"scored": len(z), "learned_on": len(train), "source": source},
+        "concepts": [],
+        "classes": {},
+        "factors": model.sizes,
+        "likelihood": {
+            "iin": nats_per_dim(model, z),
+            "iin_learned_on": nats_per_dim(model, train),
+            "gaussian": gaussian_nats_per_dim(z, train),
+            "normal": normal_nats_per_dim(z),
+        },
+        "invertibility": invertibility_error(model, z),
+    }
+    text = json.dumps(result, indent=2, allow_nan=False) + "\n"
+    checkpoint._write(run / "evaluation.json", text.encode())
+    return result
+
+
+def _factor_file(file: Path) -> dict[str, Tensor]:
+    from .latents import _read_npz, _read_safetensors
+
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file, expected factors in .npz or .safetensors")
+    if file.suffix not in (".npz", ".safetensors"):
+        raise ValueError(f"{file}: ends in {file.suffix or 'nothing'!r}, expected .npz or .safetensors")
+    arrays = _read_npz(file) if file.suffix == ".npz" else _read_safetensors(file)
+    factors: dict[str, Tensor] = {}
+    for name, array in arrays.items():
+        numbers = isinstance(array, Tensor) or array.dtype.kind == "f"
+        part = torch.as_tensor(array) if numbers else torch.empty(0, dtype=torch.bool)
+        if not part.is_floating_point() or part.dim() != 2:
+            found = f"{array.dtype} of shape {list(array.shape)}"
+            raise TypeError(f"{file}: {name} is {found}, expected real numbers [n, size] for each factor")
+        factors[name] = part
+    return factors
+
+
+def _images(data: Latents) -> Any:
+    if data.images is None:
+        return None
+    return [str(text) for text in data.images] if data.images.dtype.kind in "US" else data.images

@@ -1,0 +1,117 @@
+"""What a training says while it runs: a table, TensorBoard events, a progress bar."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ..iin import checkpoint
+
+__all__ = ["COLUMNS", "Bar", "Log", "event_writer"]
+
+COLUMNS = (
+    *("step", "loss", "nats_per_dim", "learning_rate", "samples_per_second"),
+    *("held_out_loss", "held_out_nats_per_dim"),
+)
+
+
+def event_writer() -> Any:
+    """TensorBoard's writer.
+
+    Raises:
+        ImportError: tensorboard is missing.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError("train needs tensorboard: pip install 'iin-fast[train]'") from error
+    return SummaryWriter
+
+
+class Log:
+    """``logs/metrics.csv`` and TensorBoard events in a run folder, from ``step`` on: what came after it is taken away."""
+
+    def __init__(self, run: Path, step: int) -> None:
+        folder = run / "logs"
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / "metrics.csv"
+        checkpoint._write(file, _until(file, step).encode())
+        self._stream = open(file, "a", newline="", encoding="utf-8")  # noqa: SIM115 (closed in close)
+        self._writer = csv.DictWriter(self._stream, COLUMNS, lineterminator="\n")
+        self._events: Any = event_writer()(str(folder), purge_step=step + 1 if step else None)  # type: ignore[no-untyped-call]
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """One line; what is not among ``values`` stays blank."""
+        forms = {
+            name: f"{value:.6g}" if name == "samples_per_second" else f"{value:.10g}" for name, value in values.items()
+        }
+        self._writer.writerow({"step": step, **forms})
+        self._stream.flush()
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+
+    def sync(self) -> None:
+        """All lines reach the disk."""
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        self._events.flush()
+
+    def close(self) -> None:
+        self._stream.close()
+        self._events.close()
+
+
+class Bar:
+    """A progress bar with loss, nats per dimension, samples per second and the time left; none where ``show`` is False."""
+
+    def __init__(self, steps: int, done: int, show: bool) -> None:
+        self._bar: Any = None
+        if not show:
+            return
+        try:
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        except ImportError as error:
+            raise ImportError("the progress bar needs rich: pip install 'iin-fast[cli]'") from error
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
+        self._bar = Progress("training", *columns)
+        self._task = self._bar.add_task("training", total=steps, completed=done, text="")
+
+    def __enter__(self) -> Bar:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def step(self, done: int) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done)
+
+    def tell(self, values: dict[str, float]) -> None:
+        if self._bar is not None:
+            text = (
+                f"loss {values['loss']:.3f}  {values['nats_per_dim']:.4f} nats/dim  "
+                f"{values['samples_per_second']:,.0f} samples/s"
+            )
+            self._bar.update(self._task, text=text)
+
+
+def _until(file: Path, step: int) -> str:
+    """The header and the lines up to ``step``; a last line that a killed process left half-written goes too."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    if step and file.is_file():
+        with open(file, newline="", encoding="utf-8") as stream:
+            for line in csv.reader(stream):
+                if len(line) == len(COLUMNS) and line[0].isdigit() and int(line[0]) <= step:
+                    writer.writerow(line)
+    return text.getvalue()

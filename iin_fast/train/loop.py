@@ -1,0 +1,432 @@
+"""The training loop, on Lightning Fabric: one process or many, the same batches, the same run folder."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import platform
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..iin import IIN, FactorLoss, Factors, checkpoint
+from ..iin.factors import RESIDUAL
+from ..latents import Latents, load_latents
+from . import state
+from .batches import Batch, Batches, estimate_sizes, split_rows
+from .logs import Bar, Log, event_writer
+from .settings import Settings
+
+__all__ = ["train"]
+
+HELD_OUT_PAIRS = 1024
+
+
+def train(
+    latents: Latents | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    settings: Settings | None = None,
+    *,
+    resume: bool = False,
+    accelerator: str = "auto",
+    devices: int = 1,
+    nodes: int = 1,
+    strategy: str = "auto",
+    progress: bool = False,
+) -> IIN:
+    r"""Trains an IIN on latents, and writes all that comes of it into the folder ``out``.
+
+    With labels or ready pairs the loss is that of :class:`iin_fast.FactorLoss` (normalised, nats per pair); without, and
+    for two samples of which no label is known, it is the likelihood of two independent latents:
+
+    .. math:: \ell = -\log p(z^a) - \log p(z^b)
+
+    The folder: ``model.safetensors`` and ``config.json`` (:meth:`iin_fast.IIN.load` opens it), ``run.json`` (settings,
+    versions, data), ``logs/metrics.csv`` and TensorBoard events, ``split.npz`` (rows ``train``, ``held_out``), ``state/``
+    (what a resume needs). Several processes share the batch: they give the same result up to the rounding of sums.
+
+    Args:
+        latents: a file for :func:`iin_fast.latents.load_latents`, or :class:`iin_fast.latents.Latents`.
+        out: the run folder; with several nodes one that all of them see.
+        settings: what to train; by default :class:`Settings`' own defaults.
+        resume: go on from the last checkpoint in ``out``, with the same latents and settings; without one, start. On one
+            machine, with as many threads and processes, the result is that of a run that never stopped, bit for bit.
+        accelerator, devices, nodes, strategy: of Lightning Fabric: ``"auto"``, ``"cpu"``, ``"cuda"``, …; devices of each
+            node; ``"auto"`` or ``"ddp"``. Under torchrun its environment counts, and ``devices`` and ``nodes`` are left.
+        progress: show a progress bar.
+
+    Returns:
+        the trained model, on its device.
+
+    Raises:
+        FileExistsError: ``out`` holds a run, and ``resume`` is False.
+        FloatingPointError: the loss or a parameter is not finite; the last checkpoint stays.
+        ImportError: lightning-fabric, tensorboard or safetensors is missing.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM; a checkpoint of the last step is written before.
+        TypeError, ValueError: latents, settings or a checkpoint that don't fit, factors of no dimensions.
+
+    References:
+        Esser, Rombach, Ommer, A Disentangling Invertible Interpretation Network, CVPR 2020, Sec. 3.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from iin_fast.latents import Latents
+        >>> from iin_fast.train import Settings, train
+        >>> latents = Latents.of(torch.randn(64, 6), {"digit": torch.arange(64) % 4})
+        >>> with tempfile.TemporaryDirectory() as run:
+        ...     train(latents, run, Settings({"digit": 2}, steps=2, n_flows=1, hidden_dim=8), accelerator="cpu").sizes
+        {'digit': 2, 'residual': 4}
+    """
+    settings = Settings() if settings is None else settings
+    if not isinstance(settings, Settings):
+        raise TypeError(f"train: settings is a {type(settings).__name__}, expected iin_fast.train.Settings")
+    fabric = _fabric(accelerator, devices, nodes, strategy, settings)
+    data = latents if isinstance(latents, Latents) else load_latents(latents)
+    run = Path(out)
+    if fabric.is_global_zero:
+        _check_folder(run, data, settings, resume)
+    fabric.barrier()
+    found = state.latest(run) if resume else None
+    fabric.barrier()  # nothing is written before all have looked
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        model = _Training(fabric, data, run, settings, found, progress).run()
+    fabric.barrier()
+    return model
+
+
+class _Objective(nn.Module):
+    """The model with its loss as one module, so that what wraps it sees a scalar."""
+
+    def __init__(self, model: IIN, rho: float) -> None:
+        super().__init__()
+        self.model = model
+        self.loss = FactorLoss(rho, normalized=True)
+
+    def forward(self, za: Tensor, zb: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean loss in nats per pair, and nats per dimension of the latents, without gradient."""
+        factors, logdet = self.model(torch.cat([za, zb]))
+        a, b = (Factors._wrap(part, self.model.sizes) for part in factors.tensor.chunk(2))
+        logdet_a, logdet_b = logdet.chunk(2)
+        loss = self.loss.from_factors(a, logdet_a, b, logdet_b, shared).mean()
+        with torch.no_grad():
+            square = factors.tensor.double().square().sum(1)
+            nll = 0.5 * square - logdet.double() + 0.5 * self.model.dim * math.log(2 * math.pi)
+        return loss, nll.mean() / self.model.dim
+
+
+class _Training:
+    def __init__(
+        self, fabric: Any, data: Latents, run: Path, settings: Settings, found: Path | None, progress: bool
+    ) -> None:
+        self.fabric, self.data, self.folder, self.settings, self.show = fabric, data, run, settings, progress
+        train_rows, held_rows = split_rows(data, settings.held_out, settings.seed)
+        concepts = data.names if settings.factors is None else tuple(n for n in settings.factors if n != RESIDUAL)
+        unit = (lambda rows: rows) if data.shared is None else (lambda rows: rows[: len(rows) // 2])
+        options: dict[str, Any] = {
+            "seed": settings.seed,
+            "others": settings.others,
+            "unlabelled": settings.unlabelled,
+        }
+        self.batches = Batches(data, unit(train_rows), concepts, **options)
+        self.held_out: Batch | None = None
+        if len(held_rows):
+            held = Batches(data, unit(held_rows), concepts, **options, lenient=True)
+            self.held_out = None if held.empty else held.draw(HELD_OUT_PAIRS, 0)
+        self.dtype = torch.float64 if settings.precision == "64-true" else torch.float32
+        self.z = data.z.to(self.dtype)
+
+        self.fingerprint = data.fingerprint()
+        if found is None:
+            model = self._fresh(concepts)
+            self.progress = state.Progress(0, {}, torch.zeros(fabric.world_size, 3, dtype=torch.float64), {}, {})
+        else:
+            model, self.progress = state.load(found)
+            self._check_position()
+        if fabric.is_global_zero:
+            run.mkdir(parents=True, exist_ok=True)
+            state.tidy(run)
+            if found is not None:  # a run may have been killed between its last checkpoint and this
+                model.save(run)
+            self._write_record(model, train_rows, held_rows)
+        self.model = model
+        self.objective = _Objective(model, settings.rho)
+        optimizer = torch.optim.Adam(model.parameters(), lr=settings.rate(0), betas=(0.5, 0.9), fused=True)
+        self.wrapped, self.optimizer = fabric.setup(self.objective, optimizer)
+        self.sums = torch.zeros(3, dtype=torch.float64, device=fabric.device)
+        if found is not None:
+            state.set_moments(model, optimizer, self.progress.optimizer)
+            sums = self.progress.sums
+            own = sums[fabric.global_rank] if len(sums) == fabric.world_size else sums.mean(0)
+            self.sums.copy_(own)
+            torch.set_rng_state(self.progress.random["torch"])
+        self.raw_optimizer = optimizer
+        self.saved = self.progress.step if found is not None else None
+
+    def _fresh(self, concepts: tuple[str, ...]) -> IIN:
+        settings = self.settings
+        sizes = settings.factors
+        if sizes is None:
+            sizes = estimate_sizes(self.data, self.batches, method=settings.dims_method)
+            empty = [name for name, size in sizes.items() if size == 0 and name != RESIDUAL]
+            if empty:
+                raise ValueError(
+                    f"train: the estimate gives {empty} no dimension ({sizes}); give factors, or take "
+                    "dims_method='published'"
+                )
+            sizes = {name: size for name, size in sizes.items() if size}
+        options: dict[str, Any] = {} if settings.coupling == "affine" else {"coupling": settings.coupling}
+        model = IIN(
+            self.data.dim,
+            sizes if concepts else None,
+            settings.n_flows,
+            settings.hidden_dim,
+            settings.hidden_depth,
+            generator=torch.Generator().manual_seed(settings.seed),
+            dtype=self.dtype,
+            **options,
+        )
+        first = self.batches.draw(settings.batch, 0)
+        with torch.no_grad():  # the whole batch starts ActNorm, in every process alike
+            model(torch.cat([self.z[first.a], self.z[first.b]]))
+        return model
+
+    def run(self) -> IIN:
+        settings, fabric = self.settings, self.fabric
+        size, rank = settings.batch // fabric.world_size, fabric.global_rank
+        own = slice(rank * size, (rank + 1) * size)
+        device = fabric.device
+        log = Log(self.folder, self.progress.step) if fabric.is_global_zero else None
+        self.wrapped.train()
+        try:
+            with (
+                _stop_signals() as stopped,
+                Bar(settings.steps, self.progress.step, self.show and fabric.is_global_zero) as bar,
+            ):
+                self.clock, self.since = time.perf_counter(), self.progress.step
+                for step in range(self.progress.step, settings.steps):
+                    rate = settings.rate(step)
+                    for group in self.optimizer.param_groups:
+                        group["lr"] = rate
+                    batch = self.batches.draw(settings.batch, step)
+                    za, zb = (self.z[rows[own]].to(device, non_blocking=True) for rows in (batch.a, batch.b))
+                    loss, nats = self.wrapped(za, zb, batch.shared[own].to(device, non_blocking=True))
+                    fabric.backward(loss)
+                    self.optimizer.step()
+                    self.optimizer.zero_grad()
+                    self.sums += torch.stack([loss.detach().double(), nats.double(), torch.ones_like(nats).double()])
+                    done = self.progress.step = step + 1
+                    bar.step(done)
+
+                    last = done == settings.steps
+                    look = self.held_out is not None and (done % settings.held_out_every == 0 or last)
+                    line = look or last or done % settings.log_every == 0
+                    if line:
+                        self._line(rate, look, log, bar)
+                    stop = stopped.is_set()
+                    if fabric.world_size > 1:  # all stop at one step: they agree where they meet anyway
+                        stop = line and bool(fabric.all_reduce(torch.tensor(float(stop)), reduce_op="sum"))
+                    if last or stop or done % settings.save_every == 0:
+                        self._save(log)
+                    if stop and not last:
+                        raise KeyboardInterrupt
+        finally:
+            if log is not None:
+                log.close()
+        return self.model.eval()
+
+    def _line(self, rate: float, look: bool, log: Log | None, bar: Bar) -> None:
+        """One line of the log; with ``look``, the held-out pairs too."""
+        sums = self.fabric.all_reduce(self.sums.clone(), reduce_op="mean").tolist()
+        loss, nats = sums[0] / sums[2], sums[1] / sums[2]
+        self._check_finite(loss)
+        self.sums.zero_()
+        done = self.progress.step
+        seconds = time.perf_counter() - self.clock
+        values = {"loss": loss, "nats_per_dim": nats, "learning_rate": rate}
+        values["samples_per_second"] = 2 * self.settings.batch * (done - self.since) / max(seconds, 1e-9)
+        if look and log is not None:
+            values["held_out_loss"], values["held_out_nats_per_dim"] = self._look()
+        if log is not None:
+            log.write(done, values)
+        bar.tell(values)
+        self.clock, self.since = time.perf_counter(), done
+
+    @torch.no_grad()
+    def _look(self) -> tuple[float, float]:
+        """Loss and nats per dimension on the held-out pairs."""
+        assert self.held_out is not None
+        totals = torch.zeros(2, dtype=torch.float64, device=self.fabric.device)
+        for a, b, shared in zip(*(part.split(256) for part in self.held_out), strict=True):
+            with self.fabric.autocast():
+                found = self.objective(*(x.to(self.fabric.device) for x in (self.z[a], self.z[b], shared)))
+            totals += torch.stack([value.double() for value in found]) * len(a)
+        loss, nats = (totals / len(self.held_out.a)).tolist()
+        return loss, nats
+
+    def _save(self, log: Log | None) -> None:
+        begin = time.perf_counter()
+        progress, fabric = self.progress, self.fabric
+        progress.sums = fabric.all_gather(self.sums).reshape(fabric.world_size, 3).cpu()
+        if not torch.isfinite(progress.sums).all():
+            self._check_finite(math.nan)
+        if fabric.is_global_zero and self.saved != progress.step:
+            if log is not None:
+                log.sync()
+            progress.optimizer = state.moments(self.model, self.raw_optimizer)
+            progress.random = {"torch": torch.get_rng_state()}
+            progress.sampler = {"seed": self.settings.seed, "step": progress.step, "latents": self.fingerprint}
+            try:
+                state.save(self.folder, self.model, progress)
+            except ValueError as error:  # NaN or Inf
+                self._check_finite(math.nan, str(error))
+        self.saved = progress.step
+        fabric.barrier()
+        self.clock += time.perf_counter() - begin
+
+    def _check_finite(self, loss: float, detail: str = "") -> None:
+        if math.isfinite(loss):
+            return
+        what = detail or "the loss is not finite"
+        kept = f"the checkpoint of step {self.saved} is intact" if self.saved else "no checkpoint was written yet"
+        raise FloatingPointError(
+            f"train: {what} at step {self.progress.step} or shortly before; {kept}. A lower learning_rate (now "
+            f"{self.settings.rate(self.progress.step - 1):.3g}) or a larger batch helps; so do latents without "
+            "outliers and constant features"
+        )
+
+    def _check_position(self) -> None:
+        expected = {"seed": self.settings.seed, "step": self.progress.step, "latents": self.fingerprint}
+        if self.progress.sampler != expected:
+            raise ValueError(
+                f"train: the checkpoint's sampler stands at {self.progress.sampler}, expected {expected}; it is of "
+                "other latents"
+            )
+
+    def _write_record(self, model: IIN, train_rows: np.ndarray[Any, Any], held_rows: np.ndarray[Any, Any]) -> None:
+        fabric, data, settings = self.fabric, self.data, self.settings
+        path = None if data.path is None else str(data.path.resolve())
+        record = {
+            "format": "iin_fast.run",
+            "version": 1,
+            "latents": {"path": path, "kind": data.kind, "sha256": self.fingerprint},
+            "n": data.n,
+            "dim": data.dim,
+            "names": list(data.names),
+            "factors": model.sizes,
+            "steps": settings.steps,
+            "settings": settings.record(),
+            "device": {
+                "kind": str(fabric.device.type),
+                "name": _device_name(fabric.device),
+                "processes": fabric.world_size,
+                "threads": torch.get_num_threads(),
+            },
+            "versions": _versions(),
+        }
+        checkpoint._write(self.folder / "run.json", (json.dumps(record, indent=2) + "\n").encode())
+        buffer = io.BytesIO()
+        np.savez(buffer, train=train_rows, held_out=held_rows)
+        checkpoint._write(self.folder / "split.npz", buffer.getvalue())
+
+
+def _fabric(accelerator: str, devices: int, nodes: int, strategy: str, settings: Settings) -> Any:
+    try:
+        from lightning_fabric import Fabric
+    except ImportError as error:
+        raise ImportError("train needs lightning-fabric: pip install 'iin-fast[train]'") from error
+    event_writer()  # what is missing is said before a folder is made
+    checkpoint._safetensors()
+    if strategy not in ("auto", "ddp"):
+        raise ValueError(f"train: strategy is {strategy!r}, expected 'auto' or 'ddp'; a sharded one is not supported")
+    if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():
+        devices = int(os.environ["LOCAL_WORLD_SIZE"])
+        nodes = int(os.environ["WORLD_SIZE"]) // devices
+    for name, value in (("devices", devices), ("nodes", nodes)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"train: {name} is {value!r}, expected a positive integer")
+    if settings.batch % (devices * nodes):
+        raise ValueError(
+            f"train: batch is {settings.batch}, expected a multiple of {devices * nodes}, the number of processes"
+        )
+    fabric = Fabric(
+        accelerator=accelerator,
+        devices=devices,
+        num_nodes=nodes,
+        strategy=strategy,
+        precision=settings.precision,  # type: ignore[arg-type]
+    )
+    fabric.launch()
+    return fabric
+
+
+def _check_folder(run: Path, data: Latents, settings: Settings, resume: bool) -> None:
+    """Refuse a folder with another run in it."""
+    if not resume:
+        for name in ("state", "config.json", "run.json"):
+            if (run / name).exists():
+                raise FileExistsError(f"train: {run} holds a run already; resume it, or take another folder")
+        return
+    file = run / "run.json"
+    if not file.is_file():
+        return
+    record = json.loads(file.read_text(encoding="utf-8"))
+    before = {"latents": record["latents"]["sha256"], **record["settings"]}
+    now = {"latents": data.fingerprint(), **settings.record()}
+    for name in now:
+        if name not in before or before[name] != now[name]:
+            raise ValueError(
+                f"train: {name} is {now[name]!r}, but the run in {run} has {before.get(name)!r}; resume takes the same "
+                "latents and settings"
+            )
+
+
+@contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """An event that Ctrl-C and SIGTERM set; a second one of them acts as usual."""
+    event = threading.Event()
+    before: dict[signal.Signals, Any] = {}
+
+    def stop(number: int, frame: Any) -> None:
+        event.set()
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+    if threading.current_thread() is threading.main_thread():
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            before[signum] = signal.signal(signum, stop) or signal.SIG_DFL
+    try:
+        yield event
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()}, {os.cpu_count()} processors"
+
+
+def _versions() -> dict[str, str]:
+    import lightning_fabric
+
+    from .. import __version__
+
+    return {
+        "iin-fast": __version__,
+        "torch": torch.__version__,
+        "lightning-fabric": lightning_fabric.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }

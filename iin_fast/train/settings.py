@@ -1,0 +1,122 @@
+"""What a training can be told."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..iin._checks import checked_int
+
+__all__ = ["PRECISIONS", "Settings"]
+
+PRECISIONS = ("32-true", "64-true", "bf16-mixed")
+BASE_RATE = 4.5e-6  # per pair of a batch, as published
+RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    "rho": (lambda x: 0 < x < 1, "between 0 and 1, both excluded"),
+    "learning_rate": (lambda x: 0 < x < math.inf, "more than 0"),
+    "held_out": (lambda x: 0 <= x < 1, "0 to below 1"),
+    "unlabelled": (lambda x: 0 <= x <= 1, "0 to 1"),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a training is told, checked; the same settings and data give the same model on the same machine.
+
+    Args:
+        factors: concept to number of dimensions; what they leave over is the residual. By default they are estimated
+            from pairs, see ``dims_method``. Concepts that are not named are left out.
+        dims_method: ``"published"`` or ``"paper"``, of :func:`iin_fast.estimate_factor_dims`.
+        others, unlabelled: which pairs are drawn, and how many from samples without any label; see
+            :class:`iin_fast.PairSampler`.
+        rho: correlation of a shared factor, between 0 and 1 exclusive.
+        n_flows, hidden_dim, hidden_depth: of the flow; see :class:`iin_fast.IIN`.
+        coupling: ``"affine"`` or ``"spline"``.
+        batch: pairs in a step, over all processes; it holds twice as many latents.
+        steps: optimizer steps.
+        learning_rate: of Adam (β 0.5, 0.9); by default 4.5e-6 × ``batch``, as published.
+        decay_start: from this step on the learning rate falls in a straight line, to 0 at the end; by default half of
+            ``steps``.
+        held_out: share of the latents that is never trained on, from 0 to below 1.
+        precision: ``"32-true"``, ``"64-true"``, or ``"bf16-mixed"`` (autocast; parameters stay float32).
+        seed: of weights, split and pairs.
+        log_every, held_out_every, save_every: steps between two lines of the log, two looks at held-out pairs, two
+            checkpoints.
+
+    Raises:
+        TypeError, ValueError: a value of another type or out of range.
+    """
+
+    factors: Mapping[str, int] | None = None
+    dims_method: str = "published"
+    others: str = "differ"
+    unlabelled: float | None = None
+    rho: float = 0.975
+    n_flows: int = 12
+    hidden_dim: int = 512
+    hidden_depth: int = 2
+    coupling: str = "affine"
+    batch: int = 25
+    steps: int = 10_000
+    learning_rate: float | None = None
+    decay_start: int | None = None
+    held_out: float = 0.1
+    precision: str = "32-true"
+    seed: int = 0
+    log_every: int = 50
+    held_out_every: int = 500
+    save_every: int = 1000
+
+    def __post_init__(self) -> None:
+        where = "Settings"
+        least = {"hidden_depth": 0, "seed": 0, "decay_start": 0}
+        for name in (
+            *("n_flows", "hidden_dim", "hidden_depth", "batch", "steps", "decay_start", "seed"),
+            *("log_every", "held_out_every", "save_every"),
+        ):
+            value = getattr(self, name)
+            if value is not None or name != "decay_start":
+                object.__setattr__(self, name, checked_int(where, name, value, least=least.get(name, 1)))
+        for name, (fits, expected) in RANGES.items():
+            value = getattr(self, name)
+            if value is None and name in ("learning_rate", "unlabelled"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"{where}: {name} is {value!r}, expected a number")
+            if not fits(value):
+                raise ValueError(f"{where}: {name} is {value}, expected {expected}")
+            object.__setattr__(self, name, float(value))
+        for name, allowed in (
+            ("dims_method", ("published", "paper")),
+            ("others", ("differ", "any", "agree")),
+            ("coupling", ("affine", "spline")),
+            ("precision", PRECISIONS),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{where}: {name} is {getattr(self, name)!r}, expected {' or '.join(map(repr, allowed))}"
+                )
+        if self.decay_start is not None and self.decay_start > self.steps:
+            raise ValueError(f"{where}: decay_start is {self.decay_start}, expected at most steps = {self.steps}")
+        if self.factors is not None:
+            if not isinstance(self.factors, Mapping):
+                kind = type(self.factors).__name__
+                raise TypeError(f"{where}: factors is a {kind}, expected a mapping of concept to size")
+            sizes = {name: checked_int(where, f"factors[{name!r}]", size) for name, size in self.factors.items()}
+            object.__setattr__(self, "factors", sizes)
+
+    def rate(self, step: int) -> float:
+        """The learning rate of step ``step``, counted from 0."""
+        base = BASE_RATE * self.batch if self.learning_rate is None else self.learning_rate
+        start = self.steps // 2 if self.decay_start is None else self.decay_start
+        return base if step < start else base * (self.steps - step) / (self.steps - start)
+
+    def record(self) -> dict[str, Any]:
+        """All settings as plain values, defaults filled in."""
+        plain = asdict(self)
+        plain["factors"] = None if self.factors is None else dict(self.factors)
+        plain["learning_rate"] = self.rate(-1)
+        plain["decay_start"] = self.steps // 2 if self.decay_start is None else self.decay_start
+        return plain

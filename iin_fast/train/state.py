@@ -1,0 +1,150 @@
+"""Where a training stands, on disk: each checkpoint is a folder of its own, which appears whole or not at all.
+
+``state/step-000001000`` holds what ``IIN.save`` writes (so ``IIN.load`` opens it), ``training.safetensors`` (moments of
+the optimizer, random state, running sums) and ``training.json`` (step, position of the sampler). It is written under
+another name, every file and folder flushed to the disk, and then renamed. Only then does the model in the run folder
+follow, and the older checkpoint go.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..iin import IIN, checkpoint
+
+__all__ = ["Progress", "latest", "load", "save", "tidy"]
+
+FORMAT = "iin_fast.training"
+VERSION = 1
+
+
+@dataclass
+class Progress:
+    """Where a training stands beside its model."""
+
+    step: int  # steps done
+    optimizer: dict[str, dict[str, Tensor]]  # parameter name to moments
+    sums: Tensor  # [processes, 3] float64: loss, nats per dimension and steps since the last line of the log
+    random: dict[str, Tensor]  # generator to its state
+    sampler: dict[str, Any]  # position
+
+
+def save(run: Path, model: IIN, progress: Progress) -> Path:
+    """Write a checkpoint, and the model into the run folder; the one before goes when this one is safe.
+
+    Raises:
+        ValueError: NaN or Inf in a parameter or a moment; nothing is changed then.
+        OSError: the folder can't be written.
+    """
+    name = f"step-{progress.step:09d}"
+    folder = run / "state"
+    temporary = folder / f".{name}.{uuid.uuid4().hex}"
+    tensors = {f"optimizer/{key}/{k}": v for key, moments in progress.optimizer.items() for k, v in moments.items()}
+    tensors = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{key} has NaN or Inf")
+    tensors |= {f"random/{key}": state for key, state in progress.random.items()}
+    tensors["sums"] = progress.sums
+    record = {"format": FORMAT, "version": VERSION, "step": progress.step, "sampler": progress.sampler}
+    text = json.dumps(record, indent=2) + "\n"
+    header = {"training": text, "crc32": checkpoint._checksum(tensors)}
+    try:
+        temporary.mkdir(parents=True)
+        model.save(temporary)
+        checkpoint._write(temporary / "training.safetensors", checkpoint._serialize(tensors, header))
+        checkpoint._write(temporary / "training.json", text.encode())
+        os.rename(temporary, folder / name)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    checkpoint._sync_folder(folder)
+    model.save(run)
+    tidy(run)
+    return folder / name
+
+
+def latest(run: Path) -> Path | None:
+    """The last checkpoint in a run folder, if there is one."""
+    return max((run / "state").glob("step-*"), default=None)
+
+
+def tidy(run: Path) -> None:
+    """Take away all checkpoints but the last, and what a killed process left half-written."""
+    kept = latest(run)
+    for folder in [*(run / "state").glob(".step-*"), *(run / "state").glob("step-*")]:
+        if folder != kept:
+            shutil.rmtree(folder)
+    for name in ("model.safetensors", "config.json", "run.json", "split.npz", "metrics.csv"):
+        for file in [*run.glob(f".{name}.*"), *(run / "logs").glob(f".{name}.*")]:
+            file.unlink()
+
+
+def load(folder: Path, device: torch.device | str = "cpu") -> tuple[IIN, Progress]:
+    """The model and the progress in a checkpoint.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged, or does not belong to the others.
+    """
+    model = IIN.load(folder, device=device)
+    file, beside = folder / "training.safetensors", folder / "training.json"
+    for path in (file, beside):
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file; the checkpoint is not whole")
+    safetensors = checkpoint._safetensors()
+    try:
+        with safetensors.safe_open(file, framework="pt") as opened:
+            header = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
+        record = json.loads(beside.read_text(encoding="utf-8"))
+        same = json.loads(header.get("training", "null")) == record
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise ValueError(f"{folder}: damaged checkpoint ({error})") from error
+    if not same or record.get("format") != FORMAT or header.get("crc32") != checkpoint._checksum(tensors):
+        raise ValueError(f"{folder}: damaged checkpoint, {file.name} is not what was written with {beside.name}")
+    if record["version"] != VERSION:
+        raise ValueError(f"{folder}: version {record['version']!r} of the format, expected {VERSION}; update iin-fast")
+    optimizer: dict[str, dict[str, Tensor]] = {}
+    random: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        kind, _, rest = key.partition("/")
+        if kind == "optimizer":
+            name, _, moment = rest.rpartition("/")
+            optimizer.setdefault(name, {})[moment] = tensor
+        elif kind == "random":
+            random[rest] = tensor
+    return model, Progress(record["step"], optimizer, tensors["sums"], random, record["sampler"])
+
+
+def moments(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+    """The state of an optimizer, by the names of the parameters."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {names[id(p)]: dict(state) for p, state in optimizer.state.items()}
+
+
+def set_moments(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, moments: Mapping[str, Mapping[str, Tensor]]
+) -> None:
+    """The inverse of :func:`moments`.
+
+    Raises:
+        ValueError: moments of other parameters.
+    """
+    expected = {name for name, _ in model.named_parameters()}
+    if set(moments) - expected or (moments and expected - set(moments)):
+        raise ValueError(f"train: the checkpoint has moments of {sorted(moments)}, expected {sorted(expected)}")
+    order = [p for group in optimizer.param_groups for p in group["params"]]
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {i: dict(moments[names[id(p)]]) for i, p in enumerate(order) if names[id(p)] in moments}
+    optimizer.load_state_dict({"state": found, "param_groups": optimizer.state_dict()["param_groups"]})

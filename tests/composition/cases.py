@@ -1,0 +1,188 @@
+"""The table of what must compose: every op and every module, one line each.
+
+A case is a module (an op is wrapped in one), input of any batch size for it, and the tensors that it returns. To add a
+module, add one line to ``MODULES``; all tests of this folder then run on it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from iin_fast import IIN, FactorLoss, Factors
+from iin_fast import functional as F
+from iin_fast.nn import ActNorm, AffineCoupling, Flow, LULinear, NeuralSplineFlow, Permutation, SplineCoupling
+from iin_fast.ops.flow import flow as flow_op
+
+__all__ = ["CASES", "DIM", "MODULES", "OPS", "Case", "same", "seeded", "tensors"]
+
+DIM = 6
+Inputs = tuple[Any, ...]
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=seeded(seed))
+
+
+def rows(n: int) -> Inputs:
+    return (normal(1, n, DIM),)
+
+
+class Call(nn.Module):
+    """A function as a module without parameters."""
+
+    def __init__(self, function: Callable[..., Any], **options: Any) -> None:
+        super().__init__()
+        self.function, self.options = function, options
+
+    def forward(self, *args: Any) -> Any:
+        return self.function(*args, **self.options)
+
+
+class Inverse(nn.Module):
+    """The inverse of a module, as a module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any) -> Any:
+        return self.module.inverse(*args)
+
+
+class PairLoss(nn.Module):
+    """A training step's loss: the IIN and its FactorLoss."""
+
+    def __init__(self, model: IIN) -> None:
+        super().__init__()
+        self.model, self.loss = model, FactorLoss()
+
+    def forward(self, za: Tensor, zb: Tensor, shared: Tensor) -> Tensor:
+        return self.loss(self.model, za, zb, shared)
+
+
+def started(module: nn.Module, *context: Tensor) -> nn.Module:
+    """After the data-dependent start of its ActNorm."""
+    module(2 * normal(0, 16, DIM) + 1, *context)
+    return module
+
+
+def flow(**options: Any) -> nn.Module:
+    options = dict(n_flows=2, hidden_dim=8, hidden_depth=1, generator=seeded()) | options
+    context = [normal(4, 16, options["context_dim"])] if "context_dim" in options else []
+    return started(Flow(DIM, **options), *context)
+
+
+def spline_flow(context: int = 0) -> nn.Module:
+    module = NeuralSplineFlow(DIM, context, n_flows=2, bins=4, hidden_dim=8, hidden_depth=1, generator=seeded())
+    return started(module, *([normal(4, 16, context)] if context else []))
+
+
+def iin(**options: Any) -> nn.Module:
+    options |= dict(n_flows=2, hidden_dim=8, hidden_depth=1, generator=seeded())
+    return started(IIN(DIM, {"digit": 3, "color": 2}, **options))
+
+
+def linear(inputs: int, outputs: int) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(inputs, outputs)
+
+
+def spline_coupling() -> nn.Module:
+    conditioner = linear(3, SplineCoupling.outputs(DIM, bins=4))
+    with torch.no_grad():
+        conditioner.weight *= 0.3  # knots that don't lie within bfloat16's rounding of one another
+    return SplineCoupling(DIM, conditioner, bins=4)
+
+
+def flow_parameters() -> list[Tensor]:
+    module = flow()
+    names = "loc scale weight_in bias_in weight_hidden bias_hidden weight_out bias_out permutation".split()
+    return [getattr(module, name).detach() for name in names]
+
+
+def pair(n: int) -> Inputs:
+    shared = torch.rand(n, 3, generator=seeded(6)) < 0.5
+    return normal(1, n, DIM), normal(2, n, DIM), normal(3, n), normal(4, n), shared
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op or module. ``module()`` is new at every call and always the same; so is ``inputs(batch)``."""
+
+    name: str
+    module: Callable[[], nn.Module]
+    inputs: Callable[[int], Inputs] = rows
+    batched: int = 1  # how many of the inputs have the batch as their first dimension; the first ones
+    mean: bool = False  # gives one number for the batch, not one result for each row
+
+    def dynamic(self) -> tuple[dict[int, Any] | None, ...]:
+        """Dynamic shapes for torch.export: the batch of every input that has one."""
+        batch = torch.export.Dim("batch", min=2, max=512)
+        return tuple({0: batch} if i < self.batched else None for i, _ in enumerate(self.inputs(2)))
+
+
+OPS = [
+    Case("affine_coupling", lambda: Call(F.affine_coupling), lambda n: tuple(normal(3, 3, n, DIM)), 3),
+    Case("affine_coupling inverse", lambda: Call(F.affine_coupling, inverse=True), lambda n: tuple(normal(3, 3, n, DIM)), 3),
+    Case("additive coupling", lambda: Call(lambda x, t: F.affine_coupling(x, None, t, squash="none")), lambda n: tuple(normal(3, 2, n, DIM)), 2),
+    Case("spline_coupling", lambda: Call(F.spline_coupling, bins=4), lambda n: (normal(1, n, DIM), normal(2, n, DIM, 11)), 2),
+    Case("spline_coupling inverse", lambda: Call(F.spline_coupling, bins=4, inverse=True), lambda n: (normal(1, n, DIM), normal(2, n, DIM * 11)), 2),
+    Case("rational_quadratic_spline", lambda: Call(F.rational_quadratic_spline), lambda n: (normal(1, n, DIM), normal(2, n, DIM, 4), normal(3, n, DIM, 4), normal(4, n, DIM, 3)), 4),
+    Case("pair_nll", lambda: Call(F.pair_nll, sizes=[3, 2, 1], rho=0.9), pair, 5),
+    Case("flow", lambda: Call(lambda x, *p: flow_op(x, None, *p)), lambda n: (normal(1, n, DIM), *flow_parameters()), 1),
+    Case("flow invert", lambda: Call(lambda x, *p: flow_op(x, None, *p, memory="invert")), lambda n: (normal(1, n, DIM), *flow_parameters()), 1),
+]  # fmt: skip
+
+MODULES = [
+    Case("ActNorm", lambda: started(ActNorm(DIM))),
+    Case("AffineCoupling", lambda: AffineCoupling(DIM, linear(3, 6))),
+    Case("Permutation", lambda: Permutation(DIM, generator=seeded())),
+    Case("Flow", flow),
+    Case("Flow inverse", lambda: Inverse(flow())),
+    Case("Flow context", lambda: flow(context_dim=2), lambda n: (normal(1, n, DIM), normal(2, n, 2)), 2),
+    Case("SplineCoupling", spline_coupling),
+    Case("LULinear", lambda: LULinear(DIM)),
+    Case("NeuralSplineFlow", spline_flow),
+    Case("NeuralSplineFlow inverse", lambda: Inverse(spline_flow())),
+    Case("NeuralSplineFlow context", lambda: spline_flow(context=2), lambda n: (normal(1, n, DIM), normal(2, n, 2)), 2),
+    Case("IIN", iin),
+    Case("IIN spline", lambda: iin(coupling="spline")),
+    Case("FactorLoss", lambda: PairLoss(iin()), lambda n: (normal(1, n, DIM), normal(2, n, DIM), torch.rand(n, 2, generator=seeded(6)) < 0.5), 3, True),
+]  # fmt: skip
+
+CASES = OPS + MODULES
+
+
+def tensors(result: Any) -> list[Tensor]:
+    """The tensors of a result, in order."""
+    if isinstance(result, Tensor):
+        return [result]
+    return [result.tensor] if isinstance(result, Factors) else [t for part in result for t in tensors(part)]
+
+
+def learned(module: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """What gradients are taken for: parameters, and inputs that are floating; the inputs now require gradients."""
+    given = [t.requires_grad_() for t in inputs if isinstance(t, Tensor) and t.is_floating_point()]
+    return [*given, *module.parameters()]
+
+
+def gradients(call: Callable[..., Any], module: nn.Module, inputs: Inputs) -> list[Tensor]:
+    """Results and gradients of one number that depends on all of them. ``call`` runs ``module``."""
+    wanted = learned(module, inputs)
+    results = tensors(call(*inputs))
+    if not wanted:
+        return results
+    score = sum((t * torch.linspace(0.5, 1.5, t.numel()).reshape(t.shape)).sum() for t in results)
+    found = torch.autograd.grad(score, wanted, allow_unused=True)
+    return [*results, *(torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True))]
+
+
+def same(got: Any, wanted: Any, **tolerance: float) -> None:
+    torch.testing.assert_close(tensors(got), tensors(wanted), **tolerance)

@@ -1,0 +1,299 @@
+"""The CUDA kernels of the flow, run on the host (tests/cuda_emulator), against the definition."""
+
+import ctypes
+from typing import Any
+
+import pytest
+import torch
+from cuda_emulator import call, data, load, type_name
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from iin_fast.backends import available
+from iin_fast.nn import Flow
+from iin_fast.ops.flow import flow, reference
+from iin_fast.ops.flow.saved import saved_bytes
+from iin_fast.testing.backends import relative_error
+
+# batch, dim, n_flows, hidden, depth, context (0: none), contexts per block
+SHAPES = [
+    (0, 4, 1, 8, 1, 0, False),
+    (1, 2, 1, 1, 0, 0, False),
+    (7, 5, 3, 17, 2, 3, True),
+    (33, 9, 2, 70, 1, 2, False),
+    (130, 8, 2, 16, 1, 0, False),
+    (131, 7, 1, 65, 1, 4, False),
+    (3, 140, 1, 8, 1, 0, False),
+    (129, 133, 1, 12, 0, 1, False),
+]
+ALIGNED = (40, 64, 2, 128, 2, 0, False)
+TENSORS = (
+    *("x", "context", "loc", "scale", "weight_in", "bias_in", "weight_hidden", "bias_hidden", "weight_out", "bias_out"),
+    "permutation",
+)
+
+
+class FlowSizes(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_int64) for name in ("batch", "dim", "n_flows", "hidden", "depth", "context_dim", "contexts")
+    ]
+
+
+class FlowCall(ctypes.Structure):
+    """FlowCall in tests/cuda_emulator/flow.cpp."""
+
+    _fields_ = [
+        ("sizes", FlowSizes),
+        *((name, ctypes.c_void_p) for name in TENSORS),
+        ("x_row", ctypes.c_int64),
+        *((name, ctypes.c_double) for name in ("leaky_slope", "activation_slope")),
+        *((name, ctypes.c_bool) for name in ("exact_logdet", "inverse", "tf32")),
+        *((name, ctypes.c_void_p) for name in ("y", "logdet", "saved", "grad_y", "grad_logdet")),
+        ("grad_y_row", ctypes.c_int64),
+        *((f"grad_{name}", ctypes.c_void_p) for name in TENSORS[:-1]),
+        *((name, ctypes.c_int64) for name in ("pending", "launches", "saved_bytes")),
+    ]
+
+
+def arguments(
+    batch: int, dim: int, n: int, hidden: int, depth: int, width: int, own: bool, dtype: torch.dtype
+) -> list[Any]:
+    generator = torch.Generator().manual_seed(0)
+    flow = Flow(dim, n, hidden, depth, context_dim=width, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        assert flow.loc is not None
+        flow.loc.normal_(generator=generator)
+        flow.scale.uniform_(0.5, 2, generator=generator)
+        flow.scale[:, 0] *= -1
+    x = torch.randn(batch, 2 * dim, generator=generator, dtype=torch.float64)
+    context = torch.randn(n if own else 1, batch, width, generator=generator, dtype=torch.float64) if width else None
+    names = ("weight_in", "bias_in", "weight_hidden", "bias_hidden", "weight_out", "bias_out")
+    tensors = [x, context, flow.loc, flow.scale, *(getattr(flow, name) for name in names)]
+    given: list[Any] = [None if t is None else t.detach().to(dtype) for t in tensors]
+    given[0] = given[0][:, :dim]  # rows further apart than they are long
+    return [*given, flow.permutation]
+
+
+def flow_call(given: list[Any], slope: float, exact: bool, inverse: bool, tf32: bool) -> FlowCall:
+    x, context, loc, *_ = given
+    bias_in, bias_hidden = given[5], given[7]
+    sizes = FlowSizes(
+        *(len(x), x.shape[1], loc.shape[0], bias_in.shape[3], bias_hidden.shape[3]),
+        *((0, 0) if context is None else (context.shape[2], context.shape[0])),
+    )
+    pointers = [ctypes.c_void_p(x.data_ptr()), *(data(t) for t in given[1:])]
+    return FlowCall(sizes, *pointers, x.stride(0), 0.01, slope, exact, inverse, tf32)
+
+
+def forward(
+    given: list[Any],
+    slope: float = 1.0,
+    exact: bool = False,
+    inverse: bool = False,
+    save: bool = False,
+    tf32: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, FlowCall]:
+    x = given[0]
+    y = torch.full(x.shape, torch.nan, dtype=x.dtype)
+    logdet = torch.full(x.shape[:1], torch.nan, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    c = flow_call(given, slope, exact, inverse, tf32)
+    c.y, c.logdet = y.data_ptr(), logdet.data_ptr()
+    size = saved_bytes(x, given[5].shape[3], given[7].shape[3], given[2].shape[0], inverse) if save else 0
+    saved = torch.full((size,), 255, dtype=torch.uint8)
+    c.saved = saved.data_ptr() if save else None
+    call(load("flow").flow_forward, type_name(x.dtype), ctypes.byref(c))
+    return y, logdet, saved, c
+
+
+def backward(
+    given: list[Any],
+    y: Tensor,
+    saved: Tensor,
+    grad_y: Tensor,
+    grad_logdet: Tensor,
+    slope: float = 1.0,
+    inverse: bool = False,
+    tf32: bool = False,
+    weights: bool = True,
+    pending: int = 64 * 2**20,
+) -> tuple[list[Tensor | None], FlowCall]:
+    """Gradients in the order of TENSORS."""
+    c = flow_call([y, *given[1:]], slope, False, inverse, tf32)
+    c.saved, c.pending = saved.data_ptr() if saved.numel() else None, pending
+    c.grad_y, c.grad_y_row, c.grad_logdet = grad_y.data_ptr(), grad_y.stride(0), grad_logdet.data_ptr()
+    grads: list[Tensor | None] = []
+    for name, t in zip(TENSORS[:-1], [y, *given[1:-1]], strict=True):
+        grad = None
+        if name == "context":
+            grad = None if t is None else torch.zeros(t.shape, dtype=grad_logdet.dtype)
+        elif weights or name in ("x", "loc", "scale"):
+            grad = torch.full(t.shape, torch.nan, dtype=t.dtype)
+        setattr(c, f"grad_{name}", None if grad is None else grad.data_ptr())
+        grads.append(grad)
+    call(load("flow").flow_backward, type_name(y.dtype), ctypes.byref(c))
+    return grads, c
+
+
+def wide(given: list[Any]) -> list[Any]:
+    return [t.double() if t is not None and t.is_floating_point() else t for t in given]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("inverse", [False, True])
+def test_equals_the_definition_in_float64(shape: tuple[Any, ...], inverse: bool) -> None:
+    given = arguments(*shape, torch.float64)
+    slope = 0.8 if shape[5] else 1.0
+    expected = reference.flow(*given, 0.01, slope, True, inverse)
+    for save in (False, True):
+        y, logdet, _, c = forward(given, slope, True, inverse, save)
+        for got, want in zip((y, logdet), expected, strict=True):
+            assert relative_error(got, want) < 1e-12, (save, got.shape)
+        if shape[0]:
+            _, _, n, _, depth, *_ = shape
+            assert c.launches == 2 * n * (depth + 2) + 3
+        if save and shape[0]:
+            assert c.saved_bytes == saved_bytes(given[0], shape[3], shape[4], shape[2], inverse)
+
+
+@pytest.mark.parametrize(
+    "dtype, tf32, bound",
+    [
+        (torch.float32, False, 2e-6),
+        (torch.float32, True, 5e-3),
+        (torch.float16, False, 5e-3),
+        (torch.bfloat16, False, 5e-2),
+    ],
+)
+@pytest.mark.parametrize("inverse", [False, True])
+def test_other_types_judged_by_float64(dtype: torch.dtype, tf32: bool, bound: float, inverse: bool) -> None:
+    for shape in (ALIGNED, *SHAPES[2:6]):
+        given = arguments(*shape, dtype)
+        # an exact log-det would jump where rounding takes a value across the kink of the activation
+        judge = reference.flow(*wide(given), 0.01, 0.8, False, inverse)
+        y, logdet, _, _ = forward(given, 0.8, False, inverse, tf32=tf32)
+        for got, want in zip((y, logdet), judge, strict=True):
+            assert (got.double() - want).norm() < bound * want.norm(), (shape, got.shape)
+        if tf32 and shape == ALIGNED:
+            assert (y.double() - judge[0]).norm() > 1e-5 * judge[0].norm()  # it is TF32 that multiplied
+
+
+def test_the_published_size_in_float32() -> None:
+    given = arguments(25, 64, 1, 512, 2, 0, False, torch.float32)
+    judge, _ = reference.flow(*wide(given))
+    plain, _ = reference.flow(*given)
+    y, _, _, _ = forward(given)
+    error = (y.double() - judge).norm()
+    assert error < 2 * (plain.double() - judge).norm() + 1e-7 * judge.norm()  # as good as float32
+
+
+def true_gradients(given: list[Any], slope: float, inverse: bool) -> tuple[list[Tensor | None], Tensor, Tensor]:
+    """In float64, of a fixed mixture of the outputs, and the gradients of these."""
+    leaves = [t.requires_grad_() if t is not None and t.is_floating_point() else t for t in wide(given)]
+    y, logdet = reference.flow(*leaves, 0.01, slope, False, inverse)
+    grad_y = torch.linspace(0.5, 1.5, y.numel(), dtype=torch.float64).reshape(y.shape)
+    grad_logdet = torch.linspace(-1, 1.5, len(logdet), dtype=torch.float64)
+    if not len(y):
+        return [None] * 10, grad_y, grad_logdet
+    torch.autograd.backward([y, logdet], [grad_y, grad_logdet])
+    return [None if t is None else t.grad for t in leaves[:-1]], grad_y, grad_logdet
+
+
+@pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
+@pytest.mark.parametrize("inverse", [False, True])
+def test_gradients_equal_the_definition_in_float64(shape: tuple[Any, ...], inverse: bool) -> None:
+    given = arguments(*shape, torch.float64)
+    slope = 0.8 if shape[5] else 1.0
+    expected, grad_y, grad_logdet = true_gradients(given, slope, inverse)
+    for save in (True, False):
+        y, _, saved, _ = forward(given, slope, False, inverse, save)
+        grads, c = backward(given, y, saved, grad_y, grad_logdet, slope, inverse)
+        for name, got, want in zip(TENSORS, grads, expected, strict=False):
+            if want is None:  # autograd has none for a tensor without elements either
+                assert got is None or not got.numel(), name
+            else:
+                assert relative_error(got, want) < 1e-11, (save, name)
+        _, _, n, _, depth, *_ = shape
+        layers = 2 * n * (depth + 2)
+        outer = 2 + (depth > 0)
+        assert c.launches == (layers + 3 + outer if save else 2 * layers + 4 + 2 * n * outer)
+
+
+@pytest.mark.parametrize(
+    "dtype, tf32, bound",
+    [
+        (torch.float32, False, 1e-5),
+        (torch.float32, True, 5e-2),
+        (torch.float16, False, 5e-2),
+        (torch.bfloat16, False, 3e-1),
+    ],
+)
+@pytest.mark.parametrize("inverse", [False, True])
+def test_gradients_of_other_types_judged_by_float64(
+    dtype: torch.dtype, tf32: bool, bound: float, inverse: bool
+) -> None:
+    for shape in (ALIGNED, *SHAPES[2:6]):
+        given = arguments(*shape, dtype)
+        expected, grad_y, grad_logdet = true_gradients(given, 1.0, inverse)
+        y, _, saved, _ = forward(given, 1.0, False, inverse, True, tf32)
+        sums = torch.float32
+        grads, _ = backward(given, y, saved, grad_y.to(dtype), grad_logdet.to(sums), 1.0, inverse, tf32)
+        for name, got, want in zip(TENSORS, grads, expected, strict=False):
+            if want is not None and want.numel():
+                # in the mean: rounding takes single hidden units across the kink of their LeakyReLU
+                assert (got.double() - want).norm() < bound * want.norm(), (shape, name)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_weight_gradients_in_groups_of_steps(inverse: bool) -> None:
+    given = arguments(*SHAPES[2], torch.float64)
+    y, logdet, saved, _ = forward(given, inverse=inverse, save=True)
+    whole, _ = backward(given, y, saved, y, logdet, inverse=inverse)
+    parts, c = backward(
+        given, y, saved, y, logdet, inverse=inverse, pending=4 * 2 * 7 * (2 + 3 * 17) * 8
+    )  # 4 of 6 steps
+    assert c.launches == 2 * 3 * (2 + 2) + 3 + 2 * 3
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True) if a is not None)
+
+
+def test_what_is_not_wanted_is_not_computed() -> None:
+    given = arguments(*SHAPES[2], torch.float64)
+    expected, grad_y, grad_logdet = true_gradients(given, 1.0, False)
+    y, _, saved, _ = forward(given, save=True)
+    grads, c = backward(given, y, saved, grad_y, grad_logdet, weights=False)
+    assert [g is None for g in grads] == [name.startswith(("weight", "bias")) for name in TENSORS[:-1]]
+    assert relative_error(grads[0], expected[0]) < 1e-11
+    assert c.launches == 2 * 3 * (2 + 2) + 3
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_a_wrong_permutation_stays_inside(inverse: bool) -> None:
+    given = arguments(5, 4, 2, 8, 1, 0, False, torch.float32)
+    given[-1] = torch.full_like(given[-1], 2**40)
+    y, logdet, saved, _ = forward(given, inverse=inverse, save=True)
+    backward(given, y, saved, y, logdet, inverse=inverse)
+
+
+def test_the_same_bits_every_time() -> None:
+    given = arguments(*ALIGNED, torch.float32)
+    first, second = (forward(given, save=True)[:3] for _ in range(2))
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+    grads = [backward(given, y, saved, y, logdet)[0] for y, logdet, saved in (first, second)]
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True) if a is not None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_shapes_and_types_on_a_gpu_as_compile_sees_them(dtype: torch.dtype) -> None:
+    if "cpp" not in available("flow", "cuda"):
+        pytest.skip("the build had no nvcc, so there is no CUDA library")
+    given = arguments(*SHAPES[2], dtype)
+    with FakeTensorMode(), torch.no_grad():
+        tensors = [None if t is None else torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in given]
+        y, logdet, saved = torch.ops.iin_fast.flow(*tensors, 0.01, 1.0, False, False, True)
+        assert (y.dtype, logdet.dtype) == (dtype, torch.float64 if dtype == torch.float64 else torch.float32)
+        assert (saved.dtype, saved.numel()) == (torch.uint8, saved_bytes(given[0], 17, 2, 3, False))
+        options = (0.01, 1.0, False, True, True)
+        grads = torch.ops.iin_fast.flow_backward(y, logdet, y, saved, *tensors[1:], *options)
+        for t, grad in zip(tensors, grads, strict=False):
+            assert (grad.shape, grad.dtype, grad.device.type) == (t.shape, dtype, "cuda")
+        y, logdet = flow(*tensors)
+        assert (y.shape, logdet.shape) == ((7, 5), (7,))

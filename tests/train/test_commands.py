@@ -1,0 +1,286 @@
+"""The commands: each does what its Python function does, and fails in one line with exit code 2."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from run_folder import metrics, record
+
+pytest.importorskip("typer")
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+
+from typer.testing import CliRunner
+
+from iin_fast import IIN, runs
+from iin_fast.cli import app
+from iin_fast.latents import load_latents, save_arrays
+from iin_fast.train import Settings, train
+
+SMALL = "--n-flows 2 --hidden-dim 16 --batch 16 --learning-rate 3e-3 --accelerator cpu".split()
+
+
+def run(*arguments):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return result.exit_code, result.output
+
+
+@pytest.fixture(scope="module")
+def file(latents, tmp_path_factory):
+    path = tmp_path_factory.mktemp("latents") / "latents.npz"
+    return save_arrays(path, {"z": latents.z, "labels": latents.labels, "names": np.array(latents.names)})
+
+
+@pytest.fixture(scope="module")
+def trained(file, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run") / "run"
+    settings = Settings({"digit": 3, "color": 2}, steps=60, n_flows=2, hidden_dim=16, batch=16, learning_rate=3e-3)
+    train(file, folder, settings, accelerator="cpu")
+    return folder
+
+
+def test_every_command_has_a_help():
+    code, output = run("--help")
+    assert code == 0
+    for command in ("train", "dims", "encode", "decode", "swap", "interpolate", "sample", "evaluate", "report"):
+        assert command in output
+        code, text = run(command, "--help")
+        assert code == 0 and "Usage" in text
+
+
+def test_train(file, tmp_path):
+    code, output = run("train", file, "--out", tmp_path / "run", "--factors", "digit=3, color=2", "--steps", 20, *SMALL)
+    assert code == 0, output
+    assert "digit" in output and "residual" in output and "iin-fast evaluate" in output
+    assert IIN.load(tmp_path / "run").sizes == {"digit": 3, "color": 2, "residual": 3}
+    assert record(tmp_path / "run")["latents"]["path"] == str(file)
+    again = ("train", file, "--out", tmp_path / "run", "--factors", "digit=3,color=2", "--steps", 20, *SMALL)
+    code, output = run(*again)
+    assert code == 2 and "holds a run already" in output
+    assert run(*again, "--resume")[0] == 0
+
+
+def test_dims(file, latents):
+    code, output = run("dims", file)
+    assert code == 0
+    for method in ("published", "paper"):
+        sizes = runs.dims(latents, method=method)
+        assert sum(sizes.values()) == 8
+        assert method in output
+        for name, size in sizes.items():
+            assert re.search(rf"{name}.*\b{size}\b", output)
+
+
+def test_encode_and_decode(trained, file, latents, tmp_path):
+    for ending in (".npz", ".safetensors"):
+        factors, back = tmp_path / f"factors{ending}", tmp_path / f"back{ending}"
+        code, output = run("encode", trained, file, "--out", factors)
+        assert code == 0 and "600 samples in digit 3, color 2, residual 3" in output
+        assert run("decode", trained, factors, "--out", back)[0] == 0
+        assert torch.allclose(load_latents(back).z, latents.z, atol=1e-4)
+    with torch.no_grad():
+        expected = IIN.load(trained).encode(latents.z)
+    found = np.load(tmp_path / "factors.npz")
+    assert set(found) == {"digit", "color", "residual"}
+    for name, part in expected.items():
+        assert np.allclose(found[name], part, atol=1e-5)
+    assert torch.allclose(runs.decode(trained, runs.encode(trained, latents)), latents.z, atol=1e-4)
+
+
+def test_swap(trained, file, latents, tmp_path):
+    out = tmp_path / "out.npz"
+    code, output = run("swap", trained, file, "--factor", "digit", "--out", out, "--seed", 4)
+    assert code == 0 and "600 latents with another's digit" in output
+    z, donor = (torch.from_numpy(np.load(out)[key]) for key in ("z", "donor"))
+    assert sorted(donor.tolist()) == list(range(600)) and (donor != torch.arange(600)).all()
+    factors, before = runs.encode(trained, out), runs.encode(trained, latents)
+    assert torch.allclose(factors["digit"], before["digit"][donor], atol=1e-3)
+    assert torch.allclose(factors["color"], before["color"], atol=1e-3)
+    assert torch.allclose(factors["residual"], before["residual"], atol=1e-3)
+    given = save_arrays(tmp_path / "donors.npz", {"z": latents.z.flip(0)})
+    code, _ = run("swap", trained, file, "--factor", "digit", "--factor", "color", "--donors", given, "--out", out)
+    assert code == 0
+    with torch.no_grad():
+        expected = IIN.load(trained).swap(latents.z, latents.z.flip(0), ["digit", "color"])
+    assert np.allclose(np.load(out)["z"], expected, atol=1e-5)
+
+
+def test_interpolate_and_sample(trained, file, latents, tmp_path):
+    out = tmp_path / "way.npz"
+    rows = ("--start", 0, "--end", 5, "--start", 1, "--end", 9)
+    assert run("interpolate", trained, file, *rows, "--factor", "color", "--steps", 5, "--out", out)[0] == 0
+    model = IIN.load(trained)
+    with torch.no_grad():
+        expected = model.interpolate(latents.z[[0, 1]], latents.z[[5, 9]], 5, "color")
+    found = np.load(out)
+    assert np.allclose(found["z"].reshape(2, 5, 8), expected.transpose(0, 1), atol=1e-5)
+    assert found["position"].tolist() == [0, 0.25, 0.5, 0.75, 1] * 2
+    assert np.allclose(found["z"][0], latents.z[0], atol=1e-4)
+    assert run("interpolate", trained, file, *rows, "--out", out)[0] == 0
+    assert np.allclose(np.load(out)["z"][8], latents.z[5], atol=1e-4)
+
+    assert run("sample", trained, "--n", 7, "--seed", 3, "--out", out)[0] == 0
+    expected = model.sample(7, torch.Generator().manual_seed(3))
+    assert np.array_equal(np.load(out)["z"], expected)
+
+
+def test_evaluate_and_report(trained, file, latents, tmp_path):
+    code, output = run("evaluate", trained, "--max-samples", 100)
+    assert code == 0, output
+    found = json.loads((trained / "evaluation.json").read_text())
+    assert found["samples"] == {"scored": 60, "learned_on": 540, "source": "training samples", "most": 100}
+    assert f"nats per dimension: {found['likelihood']['iin']:.3f}" in output
+    assert f"{found['swap']['iin']['digit']['both']:.2f}" in output and "leak of color" in output
+
+    code, output = run("report", trained)
+    assert code == 0 and "report.html" in output
+    text = (trained / "report.html").read_text()
+    assert "Swapping one factor" in text and "There is no decoder" in text and "60 held-out latents" in text
+    (tmp_path / "mine.py").write_text("def decode(z):\n    return z.abs().reshape(-1, 2, 4)\n")
+    assert run("report", trained, "--decoder", f"{tmp_path / 'mine.py'}:decode")[0] == 0
+    assert "There is no decoder" not in (trained / "report.html").read_text()
+
+    # Latents that the training has not seen are all held out.
+    other = save_arrays(tmp_path / "other.npz", {"z": latents.z[:99] + 0.01, "labels": latents.labels[:99, :1]})
+    code, output = run("evaluate", trained, other, "--max-samples", 60)
+    assert code == 0, output
+    found = json.loads((trained / "evaluation.json").read_text())
+    assert found["samples"]["source"] == "half of the held-out samples" and found["concepts"] == ["0"]
+
+
+@pytest.mark.parametrize("kind", ["pairs", "alone"])
+def test_without_labels(kind, latents, tmp_path):
+    pairs = {"za": latents.z[:300], "zb": latents.z[300:], "factor": np.arange(300) % 2, "names": np.array(["a", "b"])}
+    file = save_arrays(tmp_path / "z.npz", pairs if kind == "pairs" else {"z": latents.z})
+    folder = tmp_path / "run"
+    code, output = run("train", file, "--out", folder, "--steps", 10, *SMALL)
+    assert code == 0, output
+    code, output = run("evaluate", folder)
+    assert code == 0 and "nats per dimension" in output and "swap" not in output
+    found = json.loads((folder / "evaluation.json").read_text())
+    assert found["samples"]["scored"] == 60 and found["samples"]["learned_on"] == 540
+    z, held = load_latents(file).z, np.load(folder / "split.npz")["held_out"]
+    with torch.no_grad():
+        nats = -IIN.load(folder).log_prob(z[held]).mean().item() / 8
+    assert found["likelihood"]["iin"] == pytest.approx(nats, rel=1e-4)
+    assert run("report", folder)[0] == 0
+    text = (folder / "report.html").read_text()
+    assert "no labels that could say more" in text and "mean shift" not in text.lower()
+
+
+def test_errors_are_one_line_with_code_2(trained, file, latents, tmp_path):
+    narrow = save_arrays(tmp_path / "narrow.npz", {"z": latents.z[:, :5]})
+    alone = save_arrays(tmp_path / "alone.npz", {"z": latents.z})
+    out = ("--out", tmp_path / "out.npz")
+    new = ("--out", tmp_path / "new")
+    for arguments, message in (
+        (("train", tmp_path / "none.npz", *new), "none.npz: no such file"),
+        (("train", file, *new, "--factors", "digit"), "--factors has 'digit', expected sizes like digit=22,color=11"),
+        (("train", file, *new, "--factors", "digit=1,digit=2"), "--factors names 'digit' twice"),
+        (("train", file, *new, "--factors", "shape=2"), "factors names 'shape'"),
+        (("train", file, *new, "--rho", 2), "rho is 2.0, expected between 0 and 1"),
+        (("train", file, *new, "--accelerator", "abacus"), "accelerator"),
+        (("dims", alone), "has neither labels nor pairs"),
+        (("dims", file, "--method", "guess"), "method is 'guess', expected 'paper' or 'published'"),
+        (("encode", tmp_path, file, *out), "config.json: no such file"),
+        (("encode", trained, narrow, *out), "narrow.npz: z has 5 features, expected 8 like the model in"),
+        (("encode", trained, file, "--out", tmp_path / "out.pt"), "ends in '.pt', expected .npz or .safetensors"),
+        (("decode", trained, file, *out), "labels is int64 of shape [600, 2], expected real numbers"),
+        (("decode", trained, alone, *out), "factors has the names ['z'], expected ['digit', 'color', 'residual']"),
+        (("swap", trained, file, "--factor", "shape", *out), "factor names 'shape', expected one of"),
+        (("swap", trained, file, "--factor", "digit", "--donors", narrow, *out), "z has 5 features"),
+        (("interpolate", trained, file, "--start", 0, "--end", 600, *out), "row 600 is not there, expected 0 to 599"),
+        (("interpolate", trained, file, "--start", 0, "--start", 1, "--end", 2, *out), "2 rows to start and 1 to end"),
+        (("sample", trained, "--n", 0, *out), "n is 0, expected a positive integer"),
+        (("evaluate", trained, "--concept", "shape"), "concepts is ['shape'], expected some of ['digit', 'color']"),
+        (("evaluate", trained, alone, "--concept", "digit"), "has no labels"),
+        (("report", trained, "--decoder", "nowhere"), "'nowhere' is no place of a function"),
+        (("report", trained, "--decoder", "json:nothing"), "json has no function 'nothing'"),
+    ):
+        code, output = run(*arguments)
+        assert code == 2 and output.startswith("error: ") and message in output, (arguments, output)
+        assert output.count("\n") == 1 and "Traceback" not in output
+    assert not (tmp_path / "out.npz").exists() and not (tmp_path / "new").exists()
+    assert run("swap", trained, file)[0] == 2  # an option that is missing
+
+
+def command(*arguments, **options):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+    words = [sys.executable, "-m", "iin_fast.cli", *map(str, arguments)]
+    return subprocess.Popen(
+        words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+def finish(process):
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def test_from_latents_to_report_in_processes(file, tmp_path):
+    """train, killed and resumed; evaluate; swap; report: as a person would, against one that was not killed."""
+    folder = tmp_path / "run"
+    words = ("train", file, "--out", folder, "--steps", 2000, "--save-every", 5, "--log-every", 5, *SMALL)
+    process = command(*words)
+    while not (folder / "state").is_dir() or not list((folder / "state").glob("step-*")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    process.kill()
+    assert finish(process)[0] == -signal.SIGKILL
+    before = len(metrics(folder))
+
+    process = command(*words, "--resume")
+    while len(metrics(folder)) < before + 5:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    code, out, err = finish(process)
+    assert code == 130 and "the same command with --resume goes on" in out and "Traceback" not in err
+    step = max(int(path.name[5:]) for path in (folder / "state").iterdir())
+    assert 0 < step < 2000 and [int(line["step"]) for line in metrics(folder)][-1] in range(step - 4, step + 1)
+
+    code, out, err = finish(command("evaluate", folder, "--max-samples", 80))
+    assert code == 0 and "swap digit" in out, err
+    code, out, err = finish(command("swap", folder, file, "--factor", "digit", "--out", tmp_path / "swapped.npz"))
+    assert code == 0 and load_latents(tmp_path / "swapped.npz").z.shape == (600, 8), err
+    code, out, err = finish(command("report", folder))
+    assert code == 0 and (folder / "report.html").stat().st_size > 10_000, err
+    code, out, err = finish(command("encode", tmp_path / "nowhere", file, "--out", tmp_path / "x.npz"))
+    assert code == 2 and out == "" and err.startswith("error: ") and "Traceback" not in err
+
+
+@pytest.mark.parametrize("how", ["devices", "torchrun"])
+def test_two_processes_give_the_same_result(how, file, tmp_path):
+    words = ["train", str(file), "--factors", "digit=3,color=2", "--steps", "30", "--log-every", "7", *SMALL]
+    words += ["--held-out-every", "10", "--save-every", "12", "--precision", "64-true"]
+    assert run(*words, "--out", tmp_path / "one")[0] == 0
+    if how == "devices":
+        process = command(*words, "--out", tmp_path / "two", "--devices", 2)
+    else:
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(
+            [*launch, "iin_fast.cli", *words, "--out", str(tmp_path / "two")],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    code, out, err = finish(process)
+    assert code == 0, err
+    assert out.count("written to") == 1  # one of them speaks
+    assert record(tmp_path / "two")["device"]["processes"] == 2
+    one, two = (IIN.load(tmp_path / name).state_dict() for name in ("one", "two"))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-9, atol=1e-9, msg=name)
+    for mine, theirs in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        for name in mine:
+            if mine[name] and name != "samples_per_second":
+                assert float(theirs[name]) == pytest.approx(float(mine[name]), rel=1e-6)  # Fabric hands on float32

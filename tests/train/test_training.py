@@ -1,0 +1,317 @@
+"""Training: it does what a plain loop does, learns what it should, and leaves a whole run folder."""
+
+import json
+import math
+import os
+import signal
+import sys
+
+import numpy as np
+import pytest
+import torch
+from run_folder import metrics, record
+
+from iin_fast import IIN, FactorLoss, PairSampler
+from iin_fast.latents import Latents
+from iin_fast.train import Batches, split_rows, train
+from iin_fast.train.logs import Log
+
+
+def test_same_as_a_plain_loop(latents, settings, tmp_path):
+    settings = settings(precision="64-true", steps=8, decay_start=4, held_out=0.0, seed=3)
+    trained = train(latents, tmp_path / "run", settings, accelerator="cpu")
+
+    z = latents.z.double()
+    sampler = PairSampler(latents.labels, seed=3, names=latents.names)
+    model = IIN(8, settings.factors, 2, 16, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    loss = FactorLoss(settings.rho)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3, betas=(0.5, 0.9))
+    for step in range(8):
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (8 - step) / 4)
+        pairs = sampler.sample(16)
+        optimizer.zero_grad()
+        loss(model, z[pairs.a], z[pairs.b], pairs.shared).backward()
+        optimizer.step()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(trained.state_dict()[name], value, rtol=0, atol=1e-9, msg=name)
+
+
+@pytest.fixture(scope="module")
+def finished(latents, tmp_path_factory):
+    from iin_fast.train import Settings
+
+    run = tmp_path_factory.mktemp("train") / "run"
+    settings = Settings(
+        batch=32, steps=300, n_flows=3, hidden_dim=32, learning_rate=3e-3, rho=0.95, log_every=20, held_out_every=100
+    )
+    return run, train(latents, run, settings, accelerator="cpu")
+
+
+def test_factors_are_learned(finished, latents):
+    run, model = finished
+    assert list(model.sizes) == ["digit", "color", "residual"] and not model.training
+    held = np.load(run / "split.npz")["held_out"]
+    z, labels = latents.z[held], latents.labels[held]
+    with torch.no_grad():
+        factors = model.encode(z)
+    for k, name in enumerate(latents.names):
+        part = factors[name] - factors[name].mean(0)
+        between = sum(
+            part[labels[:, k] == c].mean(0).square() * (labels[:, k] == c).double().mean()
+            for c in labels[:, k].unique()
+        )
+        other = factors["residual"] - factors["residual"].mean(0)
+        shared = sum(
+            other[labels[:, k] == c].mean(0).square() * (labels[:, k] == c).double().mean()
+            for c in labels[:, k].unique()
+        )
+        assert (between.sum() / part.square().mean(0).sum()) > 0.7  # the class explains its factor
+        assert (shared.sum() / other.square().mean(0).sum()) < 0.35  # and little of the residual
+    lines = metrics(run)
+    assert float(lines[-1]["held_out_loss"]) < float(lines[4]["held_out_loss"])
+    assert float(lines[-1]["loss"]) < float(lines[0]["loss"]) - 3
+
+
+def test_run_folder(finished, latents):
+    run, model = finished
+    names = {path.name for path in run.iterdir()}
+    assert names == {"model.safetensors", "config.json", "run.json", "split.npz", "logs", "state"}
+    loaded = IIN.load(run)
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+    (checkpoint,) = (run / "state").iterdir()
+    assert checkpoint.name == "step-000000300"
+    assert torch.equal(IIN.load(checkpoint).flow.loc, model.flow.loc)
+
+    lines = metrics(run)
+    assert [int(line["step"]) for line in lines] == list(range(20, 301, 20))
+    assert [line["step"] for line in lines if line["held_out_loss"]] == ["100", "200", "300"]
+    for line in lines:
+        assert float(line["samples_per_second"]) > 0 and math.isfinite(float(line["nats_per_dim"]))
+    assert float(lines[0]["learning_rate"]) == 3e-3 and 0 < float(lines[-1]["learning_rate"]) < 3e-5
+
+    found = record(run)
+    assert found["latents"] == {"path": None, "kind": "labels", "sha256": latents.fingerprint()}
+    assert found["n"] == 600 and found["steps"] == 300 and found["names"] == ["digit", "color"]
+    assert found["factors"] == model.sizes and found["settings"]["decay_start"] == 150
+    assert found["versions"]["torch"] == torch.__version__
+    split = np.load(run / "split.npz")
+    assert len(split["held_out"]) == 60 and len(split["train"]) == 540
+
+
+def test_tensorboard_has_the_same_values(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run, _ = finished
+    events = EventAccumulator(str(run / "logs"))
+    events.Reload()
+    lines = metrics(run)
+    for name in ("loss", "nats_per_dim", "learning_rate", "held_out_loss"):
+        expected = [(int(line["step"]), float(line[name])) for line in lines if line[name]]
+        found = [(event.step, event.value) for event in events.Scalars(name)]
+        assert [step for step, _ in found] == [step for step, _ in expected]
+        assert [v for _, v in found] == pytest.approx([v for _, v in expected], rel=1e-6)
+
+
+def test_held_out_numbers_are_those_of_held_out_pairs(finished, latents):
+    run, model = finished
+    _, held = split_rows(latents, 0.1, 0)
+    pairs = Batches(latents, held).draw(1024, 0)
+    za, zb = latents.z[pairs.a], latents.z[pairs.b]
+    with torch.no_grad():
+        loss = FactorLoss(0.95, normalized=True)(model, za, zb, pairs.shared).item()
+        nats = -model.log_prob(torch.cat([za, zb])).double().mean().item() / 8
+    last = metrics(run)[-1]
+    assert float(last["held_out_loss"]) == pytest.approx(loss, rel=1e-5)
+    assert float(last["held_out_nats_per_dim"]) == pytest.approx(nats, rel=1e-5)
+
+
+def test_report_reads_the_folder(finished, latents):
+    pytest.importorskip("matplotlib")
+    from iin_fast.report import write_report
+
+    run, _ = finished
+    text = write_report(run, latents=latents).read_text()
+    (run / "report.html").unlink()
+    assert "It learned from 600 latents, in 300 steps" in text and "samples per second" in text
+    assert text.count("base64,") == 4  # two plots in two colors
+    assert "There is no decoder" in text and "hidden width 32" in text
+
+
+def test_without_labels_the_density_is_learned(settings, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.tensor([0.1, 1.0, 3.0, 0.5])
+    latents = Latents.of(scale * torch.randn(4000, 4, generator=generator) + 5)
+    model = train(latents, tmp_path / "run", settings(factors=None, steps=150, batch=64), accelerator="cpu")
+    assert model.sizes == {"residual": 4}
+    entropy = (0.5 * math.log(2 * math.pi * math.e) + scale.log()).mean().item()
+    last = metrics(tmp_path / "run")[-1]
+    assert abs(float(last["held_out_nats_per_dim"]) - entropy) < 0.05
+    # Two independent latents of four features.
+    assert float(last["held_out_loss"]) == pytest.approx(8 * float(last["held_out_nats_per_dim"]), rel=1e-5)
+
+
+def test_missing_labels_and_ready_pairs(latents, settings, tmp_path):
+    labels = latents.labels.clone()
+    labels[::2] = -1
+    labels[1::4, 1] = -1
+    model = train(Latents.of(latents.z, labels, latents.names), tmp_path / "a", settings(), accelerator="cpu")
+    assert model.concepts == ("digit", "color")
+    pairs = PairSampler(latents.labels, names=latents.names).sample(500)
+    ready = Latents.of_pairs(latents.z[pairs.a], latents.z[pairs.b], pairs.factor, latents.names)
+    model = train(ready, tmp_path / "b", settings(factors=None), accelerator="cpu")
+    assert model.concepts == ("digit", "color")
+    for name in "ab":
+        lines = metrics(tmp_path / name)
+        assert float(lines[-1]["loss"]) < float(lines[0]["loss"])
+
+
+def test_some_concepts_and_precisions(latents, settings, tmp_path):
+    model = train(latents, tmp_path / "a", settings(factors={"color": 2}, precision="64-true"), accelerator="cpu")
+    assert model.sizes == {"color": 2, "residual": 6} and model.dtype == torch.float64
+    mixed = train(latents, tmp_path / "b", settings(precision="bf16-mixed"), accelerator="cpu")
+    plain = train(latents, tmp_path / "c", settings(), accelerator="cpu")
+    assert mixed.dtype == torch.float32
+    losses = [float(metrics(tmp_path / name)[-1]["loss"]) for name in "bc"]
+    assert losses[0] == pytest.approx(losses[1], rel=0.1)
+    assert not torch.equal(mixed.flow.loc, plain.flow.loc)
+
+
+def test_spline_couplings(latents, settings, tmp_path):
+    model = train(latents, tmp_path / "run", settings(coupling="spline", steps=60), accelerator="cpu")
+    assert model.coupling == "spline" and record(tmp_path / "run")["settings"]["coupling"] == "spline"
+    with torch.no_grad():
+        assert torch.equal(IIN.load(tmp_path / "run").encode(latents.z).tensor, model.encode(latents.z).tensor)
+    lines = metrics(tmp_path / "run")
+    assert float(lines[-1]["held_out_loss"]) < float(lines[1]["held_out_loss"])
+
+
+def test_another_seed_and_the_same(latents, settings, tmp_path):
+    runs = [
+        train(latents, tmp_path / str(i), settings(steps=5, seed=s), accelerator="cpu") for i, s in enumerate([1, 1, 2])
+    ]
+    files = [(tmp_path / str(i) / "model.safetensors").read_bytes() for i in range(3)]
+    assert files[0] == files[1] != files[2] and len(runs) == 3
+
+
+def test_the_global_random_state_stays(latents, settings, tmp_path):
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    train(latents, tmp_path / "run", settings(steps=2), accelerator="cpu")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_no_held_out_pairs(latents, settings, tmp_path):
+    train(latents, tmp_path / "a", settings(steps=20, held_out=0.0), accelerator="cpu")
+    digit = torch.arange(30) % 3
+    digit[split_rows(Latents.of(latents.z[:30]), 0.1)[1]] = torch.arange(3) + 7  # each alone of its class
+    few = Latents.of(latents.z[:30], {"digit": digit})
+    train(few, tmp_path / "b", settings(steps=20, factors={"digit": 3}), accelerator="cpu")
+    for name in "ab":
+        assert all(line["held_out_loss"] == "" for line in metrics(tmp_path / name))
+
+
+def test_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(latents, settings, tmp_path):
+    run = tmp_path / "run"
+    z = latents.z.clone()
+    z[split_rows(latents, 0.1)[0][::100]] = 1e25  # a few outliers; their squares are no float32
+    broken = Latents.of(z, latents.labels, latents.names)
+    with pytest.raises(FloatingPointError, match="not finite at step 10 or shortly before; no checkpoint was written"):
+        train(broken, run, settings(), accelerator="cpu")
+    assert not (run / "model.safetensors").exists()
+
+    run = tmp_path / "later"
+    options = settings(steps=400, save_every=1, log_every=7, learning_rate=1e4, decay_start=400)
+    with pytest.raises(FloatingPointError, match=r"the checkpoint of step \d+ is intact. A lower learning_rate"):
+        train(latents, run, options, accelerator="cpu")
+    (checkpoint,) = (run / "state").glob("*")
+    for folder in (run, checkpoint):
+        model = IIN.load(folder)
+        assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert "nan" not in (run / "logs" / "metrics.csv").read_text()
+
+
+@pytest.mark.parametrize(("number", "coupling"), [(signal.SIGINT, "affine"), (signal.SIGTERM, "spline")])
+def test_a_signal_writes_a_checkpoint_and_resume_goes_on(latents, settings, tmp_path, monkeypatch, number, coupling):
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    options = settings(log_every=3, coupling=coupling)
+    train(latents, whole, options, accelerator="cpu")
+    write = Log.write
+
+    def interrupt(self, step, values):
+        write(self, step, values)
+        if step == 12:
+            os.kill(os.getpid(), number)
+
+    handler = signal.getsignal(number)
+    monkeypatch.setattr(Log, "write", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(latents, run, options, accelerator="cpu")
+    assert signal.getsignal(number) is handler
+    (checkpoint,) = (run / "state").iterdir()
+    assert checkpoint.name in ("step-000000012", "step-000000013")  # the handler runs between two of Python's steps
+    assert (run / "model.safetensors").read_bytes() == (checkpoint / "model.safetensors").read_bytes()
+    monkeypatch.undo()
+    train(latents, run, options, accelerator="cpu", resume=True)
+    assert (run / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert [{**line, "samples_per_second": ""} for line in metrics(run)] == [
+        {**line, "samples_per_second": ""} for line in metrics(whole)
+    ]
+
+
+def test_folders_with_another_run_are_refused(latents, settings, tmp_path):
+    run = tmp_path / "run"
+    train(latents, run, settings(steps=4), accelerator="cpu")
+    before = (run / "model.safetensors").read_bytes()
+    with pytest.raises(FileExistsError, match="holds a run already; resume it, or take another folder"):
+        train(latents, run, settings(steps=4), accelerator="cpu")
+    with pytest.raises(ValueError, match="rho is 0.5, but the run in .* has 0.975; resume takes the same"):
+        train(latents, run, settings(steps=4, rho=0.5), resume=True, accelerator="cpu")
+    other = Latents.of(latents.z + 1, latents.labels, latents.names)
+    with pytest.raises(ValueError, match="latents is '.*', but the run"):
+        train(other, run, settings(steps=4), resume=True, accelerator="cpu")
+    assert (run / "model.safetensors").read_bytes() == before
+
+
+def test_a_damaged_checkpoint_is_named(latents, settings, tmp_path):
+    run = tmp_path / "run"
+    train(latents, run, settings(steps=4), accelerator="cpu")
+    (checkpoint,) = (run / "state").iterdir()
+    file = checkpoint / "training.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match="step-000000004: damaged checkpoint"):
+        train(latents, run, settings(steps=4), resume=True, accelerator="cpu")
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match="training.safetensors: no such file"):
+        train(latents, run, settings(steps=4), resume=True, accelerator="cpu")
+
+
+@pytest.mark.parametrize("package", ["lightning_fabric", "torch.utils.tensorboard"])
+def test_a_missing_package_is_named(latents, settings, tmp_path, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=r"pip install 'iin-fast\[train\]'"):
+        train(latents, tmp_path / "run", settings(), accelerator="cpu")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_does_not_fit_is_refused(latents, settings, tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(TypeError, match="settings is a dict, expected iin_fast.train.Settings"):
+        train(latents, run, {"steps": 4})
+    with pytest.raises(ValueError, match="strategy is 'fsdp', expected 'auto' or 'ddp'"):
+        train(latents, run, settings(), strategy="fsdp")
+    with pytest.raises(ValueError, match="batch is 16, expected a multiple of 3"):
+        train(latents, run, settings(), devices=3, accelerator="cpu")
+    with pytest.raises(ValueError, match="devices is 0"):
+        train(latents, run, settings(), devices=0, accelerator="cpu")
+    with pytest.raises(ValueError, match=r"factors names 'shape'"):
+        train(latents, run, settings(factors={"shape": 2}), accelerator="cpu")
+    with pytest.raises(ValueError, match=r"sum to 9, expected at most dim = 8"):
+        train(latents, run, settings(factors={"digit": 9}), accelerator="cpu")
+    noise = Latents.of(torch.randn(100, 4), {"digit": torch.arange(100) % 4})
+    with pytest.raises(ValueError, match=r"the estimate gives \['digit'\] no dimension"):
+        train(noise, run, settings(factors=None, dims_method="paper"), accelerator="cpu")
+    assert not run.exists()
+    assert json.dumps(settings().record())
