@@ -49,7 +49,7 @@ def _couple(self: Any, x: Tensor, raw: Tensor, shift: Tensor, rev: bool) -> tupl
 
 
 def _takes(self: Any, x: Any, *conditions: Any, scale: str = "clamped") -> bool:
-    return fits(x, *conditions) and x.dim() == self.ndims + 1 and x.numel() > 0 and large(x, scale)
+    return large(x, scale) and x.dim() == self.ndims + 1 and x.numel() > 0 and fits(x, *conditions)
 
 
 def _glow(net: str, length: str) -> Callable[..., Any]:
@@ -109,13 +109,9 @@ def _divides(code: CodeType) -> bool:
 
 def all_in_one(original: Any, self: Any, x: Tensor, a: Tensor, rev: bool = False) -> Any:
     """``AllInOneBlock._affine``."""
-    if (
-        torch.compiler.is_compiling()
-        or not fits(x, a)
-        or not large(x, "clamped")
-        or x.numel() == 0
-        or not self.clamp > 0
-    ):
+    if not large(x, "clamped") or torch.compiler.is_compiling() or not fits(x, a):
+        return original(self, x, a, rev)
+    if x.numel() == 0 or not self.clamp > 0:
         return original(self, x, a, rev)
     raw, shift = (a * 0.1).split([x.shape[1]] * 2, dim=1)
     if _divides(original.__code__):

@@ -18,7 +18,7 @@ from .sources import SOURCES
 
 __all__ = ["Known", "fits", "fingerprint", "large", "lookup", "qualified"]
 
-SMALL = {"clamped": 8192, "identity": 32768, "sigmoid": 131072}
+SMALL = {"clamped": 2048, "identity": 8192, "sigmoid": 65536}
 """Affine couplings of fewer elements stay with the library's own operations on the CPU: there a call of a fused op costs
 more than the few kernels it replaces, the cheaper the scale the longer (benchmarks/dropin.py)."""
 
@@ -50,6 +50,7 @@ class Known:
             for an input that it does not take.
         relies_on: qualified names of further functions whose behaviour the fast methods reproduce.
         refuse: why an instance can't be replaced, or None.
+        rechecks: ask ``refuse`` at every call, so that an option that changes later is seen.
         note: what a reader of the report should know.
         attributes: class attributes that the fast form adds.
         at_init: instances are short-lived and no modules: ``patch`` lets them become fast ones in their ``__init__``,
@@ -60,6 +61,7 @@ class Known:
     methods: Mapping[str, Callable[..., Any]]
     relies_on: tuple[str, ...] = ()
     refuse: Callable[[Any], str | None] = lambda instance: None
+    rechecks: bool = True
     note: str = ""
     attributes: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     at_init: bool = False
@@ -77,19 +79,19 @@ class Known:
         """The attributes of the fast form of ``cls``; an instance that is not accepted runs the library's own code."""
         made: dict[str, Any] = dict(self.attributes)
         for name, function in self.methods.items():
-            made[name] = _method(function, getattr(cls, name), self.refuse, accept)
+            made[name] = _method(function, getattr(cls, name), self.refuse if self.rechecks else None, accept)
         return made
 
 
 def _method(
     function: Callable[..., Any],
     original: Callable[..., Any],
-    refuse: Callable[[Any], str | None],
+    refuse: Callable[[Any], str | None] | None,
     accept: Callable[[Any], bool],
 ) -> Callable[..., Any]:
     @wraps(original)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not accept(self) or refuse(self) is not None:
+        if not accept(self) or (refuse is not None and refuse(self) is not None):
             return original(self, *args, **kwargs)
         return function(original, self, *args, **kwargs)
 

@@ -17,7 +17,7 @@ SPLINE_FUNCTIONS = (f"{SPLINE}.unconstrained_rational_quadratic_spline", f"{SPLI
 
 
 def _affine(original: Any, self: Any, inputs: Tensor, transform_params: Tensor, inverse: bool) -> Any:
-    if not fits(inputs, transform_params) or not large(inputs, "sigmoid"):
+    if not large(inputs, "sigmoid") or not fits(inputs, transform_params):
         return original(self, inputs=inputs, transform_params=transform_params)
     shift, raw = transform_params.split([self.num_transform_features] * 2, dim=1)
     return affine_coupling(inputs, raw, shift, squash="sigmoid", inverse=inverse)

@@ -90,7 +90,7 @@ def _refuse_mask(module: Any) -> str | None:
 
 
 def _masked(original: Any, self: Any, z: Tensor, inverse: bool) -> Any:
-    if not fits(z, self.b) or not large(z, "identity") or z.shape[1:] != self.b.shape[1:]:
+    if not large(z, "identity") or not fits(z, self.b) or z.shape[1:] != self.b.shape[1:] or _refuse_mask(self):
         return original(self, z)
     z_masked = self.b * z
     scale, shift = self.s(z_masked), self.t(z_masked)
@@ -126,6 +126,7 @@ LIBRARY = Library(
             f"{AFFINE}.MaskedAffineFlow",
             {"forward": masked_forward, "inverse": masked_inverse},
             refuse=_refuse_mask,
+            rechecks=False,  # it reads the mask; _masked asks where the fused op is to run
         ),
         Known(
             f"{NEURAL}.coupling.PiecewiseRationalQuadraticCoupling",

@@ -48,7 +48,7 @@ def _couple(self: Any, x: Tensor, context: Tensor | None, reverse: bool) -> tupl
 
 
 def _even(x: Any, *others: Any) -> bool:
-    return fits(x, *others) and large(x, "identity") and x.shape[1] % 2 == 0 and x.numel() == x.shape[0] * x.shape[1]
+    return large(x, "identity") and fits(x, *others) and x.shape[1] % 2 == 0 and x.numel() == x.shape[0] * x.shape[1]
 
 
 def coupling_flat(original: Any, self: Any, x: Tensor, reverse: bool = False) -> Any:

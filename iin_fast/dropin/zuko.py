@@ -39,7 +39,7 @@ class Later:
 
 
 def affine_init(original: Any, self: Any, shift: Tensor, scale: Tensor, slope: float = 1e-3, **kwargs: Any) -> None:
-    if not (fits(shift, scale) and shift.shape == scale.shape and large(shift, "identity") and 0 < slope < 1):
+    if not (large(shift, "identity") and shift.shape == scale.shape and 0 < slope < 1 and fits(shift, scale)):
         original(self, shift, scale, slope, **kwargs)
         return
     vars(self)[RAW] = ()
@@ -53,7 +53,7 @@ def _affine_scale(self: Any) -> None:
 
 
 def _affine(original: Any, self: Any, x: Tensor, inverse: bool) -> Tensor:
-    if not fits(x, self.log_scale, self.shift) or x.shape != self.shift.shape or not large(x, "identity"):
+    if RAW not in vars(self) or x.shape != self.shift.shape or not fits(x, self.log_scale, self.shift):
         return original(self, x)  # type: ignore[no-any-return]
     return affine_coupling(x, self.log_scale, self.shift, squash="identity", inverse=inverse)[0]
 
