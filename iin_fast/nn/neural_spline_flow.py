@@ -3,7 +3,9 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from .actnorm import ActNorm
 from .checks import check_features
@@ -16,6 +18,36 @@ from .residual import ResidualNet
 __all__ = ["NeuralSplineFlow"]
 
 MIXINGS = ("lu", "permutation")
+
+
+class RawParameters(nn.Linear):
+    """The last layer of a conditioner: raw widths and heights are divided by the square root of its input's width.
+
+    As nflows does; what it changes on two tables is in docs/decisions.md. The division is done to the weights, which are fewer than what they make.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        count: int,
+        bins: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, device=device, dtype=dtype)
+        self.count = count
+        self.bins = bins
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self._divided(self.weight), self._divided(self.bias)
+        return F.linear(x, weight, bias)
+
+    def _divided(self, values: Tensor) -> Tensor:
+        by_feature = values.unflatten(0, (-1, self.count))
+        sizes, slopes = by_feature.split([2 * self.bins, self.count - 2 * self.bins], 1)
+        return torch.cat([sizes * self.in_features**-0.5, slopes], 1).flatten(0, 1)
 
 
 class NeuralSplineFlow(nn.Module, Density):
@@ -99,7 +131,18 @@ class NeuralSplineFlow(nn.Module, Density):
                 device=device,
                 dtype=dtype,
             )
-            return SplineCoupling(dim, conditioner, bins=bins, tail_bound=tail_bound, swap=swap)
+            coupling = SplineCoupling(dim, conditioner, bins=bins, tail_bound=tail_bound, swap=swap)
+            count, last = coupling.count, conditioner.last
+            conditioner.last = skip_init(
+                RawParameters,
+                last.in_features,
+                last.out_features,
+                count=count,
+                bins=bins,
+                device=last.weight.device,
+                dtype=dtype,
+            )
+            return coupling
 
         layers: list[nn.Module] = []
         for _ in range(n_flows):
