@@ -48,7 +48,7 @@ def test_code_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    for module in ("mkdocs", "material", "mkdocstrings_handlers.python"):
+    for module in ("mkdocs", "material", "mkdocstrings_handlers.python", "latex2mathml"):
         try:
             found = importlib.util.find_spec(module)
         except ModuleNotFoundError:
@@ -88,4 +88,26 @@ def test_docstrings_are_readable(site: Path) -> None:
         text = page.read_text()
         assert ".. math::" not in text and ":math:`" not in text and ":class:`" not in text, page
         assert "<blockquote>" not in text, page  # what an example becomes that was not taken for one
-    assert 'class="arithmatex">\\[' in (site / "api/iin/index.html").read_text()
+
+
+def test_formulas_are_mathml(site: Path) -> None:
+    """Every formula became MathML, whole: a command that latex2mathml does not know would stay in it with its backslash."""
+    for page in site.rglob("*.html"):
+        text = page.read_text()
+        formulas = re.findall(r"<math .*?</math>", text, re.DOTALL)
+        assert text.count('class="arithmatex"') == text.count('class="arithmatex"><math ') == len(formulas), page
+        assert not any("\\" in formula for formula in formulas), page
+    reference = (site / "api/iin/index.html").read_text()
+    assert 'display="block"' in reference and 'display="inline"' in reference
+    assert "<mi>softmax</mi>" in reference  # a name, not seven letters side by side
+
+
+def test_site_needs_no_network(site: Path) -> None:
+    """No page loads a script, style, font or picture of another server."""
+    pages, sheets = list(site.rglob("*.html")), list(site.rglob("*.css"))
+    assert pages and sheets
+    for page in pages:
+        for tag in re.findall(r"<(?:script|link|img|source|iframe)\b[^>]*>", page.read_text()):
+            assert not re.search(r"""(?:src|href)\w*=["']?(?:https?:)?//""", tag), (page, tag)
+    for sheet in sheets:
+        assert not re.search(r"""(?:url\(|@import)\s*["']?(?:https?:)?//""", sheet.read_text()), sheet
