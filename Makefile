@@ -54,7 +54,7 @@ lint: $(VENV)/.ready
 	mypy
 
 test: build lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadscope --no-loadscope-reorder
 
 # The documentation site; any warning is an error.
 docs: $(VENV)/.ready

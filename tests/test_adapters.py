@@ -1,7 +1,5 @@
 """Adapters: what a layer says, and what the network makes of an edited latent."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import nn
@@ -15,15 +13,6 @@ from iin_fast.adapters import (
     pool_features,
     unpool_features,
 )
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
 
 SHAPES = [((4, 6, 3, 5), None), ((4, 3, 5, 6), "last"), ((4, 15, 6), None), ((4, 6, 15), "first"), ((4, 6), None)]
 

@@ -38,15 +38,6 @@ def digits():
     return load_digits(0)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Two busy threads on a core that others use too wait for each other; these nets are too small to need them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "made" / "by the run"

@@ -1,6 +1,6 @@
 """What the tests of the method share."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -8,15 +8,6 @@ import torch
 from iin_fast.iin import IIN
 
 SIZES = {"digit": 3, "color": 2}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The tensors are tiny: threads would only wait for each other, for minutes on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_model(

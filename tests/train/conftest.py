@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 
 pytest.importorskip("lightning_fabric")
 pytest.importorskip("tensorboard")
@@ -10,15 +9,6 @@ pytest.importorskip("safetensors")
 
 from iin_fast.latents import Latents
 from iin_fast.train import Settings
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Nets this small gain nothing from a second one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
