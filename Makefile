@@ -6,6 +6,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+CALLERS_PATH := $(PATH)
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
@@ -90,9 +91,10 @@ cuda-load-check: dist/.built
 	   torch-$$torch/bin/iin-fast check) || exit 1; \
 	done
 
-# Everything that needs a GPU, in ten minutes: build, tests, sanitizer, benchmarks; takes the python3 with a CUDA torch.
+# Everything that needs a GPU, in ten minutes: build, tests, sanitizer, benchmarks. With the caller's python3, which has a
+# torch with CUDA: the environment above has one for the CPU.
 gpu:
-	$(PYTHON) benchmarks/gpu.py
+	env PATH="$(CALLERS_PATH)" $(PYTHON) benchmarks/gpu.py
 
 clean:
 	rm -rf build dist *.egg-info iin_fast/lib iin_fast/_build_info.py

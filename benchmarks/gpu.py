@@ -3,7 +3,7 @@
     python3 benchmarks/gpu.py [--out FOLDER] [--minutes 9.5] [--stages build,tests,…] [--dry-run]
 
 It takes the python3 it is started with (torch >= 2.10 with CUDA, triton, pytest, cmake, ninja, nvcc on PATH) and needs no
-network. Every stage is a process of its own with a time limit: one that fails or runs out of time is recorded, and the
+network; with a torch that has no CUDA it ends at once, with 2. Every stage is a process of its own with a time limit: one that fails or runs out of time is recorded, and the
 next one runs. FOLDER/gpu.json ($OUT or gpu-results by default) is written again whenever a stage has something new.
 
     environment   GPU, driver, clocks, versions, commit
@@ -799,6 +799,22 @@ def run_all(out: Path, minutes: float, wanted: list[str], dry: bool) -> dict[str
     return result
 
 
+def refusal() -> str | None:
+    """Why this Python cannot run anything on a GPU, if so."""
+    try:
+        import torch
+    except ImportError:
+        found = "no torch"
+    else:
+        if torch.version.cuda is not None:
+            return None
+        found = f"torch {torch.__version__}, which is built without CUDA"
+    return (
+        f"{sys.executable} has {found}. Start this with a python3 that has a CUDA build of torch: first on PATH for "
+        "`make gpu`, or `make gpu PYTHON=/its/bin/python3`. `--dry-run` needs none."
+    )
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description="One run on a machine with a GPU: build, tests, sanitizer, benchmarks."
@@ -816,6 +832,9 @@ def main(arguments: list[str] | None = None) -> int:
     unknown = [stage for stage in wanted if stage not in STAGES]
     if unknown:
         parser.error(f"unknown stage {', '.join(unknown)}; there are {', '.join(STAGES)}")
+    if not options.dry_run and (reason := refusal()):
+        print(f"gpu: {reason}", file=sys.stderr)
+        return 2
     result = run_all(options.out, options.minutes, wanted, options.dry_run)
     for stage, row in result["stages"].items():
         print(f"{stage:12} {row['outcome']:12} {row['seconds']:7.1f} s")

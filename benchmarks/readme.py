@@ -114,9 +114,89 @@ def backend_table() -> str:
     return "\n".join(lines)
 
 
+GPU_SYSTEMS = {
+    "eager": ["eager"],
+    "eager, CUDA graph": ["eager, CUDA graph"],
+    "torch.compile, best mode": ["compile", "compile, reduce-overhead", "compile, max-autotune"],
+    "FrEIA": ["FrEIA"],
+    "nflows": ["nflows"],
+    "normflows": ["normflows"],
+    "**iin-fast**": ["iin-fast"],
+    "**iin-fast, CUDA graph**": ["iin-fast, cpp, CUDA graph", "iin-fast, triton, CUDA graph"],
+}
+
+
+def gpu_table() -> str:
+    """The run of `make gpu` that is committed as gpu.json: the flow, and the small ops beside a copy. "" without one."""
+    path = RESULTS / "gpu.json"
+    if not path.exists():
+        return ""
+    result = json.loads(path.read_text())
+    if result["dry_run"]:
+        raise SystemExit(f"{path} is from a dry run on a CPU: it says nothing of a GPU")
+    machine, peaks = result["environment"], result["peaks"]
+    driver = machine.get("smi", {}).get("driver_version", "unknown")
+    products = ", ".join(
+        f"{peaks[f'{kind}_tflops']:.0f} in {kind}"
+        for kind in ("bfloat16", "tf32", "float32")
+        if f"{kind}_tflops" in peaks
+    )
+    lines = [
+        "### Speed on a GPU",
+        "",
+        f"{machine['gpu']}, driver {driver}, torch {machine['torch']} (CUDA {machine['cuda']}), commit {machine['commit']}; in "
+        f"the same run a copy moves {peaks['copy_gbytes']:.0f} GB/s and products of matrices reach, in TFLOP/s, {products}.",
+    ]
+    if "summary" in result.get("tests", {}):
+        lines[-1] += f" Its tests: {result['tests']['summary'].strip('= ')}."
+    lines += [
+        "",
+        "Medians in milliseconds of calls in a row, launches included; all systems in one run, in turn. Minimum, maximum and "
+        "calls after the L2 cache was emptied are in the result file.",
+        "",
+        f"| case | {' | '.join(GPU_SYSTEMS)} | × eager (range) | × compile | × floor |",
+        f"|---|{'---:|' * (len(GPU_SYSTEMS) + 3)}",
+    ]
+    for case, found in result["flow"]["cases"].items():
+        systems = {name: row["warm"] for name, row in found.get("systems", {}).items()}
+        best = {
+            shown: min(
+                (systems[name] for name in names if name in systems), key=lambda row: row["median"], default=None
+            )
+            for shown, names in GPU_SYSTEMS.items()
+        }
+        ours, eager, compiled = best["**iin-fast**"], best["eager"], best["torch.compile, best mode"]
+        ratios = ["", "", ""]
+        if ours and eager:
+            least, most = eager["min"] / ours["max"], eager["max"] / ours["min"]
+            ratios[0] = f"{eager['median'] / ours['median']:.1f} ({least:.1f}–{most:.1f})"
+        if ours and compiled:
+            ratios[1] = f"{compiled['median'] / ours['median']:.1f}"
+        if ours and "floor" in found:
+            ratios[2] = f"{ours['median'] / found['floor']:.2f}"
+        lines.append(f"| {case} | {' | '.join([*map(milliseconds, best.values()), *ratios])} |")
+    names = sorted(
+        {name for rows in result["ops"]["cases"].values() for name in rows}, key=["cpp", "triton", "reference"].index
+    )
+    lines += [
+        "",
+        "The other ops, in GB/s of the bytes that must move, and in percent of a copy measured in turn with them:",
+        "",
+        f"| case | {' | '.join(names)} |",
+        f"|---|{'---:|' * len(names)}",
+    ]
+    for case, rows in result["ops"]["cases"].items():
+        cells = [
+            f"{rows[name]['gbytes']:.0f} ({100 * rows[name]['of_copy']:.0f} %)" if name in rows else ""
+            for name in names
+        ]
+        lines.append(f"| {case} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 PAGES = {
     "docs/backends.md": {"backends": backend_table},
-    "README.md": {"speed": speed_table, "demo": demo_table, "splines": spline_table},
+    "README.md": {"speed": speed_table, "gpu": gpu_table, "demo": demo_table, "splines": spline_table},
     "docs/performance.md": {"splines": spline_table},
 }
 
@@ -129,7 +209,8 @@ def main() -> int:
         for name, table in tables.items():
             begin, end = BEGIN.format(name), END.format(name)
             head, rest = text.split(begin)
-            text = head + begin + "\n" + table() + "\n" + end + rest.split(end)[1]
+            body = table()
+            text = head + begin + "\n" + (f"{body}\n" if body else "") + end + rest.split(end)[1]
         if "--check" not in sys.argv[1:]:
             path.write_text(text)
         elif text != before:

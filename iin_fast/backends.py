@@ -1,6 +1,7 @@
 """Which implementation of an op runs: chosen by device, or forced by the user."""
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.machinery import PathFinder
@@ -10,7 +11,18 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["BackendUnavailable", "available", "backend", "chosen", "ops", "register", "register_triton"]
+from ._library import cuda_versions, libraries, needed_driver
+
+__all__ = [
+    "BackendUnavailable",
+    "available",
+    "backend",
+    "chosen",
+    "ops",
+    "register",
+    "register_library",
+    "register_triton",
+]
 
 NAMES = ("reference", "cpp", "triton")
 
@@ -44,6 +56,13 @@ def register(op: str, name: str, device: str) -> None:
     _implemented.setdefault(op, {("reference", "any")}).add((name, device))
 
 
+def register_library(op: str) -> None:
+    """Declare the compiled library's implementation of ``op``: for the CPU, and for NVIDIA GPUs where the build has it."""
+    register(op, "cpp", "cpu")
+    if "cuda" in libraries and torch.version.hip is None:  # to a ROCm torch an AMD GPU is "cuda", too
+        register(op, "cpp", "cuda")
+
+
 def register_triton(op: str) -> None:
     """Declare the Triton implementation of ``op``, where Triton is installed; on the CPU only for its interpreter."""
     if PathFinder.find_spec("triton") is None:
@@ -60,7 +79,35 @@ def ops(name: str) -> Any:
 def available(op: str, device: str) -> list[str]:
     """The backends that can run ``op`` on tensors of a device type, in the order of NAMES."""
     have = _implemented.get(op, {("reference", "any")})
-    return [name for name in NAMES if (name, device) in have or (name, "any") in have]
+    found = [name for name in NAMES if (name, device) in have or (name, "any") in have]
+    if device == "cuda" and "cpp" in found and _driver_is_too_old():
+        found.remove("cpp")
+    return found
+
+
+_too_old: bool | None = None  # not asked yet: the question loads the driver
+
+
+def _driver_is_too_old() -> bool:
+    """Whether the driver is older than the compiled library needs; says so once.
+
+    A torch of CUDA 12 runs on drivers that the library's CUDA runtime refuses. Asked at the first tensor on a GPU.
+    """
+    global _too_old
+    if _too_old is None:
+        driver, runtime = cuda_versions()
+        _too_old = 0 < driver and driver // 1000 < runtime // 1000  # all drivers of a major version serve it
+        if _too_old:
+            warnings.warn(
+                f"iin_fast: the driver serves CUDA {driver // 1000}.{driver % 1000 // 10}, the CUDA library of this build "
+                f"needs {needed_driver(runtime)}; other backends run instead",
+                stacklevel=2,
+            )
+    return _too_old
+
+
+# torch.compile cannot trace the question. This is torch.compiler.assume_constant_result without an import of the compiler.
+_driver_is_too_old._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def needs_definition() -> bool:
@@ -92,7 +139,8 @@ def chosen(op: str, x: Tensor) -> str:
             )
         return "reference"
     if _forced is None and not PREFERRED and ("cpp", device) in _implemented.get(op, ()):  # the usual, in one look
-        return "cpp"
+        if device != "cuda" or not _driver_is_too_old():
+            return "cpp"
     have = available(op, device)
     if _forced is not None:
         if _forced not in have:
@@ -108,6 +156,10 @@ def chosen(op: str, x: Tensor) -> str:
 
 
 def _remedy(name: str, device: str) -> str:
+    if name == "cpp" and device == "cuda" and "cuda" in libraries:
+        if torch.version.hip is not None:
+            return "; the compiled library has no code for AMD GPUs"
+        return f"; the compiled library needs {needed_driver(cuda_versions()[1])}"
     if name != "triton":
         return ""
     if PathFinder.find_spec("triton") is None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from . import __version__
-from ._library import cpu_isa, libraries
+from ._library import cpu_isa, cuda_versions, libraries, needed_driver
 from .backends import NAMES
 
 __all__ = ["collect"]
@@ -38,6 +38,14 @@ def _gpus() -> str:
     return ", ".join(found)
 
 
+def _driver() -> str:
+    driver, runtime = cuda_versions()
+    if not runtime:
+        return "no matter: this build has no CUDA library"
+    found = f"serves CUDA {driver // 1000}.{driver % 1000 // 10}" if driver else "none found"
+    return f"{found}; the CUDA library of this build needs {needed_driver(runtime)}"
+
+
 def _backends() -> str:
     from .backends import registered
 
@@ -59,7 +67,7 @@ def _cpu_model() -> str:
 
 
 def collect() -> dict[str, str]:
-    """Version, commit, torch, Python, backends, CPU instruction set, GPU targets of the build, GPUs found."""
+    """Version, commit, torch, Python, backends, CPU instruction set, GPU targets and driver of the build, GPUs found."""
     targets = "none: built without a CUDA compiler, CPU only"
     if "cuda" in libraries:
         targets = torch.ops.iin_fast.cuda_targets()
@@ -72,5 +80,6 @@ def collect() -> dict[str, str]:
         "CPU": f"{_cpu_model()}, {torch.get_num_threads()} threads",
         "CPU instruction set": cpu_isa(),
         "GPU targets in this build": targets,
+        "GPU driver": _driver(),
         "GPU": _gpus(),
     }

@@ -3,13 +3,16 @@
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 import iin_fast
 from iin_fast import backends
-from iin_fast._library import cpu_isa
+from iin_fast._library import cpu_isa, libraries
 from iin_fast.functional import affine_coupling
 
 PROBE = """
@@ -77,3 +80,70 @@ def test_environment_variable_selects_the_backend() -> None:
     environment["IIN_FAST_BACKEND"] = "fastest"
     failed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert failed.returncode != 0 and "IIN_FAST_BACKEND: got 'fastest'" in failed.stderr
+
+
+ON_CUDA: Any = SimpleNamespace(device=torch.device("cuda"))
+OPS = ("affine_coupling", "flow", "pair_nll", "spline_coupling")
+needs_cuda_library = pytest.mark.skipif("cuda" not in libraries, reason="the build had no nvcc")
+
+
+@needs_cuda_library
+@pytest.mark.parametrize(
+    ("driver", "runtime", "serves"), [(12080, 13000, False), (13000, 13010, True), (0, 13000, True)]
+)
+def test_a_driver_older_than_the_library_leaves_the_work_to_triton(
+    driver: int, runtime: int, serves: bool, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    """A torch of CUDA 12 runs on drivers that a library of CUDA 13 refuses. 0 is a machine without a driver."""
+    monkeypatch.setattr(backends, "cuda_versions", lambda: (driver, runtime))
+    monkeypatch.setattr(backends, "_too_old", None)
+    other = "triton" if find_spec("triton") else "reference"
+    for op in OPS:
+        assert backends.chosen(op, ON_CUDA) == ("cpp" if serves else other)
+        assert ("cpp" in backends.available(op, "cuda")) == serves
+        assert "cpp" in backends.available(op, "cpu")
+    assert len(recwarn) == (0 if serves else 1)
+    if not serves:
+        assert "the driver serves CUDA 12.8" in str(recwarn[0].message)
+        message = "needs a driver for CUDA 13 or later .580 or later."
+        with iin_fast.backend("cpp"), pytest.raises(backends.BackendUnavailable, match=message):
+            backends.chosen("flow", ON_CUDA)
+
+
+def test_compile_takes_the_look_at_the_driver_as_a_constant(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "cuda_versions", lambda: (13000, 13000))
+    monkeypatch.setattr(backends, "_too_old", None)
+    compiled: Any = torch.compile(
+        lambda x: x - 1 if backends._driver_is_too_old() else x + 1, fullgraph=True, backend="eager"
+    )
+    assert torch.equal(compiled(torch.zeros(2)), torch.ones(2))
+
+
+def test_rocm_has_no_compiled_library() -> None:
+    """torch calls an AMD GPU "cuda", too; the library has no code for it."""
+    code = """
+import torch
+torch.version.hip = "6.4"
+from iin_fast import backend, backends
+from types import SimpleNamespace
+x = SimpleNamespace(device=torch.device("cuda"))
+for op in ("affine_coupling", "flow", "pair_nll", "spline_coupling"):
+    assert "cpp" in backends.available(op, "cpu") and "cpp" not in backends.available(op, "cuda")
+    print(backends.chosen(op, x))
+try:
+    with backend("cpp"):
+        backends.chosen(op, x)
+except backends.BackendUnavailable as error:
+    print(error)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split("\n")
+    assert set(out[:4]) == {"triton" if find_spec("triton") else "reference"}
+    assert "backend 'cpp' is forced, but on cuda only" in out[4]
+    assert ("no code for AMD GPUs" in out[4]) == ("cuda" in libraries)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "xpu"])
+def test_autocast_is_registered_wherever_an_op_may_run(device: str) -> None:
+    for namespace in ("iin_fast", "iin_fast_triton"):
+        for op in OPS:
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{op}", f"Autocast{device.upper()}")

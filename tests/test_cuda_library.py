@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from iin_fast._library import libraries
+from iin_fast._library import cuda_versions, libraries
 from iin_fast.backends import available
+from iin_fast.info import collect
 
 if "cuda" not in libraries:
     pytest.skip("the build had no nvcc, so there is no CUDA library", allow_module_level=True)
@@ -26,6 +27,14 @@ def test_ops_have_cuda_kernels(op: str) -> None:
 def test_the_backend_is_offered() -> None:
     for op in ("affine_coupling", "flow", "pair_nll", "spline_coupling"):
         assert "cpp" in available(op, "cuda")
+
+
+def test_it_names_the_cuda_it_was_built_with_and_the_driver() -> None:
+    driver, runtime = cuda_versions()
+    assert runtime == torch.ops.iin_fast.cuda_runtime() >= 12000
+    assert driver == 0 or driver > 9000
+    assert driver > 0 or not torch.cuda.is_available()
+    assert f"needs a driver for CUDA {runtime // 1000} or later" in collect()["GPU driver"]
 
 
 def test_targets_are_the_code_in_the_library() -> None:

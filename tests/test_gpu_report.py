@@ -88,8 +88,40 @@ def test_defects_are_named(gpu_report: ModuleType) -> None:
     layer = {"sm_90": clean | {"async copy": 4}}
     assert gpu_report.defects({"cuda": {"flow_layer_kernel<Exact, true, false>": layer}}) == []
     assert "tensor cores" in gpu_report.defects({"cuda": {"flow_layer_kernel<Tf32x3, true, false>": layer}})[0]
+    coupling = {"kernel": "forward", "targets": {"sm_80": clean | {"load 16": 1}}}
+    for dtype, shape, tile, wanted in (
+        ("float32", "[4096, 32]", 2, True),
+        ("bfloat16", "[4096, 32]", 0, True),
+        ("bfloat16", "[4096, 32]", 1, False),
+        ("float32", "[25, 31]", 0, False),
+    ):
+        case = {f"affine_coupling tanh {dtype} {shape} forward #{tile}": coupling}
+        found = gpu_report.defects({"cuda": {}, "triton": case})
+        assert (len(found) == 1 and "'store 16'" in found[0]) if wanted else found == []
+    layer = {"kernel": "layer", "targets": {"sm_90": clean | {"async copy": 4}}}
+    assert "tensor cores" in gpu_report.defects({"cuda": {}, "triton": {"flow bfloat16 [25, 64] layer #1": layer}})[0]
+    assert gpu_report.defects({"cuda": {}, "triton": {"flow bfloat16 [25, 64] enter": layer}}) == []
     broken = {"a b": {"kernel": "k", "targets": {"sm_90": {"error": "no"}}}}
     assert "does not compile: no" in gpu_report.defects({"cuda": {}, "triton": broken})[0]
+
+
+def test_the_table_counts_the_cases_that_hold_an_instruction(gpu_report: ModuleType) -> None:
+    row = {"reg": 32, "stack": 0, "shared": 0, "local": 0} | dict.fromkeys(gpu_report.INSTRUCTIONS, 0)
+    cases = {
+        f"op float32 [{width}, 2]": {
+            "kernel": "k",
+            "targets": {"sm_80": row | {"reg": width} | more, "sm_90": row | more},
+        }
+        for width, more in ((40, {"load 16": 1, "async copy": 2}), (50, {"async copy": 1}))
+    }
+    cases["op float32 [60, 2]"] = {
+        "kernel": "k",
+        "targets": {"sm_80": row | {"store 16": 1, "async copy": 1}, "sm_90": row},
+    }
+    report = {"versions": {"nvcc": "nvcc", "triton": "3"}, "cuda": {"c<1>": {"sm_80": row}}, "triton": cases}
+    table = gpu_report.table(report)
+    assert "| `op k float32 (3)` | 50 / 32 | 0 | 0 | 0 | load 16 in 1 of 3, async copy in 2 of 3 |" in table
+    assert "| `c<1>` | 32 | 0 | 0 | 0 | none of these |" in table
 
 
 def test_the_built_library_is_read_and_has_no_spill(gpu_report: ModuleType) -> None:

@@ -1,10 +1,14 @@
 """benchmarks/gpu.py, as far as a machine without a GPU can run it."""
 
+import copy
+import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,15 +18,23 @@ from iin_fast.backends import available
 ROOT = Path(__file__).parents[1]
 
 
-def run(out: Path, *arguments: str) -> tuple[subprocess.CompletedProcess[str], dict]:
+def run(out: Path, *arguments: str, **variables: str) -> tuple[subprocess.CompletedProcess[str], dict]:
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--out", str(out), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | variables)
     return done, json.loads((out / "gpu.json").read_text()) if (out / "gpu.json").exists() else {}
 
 
-def test_a_dry_run_measures_every_op_and_the_flow(tmp_path: Path) -> None:
-    done, result = run(tmp_path, "--dry-run", "--stages", "environment,peaks,ops,flow", "--minutes", "4")
+@pytest.fixture(scope="module")
+def dry_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The folder and the results of a dry run of all that measures."""
+    folder = tmp_path_factory.mktemp("dry")
+    done, result = run(folder, "--dry-run", "--stages", "environment,peaks,ops,flow", "--minutes", "4")
     assert done.returncode == 0, done.stdout + done.stderr
+    return folder, result
+
+
+def test_a_dry_run_measures_every_op_and_the_flow(dry_run: tuple[Path, dict[str, Any]]) -> None:
+    folder, result = dry_run
     assert result["dry_run"] and {row["outcome"] for row in result["stages"].values()} == {"done"}
     assert result["environment"]["torch"] == torch.__version__
     for op in ("affine_coupling", "pair_nll", "spline_coupling"):
@@ -41,12 +53,78 @@ def test_a_dry_run_measures_every_op_and_the_flow(tmp_path: Path) -> None:
         assert not case["failed"], case["failed"]
         assert {"eager", "iin-fast", "iin-fast, cpp"} <= set(case["systems"])
         assert case["floor"] > 0 and case["systems"]["eager"]["times_eager"] == 1
-    assert (tmp_path / "flow.png").stat().st_size > 1000 and (tmp_path / "ops.png").stat().st_size > 1000
+    assert (folder / "flow.png").stat().st_size > 1000 and (folder / "ops.png").stat().st_size > 1000
+
+
+def test_the_readme_has_a_table_of_a_gpu_once_there_is_one(
+    dry_run: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a dry run's numbers, made to look like a GPU's."""
+    spec = importlib.util.spec_from_file_location("readme", ROOT / "benchmarks" / "readme.py")
+    assert spec and spec.loader
+    readme = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(readme)
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    assert readme.gpu_table() == ""  # no file, no word
+
+    result = copy.deepcopy(dry_run[1])
+    (tmp_path / "gpu.json").write_text(json.dumps(result))
+    with pytest.raises(SystemExit, match="dry run"):
+        readme.gpu_table()
+
+    result["dry_run"] = False
+    result["environment"] |= {"gpu": "Imagined 9000", "cuda": "13.0", "smi": {"driver_version": "580.1"}}
+    result["tests"] = {"summary": "123 passed in 4.00s"}
+    case = result["flow"]["cases"]["forward, batch 4, float32"]
+    times = {"min": 0.9e-3, "median": 1e-3, "max": 1.1e-3}
+    slower = {key: 3 * value for key, value in times.items()}
+    case["systems"]["iin-fast"] |= {"warm": times}
+    case["systems"]["eager"] |= {"warm": slower}
+    case["systems"]["compile"] = {"warm": slower}
+    case["systems"]["compile, max-autotune"] = {"warm": {key: 2 * value for key, value in times.items()}}
+    case["systems"]["iin-fast, cpp, CUDA graph"] = {"warm": {key: value / 4 for key, value in times.items()}}
+    case["floor"] = 0.5e-3
+    (tmp_path / "gpu.json").write_text(json.dumps(result))
+    table = readme.gpu_table()
+    assert "Imagined 9000" in table and "driver 580.1" in table and "123 passed" in table
+    (row,) = (line for line in table.splitlines() if line.startswith("| forward, batch 4, float32 |"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    heads = [c.strip() for c in next(x for x in table.splitlines() if x.startswith("| case")).strip("|").split("|")]
+    assert len(cells) == len(heads)
+    found = dict(zip(heads, cells, strict=True))
+    assert found["eager"] == "3" and found["torch.compile, best mode"] == "2" and found["**iin-fast**"] == "1"
+    assert found["**iin-fast, CUDA graph**"] == "0.25"
+    assert found["× eager (range)"] == "3.0 (2.5–3.7)" and found["× compile"] == "2.0" and found["× floor"] == "2.00"
+    assert "| affine_coupling forward, float32 |" in table
+
+
+def test_make_gpu_takes_the_python_of_the_caller(tmp_path: Path) -> None:
+    """Not that of the environment in .venv, whose torch is for the CPU."""
+    make = shutil.which("make")
+    if make is None:
+        pytest.skip("no make")
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    for folder, name in ((tmp_path / ".venv" / "bin", "the environment's"), (tmp_path / "bin", "the caller's")):
+        folder.mkdir(parents=True)
+        (folder / "python3").write_text(f'#!/bin/sh\necho "{name} python3 runs $1"\n')
+        (folder / "python3").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    done = subprocess.run([make, "-s", "gpu"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "the caller's python3 runs benchmarks/gpu.py", done.stdout + done.stderr
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="torch has CUDA here")
+def test_a_torch_without_cuda_is_refused_at_once(tmp_path: Path) -> None:
+    done, result = run(tmp_path)
+    assert done.returncode == 2 and not result
+    assert f"{sys.executable} has torch {torch.__version__}, which is built without CUDA" in done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_a_stage_that_fails_or_hangs_is_recorded_and_the_next_one_runs(tmp_path: Path) -> None:
-    done, result = run(tmp_path, "--stages", "environment,peaks,ops", "--minutes", "1")
+    # as a torch with CUDA on a machine that has no GPU
+    (tmp_path / "sitecustomize.py").write_text("import torch\ntorch.version.cuda = torch.version.cuda or '13.0'\n")
+    done, result = run(tmp_path, "--stages", "environment,peaks,ops", "--minutes", "1", PYTHONPATH=str(tmp_path))
     assert done.returncode == 1
     assert [row["outcome"] for row in result["stages"].values()] == ["failed"] * 3
     assert "GPU" in result["environment"]["failed"] and result["environment"]["torch"] == torch.__version__

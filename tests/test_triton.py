@@ -1,17 +1,23 @@
 """The Triton kernels: in the interpreter (tests/interpreted), and compiled for a GPU that need not be here."""
 
+import importlib
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import iin_fast
 from iin_fast.backends import BackendUnavailable
 
 pytest.importorskip("triton")
+from iin_fast.ops import triton_common  # noqa: E402  (needs Triton)
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 COMPILE = """
@@ -27,7 +33,7 @@ for op in ("affine_coupling", "pair_nll", "flow", "spline_coupling"):
     for case in importlib.import_module(f"iin_fast.ops.{op}.triton").compile_cases():
         assert re.match(op, case.name) and set(case.signature) == set(case.kernel.arg_names)
         # one of a kernel, its tile and its types; what is left out differs in flags
-        types = tuple(sorted(t for t in case.signature.values() if t.startswith("*")))
+        types = tuple(sorted(t for t in case.signature.values() if t[:1] == "*"))
         key = case.kernel, case.name.split(" #")[0], case.name.rpartition("#")[2][:1], types
         hot = "float32" in case.name or "bfloat16" in case.name
         if key in seen or not hot or "tanh" not in case.name and op == "affine_coupling":
@@ -48,6 +54,30 @@ print(len(seen), "kernels;", "spilled:", spilled)
 """
 
 
+# CDNA 3, 64 KiB of shared memory ("LDS"). A kernel of a kind, with its first tile, in float32 and, of the flow, bfloat16.
+COMPILE_FOR_AMD = """
+import importlib
+import torch
+torch.version.hip = "6.4"  # as a ROCm build of torch has it
+from triton.backends.compiler import GPUTarget
+from iin_fast.ops.triton_common import compile_case
+
+seen = set()
+for op in ("affine_coupling", "pair_nll", "flow", "spline_coupling"):
+    for case in importlib.import_module(f"iin_fast.ops.{op}.triton").compile_cases():
+        dtype = next(t for t in ("bfloat16", "float64", "float32") if t in case.name)
+        key = case.kernel, dtype
+        if key in seen or dtype == "float64" or dtype == "bfloat16" and op != "flow":
+            continue
+        seen.add(key)
+        assert case.constexprs.get("PRECISION", "ieee") == "ieee", case.name
+        compiled = compile_case(case, GPUTarget("hip", "gfx942", 64))
+        assert compiled.asm["hsaco"][:4] == b"\\x7fELF"
+        assert compiled.metadata.shared <= 65536, (case.name, compiled.metadata.shared)
+print(len(seen), "kernels")
+"""
+
+
 def run(command: list[str], **variables: str) -> str:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | variables
     root = Path(__file__).parents[1]
@@ -65,6 +95,81 @@ def test_kernels_in_the_interpreter() -> None:
 def test_hot_kernels_compile_for_a_gpu_without_spills() -> None:
     out = run(["-c", COMPILE], TRITON_DEFAULT_FP_FUSION="1")
     assert "spilled: []" in out and int(out.split()[0]) >= 30, out
+
+
+def test_kernels_compile_for_an_amd_gpu() -> None:
+    from triton.backends import backends
+
+    if "amd" not in backends:
+        pytest.skip("this Triton has no code generator for AMD GPUs")
+    out = run(["-c", COMPILE_FOR_AMD], TRITON_DEFAULT_FP_FUSION="1")
+    assert int(out.split()[0]) >= 20, out
+
+
+def test_amd_gpus_multiply_in_plain_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    from iin_fast.ops.flow.triton import _precision
+
+    nvidia = [_precision(torch.float32, False), _precision(torch.float32, True), _precision(torch.bfloat16, True)]
+    assert nvidia == ["tf32x3", "tf32", "ieee"]
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert {_precision(torch.float32, tf32) for tf32 in (False, True, None)} == {"ieee"}
+
+
+class CopiesAreSeen(TorchDispatchMode):
+    """Every operation on tensors but the views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:
+            self.seen.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="kernels run")
+def test_a_new_division_into_factors_copies_nothing_to_the_device() -> None:
+    """A copy would wait for the device and could not be captured in a graph."""
+    from iin_fast.ops.pair_nll.triton import pair_nll, pair_nll_backward
+
+    for sizes in ([5, 4, 3], [1] * 150, [7]):
+        z, shared = torch.empty(6, sum(sizes), device="meta"), torch.empty(6, len(sizes), dtype=bool, device="meta")
+        calls = [partial(pair_nll, z, z, z[:, 0], z[:, 0], shared, sizes, 0.9, True)]
+        calls += [partial(pair_nll_backward, z[:, 0], z, z, shared, sizes, 0.9)]
+        with CopiesAreSeen() as mode:
+            launched = triton_common.recorded({str(i): call for i, call in enumerate(calls)})
+        assert mode.seen <= {"empty", "new_empty"}, mode.seen
+        ends = [case.signature["ends"] for case in launched if "ends" in case.signature]
+        assert ends and max(map(len, ends)) == min(len(sizes), 64)
+
+
+@pytest.mark.parametrize("op", ["affine_coupling", "pair_nll", "spline_coupling"])
+def test_rows_of_any_length_fit_the_grid(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU takes 65535 programs on the second and third axis of a grid."""
+    module = importlib.import_module(f"iin_fast.ops.{op}.triton")
+    grids = []
+
+    def note(kernel: Any, grid: Any, *arguments: Any, **constants: Any) -> None:
+        grids.append(grid({"TILE": 512}) if callable(grid) else grid)
+
+    monkeypatch.setattr(module, "launch", note)
+    monkeypatch.setattr(triton_common, "launch", note)
+    width = 2**27 + 3
+    x, rows = torch.empty(2, width, device="meta"), torch.empty(2, device="meta")
+    if op == "affine_coupling":
+        module.affine_coupling(x, x, x, 1, 1.0, False)
+        module.affine_coupling_backward(x, rows, x, x, 1, 1.0, False)
+    elif op == "pair_nll":
+        shared = torch.empty(2, 2, dtype=torch.bool, device="meta")
+        module.pair_nll(x, x, rows, rows, shared, [width - 5, 5], 0.9, False)
+        module.pair_nll_backward(rows, x, x, shared, [width - 5, 5], 0.9)
+    else:
+        raw, options = torch.empty(2, width, 5, device="meta"), (2, 0, 0, -1.0, 1.0, -1.0, 1.0, 1e-3, 1e-3, 1e-3, False)
+        module.spline_coupling(x, raw, *options)
+        module.spline_coupling_backward(x, rows, x, raw, *options)
+    assert len(grids) >= 2 and grids[-1][0] > 2**18
+    assert all(size <= 65535 for grid in grids for size in grid[1:]), grids
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter takes CPU tensors")

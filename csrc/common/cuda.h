@@ -8,6 +8,7 @@
 #include <dlfcn.h>
 
 #include <optional>
+#include <string>
 #include <utility>
 
 #include <cuda_bf16.h>
@@ -121,11 +122,16 @@ private:
     if (error == cudaSuccess)
       return;
     cudaGetLastError(); // so that a later call doesn't report this error again
-    const bool no_code = error == cudaErrorNoKernelImageForDevice || error == cudaErrorUnsupportedPtxVersion;
-    STD_TORCH_CHECK(false, op_, ": ", what, " failed on cuda:", device_, ": ", cudaGetErrorString(error),
-                    no_code ? " (this build has code for " IIN_FAST_CUDA_TARGETS
-                              " only; build iin-fast from source for this GPU)"
-                            : "");
+    STD_TORCH_CHECK(false, op_, ": ", what, " failed on cuda:", device_, ": ", cudaGetErrorString(error), hint(error));
+  }
+
+  static std::string hint(cudaError_t error) {
+    if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorUnsupportedPtxVersion)
+      return " (this build has code for " IIN_FAST_CUDA_TARGETS " only; build iin-fast from source for this GPU)";
+    if (error == cudaErrorInsufficientDriver)
+      return " (this build needs a driver for CUDA " + std::to_string(CUDART_VERSION / 1000) +
+             " or later; update the driver, or use iin_fast.backend(\"triton\"), which needs no later one than torch)";
+    return "";
   }
 
   const char *op_;

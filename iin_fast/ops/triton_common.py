@@ -28,6 +28,8 @@ __all__ = [
     "rows",
     "sum_parts",
     "tanh",
+    "tile_of",
+    "tiles",
     "tl_dtype",
     "wide",
 ]
@@ -96,7 +98,7 @@ class CompileCase(NamedTuple):
 
     name: str
     kernel: Any  # triton.JITFunction
-    signature: dict[str, str]
+    signature: dict[str, Any]  # a type's name, or a tuple of them
     constexprs: dict[str, Any]
     options: dict[str, Any]  # num_warps, num_stages; "attrs": what is divisible by 16
 
@@ -111,6 +113,14 @@ def launch(kernel: Any, grid: Any, *arguments: Any, **constants: Any) -> None:
         kernel[grid](*arguments, **constants)
     else:
         _record(_recording, kernel, arguments, constants)
+
+
+def tiles(batch: int, width: int, block: int) -> Callable[[dict[str, int]], tuple[int]]:
+    """The grid of a kernel that gives each program a tile of rows and of ``block`` columns, found by :func:`tile_of`.
+
+    All on the first axis: the others hold 65535 programs, which rows of 2^25 columns exceed.
+    """
+    return lambda meta: (ceil_div(batch, meta["TILE"] // block) * ceil_div(width, block),)
 
 
 _TYPES = {
@@ -141,7 +151,7 @@ def _record(cases: list[CompileCase], kernel: Any, arguments: Sequence[Any], con
             values |= config.kwargs
             options |= {"num_warps": config.num_warps, "num_stages": config.num_stages}
         options |= {key: values.pop(key) for key in ("num_warps", "num_stages") if key in values}
-        signature: dict[str, str] = {}
+        signature: dict[str, Any] = {}
         constexprs: dict[str, Any] = {}
         attrs: dict[tuple[int, ...], list[list[Any]]] = {}
         for parameter in function.params:
@@ -150,7 +160,9 @@ def _record(cases: list[CompileCase], kernel: Any, arguments: Sequence[Any], con
             if parameter.is_constexpr or value is None or (free and type(value) is int and value == 1):
                 signature[name], constexprs[name] = "constexpr", value
                 continue
-            if isinstance(value, Tensor):
+            if isinstance(value, tuple):
+                signature[name], divisible = ("i32",) * len(value), False
+            elif isinstance(value, Tensor):
                 signature[name] = "*" + _TYPES[value.dtype]
                 divisible = value.storage_offset() * value.element_size() % 16 == 0
             elif isinstance(value, int):
@@ -188,6 +200,13 @@ def compile_case(case: CompileCase, target: Any) -> Any:
     options = dict(case.options)
     source = triton.compiler.ASTSource(case.kernel, case.signature, case.constexprs, options.pop("attrs"))
     return triton.compile(source, target=target, options=options)
+
+
+@triton.jit
+def tile_of(width, BLOCK_N: tl.constexpr):
+    """The tile of rows and the tile of columns of this program, in the grid of :func:`tiles`."""
+    across = tl.cdiv(width, BLOCK_N)
+    return tl.program_id(0) // across, tl.program_id(0) % across
 
 
 # Elementary functions on float32 and float64. Not libdevice's, which the interpreter and other makers' GPUs lack.

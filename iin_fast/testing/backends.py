@@ -227,8 +227,14 @@ CASES = {
     # knots are sums of bins, and log-dets logarithms of their quotients
     "spline_coupling": (_spline_coupling_cases, HALF + (torch.float32, torch.float64), 10),
     # many layers deep: rounding grows on the way
-    "flow": (_flow_cases, (torch.float32, torch.float64), 20),
+    "flow": (_flow_cases, HALF + (torch.float32, torch.float64), 20),
 }
+
+
+def dtypes_of(op: str, device: str) -> tuple[torch.dtype, ...]:
+    """The types that an op takes on a device: the flow of the CPU takes none of 16 bits."""
+    dtypes = CASES[op][1]
+    return tuple(d for d in dtypes if d not in HALF) if op == "flow" and device == "cpu" else dtypes
 
 
 def check_ops(device: str = "cpu") -> Comparison:
@@ -238,8 +244,8 @@ def check_ops(device: str = "cpu") -> Comparison:
         A :class:`Comparison` with one row for each op, dtype, case and tensor.
     """
     total = Comparison()
-    for op, (cases, dtypes, slack) in CASES.items():
-        for dtype in dtypes:
+    for op, (cases, _, slack) in CASES.items():
+        for dtype in dtypes_of(op, device):
             for label, call, inputs in cases(dtype, device):
                 name = f"{op} {str(dtype).removeprefix('torch.')} {label}: "
                 found = _compare(call, inputs, {}, name, slack)

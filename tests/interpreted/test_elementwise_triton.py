@@ -82,6 +82,23 @@ def test_derivatives_of_the_loss() -> None:
         assert gradgradcheck(function, arguments)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_more_factors_than_a_launch_takes(dtype: torch.dtype) -> None:
+    """Factors go 64 a launch; some have no element, one group has none at all, another is long enough to be shared."""
+    generator = torch.Generator().manual_seed(3)
+    sizes = torch.randint(0, 4, (200,), generator=generator).tolist()
+    sizes[64:128], sizes[150] = [0] * 64, 9000
+    shared = torch.rand(3, len(sizes), generator=generator) < 0.5
+    za, zb = torch.randn(2, 3, sum(sizes), generator=generator, dtype=torch.float64).to(dtype)
+    logdets = torch.randn(2, 3, generator=generator, dtype=torch.float64).to(dtype)
+
+    def call(*given: Tensor) -> Tensor:
+        return pair_nll(*given, shared, sizes, 0.9, normalized=True)
+
+    found = [row for row in _compare(call, [za, zb, *logdets], {}, "").rows if row.backend == "triton"]
+    assert len(found) == 5 and all(row.ok for row in found), found
+
+
 def test_traces_whole_and_keeps_the_contract_of_an_op() -> None:
     x, raw, shift = torch.randn(3, 4, 5).unbind()
     x.requires_grad_()

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._library import libraries
-from ...backends import chosen, ops, register
+from ...backends import chosen, ops, register_library
 from ..autograd import differentiable
 from ..checks import check_floating, check_like
 from ..triton_ops import define_triton
@@ -30,9 +29,7 @@ SQUASHES: dict[str, tuple[int, float]] = {
 }
 _NAMES = {code: name for name, (code, _) in SQUASHES.items()}
 
-register("affine_coupling", "cpp", "cpu")
-if "cuda" in libraries:
-    register("affine_coupling", "cpp", "cuda")
+register_library("affine_coupling")
 define_triton("affine_coupling")
 
 
@@ -169,5 +166,5 @@ for _backend, _name in (("cpp", "iin_fast::affine_coupling"), ("triton", "iin_fa
     _calls[_backend] = differentiable(_name, _setup, partial(_backward, _backend))
     torch.library.register_vmap(_name, fold_rows(ops(_backend).affine_coupling))
     torch.library.register_vmap(f"{_name}_backward", fold_rows(ops(_backend).affine_coupling_backward))
-    for _device in ("cpu", "cuda"):
+    for _device in ("cpu", "cuda", "xpu"):
         torch.library.register_autocast(_name, _device, torch.float32)

@@ -28,6 +28,8 @@ from ..triton_common import (
     rows,
     sum_parts,
     tanh,
+    tile_of,
+    tiles,
     tl_dtype,
     wide,
 )
@@ -128,8 +130,9 @@ def _backward(
     TILE: tl.constexpr,
 ):
     BLOCK_R: tl.constexpr = TILE // BLOCK_N
-    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    row_tile, column_tile = tile_of(width, BLOCK_N)
+    row = row_tile * BLOCK_R + tl.arange(0, BLOCK_R)
+    column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     valid = (row < batch)[:, None] & (column < width)
     long_row = row.to(tl.int64)[:, None]
     out = long_row * width + column
@@ -206,7 +209,7 @@ def affine_coupling_backward(
     with on_device(value):
         launch(
             _backward,
-            lambda meta: (ceil_div(batch, meta["TILE"] // block), ceil_div(width, block)),
+            tiles(batch, width, block),
             *(g, grad_logdet, v, raw, grad_x, grad_x if grad_raw is None else grad_raw, grad_shift, batch, width),
             *(g.stride(0), grad_logdet.stride(0), v.stride(0), raw.stride(0), bucket(batch)),
             **dict(SQUASH=squash, CLAMP=clamp, INVERSE=inverse, WIDE=tl_dtype(value.dtype), BLOCK_N=block),

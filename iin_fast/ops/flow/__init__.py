@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._library import libraries  # loads the compiled ops
-from ...backends import chosen, ops, register
+from ...backends import chosen, ops, register_library
 from ..autograd import differentiable
 from ..checks import check_device, check_dtype, check_floating, check_rank, check_shape
 from ..triton_ops import define_triton
@@ -26,9 +25,7 @@ __all__ = ["AUTO_SAVE_BYTES", "flow", "pack", "unpack"]
 AUTO_SAVE_BYTES = 256 * 2**20
 """``memory="auto"`` saves activations up to this many bytes and inverts beyond (docs/performance.md)."""
 
-register("flow", "cpp", "cpu")
-if "cuda" in libraries:
-    register("flow", "cpp", "cuda")
+register_library("flow")
 define_triton("flow")
 
 _TYPES = (torch.float32, torch.float64)
@@ -374,6 +371,6 @@ for _backend_name, _name in (("cpp", "iin_fast::flow"), ("triton", "iin_fast_tri
     _calls[_backend_name] = differentiable(_name, _setup, partial(_backward, _backend_name))
     torch.library.register_vmap(_name, partial(_vmap, _backend_name))
     torch.library.register_vmap(f"{_name}_backward", one_by_one(ops(_backend_name).flow_backward))
-for _device in ("cpu", "cuda"):
+for _device in ("cpu", "cuda", "xpu"):
     torch.library.register_autocast("iin_fast::flow", _device, torch.float32)
     torch.library.register_autocast("iin_fast_triton::flow", _device, torch.float32)

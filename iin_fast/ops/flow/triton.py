@@ -2,7 +2,7 @@
 
 Launches, for n blocks with nets of depth + 2 layers: forward and inverse 2 n (depth + 2) + 3 (a permutation table, the
 first stage, the log-det); backward 2 n (depth + 2), plus 3 to 5 for the weights of all blocks together (of as many as
-fit PENDING_BYTES), plus 3; with memory="invert" the nets again, another 2 n (depth + 2). Nothing waits for the device.
+fit PENDING_BYTES), plus 3; with memory="invert" the nets again, another 2 n (depth + 2). Nothing waits for the device but the first call of sizes that were never tuned.
 
 Bytes: forward reads every weight once and, for each layer, writes and reads the activations of a row; backward reads
 every weight once, writes its gradient once, and reads activations twice. Stages, s and log-dets are float32 at least,
@@ -48,12 +48,15 @@ PENDING_BYTES = 64 * 2**20
 
 
 def _precision(dtype: torch.dtype, tf32: bool | None) -> str:
-    """How float32 products are computed: three TF32 products (about float32) unless the user allows one."""
-    if dtype != torch.float32:
+    """How float32 products are computed: three TF32 products (about float32) unless the user allows one.
+
+    Plain float32 on AMD GPUs: for most of them Triton compiles no TF32.
+    """
+    if dtype != torch.float32 or torch.version.hip is not None:
         return "ieee"
     if tf32 is None:
         tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if tf32 else "ieee" if torch.version.hip else "tf32x3"
+    return "tf32" if tf32 else "tf32x3"
 
 
 class _Walk:

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._library import libraries
-from ...backends import chosen, ops, register
+from ...backends import chosen, ops, register_library
 from ..autograd import differentiable
 from ..checks import check_device, check_dtype, check_floating, check_like, check_rank, check_shape
 from ..triton_ops import define_triton
@@ -20,9 +19,7 @@ from . import reference
 
 __all__ = ["pair_nll"]
 
-register("pair_nll", "cpp", "cpu")
-if "cuda" in libraries:
-    register("pair_nll", "cpp", "cuda")
+register_library("pair_nll")
 define_triton("pair_nll")
 
 
@@ -139,5 +136,5 @@ for _backend, _name in (("cpp", "iin_fast::pair_nll"), ("triton", "iin_fast_trit
     _calls[_backend] = differentiable(_name, _setup, partial(_backward, _backend))
     torch.library.register_vmap(_name, fold_rows(ops(_backend).pair_nll))
     torch.library.register_vmap(f"{_name}_backward", fold_rows(ops(_backend).pair_nll_backward))
-    for _device in ("cpu", "cuda"):
+    for _device in ("cpu", "cuda", "xpu"):
         torch.library.register_autocast(_name, _device, torch.float32)

@@ -2,12 +2,14 @@
 
 Bytes an element of the pair in float32: 8 forward (reads both samples), 16 backward (reads both, writes both gradients).
 A program owns a tile of whole rows and walks their columns with the loss in registers; backward owns a tile of rows
-and columns. Which factor a column belongs to comes from a table of ``dim`` indices that stays on the device.
+and columns. The ends of the factors travel as kernel arguments, 64 a launch, so that nothing is copied to the device and a
+call can be captured in a graph; more factors take one launch for each 64.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -26,6 +28,8 @@ from ..triton_common import (
     recorded,
     rows,
     sum_parts,
+    tile_of,
+    tiles,
     tl_dtype,
     wide,
 )
@@ -39,6 +43,7 @@ _CONFIGS = [
     triton.Config({"TILE": 512}, num_warps=4, num_stages=1),
 ]
 _WIDEST = 512  # columns of a tile, at most the smallest tile
+FACTORS_PER_LAUNCH = 64
 
 
 def _fitting(configs: list[triton.Config], arguments: dict[str, Any], **constants: Any) -> list[triton.Config]:
@@ -47,9 +52,11 @@ def _fitting(configs: list[triton.Config], arguments: dict[str, Any], **constant
 
 
 @triton.jit
-def _shared(shared, factor, long_row, column, width, factors, valid, WIDE: tl.constexpr):
+def _shared(shared, ends, long_row, column, factors, valid, WIDE: tl.constexpr):
     """1 where the pair shares the column's factor, else 0."""
-    k = tl.load(factor + column, mask=column < width, other=0)
+    k = tl.zeros_like(column)
+    for i in tl.static_range(len(ends)):
+        k += (column >= ends[i]).to(column.dtype)
     return tl.load(shared + long_row * factors + k, mask=valid, other=0).to(WIDE)
 
 
@@ -60,8 +67,8 @@ def _forward(
     zb,
     logdet_a,  # [batch]
     logdet_b,
-    shared,  # [batch, factors] bytes
-    factor,  # [width] int32
+    shared,  # [batch, len(ends)] bytes, rows `factors` apart
+    ends,  # column behind the last one of each factor
     loss,  # [parts, batch]
     batch,
     width,
@@ -75,6 +82,7 @@ def _forward(
     RHO: tl.constexpr,
     PER_ELEMENT: tl.constexpr,  # constants of an element, and of an element of a shared factor
     PER_SHARED: tl.constexpr,
+    LOGDETS: tl.constexpr,  # whether this launch brings them
     WIDE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TILE: tl.constexpr,
@@ -89,12 +97,12 @@ def _forward(
         valid = (row < batch)[:, None] & (column < width)
         a = tl.load(za + long_row * za_row + column, mask=valid, other=0.0).to(WIDE)
         b = tl.load(zb + long_row * zb_row + column, mask=valid, other=0.0).to(WIDE)
-        m = _shared(shared, factor, long_row, column, width, factors, valid, WIDE)
+        m = _shared(shared, ends, long_row, column, factors, valid, WIDE)
         difference = b - m * RHO * a
         energy = 0.5 * (a * a + difference * difference / (1 - m * (RHO * RHO))) + (PER_ELEMENT + m * PER_SHARED)
         total += tl.where(valid, energy, 0.0)
     result = tl.sum(total, 1)
-    if tl.program_id(1) == 0:
+    if LOGDETS and tl.program_id(1) == 0:
         at = row.to(tl.int64)
         result -= tl.load(logdet_a + at * logdet_a_row, mask=row < batch, other=0.0).to(WIDE)
         result -= tl.load(logdet_b + at * logdet_b_row, mask=row < batch, other=0.0).to(WIDE)
@@ -107,15 +115,16 @@ def _backward(
     grad,  # [batch]
     za,  # [batch, width], rows za_row apart
     zb,
-    shared,  # [batch, factors] bytes
-    factor,  # [width] int32
-    grad_a,  # [batch, width], contiguous
+    shared,  # [batch, len(ends)] bytes, rows `factors` apart
+    ends,  # column behind the last one of each factor
+    grad_a,  # [batch, width], rows out_row apart
     grad_b,
     batch,
     width,
     grad_row,
     za_row,
     zb_row,
+    out_row,
     factors,
     batch_bucket,
     RHO: tl.constexpr,
@@ -124,25 +133,29 @@ def _backward(
     TILE: tl.constexpr,
 ):
     BLOCK_R: tl.constexpr = TILE // BLOCK_N
-    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+    row_tile, column_tile = tile_of(width, BLOCK_N)
+    row = row_tile * BLOCK_R + tl.arange(0, BLOCK_R)
+    column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     valid = (row < batch)[:, None] & (column < width)
     long_row = row.to(tl.int64)[:, None]
     g = tl.load(grad + row.to(tl.int64) * grad_row, mask=row < batch, other=0.0).to(WIDE)[:, None]
     a = tl.load(za + long_row * za_row + column, mask=valid, other=0.0).to(WIDE)
     b = tl.load(zb + long_row * zb_row + column, mask=valid, other=0.0).to(WIDE)
-    m = _shared(shared, factor, long_row, column, width, factors, valid, WIDE)
+    m = _shared(shared, ends, long_row, column, factors, valid, WIDE)
     pull = (b - m * RHO * a) / (1 - m * (RHO * RHO))
-    out = long_row * width + column
+    out = long_row * out_row + column
     tl.store(grad_a + out, (g * (a - m * RHO * pull)).to(grad_a.dtype.element_ty), mask=valid)
     tl.store(grad_b + out, (g * pull).to(grad_b.dtype.element_ty), mask=valid)
 
 
-@lru_cache(maxsize=64)
-def _factor_of(sizes: tuple[int, ...], device: torch.device) -> Tensor:
-    """[dim] int32, the factor of each column; kept, since a copy to the device at every call would wait for it."""
-    index = [k for k, size in enumerate(sizes) for _ in range(size)]
-    return torch.tensor(index, dtype=torch.int32).to(device)
+def _groups(sizes: Sequence[int]) -> Iterator[tuple[slice, slice, tuple[int, ...]]]:
+    """The columns, the factors and the factors' ends within the columns, of each launch."""
+    start = 0
+    for first in range(0, len(sizes), FACTORS_PER_LAUNCH):
+        ends = tuple(accumulate(sizes[first : first + FACTORS_PER_LAUNCH]))
+        if ends[-1] > 0:
+            yield slice(start, start + ends[-1]), slice(first, first + len(ends)), ends
+        start += ends[-1]
 
 
 def pair_nll(
@@ -164,21 +177,29 @@ def pair_nll(
         return torch.sub(-logdet_a, logdet_b, out=loss)
     a, b = rows(za, batch, width), rows(zb, batch, width)
     per_element, per_shared = (math.log(2 * math.pi), 0.5 * math.log(1 - rho**2)) if normalized else (0.0, 0.0)
-    block = min(power_of_two(width), _WIDEST)
-    parts = max(1, min(width // 4096, ceil_div(1024, batch)))
-    part = ceil_div(ceil_div(width, parts), block) * block
-    parts = ceil_div(width, part)
-    sums = loss if parts == 1 else loss.new_empty(parts, batch)
+    mask = shared.contiguous().view(torch.uint8)
+    plans = []  # columns, factors, ends, tile, columns of a part, parts
+    for columns, factors, ends in _groups(sizes):
+        block = min(power_of_two(ends[-1]), _WIDEST)
+        parts = max(1, min(ends[-1] // 4096, ceil_div(1024, batch)))
+        part = ceil_div(ceil_div(ends[-1], parts), block) * block
+        plans.append((columns, factors, ends, block, part, ceil_div(ends[-1], part)))
+    total = sum(plan[-1] for plan in plans)
+    sums = loss[None] if total == 1 else loss.new_empty(total, batch)
+    at = 0
     with on_device(za):
-        launch(
-            _forward,
-            lambda meta: (ceil_div(batch, meta["TILE"] // block), parts),
-            *(a, b, logdet_a, logdet_b, shared.contiguous().view(torch.uint8), _factor_of(tuple(sizes), za.device)),
-            *(sums, batch, width, a.stride(0), b.stride(0), logdet_a.stride(0), logdet_b.stride(0), len(sizes), part),
-            bucket(batch),
-            **dict(RHO=rho, PER_ELEMENT=per_element, PER_SHARED=per_shared, WIDE=tl_dtype(loss.dtype), BLOCK_N=block),
-        )
-        if parts > 1:
+        for columns, factors, ends, block, part, parts in plans:
+            launch(
+                _forward,
+                lambda meta, block=block, parts=parts: (ceil_div(batch, meta["TILE"] // block), parts),
+                *(a[:, columns], b[:, columns], logdet_a, logdet_b, mask[:, factors], ends, sums[at:]),
+                *(batch, ends[-1], a.stride(0), b.stride(0), logdet_a.stride(0), logdet_b.stride(0), len(sizes)),
+                *(part, bucket(batch)),
+                **dict(RHO=rho, PER_ELEMENT=per_element, PER_SHARED=per_shared, LOGDETS=at == 0),
+                **dict(WIDE=tl_dtype(loss.dtype), BLOCK_N=block),
+            )
+            at += parts
+        if total > 1:
             sum_parts(sums, loss)
     return loss
 
@@ -192,15 +213,17 @@ def pair_nll_backward(
     if grad_a.numel() == 0:
         return grad_a, grad_b
     a, b = rows(za, batch, width), rows(zb, batch, width)
-    block = min(power_of_two(width), _WIDEST)
+    mask = shared.contiguous().view(torch.uint8)
     with on_device(za):
-        launch(
-            _backward,
-            lambda meta: (ceil_div(batch, meta["TILE"] // block), ceil_div(width, block)),
-            *(grad, a, b, shared.contiguous().view(torch.uint8), _factor_of(tuple(sizes), za.device), grad_a, grad_b),
-            *(batch, width, grad.stride(0), a.stride(0), b.stride(0), len(sizes), bucket(batch)),
-            **dict(RHO=rho, WIDE=tl_dtype(za.dtype), BLOCK_N=block),
-        )
+        for columns, factors, ends in _groups(sizes):
+            block = min(power_of_two(ends[-1]), _WIDEST)
+            launch(
+                _backward,
+                tiles(batch, ends[-1], block),
+                *(grad, a[:, columns], b[:, columns], mask[:, factors], ends, grad_a[:, columns], grad_b[:, columns]),
+                *(batch, ends[-1], grad.stride(0), a.stride(0), b.stride(0), width, len(sizes), bucket(batch)),
+                **dict(RHO=rho, WIDE=tl_dtype(za.dtype), BLOCK_N=block),
+            )
     return grad_a, grad_b
 
 

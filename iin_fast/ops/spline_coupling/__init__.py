@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._library import libraries
-from ...backends import chosen, ops, register
+from ...backends import chosen, ops, register_library
 from ..autograd import differentiable
 from ..checks import check_device, check_dtype, check_floating
 from ..triton_ops import define_triton
@@ -26,9 +25,7 @@ PARAMETERIZATIONS = {"nflows": 0, "zuko": 1}
 _TAILS = {code: name for name, code in TAILS.items()}
 _FORMS = {code: name for name, code in PARAMETERIZATIONS.items()}
 
-register("spline_coupling", "cpp", "cpu")
-if "cuda" in libraries:
-    register("spline_coupling", "cpp", "cuda")
+register_library("spline_coupling")
 define_triton("spline_coupling")
 
 
@@ -274,5 +271,5 @@ for _backend, _name in (("cpp", "iin_fast::spline_coupling"), ("triton", "iin_fa
     _calls[_backend] = differentiable(_name, _setup, partial(_backward, _backend))
     torch.library.register_vmap(_name, fold_rows(ops(_backend).spline_coupling))
     torch.library.register_vmap(f"{_name}_backward", fold_rows(ops(_backend).spline_coupling_backward))
-    for _device in ("cpu", "cuda"):
+    for _device in ("cpu", "cuda", "xpu"):
         torch.library.register_autocast(_name, _device, torch.float32)

@@ -29,6 +29,7 @@ from ..triton_common import (
     recorded,
     rows,
     sum_parts,
+    tile_of,
     tl_dtype,
     wide,
 )
@@ -313,9 +314,10 @@ def _backward(
     TILE: tl.constexpr,
 ):
     BLOCK_R: tl.constexpr = max(1, TILE // (BLOCK_K * BLOCK_F))
-    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    row_tile, feature_tile = tile_of(features, BLOCK_F)
+    row = row_tile * BLOCK_R + tl.arange(0, BLOCK_R)
     long_row = row.to(tl.int64)[:, None]
-    feature = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
+    feature = feature_tile * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
     valid = (row < batch)[:, None] & (feature < features)
     value = tl.load(x + long_row * x_row + feature, mask=valid, other=0.0).to(WIDE)
     gy = tl.load(grad_y + long_row * grad_row + feature, mask=valid, other=0.0).to(WIDE)
@@ -447,11 +449,11 @@ def spline_coupling(
     part = ceil_div(ceil_div(features, parts), block_f) * block_f
     parts = ceil_div(features, part)
     sums = logdet if parts == 1 else logdet.new_empty(parts, batch)
-    tiles = _row_tiles(batch, bins, block_f)
+    row_tiles = _row_tiles(batch, bins, block_f)
     with on_device(x):
         launch(
             _forward,
-            lambda meta: (tiles(meta), parts),
+            lambda meta: (row_tiles(meta), parts),
             *(x, parameters, y, sums, batch, features, x.stride(0), *parameters.stride()[:2], part, bucket(batch)),
             **_constants(x, bins, tails, parameterization, limits, inverse, block_f),
         )
@@ -487,11 +489,11 @@ def spline_coupling_backward(
     g = rows(grad_y, batch, features)
     limits = (left, right, bottom, top, min_width, min_height, min_derivative)
     derivatives = parameters.shape[2] - 2 * bins
-    tiles = _row_tiles(batch, bins, block_f)
+    row_tiles = _row_tiles(batch, bins, block_f)
     with on_device(x):
         launch(
             _backward,
-            lambda meta: (tiles(meta), ceil_div(features, block_f)),
+            lambda meta: (row_tiles(meta) * ceil_div(features, block_f),),  # as `tiles` of triton_common
             *(g, grad_logdet, x, parameters, grad_x, grad_parameters, batch, features, g.stride(0)),
             *(grad_logdet.stride(0), x.stride(0), *parameters.stride()[:2], bucket(batch)),
             **_constants(x, bins, tails, parameterization, limits, inverse, block_f),
