@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(tile_threads)
 }
 
 // The persistent kernel's buffers hold as many bytes of weights that are on their way as the forward's: a tile of the
-// depth ends with its panel, so 16-bit ones are half as long. With 78 KB two blocks fit a multiprocessor of 164 KB.
+// depth ends with its panel, so 16-bit ones are half as long. With 77 KiB two blocks fit a multiprocessor of 164 KiB.
 template <class P>
 using PersistentBack = BackTile<P, false, sizeof(typename P::Storage) == 2 ? 10 : persistent_buffers>;
 // `again`: the map is walked again, for nothing was saved.
