@@ -45,8 +45,8 @@ EXPECTED = {
     r"^pair_nll_kernel<\w+, [248]>": ("load 16",),
     r"^pair_nll_backward_kernel<\w+, [248]>": ("load 16", "store 16"),
     # matrix products: tiles by asynchronous copies of 16 bytes; float64 multiplies without tensor cores
-    r"^flow_(layer|last_layer|persistent|layer_backward|first_backward|weight_gradient)_kernel<": ("async copy",),
-    r"^flow_(layer|last_layer|persistent|layer_backward|first_backward|weight_gradient)_kernel<(?!Exact)": (
+    r"^flow_((last_)?layer|(layer|first)_backward|weight_gradient|persistent(_backward)?)_kernel<": ("async copy",),
+    r"^flow_((last_)?layer|(layer|first)_backward|weight_gradient|persistent(_backward)?)_kernel<(?!Exact)": (
         "tensor cores",
     ),
     r"^spline_forward_kernel<\w+, (true|1)>": ("load 16",),

@@ -249,9 +249,11 @@ using LastTile = std::conditional_t<wide, Tile<P, 64, 32, depth_of<P>(64), 2, 2,
 enum class Do { all, fetch, rest };
 
 // out = LeakyReLU(a W + bias) of one net, for the first layer (layer 0) and the hidden ones (1 … depth).
-template <class Tile, bool first>
+// `first`: whether layer is 0; where that is constant, one of both is compiled.
+template <class Tile>
 __device__ __forceinline__ void layer_tile(const FlowWalk<typename Tile::Storage> &walk, unsigned char *shared,
-                                           int step, int layer, int net, int64_t row0, int column0, Do what = Do::all) {
+                                           bool first, int step, int layer, int net, int64_t row0, int column0,
+                                           Do what = Do::all) {
   using Storage = typename Tile::Storage;
   using T = typename Tile::T;
   const int hidden = walk.hidden(), inside = first ? walk.inside() : hidden, conditioning = walk.conditioning();
@@ -276,7 +278,7 @@ __device__ __forceinline__ void layer_tile(const FlowWalk<typename Tile::Storage
                                                        panel.width, inside - k, panel.valid, panel.wide);
     if (a_tile == nullptr)
       return;
-    if constexpr (first)
+    if (first)
       compute_tile<Tile::rows, Tile::depth, Tile::lda>(a_tile, rows, inside - k, [&](int row, int column) {
         column += k;
         return column < conditioning
@@ -388,8 +390,8 @@ template <class Precision, bool wide, bool first>
 __global__ void __launch_bounds__(tile_threads, blocks_at_once<Precision>)
     flow_layer_kernel(const FlowWalk<typename Precision::Storage> walk, const int step, const int layer) {
   using Tile = LayerTile<Precision, wide>;
-  layer_tile<Tile, first>(walk, shared_tiles(), step, layer, blockIdx.z, static_cast<int64_t>(blockIdx.x) * Tile::rows,
-                          blockIdx.y * Tile::columns);
+  layer_tile<Tile>(walk, shared_tiles(), first, step, layer, blockIdx.z, static_cast<int64_t>(blockIdx.x) * Tile::rows,
+                   blockIdx.y * Tile::columns);
 }
 
 template <class Precision, bool wide>
@@ -416,51 +418,77 @@ constexpr int persistent_bytes =
     PersistentLayer<P>::shared_bytes > PersistentLast<P>::shared_bytes ? PersistentLayer<P>::shared_bytes
                                                                        : PersistentLast<P>::shared_bytes;
 
-// The map in one launch of as many blocks as run at once. Blocks share the tiles of a layer, and all meet after it.
+// Tiles of layer 0 … depth + 1 of both nets.
+template <class Precision>
+__device__ __forceinline__ int persistent_tiles(const FlowWalk<typename Precision::Storage> &walk, int layer) {
+  using Layer = PersistentLayer<Precision>;
+  const int row_tiles = static_cast<int>((walk.sizes.batch + Layer::rows - 1) / Layer::rows);
+  return row_tiles *
+         (layer == walk.depth() + 1 ? walk.tiles : 2 * ((walk.hidden() + Layer::columns - 1) / Layer::columns));
+}
+
+// One of them. `inverse`: the direction of the walk.
+template <class Precision>
+__device__ __forceinline__ void persistent_tile(const FlowWalk<typename Precision::Storage> &walk,
+                                                unsigned char *shared, int step, int layer, bool inverse, int tile,
+                                                Do what) {
+  using Layer = PersistentLayer<Precision>;
+  using Last = PersistentLast<Precision>;
+  const int row_tiles = static_cast<int>((walk.sizes.batch + Layer::rows - 1) / Layer::rows);
+  const int64_t row0 = static_cast<int64_t>(tile % row_tiles) * Layer::rows;
+  tile /= row_tiles;
+  if (layer == walk.depth() + 1)
+    last_tile<Last>(walk, shared, step, inverse, row0, tile, what);
+  else
+    layer_tile<Layer>(walk, shared, layer == 0, step, layer, tile % 2, row0, tile / 2 * Layer::columns, what);
+}
+
+// Phases whose tiles the blocks share, and after each of which they meet: part(phase, tile, what) for tiles(phase) of
+// them, then other(phase, tile) for more(phase, tiles) that fetch nothing. A block begins to fetch its first tile's
+// weights before the barrier in front of a phase. part() is called in one place, for all tiles' code is compiled into
+// it.
+template <class Tiles, class More, class Part, class Other>
+__device__ __forceinline__ void share_phases(const cooperative_groups::grid_group &grid, int phases, Tiles &&tiles,
+                                             More &&more, Part &&part, Other &&other) {
+  const int mine = blockIdx.x, blocks = gridDim.x;
+  for (int phase = -1; phase < phases; ++phase) {
+    const int count = phase < 0 ? 0 : tiles(phase), all = phase < 0 ? 0 : count + more(phase, count);
+    const bool goes_on = phase + 1 < phases && mine < tiles(phase + 1);
+    const int rounds = mine < all ? (all - mine + blocks - 1) / blocks : 0;
+    for (int round = 0; round < rounds + goes_on; ++round) {
+      const int tile = mine + round * blocks;
+      const bool fetch = round == rounds;
+      if (fetch || tile < count)
+        part(fetch ? phase + 1 : phase, fetch ? mine : tile, fetch ? Do::fetch : round == 0 ? Do::rest : Do::all);
+      else
+        other(phase, tile - count);
+      __syncthreads(); // the result is read before new tiles come in its place
+    }
+    grid.sync();
+  }
+}
+
+// The map in one launch of as many blocks as run at once.
 template <class Precision>
 __global__ void __launch_bounds__(tile_threads, 2)
     flow_persistent_kernel(const FlowWalk<typename Precision::Storage> walk) {
-  using Layer = PersistentLayer<Precision>;
-  using Last = PersistentLast<Precision>;
   const cooperative_groups::grid_group grid = cooperative_groups::this_grid();
   unsigned char *const shared = shared_tiles();
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * tile_threads + threadIdx.x;
   const int64_t threads = static_cast<int64_t>(gridDim.x) * tile_threads;
-  const int layers = walk.depth() + 2, phases = walk.steps() * layers;
-  const int row_tiles = static_cast<int>((walk.sizes.batch + Layer::rows - 1) / Layer::rows);
-  const int column_tiles = (walk.hidden() + Layer::columns - 1) / Layer::columns;
-  const auto tiles_of_phase = [&](int phase) {
-    return row_tiles * (phase % layers == layers - 1 ? walk.tiles : 2 * column_tiles);
-  };
-  const auto part = [&](int phase, int tile, Do what) {
-    const int walked = phase / layers, layer = phase % layers, step = walk.inverse ? walk.steps() - 1 - walked : walked;
-    const int64_t row0 = static_cast<int64_t>(tile % row_tiles) * Layer::rows;
-    tile /= row_tiles;
-    if (layer == layers - 1)
-      last_tile<Last>(walk, shared, step, walk.inverse, row0, tile, what);
-    else if (layer == 0)
-      layer_tile<Layer, true>(walk, shared, step, layer, tile % 2, row0, tile / 2 * Layer::columns, what);
-    else
-      layer_tile<Layer, false>(walk, shared, step, layer, tile % 2, row0, tile / 2 * Layer::columns, what);
-  };
-  const int mine = blockIdx.x;
+  const int layers = walk.depth() + 2;
   fill_table(walk, !walk.inverse, thread, threads);
   if (walk.inverse)
     grid.sync(); // the first stage needs the table
   enter_rows(walk, walk.inverse, thread / warp_lanes, threads / warp_lanes);
-  if (mine < tiles_of_phase(0))
-    part(0, mine, Do::fetch);
-  grid.sync();
-  for (int phase = 0; phase < phases; ++phase) {
-    const int tiles = tiles_of_phase(phase);
-    for (int tile = mine; tile < tiles; tile += gridDim.x) {
-      part(phase, tile, tile == mine ? Do::rest : Do::all);
-      __syncthreads(); // the result is read before new tiles come in its place
-    }
-    if (phase + 1 < phases && mine < tiles_of_phase(phase + 1))
-      part(phase + 1, mine, Do::fetch);
-    grid.sync();
-  }
+  share_phases(
+      grid, walk.steps() * layers, [&](int phase) { return persistent_tiles<Precision>(walk, phase % layers); },
+      [](int, int) { return 0; },
+      [&](int phase, int tile, Do what) {
+        const int walked = phase / layers, step = walk.inverse ? walk.steps() - 1 - walked : walked;
+        persistent_tile<Precision>(walk, shared, step, phase % layers, walk.inverse, tile, what);
+      },
+      [](int, int) {});
   finish_rows(walk, shared, thread, threads);
 }
 

@@ -114,7 +114,8 @@ extern "C" const char *flow_backward(const char *type, FlowCall *call) {
           [&](Arena &arena) { arrange_backward(back, call->grad_weight_in != nullptr, arena, call->pending); });
       int launches = 0;
       with_precision<Storage>(call->tf32, [&](auto precision) {
-        launch_flow_backward<decltype(precision)>(back, emulator::Launch{0, false, &launches});
+        launch_flow_backward<decltype(precision)>(
+            back, emulator::Launch{0, false, &launches, static_cast<int>(call->resident)});
       });
       call->launches = launches;
     });

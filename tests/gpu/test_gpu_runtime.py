@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 import iin_fast
 from iin_fast.backends import NAMES, available, backend
@@ -172,6 +173,40 @@ def test_the_same_bits_every_time(op: str, name: str, batch: int, device: str) -
         call, leaves = _case(op, device, batch)
         for a, b in zip(call(leaves), call(leaves), strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize("memory", ["save", "invert"])
+def test_a_small_batch_takes_one_launch_each_way(memory: str, device: str) -> None:
+    with chosen("flow", "cpp", device):
+        flow = Flow(64, n_flows=3, hidden_dim=128, memory=memory, device=device)
+        x = torch.randn(50, 64, device=device, requires_grad=True)
+        flow(x)
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            z, logdet = flow(x)
+            torch.autograd.grad(0.5 * z.square().sum() - logdet.sum(), [x, *flow.parameters()])
+            torch.cuda.synchronize()
+    launched = [event.name for event in profiler.events() if "flow_" in event.name]
+    assert len(launched) == 2, launched
+    assert "flow_persistent_kernel" in launched[0] and "flow_persistent_backward_kernel" in launched[1]
+
+
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize("memory", ["save", "invert"])
+def test_one_kernel_and_one_for_each_layer_give_the_same_bits(memory: str, device: str) -> None:
+    with chosen("flow", "cpp", device):
+        flow = Flow(64, n_flows=3, hidden_dim=500, memory=memory, device=device)
+        rows = torch.randn(100, 64, device=device)  # layer by layer, in the tiles that 64 rows have
+        flow(rows)
+        results = []
+        for batch in (50, 100):
+            x = rows[:batch].clone().requires_grad_()
+            z, logdet = flow(x)
+            (grad_x,) = torch.autograd.grad(0.5 * z.square().sum() - logdet.sum(), x)
+            results.append((z, logdet, grad_x))
+        for small, large in zip(*results, strict=True):
+            assert torch.equal(small, large[:50])
 
 
 @pytest.mark.parametrize("name", NAMES[1:])

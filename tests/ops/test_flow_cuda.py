@@ -117,10 +117,12 @@ def backward(
     tf32: bool = False,
     weights: bool = True,
     pending: int = 64 * 2**20,
+    resident: int = 0,
 ) -> tuple[list[Tensor | None], FlowCall]:
     """Gradients in the order of TENSORS."""
     c = flow_call([y, *given[1:]], slope, False, inverse, tf32)
     c.saved, c.pending = saved.data_ptr() if saved.numel() else None, pending
+    c.resident = resident
     c.grad_y, c.grad_y_row, c.grad_logdet = grad_y.data_ptr(), grad_y.stride(0), grad_logdet.data_ptr()
     grads: list[Tensor | None] = []
     for name, t in zip(TENSORS[:-1], [y, *given[1:-1]], strict=True):
@@ -194,8 +196,29 @@ def test_one_kernel_for_all_layers(shape: tuple[Any, ...], inverse: bool, dtype:
 
 
 def test_more_rows_than_one_kernel_takes() -> None:
-    *_, c = forward(arguments(*SHAPES[4], torch.float64), resident=8)
+    given = arguments(*SHAPES[4], torch.float64)
+    y, logdet, saved, c = forward(given, save=True, resident=8)
     assert c.launches > 1
+    assert backward(given, y, saved, y, logdet, resident=8)[1].launches > 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "batch", "hidden"),
+    # the weights of a hidden layer are more tiles than the persistent kernels' buffers
+    [(torch.float64, 64, 209), (torch.float32, 5, 400), (torch.bfloat16, 5, 784)],
+)
+def test_weights_that_go_round_the_buffers_of_one_kernel(dtype: torch.dtype, batch: int, hidden: int) -> None:
+    given = arguments(batch, 6, 1, hidden, 1, 0, False, dtype)
+    options = (0.8, True, False, True, True)
+    y, logdet, saved, _ = forward(given, *options)
+    got = forward(given, *options, resident=40)
+    assert got[3].launches == 1
+    assert all(torch.equal(a, b) for a, b in zip(got[:3], (y, logdet, saved), strict=True))
+    if dtype != torch.bfloat16:  # its backward goes round the same code, and the emulator takes long
+        call_of = (given, y, saved, y, logdet, 0.8, False, True)
+        expected, (grads, c) = backward(*call_of)[0], backward(*call_of, resident=40)
+        assert c.launches == 1
+        assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True) if a is not None)
 
 
 def test_the_published_size_in_float32() -> None:
@@ -237,6 +260,28 @@ def test_gradients_equal_the_definition_in_float64(shape: tuple[Any, ...], inver
         layers = 2 * n * (depth + 2)
         outer = 2 + (depth > 0)
         assert c.launches == (layers + 3 + outer if save else 2 * layers + 4 + 2 * n * outer)
+        # a block has several tiles; one has all of them; more blocks than tiles are not started
+        for resident in () if shape[0] > 64 else (5, 1, 1000) if shape == SHAPES[2] else (5,):
+            together, c = backward(given, y, saved, grad_y, grad_logdet, slope, inverse, resident=resident)
+            assert c.launches == 1
+            for name, got, same in zip(TENSORS, together, grads, strict=False):
+                assert got is None or torch.equal(got, same), (save, resident, name)  # the same sums in the same order
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tf32"),
+    [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False), (torch.float16, False)],
+)
+@pytest.mark.parametrize("inverse", [False, True])
+def test_one_kernel_for_all_gradients(dtype: torch.dtype, tf32: bool, inverse: bool) -> None:
+    given = arguments(9, 6, 2, 24, 1, 3, True, dtype)
+    for save in (True, False):
+        y, logdet, saved, _ = forward(given, 0.8, False, inverse, save, tf32)
+        call_of = (given, y, saved, y, logdet, 0.8, inverse, tf32)
+        expected, (got, c) = backward(*call_of)[0], backward(*call_of, resident=7)
+        assert c.launches == 1
+        for name, a, b in zip(TENSORS, got, expected, strict=False):
+            assert a is None or torch.equal(a, b), (save, name)
 
 
 @pytest.mark.parametrize(
@@ -284,6 +329,9 @@ def test_what_is_not_wanted_is_not_computed() -> None:
     assert [g is None for g in grads] == [name.startswith(("weight", "bias")) for name in TENSORS[:-1]]
     assert relative_error(grads[0], expected[0]) < 1e-11
     assert c.launches == 2 * 3 * (2 + 2) + 3
+    together, c = backward(given, y, saved, grad_y, grad_logdet, weights=False, resident=5)
+    assert c.launches == 1
+    assert all(torch.equal(a, b) for a, b in zip(together, grads, strict=True) if a is not None)
 
 
 @pytest.mark.parametrize("inverse", [False, True])
@@ -291,7 +339,8 @@ def test_a_wrong_permutation_stays_inside(inverse: bool) -> None:
     given = arguments(5, 4, 2, 8, 1, 0, False, torch.float32)
     given[-1] = torch.full_like(given[-1], 2**40)
     y, logdet, saved, _ = forward(given, inverse=inverse, save=True)
-    backward(given, y, saved, y, logdet, inverse=inverse)
+    for resident in (0, 5):
+        backward(given, y, saved, y, logdet, inverse=inverse, resident=resident)
 
 
 def test_the_same_bits_every_time() -> None:
