@@ -199,17 +199,17 @@ IIN_FAST_HD ElementGradient<T> map_element_backward(const Segment<T> &s, const C
   // beyond the box the coordinate is held at its edge, and a straight line of the outer slope goes on from there
   const T beyond = from_y * (inverse ? c.excess / slope : c.excess);
   const T edge = g.theta / s.width;
-  const T keep = math::select(same, T(0), T(1));
   const bool above = c.excess > T(0);
   g.slope0 += math::select(outside & !above, beyond, T(0));
   g.slope1 += math::select(outside & above, beyond, T(0));
+  // where nothing of the spline counts, a product with 0 would let an overflow through as NaN
   ElementGradient<T> e;
-  e.corner_x = keep * math::select(outside, T(0), g.x);
-  e.size_x = keep * math::select(outside, g.width + edge * theta, g.width);
-  e.corner_y = keep * g.y;
-  e.size_y = keep * g.height;
-  e.slope0 = keep * g.slope0;
-  e.slope1 = keep * g.slope1;
+  e.corner_x = math::select(outside, T(0), g.x);
+  e.size_x = math::select(same, T(0), math::select(outside, g.width + edge * theta, g.width));
+  e.corner_y = math::select(same, T(0), g.y);
+  e.size_y = math::select(same, T(0), g.height);
+  e.slope0 = math::select(same, T(0), g.slope0);
+  e.slope1 = math::select(same, T(0), g.slope1);
   e.x = math::select(same, grad_y, result);
   return e;
 }

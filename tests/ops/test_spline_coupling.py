@@ -1,5 +1,6 @@
 """spline_coupling: the C++ code agrees with the definition, and is a bijection. Against nflows and zuko: test_spline_peers.py."""
 
+import math
 import os
 import subprocess
 import sys
@@ -121,6 +122,22 @@ def test_nan_stays_visible() -> None:
     x[0, 0] = float("nan")
     y, logdet = spline_coupling(x, raw, bins=4)
     assert y[0, 0].isnan() and not y[1].isnan().any() and not logdet[1].isnan()
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("tails", ["linear", "circular"])
+def test_gradients_far_outside_are_those_of_the_identity(tails, form, inverse) -> None:
+    """Where the spline doesn't count, nothing that overflows beside it does either."""
+    x = torch.tensor([[math.inf, -math.inf, 1e38, -1e38, 0.1]]).requires_grad_()
+    raw = torch.randn(1, 5, parameter_count(4, tails), generator=torch.Generator().manual_seed(0)).requires_grad_()
+    options = {"bins": 4, "tails": tails, "parameterization": form, "inverse": inverse}
+    y, logdet = spline_coupling(x, raw, **options)
+    by_x, by_raw = torch.autograd.grad(100 * y.sum() + logdet.sum(), (x, raw))
+    assert torch.equal(y[0, :4], x[0, :4]) and logdet.isfinite()
+    assert (
+        torch.equal(by_x[0, :4], torch.full((4,), 100.0)) and not by_raw[0, :4].any() and by_raw[0, 4].isfinite().all()
+    )
 
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
