@@ -103,6 +103,12 @@ template <class T> IIN_FAST_HD T position_of_image(const Segment<T> &s, T y) {
   return unit(T(2) * c / math::select(divisor == T(0), T(-1), divisor));
 }
 
+// The position of a coordinate held at an edge of the box is exactly 0 or 1: what a quotient rounds away from it, the
+// bend of a narrow bin multiplies.
+template <class T> IIN_FAST_HD T held_position(T theta, T excess) {
+  return math::select(excess > T(0), T(1), math::select(excess < T(0), T(0), theta));
+}
+
 // y and log dy/dx at a position.
 template <class T> IIN_FAST_HD T image(const Segment<T> &s, T theta, T &logdet) {
   const T delta = s.height / s.width, rest = T(1) - theta, mixed = theta * rest;
@@ -160,7 +166,7 @@ template <class T> IIN_FAST_HD Coordinate<T> hold(T value, T low, T high) {
 // the outer slope goes on from its edge.
 template <bool inverse, class T>
 IIN_FAST_HD T map_element(const Segment<T> &s, const Coordinate<T> &c, bool identity, T &logdet) {
-  const T theta = inverse ? position_of_image(s, c.within) : position(s, c.within);
+  const T theta = held_position(inverse ? position_of_image(s, c.within) : position(s, c.within), c.excess);
   T slope_log;
   const T mapped = image(s, theta, slope_log);
   const T slope = math::exp(inverse ? -slope_log : slope_log);
@@ -179,7 +185,7 @@ template <class T> struct ElementGradient {
 template <bool inverse, class T>
 IIN_FAST_HD ElementGradient<T> map_element_backward(const Segment<T> &s, const Coordinate<T> &c, bool identity,
                                                     T grad_y, T grad_logdet) {
-  const T theta = inverse ? position_of_image(s, c.within) : position(s, c.within);
+  const T theta = held_position(inverse ? position_of_image(s, c.within) : position(s, c.within), c.excess);
   const bool outside = c.outside, same = outside & identity;
   T slope_log;
   image(s, theta, slope_log);

@@ -256,7 +256,7 @@ void forward_rows(const SplineForward<Storage> &job, int64_t begin, int64_t end,
     locate<form, inverse>(job.parameters, limits, job.x, element, features, valid, raw, buffer, b);
     IIN_FAST_LANES {
       const Segment<T> s = b.segment(l);
-      const T theta = inverse ? position_of_image(s, b.x[l]) : position(s, b.x[l]);
+      const T theta = held_position(inverse ? position_of_image(s, b.x[l]) : position(s, b.x[l]), b.excess[l]);
       T slope_log;
       const T mapped = image(s, theta, slope_log);
       const T slope = math::exp(inverse ? -slope_log : slope_log);
@@ -331,7 +331,7 @@ void backward_rows(const SplineBackward<Storage> &job, int64_t begin, int64_t en
     }
     IIN_FAST_LANES {
       const Segment<T> s = b.segment(l);
-      const T theta = inverse ? position_of_image(s, b.x[l]) : position(s, b.x[l]);
+      const T theta = held_position(inverse ? position_of_image(s, b.x[l]) : position(s, b.x[l]), b.excess[l]);
       const bool outside = b.inside[l] == T(0), same = outside & identity;
       T slope_log;
       image(s, theta, slope_log);
