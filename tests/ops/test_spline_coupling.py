@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import iin_fast
-from iin_fast.functional import spline_coupling
+from iin_fast.functional import rational_quadratic_spline, spline_coupling
 from iin_fast.ops.spline_coupling import parameter_count
 
 TAILS = ["linear", "circular", None]
@@ -205,25 +205,65 @@ def test_opcheck(inverse) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bins": 0}, "bins is 0, expected at least 1"),
+        ({"bins": 0}, "ValueError: bins is 0, expected a positive integer"),
+        ({"bins": 8.0}, "TypeError: bins is 8.0, expected a positive integer"),
+        ({"bins": "8"}, "TypeError: bins is '8', expected a positive integer"),
+        ({"bins": True}, "TypeError: bins is True, expected a positive integer"),
         (
             {"bins": 9},
-            r"parameters has shape \[2, 3, 23\], expected \[2, 3, 26\]: 9 widths, 9 heights and 8 derivatives",
+            r"ValueError: parameters has shape \[2, 3, 23\], expected \[2, 3, 26\]: 9 widths, 9 heights and 8 derivatives",
         ),
-        ({"tails": "square"}, "tails is 'square', expected 'linear', 'circular' or None"),
-        ({"tail_bound": 0.0}, "tail_bound is 0.0, expected a number above 0"),
-        ({"min_bin_width": 0.2}, "min_bin_width is 0.2, expected between 0 and 1 / bins = 0.125"),
-        ({"parameterization": "glow"}, "parameterization is 'glow'"),
+        ({"tails": "square"}, "ValueError: tails is 'square', expected 'linear', 'circular' or None"),
+        ({"tail_bound": 0.0}, "ValueError: tail_bound is 0.0, expected a number above 0"),
+        ({"tail_bound": "3"}, "TypeError: tail_bound is '3', expected a finite number"),
+        ({"tail_bound": math.inf}, "ValueError: tail_bound is inf, expected a finite number"),
+        ({"min_bin_width": 0.2}, "ValueError: min_bin_width is 0.2, expected between 0 and 1 / bins = 0.125"),
+        ({"min_bin_height": math.nan}, "ValueError: min_bin_height is nan, expected a finite number"),
+        ({"min_derivative": math.inf}, "ValueError: min_derivative is inf, expected a finite number"),
+        ({"min_derivative": None}, "TypeError: min_derivative is None, expected a finite number"),
+        ({"parameterization": "glow"}, "ValueError: parameterization is 'glow'"),
         (
             {"parameterization": "zuko", "min_derivative": 1.5},
-            "min_derivative is 1.5, expected a slope between 0 and 1",
+            "ValueError: min_derivative is 1.5, expected a slope between 0 and 1",
         ),
-        ({"box": (0, 1, 0, 1)}, "expected None with tails 'linear'"),
+        ({"box": (0, 1, 0, 1)}, "ValueError: box is .*, expected None with tails 'linear'"),
+        (
+            {"tails": None, "box": (0, 1, 0)},
+            r"ValueError: box is \(0, 1, 0\), expected four numbers: left, right, bottom, top",
+        ),
+        ({"tails": None, "box": (0, math.inf, 0, 1)}, "ValueError: an edge of box is inf, expected a finite number"),
+        ({"tails": None, "box": (1, 1, 0, 1)}, "ValueError: box is .*, expected left < right and bottom < top"),
     ],
 )
 def test_bad_arguments(options, message) -> None:
-    with pytest.raises(ValueError, match=message):
+    kind, _, text = message.partition(": ")
+    with pytest.raises({"ValueError": ValueError, "TypeError": TypeError}[kind], match="spline_coupling: " + text):
         spline_coupling(torch.zeros(2, 3), torch.zeros(2, 3, 23), **({"bins": 8} | options))
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ((None, (2, 4), (2, 3)), "TypeError: widths is a NoneType, expected a torch.Tensor"),
+        (
+            ((2, 0), (2, 0), (2, 3)),
+            r"ValueError: widths has shape \[2, 0\], expected \[2, 'bins'\], of one bin at least",
+        ),
+        (((2, 4), (2, 5), (2, 3)), r"ValueError: heights has shape \[2, 5\], expected \[2, 4\]"),
+        (((2, 4), (2, 4), (2, 4)), r"ValueError: derivatives has shape \[2, 4\], expected \[2, 3\]"),
+    ],
+)
+def test_bad_tensors(shapes, message) -> None:
+    kind, _, text = message.partition(": ")
+    tensors = [None if shape is None else torch.zeros(shape) for shape in shapes]
+    with pytest.raises({"ValueError": ValueError, "TypeError": TypeError}[kind], match="quadratic_spline: " + text):
+        rational_quadratic_spline(torch.zeros(2), *tensors)
+
+
+def test_tensors_without_data() -> None:
+    """A model can be planned on the meta device."""
+    y, logdet = spline_coupling(torch.zeros(2, 3, device="meta"), torch.zeros(2, 3, 23, device="meta"), bins=8)
+    assert y.shape == (2, 3) and logdet.shape == (2,) and y.is_meta
 
 
 def test_gradients_with_a_graph_when_inputs_depend_on_each_other() -> None:
