@@ -82,14 +82,15 @@ def test_bijection(form, tails) -> None:
     torch.testing.assert_close(jacobian.reshape(5, 5).slogdet().logabsdet, logdet[0], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("tails", TAILS)
 @pytest.mark.parametrize("inverse", [False, True])
-def test_gradcheck(tails, inverse) -> None:
+def test_gradcheck(tails, form, inverse) -> None:
     x, raw = case(3, 2, 4, tails, spread=0.8, seed=3)
     inputs = x.requires_grad_(), raw.requires_grad_()
-    options = {"bins": 4, "tails": tails, "tail_bound": 2.0, "inverse": inverse}
+    options = {"bins": 4, "tails": tails, "tail_bound": 2.0, "parameterization": form, "inverse": inverse}
     assert torch.autograd.gradcheck(lambda a, b: spline_coupling(a, b, **options), inputs)
-    assert torch.autograd.gradgradcheck(lambda a, b: spline_coupling(a, b, **options), inputs)
+    assert torch.autograd.gradgradcheck(lambda a, b: spline_coupling(a, b, **options), inputs, fast_mode=True)
 
 
 def test_extreme_parameters_stay_finite() -> None:
@@ -118,6 +119,69 @@ def test_layouts() -> None:
         torch.testing.assert_close(found[1], expected[1], rtol=1e-12, atol=1e-12)
     same = spline_coupling(x, raw[:1].expand(6, 4, 23), bins=8)[0]
     torch.testing.assert_close(same, spline_coupling(x, raw[:1].repeat(6, 1, 1), bins=8)[0], rtol=0, atol=0)
+
+
+def copies(function, *inputs) -> set[str]:
+    """The copying operations of torch in a forward and backward, also those inside of the ops."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        outputs = function(*inputs)
+        torch.autograd.grad(outputs, inputs, [torch.ones(t.shape) for t in outputs])
+    return {event.key for event in profile.key_averages()} & {"aten::clone", "aten::copy_", "aten::cat"}
+
+
+def test_slices_are_read_in_place() -> None:
+    """Raw values side by side in a wider tensor, or as three slices of one: neither forward nor backward copies them."""
+    x = torch.zeros(6, 4).requires_grad_()
+    wide, rows = torch.zeros(6, 4, 40).requires_grad_(), torch.zeros(6, 4 * 23 + 9).requires_grad_()
+    for packed in (wide[..., 9:32], rows[:, 4:-5]):
+        assert not copies(lambda x, packed: spline_coupling(x, packed, bins=8), x, packed)
+    parts = wide[..., 9:32].split([8, 8, 7], -1)
+    assert not copies(rational_quadratic_spline, x, *parts)
+    assert "aten::cat" in copies(rational_quadratic_spline, x, *(part.clone() for part in parts))
+
+
+def test_slices_and_tensors_of_their_own_give_the_same() -> None:
+    x, packed = case(6, 4, 5, "linear")
+    wide = torch.cat([packed, packed], -1).requires_grad_()
+    x.requires_grad_()
+    found = []
+    for start in (0, 14):
+        slices = wide[..., start : start + 14].split([5, 5, 4], -1)
+        for parts in (slices, [part.clone() for part in slices], (slices[0], slices[1].clone(), slices[2])):
+            outputs = rational_quadratic_spline(x, *parts, tail_bound=2.0)
+            by_x, by_wide = torch.autograd.grad(outputs[0].sin().sum() + outputs[1].sum(), (x, wide))
+            assert not by_wide[..., 14 - start : 28 - start].any()
+            found.append([*outputs, by_x, by_wide[..., start : start + 14]])
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+    slices = wide.detach()[..., :14].split([5, 5, 4], -1)
+    swapped = slices[1], slices[0], slices[2]  # of one tensor, but in another order
+    torch.testing.assert_close(
+        rational_quadratic_spline(x, *swapped), rational_quadratic_spline(x, *(part.clone() for part in swapped))
+    )
+    small = wide.detach()[:2, :2, :14].clone().requires_grad_()
+    assert torch.autograd.gradgradcheck(
+        lambda a, p: rational_quadratic_spline(a, *p.split([5, 5, 4], -1), tail_bound=2.0),
+        (x[:2, :2], small),
+        fast_mode=True,
+    )
+
+
+def test_slices_under_transforms() -> None:
+    x, packed = case(6, 4, 5, "linear")
+    direction = torch.ones_like(packed)
+
+    def run(packed: Tensor) -> Tensor:
+        y, log = rational_quadratic_spline(x, *packed.split([5, 5, 4], -1), tail_bound=2.0)
+        return y.sin().sum() + log.sum()
+
+    slope = (torch.autograd.functional.jacobian(run, packed) * direction).sum()
+    torch.testing.assert_close(torch.func.jvp(run, (packed,), (direction,))[1], slope)
+    torch.testing.assert_close(torch.func.vmap(run)(packed[None])[0], run(packed))
+    with torch.autograd.forward_ad.dual_level():
+        dual = run(torch.autograd.forward_ad.make_dual(packed, direction))
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, slope)
 
 
 def test_nan_stays_visible() -> None:

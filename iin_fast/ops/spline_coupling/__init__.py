@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..._library import libraries
-from ...backends import chosen, ops, register
+from ...backends import chosen, needs_definition, ops, register
 from ..autograd import differentiable
 from ..checks import autocast_enabled, check_device, check_dtype, check_floating, checked_int, checked_number
 from ..triton_ops import define_triton
@@ -136,6 +136,10 @@ def rational_quadratic_spline(
 ) -> tuple[Tensor, Tensor]:
     """The spline of :func:`spline_coupling`, element by element.
 
+    The kernels read the raw values of an element side by side. Slices ``[..., :K]``, ``[..., K : 2 * K]``, ``[..., 2 * K :]`` of
+    one tensor are read where they are; three tensors of their own are put together first (benchmarks/spline.py has what
+    that costs).
+
     Args:
         x: ``[...]``.
         widths, heights: raw, ``[..., K]``.
@@ -172,9 +176,42 @@ def rational_quadratic_spline(
     for count, (name, value) in zip(counts, values.items(), strict=True):
         if value.shape != (*x.shape, count):
             raise ValueError(f"{op}: {name} has shape {list(value.shape)}, expected {[*x.shape, count]}")
-    parameters = torch.cat([widths, heights, derivatives], -1).reshape(x.numel(), 1, -1 if x.numel() else sum(counts))
+    parameters = _pack(widths, heights, derivatives).reshape(x.numel(), 1, sum(counts))
     y, logdet = _run(x.reshape(-1, 1), parameters, bins, tails, parameterization, limits, inverse)
     return y.reshape(x.shape), logdet.reshape(x.shape)
+
+
+class _Adjacent(torch.autograd.Function):
+    """Three slices that lie side by side in one tensor, as that tensor: a view, and its gradient is cut, not added up."""
+
+    @staticmethod
+    def forward(ctx: Any, widths: Tensor, heights: Tensor, derivatives: Tensor) -> Tensor:
+        ctx.sizes = [part.shape[-1] for part in (widths, heights, derivatives)]
+        return widths.as_strided((*widths.shape[:-1], sum(ctx.sizes)), widths.stride())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return grad.split(ctx.sizes, -1)
+
+
+def _pack(widths: Tensor, heights: Tensor, derivatives: Tensor) -> Tensor:
+    """``[..., K | K | derivatives]``; what a user cut from one tensor is not copied."""
+    parts = widths, heights, derivatives
+    followed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch._C._is_tracing()
+    if followed or needs_definition():
+        return torch.cat(parts, -1)
+    one_storage: Any = torch._C._is_alias_of  # type: ignore[attr-defined]
+    start, bins = widths.storage_offset(), widths.shape[-1]
+    adjacent = (
+        widths.stride(-1) == 1
+        and widths.stride() == heights.stride() == derivatives.stride()
+        and heights.storage_offset() == start + bins
+        and derivatives.storage_offset() == start + 2 * bins
+        and one_storage(widths, heights)
+        and one_storage(widths, derivatives)
+    )
+    packed: Tensor = _Adjacent.apply(*parts) if adjacent else torch.cat(parts, -1)
+    return packed
 
 
 def _check(op: str, x: Tensor, name: str, value: Tensor) -> None:
