@@ -69,6 +69,7 @@ bench: build
 	$(BIN)/python -m pytest benchmarks/test_ops.py -q --benchmark-json=build/ops.json
 	$(BIN)/python benchmarks/ops_summary.py build/ops.json benchmarks/results/ops_cpu.json
 	$(BIN)/python benchmarks/spline.py
+	$(BIN)/python benchmarks/spline_accuracy.py
 	$(BIN)/python benchmarks/backends.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/dropin.py

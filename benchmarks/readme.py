@@ -97,6 +97,47 @@ def spline_table() -> str:
     return "\n".join(lines)
 
 
+def accuracy_table() -> str:
+    """Distances from the truth in float32, and round trips, of the committed run of benchmarks/spline_accuracy.py."""
+    result = json.loads((RESULTS / "spline_accuracy.json").read_text())
+    cases, limit = result["cases"], result["limit"]
+    quantities = ("y", "log-det", "gradients")
+
+    def held(peers: bool) -> str:
+        rows = [
+            [c["off knots"][q][c["peer"] if peers else "iin-fast"]["max"] <= limit for q in quantities] for c in cases
+        ]
+        return ", ".join(f"{q} in {sum(row[i] for row in rows)}" for i, q in enumerate(quantities))
+
+    def failures(peer: str) -> tuple[int, int]:
+        rows = [c for c in cases if c["peer"] == peer]
+        trips = [trip for row in rows for trip in row["round trip"].values()]
+        refused = sum(t["seeds refused by the peer"] for t in trips) + sum(c["calls refused by the peer"] for c in rows)
+        places = [c[place][q] for c in rows for place in ("off knots", "on knots") for q in quantities]
+        return refused, sum(row[peer]["nan"] for row in places) + sum(t["NaN of the peer"] for t in trips)
+
+    columns = [*quantities, f"log-dets beyond {limit:.0e}", "on knots: y", "on knots: log-det"]
+    columns += ["round trip, float32", "round trip, float64"]
+    lines = [
+        f"ours / the peer's; {result['machine']['CPU']} ({result['machine']['CPU instruction set']}), "
+        f"{', '.join(f'{name} {version}' for name, version in result['peers'].items())}. Off the knots {limit:.0e} holds at every "
+        f"element for {held(False)} of {len(cases)} rows (the peers': {held(True)}). nflows refused {failures('nflows')[0]} calls "
+        f"(a discriminant below 0), zuko gave NaN for {failures('zuko')[1]} values; ours were all finite.",
+        "",
+        f"| peer | bins | spread | {' | '.join(columns)} |",
+        f"|---|---:|---:|{'---:|' * len(columns)}",
+    ]
+    for case in cases:
+        names = "iin-fast", case["peer"]
+        off, on, trip = case["off knots"], case["on knots"], case["round trip"]
+        cells = [" / ".join(f"{off[q][n]['max']:.0e}" for n in names) for q in quantities]
+        cells.append(" / ".join(f"{100 * off['log-det'][n]['beyond']:.1f} %" for n in names))
+        cells += [" / ".join(f"{on[q][n]['max']:.0e}" for n in names) for q in quantities[:2]]
+        cells += [" / ".join(f"{trip[d][n]['mean']:.0e}" for n in names) for d in ("float32", "float64")]
+        lines.append(f"| {case['peer']} | {case['bins']} | {case['spread']:g} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def backend_table() -> str:
     """Medians of the committed run of benchmarks/backends.py."""
     result = json.loads((RESULTS / "backends_cpu.json").read_text())
@@ -197,7 +238,7 @@ def gpu_table() -> str:
 PAGES = {
     "docs/backends.md": {"backends": backend_table},
     "README.md": {"speed": speed_table, "gpu": gpu_table, "demo": demo_table, "splines": spline_table},
-    "docs/performance.md": {"splines": spline_table},
+    "docs/performance.md": {"splines": spline_table, "spline accuracy": accuracy_table},
 }
 
 

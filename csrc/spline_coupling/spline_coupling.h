@@ -103,6 +103,12 @@ template <class T> IIN_FAST_HD T position_of_image(const Segment<T> &s, T y) {
   return unit(T(2) * c / math::select(divisor == T(0), T(-1), divisor));
 }
 
+// The position of a coordinate held at an edge of the box is exactly 0 or 1: what a quotient rounds away from it, the
+// bend of a narrow bin multiplies.
+template <class T> IIN_FAST_HD T held_position(T theta, T excess) {
+  return math::select(excess > T(0), T(1), math::select(excess < T(0), T(0), theta));
+}
+
 // y and log dy/dx at a position.
 template <class T> IIN_FAST_HD T image(const Segment<T> &s, T theta, T &logdet) {
   const T delta = s.height / s.width, rest = T(1) - theta, mixed = theta * rest;
@@ -160,7 +166,7 @@ template <class T> IIN_FAST_HD Coordinate<T> hold(T value, T low, T high) {
 // the outer slope goes on from its edge.
 template <bool inverse, class T>
 IIN_FAST_HD T map_element(const Segment<T> &s, const Coordinate<T> &c, bool identity, T &logdet) {
-  const T theta = inverse ? position_of_image(s, c.within) : position(s, c.within);
+  const T theta = held_position(inverse ? position_of_image(s, c.within) : position(s, c.within), c.excess);
   T slope_log;
   const T mapped = image(s, theta, slope_log);
   const T slope = math::exp(inverse ? -slope_log : slope_log);
@@ -179,7 +185,7 @@ template <class T> struct ElementGradient {
 template <bool inverse, class T>
 IIN_FAST_HD ElementGradient<T> map_element_backward(const Segment<T> &s, const Coordinate<T> &c, bool identity,
                                                     T grad_y, T grad_logdet) {
-  const T theta = inverse ? position_of_image(s, c.within) : position(s, c.within);
+  const T theta = held_position(inverse ? position_of_image(s, c.within) : position(s, c.within), c.excess);
   const bool outside = c.outside, same = outside & identity;
   T slope_log;
   image(s, theta, slope_log);
@@ -199,17 +205,17 @@ IIN_FAST_HD ElementGradient<T> map_element_backward(const Segment<T> &s, const C
   // beyond the box the coordinate is held at its edge, and a straight line of the outer slope goes on from there
   const T beyond = from_y * (inverse ? c.excess / slope : c.excess);
   const T edge = g.theta / s.width;
-  const T keep = math::select(same, T(0), T(1));
   const bool above = c.excess > T(0);
   g.slope0 += math::select(outside & !above, beyond, T(0));
   g.slope1 += math::select(outside & above, beyond, T(0));
+  // where nothing of the spline counts, a product with 0 would let an overflow through as NaN
   ElementGradient<T> e;
-  e.corner_x = keep * math::select(outside, T(0), g.x);
-  e.size_x = keep * math::select(outside, g.width + edge * theta, g.width);
-  e.corner_y = keep * g.y;
-  e.size_y = keep * g.height;
-  e.slope0 = keep * g.slope0;
-  e.slope1 = keep * g.slope1;
+  e.corner_x = math::select(outside, T(0), g.x);
+  e.size_x = math::select(same, T(0), math::select(outside, g.width + edge * theta, g.width));
+  e.corner_y = math::select(same, T(0), g.y);
+  e.size_y = math::select(same, T(0), g.height);
+  e.slope0 = math::select(same, T(0), g.slope0);
+  e.slope1 = math::select(same, T(0), g.slope1);
   e.x = math::select(same, grad_y, result);
   return e;
 }

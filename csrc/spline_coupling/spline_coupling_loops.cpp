@@ -256,7 +256,7 @@ void forward_rows(const SplineForward<Storage> &job, int64_t begin, int64_t end,
     locate<form, inverse>(job.parameters, limits, job.x, element, features, valid, raw, buffer, b);
     IIN_FAST_LANES {
       const Segment<T> s = b.segment(l);
-      const T theta = inverse ? position_of_image(s, b.x[l]) : position(s, b.x[l]);
+      const T theta = held_position(inverse ? position_of_image(s, b.x[l]) : position(s, b.x[l]), b.excess[l]);
       T slope_log;
       const T mapped = image(s, theta, slope_log);
       const T slope = math::exp(inverse ? -slope_log : slope_log);
@@ -331,7 +331,7 @@ void backward_rows(const SplineBackward<Storage> &job, int64_t begin, int64_t en
     }
     IIN_FAST_LANES {
       const Segment<T> s = b.segment(l);
-      const T theta = inverse ? position_of_image(s, b.x[l]) : position(s, b.x[l]);
+      const T theta = held_position(inverse ? position_of_image(s, b.x[l]) : position(s, b.x[l]), b.excess[l]);
       const bool outside = b.inside[l] == T(0), same = outside & identity;
       T slope_log;
       image(s, theta, slope_log);
@@ -351,16 +351,16 @@ void backward_rows(const SplineBackward<Storage> &job, int64_t begin, int64_t en
       // beyond the box the coordinate is held at its edge, and a straight line of the outer slope goes on from there
       const T beyond = from_y * (inverse ? b.excess[l] / slope : b.excess[l]);
       const T edge = g.theta / s.width;
-      const T keep = math::select(same, T(0), T(1));
-      corner_x[l] = keep * math::select(outside, T(0), g.x);
-      size_x[l] = keep * math::select(outside, g.width + edge * theta, g.width);
-      corner_y[l] = keep * g.y;
-      size_y[l] = keep * g.height;
+      // where nothing of the spline counts, a product with 0 would let an overflow through as NaN
+      corner_x[l] = math::select(outside, T(0), g.x);
+      size_x[l] = math::select(same, T(0), math::select(outside, g.width + edge * theta, g.width));
+      corner_y[l] = math::select(same, T(0), g.y);
+      size_y[l] = math::select(same, T(0), g.height);
       const bool above = b.excess[l] > T(0);
       g.slope0 += math::select(outside & !above, beyond, T(0));
       g.slope1 += math::select(outside & above, beyond, T(0));
-      at0[l] = keep * g.slope0 * knot_slope_derivative<form>(b.raw0[l], b.slope0[l], limits);
-      at1[l] = keep * g.slope1 * knot_slope_derivative<form>(b.raw1[l], b.slope1[l], limits);
+      at0[l] = math::select(same, T(0), g.slope0) * knot_slope_derivative<form>(b.raw0[l], b.slope0[l], limits);
+      at1[l] = math::select(same, T(0), g.slope1) * knot_slope_derivative<form>(b.raw1[l], b.slope1[l], limits);
       grad_x[l] = math::select(same, grad_y[l], result);
     }
     softmax_backward<form>(raw, bins, scale_x, steps, b, b.over_w, corner_x, size_x, b.mass_w, b.share_w);

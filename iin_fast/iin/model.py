@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import Flow, NeuralSplineFlow
-from ..ops.checks import check_device, check_dtype, check_floating, check_rank, check_shape
+from ..ops.checks import autocast_enabled, check_device, check_dtype, check_floating, check_rank, check_shape
 from . import checkpoint
 from ._checks import check_latents, checked_int
 from .factors import RESIDUAL, Factors, factor_sizes
@@ -490,7 +490,7 @@ class IIN(nn.Module):
         check_floating(where, name, context)
         check_shape(where, name, context, (batch, self.context_dim), "([batch, context_dim])")
         check_device(where, name, context, self.like, "the model")
-        if not torch.is_autocast_enabled(context.device.type):
+        if not autocast_enabled(context):
             check_dtype(where, name, context, self.dtype, "like the model; convert it with .to(…)")
 
     def _both(self, where: str, context: Tensor | None, name: str, second: Tensor | None, batch: int) -> Tensor | None:

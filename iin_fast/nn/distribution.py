@@ -113,10 +113,27 @@ class FlowTransform(Transform):
 class FlowDistribution(TransformedDistribution):
     """The density of data under a flow: a TransformedDistribution that also draws and scores in one pass."""
 
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-densities ``[...]`` in nats of data ``[..., dim]``; the batch may be empty."""
+        if 0 not in torch.broadcast_shapes(value.shape[:-1], self.batch_shape):
+            log_prob: Tensor = super().log_prob(value)  # type: ignore[no-untyped-call]
+            return log_prob
+        total = torch.zeros((), dtype=value.dtype, device=value.device)
+        for transform in reversed(self.transforms):
+            x = transform.inv(value)
+            total = total - transform.log_abs_det_jacobian(x, value)
+            value = x
+        return total + self._base_log_prob(value)
+
+    def _base_log_prob(self, z: Tensor) -> Tensor:
+        """torch.distributions.Independent can't sum the features of no rows."""
+        log_prob: Tensor = self.base_dist.log_prob(z) if z.numel() else z.sum(-1)
+        return log_prob
+
     def rsample_and_log_prob(self, sample_shape: Any = ()) -> tuple[Tensor, Tensor]:
         """Draws ``[*sample_shape, ..., dim]``, differentiable, and their log-densities, by one run of the inverse."""
         x = self.base_dist.rsample(torch.Size(sample_shape))
-        log_prob = self.base_dist.log_prob(x)
+        log_prob = self._base_log_prob(x)
         for transform in self.transforms:
             y = transform(x)
             log_prob = log_prob - transform.log_abs_det_jacobian(x, y)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
+from ..ops.checks import autocast_enabled, check_dtype, checked_int
 from .actnorm import ActNorm
 from .checks import check_features
 from .coupling import SplineCoupling
@@ -78,6 +79,7 @@ class NeuralSplineFlow(nn.Module, Density):
 
     Raises:
         ValueError: a size or an option out of range.
+        TypeError: a size that is no integer, a tail_bound that is no number.
 
     Example:
         >>> flow = NeuralSplineFlow(3, context=2, n_flows=2, hidden_dim=16)
@@ -106,9 +108,12 @@ class NeuralSplineFlow(nn.Module, Density):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, size, least in (("dim", dim, 2), ("context", context, 0), ("n_flows", n_flows, 1), ("bins", bins, 1)):
-            if size < least:
-                raise ValueError(f"NeuralSplineFlow: {name} is {size}, expected at least {least}")
+        dim = checked_int("NeuralSplineFlow", "dim", dim, least=2)
+        context = checked_int("NeuralSplineFlow", "context", context, least=0)
+        n_flows = checked_int("NeuralSplineFlow", "n_flows", n_flows)
+        bins = checked_int("NeuralSplineFlow", "bins", bins)
+        hidden_dim = checked_int("NeuralSplineFlow", "hidden_dim", hidden_dim)
+        hidden_depth = checked_int("NeuralSplineFlow", "hidden_depth", hidden_depth, least=0)
         if mixing not in MIXINGS:
             raise ValueError(f"NeuralSplineFlow: mixing is {mixing!r}, expected one of {', '.join(map(repr, MIXINGS))}")
         self.dim = dim
@@ -187,7 +192,7 @@ class NeuralSplineFlow(nn.Module, Density):
 
         Raises:
             ValueError: another rank, feature count or batch; a context that is missing or not wanted.
-            TypeError: an integer, boolean or complex tensor.
+            TypeError: an integer, boolean or complex tensor; without autocast, another dtype than that of the parameters.
         """
         return self._run("x", x, context, inverse=False)
 
@@ -201,6 +206,10 @@ class NeuralSplineFlow(nn.Module, Density):
         got = None if context is None else list(context.shape)
         if got != wanted:
             raise ValueError(f"NeuralSplineFlow: context is {got}, expected {wanted}")
+        like = next(self.parameters()).dtype
+        for argument, value in ((name, x), ("context", context)):
+            if value is not None and not autocast_enabled(value):
+                check_dtype("NeuralSplineFlow", argument, value, like, "like the parameters; convert it with .to(…)")
         total = x.new_zeros(x.shape[0], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
         for layer in reversed(self.layers) if inverse else self.layers:
             run = layer.inverse if inverse else layer

@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
+from ..ops.checks import checked_int
+
 __all__ = ["ResidualNet"]
 
 
@@ -24,6 +26,7 @@ class ResidualNet(nn.Module):
 
     Raises:
         ValueError: a size or a rate out of range.
+        TypeError: a size that is no integer.
 
     Example:
         >>> ResidualNet(3, 7, hidden_dim=16)(torch.randn(5, 3)).shape
@@ -43,10 +46,8 @@ class ResidualNet(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if hidden_dim < 1:
-            raise ValueError(f"ResidualNet: hidden_dim is {hidden_dim}, expected at least 1")
-        if hidden_depth < 0:
-            raise ValueError(f"ResidualNet: hidden_depth is {hidden_depth}, expected at least 0")
+        hidden_dim = checked_int("ResidualNet", "hidden_dim", hidden_dim)
+        hidden_depth = checked_int("ResidualNet", "hidden_depth", hidden_depth, least=0)
         if not 0 <= dropout < 1:
             raise ValueError(f"ResidualNet: dropout is {dropout}, expected at least 0 and below 1")
 

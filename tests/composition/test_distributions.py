@@ -19,7 +19,7 @@ from torch.distributions import (
     TransformedDistribution,
 )
 
-from iin_fast.nn import ActNorm, AffineCoupling, Flow, FlowTransform, Permutation
+from iin_fast.nn import ActNorm, AffineCoupling, Flow, FlowTransform, NeuralSplineFlow, Permutation
 
 DIM = 4
 
@@ -219,6 +219,25 @@ def test_rsample_and_log_prob_take_one_pass(counting):
     torch.testing.assert_close(log_prob, density.log_prob(x.detach()))
     log_prob.sum().backward()
     assert counting.weight_in.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("context_dim", [0, 2])
+@pytest.mark.parametrize("make", [make, lambda context_dim: NeuralSplineFlow(DIM, context_dim, 1, hidden_dim=8)])
+def test_no_rows_have_no_densities(make, context_dim):
+    """As many values as rows, and gradients of 0, not an error."""
+    flow = make(context_dim)
+    dtype = next(flow.parameters()).dtype
+    for rows in ((0,), (2, 0)):
+        x = torch.zeros(*rows, DIM, dtype=dtype, requires_grad=True)
+        contexts = [torch.zeros(shape, dtype=dtype) for shape in ((*rows, 2), (2,))] if context_dim else [None]
+        for context in contexts:
+            log_prob = flow.log_prob(x, context)
+            assert log_prob.shape == rows and log_prob.dtype == dtype
+            assert torch.autograd.grad(log_prob.sum(), x)[0].shape == x.shape
+            drawn, score = flow.distribution(context).rsample_and_log_prob(rows if context is None else ())
+            assert drawn.shape[:-1] == score.shape
+    if context_dim:  # no contexts for one row
+        assert flow.log_prob(x.new_zeros(DIM), x.new_zeros(0, 2)).shape == (0,)
 
 
 def test_inside_a_transformed_distribution_of_torch():

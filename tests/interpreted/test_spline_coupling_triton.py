@@ -1,5 +1,7 @@
 """spline_coupling in Triton against the definition in float64: both forms, all tails, both directions."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -75,6 +77,20 @@ def test_packed_strided_and_single_parameters_and_a_box() -> None:
         with iin_fast.backend(backend):
             results.append(rational_quadratic_spline(x, *boxed, tails=None, box=(-1.0, 2.0, 0.0, 5.0)))
     assert_close(results[0], results[1])
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("tails", ["linear", "circular"])
+def test_gradients_far_outside_are_those_of_the_identity(tails: str, inverse: bool) -> None:
+    x = torch.tensor([[math.inf, -math.inf, 1e38, -1e38, 0.1]]).requires_grad_()
+    raw = torch.randn(1, 5, parameter_count(4, tails), generator=torch.Generator().manual_seed(0)).requires_grad_()
+    with iin_fast.backend("triton"):
+        y, logdet = spline_coupling(x, raw, bins=4, tails=tails, inverse=inverse)
+        by_x, by_raw = torch.autograd.grad(100 * y.sum() + logdet.sum(), (x, raw))
+    assert torch.equal(y[0, :4], x[0, :4]) and logdet.isfinite()
+    assert (
+        torch.equal(by_x[0, :4], torch.full((4,), 100.0)) and not by_raw[0, :4].any() and by_raw[0, 4].isfinite().all()
+    )
 
 
 @pytest.mark.parametrize("inverse", [False, True])

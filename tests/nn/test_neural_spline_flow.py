@@ -109,20 +109,25 @@ def test_training_finds_two_modes():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "kind", "message"),
     [
-        (dict(dim=1), "dim is 1, expected at least 2"),
-        (dict(dim=3, context=-1), "context is -1"),
-        (dict(dim=3, n_flows=0), "n_flows is 0"),
-        (dict(dim=3, bins=0), "bins is 0"),
-        (dict(dim=3, mixing="none"), "mixing is 'none', expected one of 'lu', 'permutation'"),
-        (dict(dim=3, dropout=1.0), "dropout is 1.0"),
-        (dict(dim=3, hidden_dim=0), "hidden_dim is 0"),
-        (dict(dim=3, bins=1001), "min_bin_width is 0.001"),
+        (dict(dim=1), ValueError, "NeuralSplineFlow: dim is 1, expected an integer of at least 2"),
+        (dict(dim="3"), TypeError, "NeuralSplineFlow: dim is '3', expected an integer"),
+        (dict(dim=3, context=-1), ValueError, "NeuralSplineFlow: context is -1"),
+        (dict(dim=3, n_flows=0), ValueError, "NeuralSplineFlow: n_flows is 0"),
+        (dict(dim=3, bins=0), ValueError, "NeuralSplineFlow: bins is 0"),
+        (dict(dim=3, bins=8.0), TypeError, "NeuralSplineFlow: bins is 8.0, expected a positive integer"),
+        (dict(dim=3, mixing="none"), ValueError, "mixing is 'none', expected one of 'lu', 'permutation'"),
+        (dict(dim=3, dropout=1.0), ValueError, "dropout is 1.0"),
+        (dict(dim=3, hidden_dim=0), ValueError, "NeuralSplineFlow: hidden_dim is 0"),
+        (dict(dim=3, hidden_dim=16.0), TypeError, "NeuralSplineFlow: hidden_dim is 16.0"),
+        (dict(dim=3, hidden_depth=-1), ValueError, "NeuralSplineFlow: hidden_depth is -1"),
+        (dict(dim=3, tail_bound=float("nan")), ValueError, "tail_bound is nan, expected a finite number"),
+        (dict(dim=3, bins=1001), ValueError, "min_bin_width is 0.001"),
     ],
 )
-def test_bad_construction(arguments, message):
-    with pytest.raises(ValueError, match=message):
+def test_bad_construction(arguments, kind, message):
+    with pytest.raises(kind, match=message):
         NeuralSplineFlow(**arguments)
 
 
@@ -134,6 +139,17 @@ def test_bad_context():
             flow(x, context)
     with pytest.raises(ValueError, match=r"context is \[4, 2\], expected None"):
         make(3)(x, torch.zeros(4, 2).double())
+
+
+def test_bad_dtype():
+    flow = make(3, context=2, dtype=torch.float32)
+    x, context = torch.zeros(4, 3), torch.zeros(4, 2)
+    with pytest.raises(TypeError, match="NeuralSplineFlow: x has dtype float64, expected float32 like the parameters"):
+        flow(x.double(), context)
+    with pytest.raises(TypeError, match="NeuralSplineFlow: context has dtype float64, expected float32"):
+        flow.inverse(x, context.double())
+    with torch.autocast("cpu", torch.bfloat16):  # casts by itself
+        assert flow(x.bfloat16(), context)[1].isfinite().all()
 
 
 def test_lu_linear_is_its_matrix():

@@ -275,6 +275,17 @@ def test_nan_stays_where_it_is() -> None:
     assert not grad_x[~at].isnan().any() and not grad_raw[~at].isnan().any()
 
 
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("tails", ["linear", "circular"])
+def test_gradients_far_outside_are_those_of_the_identity(tails: str, form: str, inverse: bool) -> None:
+    x = torch.tensor([[math.inf, -math.inf, 1e38, -1e38, 0.1]])
+    raw = inputs(1, 5, 4, tails, torch.float32)[1]
+    grads = torch.full_like(x, 100.0), torch.ones(1)
+    grad_x, grad_raw = backward(*grads, x, raw, 4, tails, form, inverse, launch=SplineLaunch())
+    assert torch.equal(grad_x[0, :4], grads[0][0, :4]) and not grad_raw[0, :4].any() and grad_raw[0, 4].isfinite().all()
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_box_that_is_not_square(form: str) -> None:
     x, raw = inputs(30, 4, 6, "none", torch.float64)

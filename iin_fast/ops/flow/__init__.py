@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...backends import chosen, ops, register_library
 from ..autograd import differentiable
-from ..checks import check_device, check_dtype, check_floating, check_rank, check_shape
+from ..checks import autocast_enabled, check_device, check_dtype, check_floating, check_rank, check_shape
 from ..triton_ops import define_triton
 from ..vmap import front, mapped_by_autograd, one_by_one
 from . import reference
@@ -199,7 +199,7 @@ def _check(x: Tensor, context: Tensor | None, parameters: tuple[Tensor, ...], pe
 def _check_types(
     op: str, x: Tensor, context: Tensor | None, parameters: tuple[Tensor, ...], types: tuple[torch.dtype, ...]
 ) -> None:
-    autocast = torch.is_autocast_enabled(x.device.type)
+    autocast = autocast_enabled(x)
     given = [("x", x), *zip(_PARAMETERS, parameters, strict=True)]
     if context is not None:
         given.append(("context", context))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...backends import chosen, ops, register_library
 from ..autograd import differentiable
-from ..checks import check_device, check_dtype, check_floating, check_like, check_rank, check_shape
+from ..checks import autocast_enabled, check_device, check_dtype, check_floating, check_like, check_rank, check_shape
 from ..triton_ops import define_triton
 from ..vmap import fold_rows
 from . import reference
@@ -66,7 +66,7 @@ def pair_nll(
     check_floating(op, "za", za)
     check_rank(op, "za", za, "[batch, dim]", 2)
     check_like(op, "zb", zb, za.shape, "like za", za, "za")
-    autocast = torch.is_autocast_enabled(za.device.type)
+    autocast = autocast_enabled(za)
     wide = torch.float64 if za.dtype == torch.float64 else torch.float32
     for name, logdet in (("logdet_a", logdet_a), ("logdet_b", logdet_b)):
         check_floating(op, name, logdet)

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...backends import chosen, ops, register_library
+from ...backends import chosen, needs_definition, ops, register_library
 from ..autograd import differentiable
-from ..checks import check_device, check_dtype, check_floating
+from ..checks import autocast_enabled, check_device, check_dtype, check_floating, checked_int, checked_number
 from ..triton_ops import define_triton
 from ..vmap import fold_rows
 from . import reference
@@ -79,8 +79,8 @@ def spline_coupling(
         of 16 bits. Both are differentiable, to any order.
 
     Raises:
-        TypeError: a dtype that is not floating, or dtypes that differ.
-        ValueError: shapes or devices that don't fit, unknown tails or parameterization, bounds out of range.
+        TypeError: a dtype that is not floating, dtypes that differ, bins that are no integer, bounds that are no numbers.
+        ValueError: shapes or devices that don't fit, unknown tails or parameterization, bounds out of range or not finite.
 
     References:
         Durkan, Bekasov, Murray, Papamakarios: Neural spline flows, 2019, Sec. 3.1. Gregory, Delbourgo: Piecewise rational
@@ -133,6 +133,10 @@ def rational_quadratic_spline(
 ) -> tuple[Tensor, Tensor]:
     """The spline of :func:`spline_coupling`, element by element.
 
+    The kernels read the raw values of an element side by side. Slices ``[..., :K]``, ``[..., K : 2 * K]``, ``[..., 2 * K :]`` of
+    one tensor are read where they are; three tensors of their own are put together first (benchmarks/spline.py has what
+    that costs).
+
     Args:
         x: ``[...]``.
         widths, heights: raw, ``[..., K]``.
@@ -154,27 +158,64 @@ def rational_quadratic_spline(
         (torch.Size([5]), torch.Size([5]))
     """
     op = "rational_quadratic_spline"
-    bins = widths.shape[-1] if isinstance(widths, Tensor) and widths.dim() else 0
+    values = {"widths": widths, "heights": heights, "derivatives": derivatives}
+    for name, value in values.items():
+        _check(op, x, name, value)
+    bins = widths.shape[-1] if widths.dim() else 0
+    if bins < 1:
+        raise ValueError(
+            f"{op}: widths has shape {list(widths.shape)}, expected {[*x.shape, 'bins']}, of one bin at least"
+        )
     tails, limits = check_options(
         op, bins, tails, tail_bound, box, min_bin_width, min_bin_height, min_derivative, parameterization
     )
-    counts = {"widths": bins, "heights": bins, "derivatives": parameter_count(bins, tails) - 2 * bins}
-    for (name, count), value in zip(counts.items(), (widths, heights, derivatives), strict=True):
-        _check(op, x, name, value)
+    counts = bins, bins, parameter_count(bins, tails) - 2 * bins
+    for count, (name, value) in zip(counts, values.items(), strict=True):
         if value.shape != (*x.shape, count):
             raise ValueError(f"{op}: {name} has shape {list(value.shape)}, expected {[*x.shape, count]}")
-    parameters = torch.cat([widths, heights, derivatives], -1).reshape(
-        x.numel(), 1, -1 if x.numel() else sum(counts.values())
-    )
+    parameters = _pack(widths, heights, derivatives).reshape(x.numel(), 1, sum(counts))
     y, logdet = _run(x.reshape(-1, 1), parameters, bins, tails, parameterization, limits, inverse)
     return y.reshape(x.shape), logdet.reshape(x.shape)
+
+
+class _Adjacent(torch.autograd.Function):
+    """Three slices that lie side by side in one tensor, as that tensor: a view, and its gradient is cut, not added up."""
+
+    @staticmethod
+    def forward(ctx: Any, widths: Tensor, heights: Tensor, derivatives: Tensor) -> Tensor:
+        ctx.sizes = [part.shape[-1] for part in (widths, heights, derivatives)]
+        return widths.as_strided((*widths.shape[:-1], sum(ctx.sizes)), widths.stride())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        return grad.split(ctx.sizes, -1)
+
+
+def _pack(widths: Tensor, heights: Tensor, derivatives: Tensor) -> Tensor:
+    """``[..., K | K | derivatives]``; what a user cut from one tensor is not copied."""
+    parts = widths, heights, derivatives
+    followed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch._C._is_tracing()
+    if followed or needs_definition():
+        return torch.cat(parts, -1)
+    one_storage: Any = torch._C._is_alias_of  # type: ignore[attr-defined]
+    start, bins = widths.storage_offset(), widths.shape[-1]
+    adjacent = (
+        widths.stride(-1) == 1
+        and widths.stride() == heights.stride() == derivatives.stride()
+        and heights.storage_offset() == start + bins
+        and derivatives.storage_offset() == start + 2 * bins
+        and one_storage(widths, heights)
+        and one_storage(widths, derivatives)
+    )
+    packed: Tensor = _Adjacent.apply(*parts) if adjacent else torch.cat(parts, -1)
+    return packed
 
 
 def _check(op: str, x: Tensor, name: str, value: Tensor) -> None:
     check_floating(op, "x", x)
     check_floating(op, name, value)
     check_device(op, name, value, x, "x")
-    if not torch.is_autocast_enabled(x.device.type):
+    if not autocast_enabled(x):
         check_dtype(op, name, value, x.dtype, "like x")
 
 
@@ -196,15 +237,23 @@ def check_options(
         raise ValueError(
             f"{op}: parameterization is {parameterization!r}, expected one of {', '.join(PARAMETERIZATIONS)}"
         )
-    if bins < 1:
-        raise ValueError(f"{op}: bins is {bins}, expected at least 1")
+    checked_int(op, "bins", bins)
+    tail_bound = checked_number(op, "tail_bound", tail_bound)
+    min_bin_width = checked_number(op, "min_bin_width", min_bin_width)
+    min_bin_height = checked_number(op, "min_bin_height", min_bin_height)
+    min_derivative = checked_number(op, "min_derivative", min_derivative)
     if box is not None and tails is not None:
         raise ValueError(f"{op}: box is {box}, expected None with tails {tails!r}; give tail_bound")
     if not tail_bound > 0:
         raise ValueError(f"{op}: tail_bound is {tail_bound}, expected a number above 0")
-    left, right, bottom, top = box or (-tail_bound, tail_bound, -tail_bound, tail_bound)
-    if not (left < right and bottom < top):
-        raise ValueError(f"{op}: box is {box}, expected left < right and bottom < top")
+    left = bottom = -tail_bound
+    right = top = tail_bound
+    if box is not None:
+        if not isinstance(box, (tuple, list)) or len(box) != 4:
+            raise ValueError(f"{op}: box is {box!r}, expected four numbers: left, right, bottom, top")
+        left, right, bottom, top = (checked_number(op, "an edge of box", edge) for edge in box)
+        if not (left < right and bottom < top):
+            raise ValueError(f"{op}: box is {box}, expected left < right and bottom < top")
     if parameterization == "zuko":
         if not 0 < min_derivative < 1:
             raise ValueError(f"{op}: min_derivative is {min_derivative}, expected a slope between 0 and 1 for zuko")
@@ -214,8 +263,7 @@ def check_options(
                 raise ValueError(f"{op}: {name} is {value}, expected between 0 and 1 / bins = {1 / bins:.4g}")
         if not min_derivative >= 0:
             raise ValueError(f"{op}: min_derivative is {min_derivative}, expected at least 0")
-    numbers = (left, right, bottom, top, min_bin_width, min_bin_height, min_derivative)
-    return tails or "none", tuple(float(number) for number in numbers)
+    return tails or "none", (left, right, bottom, top, min_bin_width, min_bin_height, min_derivative)
 
 
 def _run(

@@ -142,8 +142,9 @@ def _clamp(value, LOW: tl.constexpr, HIGH: tl.constexpr):
 
 
 @triton.jit
-def _position(x, sx, width, sy, height, slope0, slope1, INVERSE: tl.constexpr, WIDE: tl.constexpr):
-    """Where in its bin a coordinate lies, in [0, 1]; for the inverse the stable root of the quadratic."""
+def _position(x, excess, sx, width, sy, height, slope0, slope1, INVERSE: tl.constexpr, WIDE: tl.constexpr):
+    """Where in its bin a coordinate lies, in [0, 1]; for the inverse the stable root of the quadratic. Of one held at an edge
+    of the box exactly 0 or 1."""
     if INVERSE:
         delta = height / width
         rise = x - sy
@@ -158,7 +159,8 @@ def _position(x, sx, width, sy, height, slope0, slope1, INVERSE: tl.constexpr, W
         theta = 2 * c / tl.where(divisor == 0, -1.0, divisor)
     else:
         theta = (x - sx) / width
-    return _clamp(theta, 0.0, 1.0)
+    theta = _clamp(theta, 0.0, 1.0)
+    return tl.where(excess > 0, 1.0, tl.where(excess < 0, 0.0, theta))
 
 
 @triton.jit
@@ -247,12 +249,12 @@ def _forward(
             within, parameters, long_row, row_stride, feature_stride, feature, valid, BINS, TAILS, ZUKO, SOFTNESS,
             LEFT, RIGHT, BOTTOM, TOP, MIN_W, MIN_H, MIN_D, INVERSE, WIDE, BLOCK_K,
         )  # fmt: skip
-        theta = _position(within, sx, width, sy, height, slope0, slope1, INVERSE, WIDE)
+        excess = value - within
+        theta = _position(within, excess, sx, width, sy, height, slope0, slope1, INVERSE, WIDE)
         mapped, gained = _image(theta, sy, width, height, slope0, slope1)
         if INVERSE:
             mapped = sx + width * theta
             gained = -gained
-        excess = value - within
         if TAILS == 1:  # straight on; where nothing exceeds, nothing is added
             mapped += tl.where(excess == 0, 0.0, excess * tl.exp(gained))
         else:
@@ -331,8 +333,8 @@ def _backward(
             LEFT, RIGHT, BOTTOM, TOP, MIN_W, MIN_H, MIN_D, INVERSE, WIDE, BLOCK_K,
         )
     )  # fmt: skip
-    theta = _position(within, sx, width, sy, height, slope0, slope1, INVERSE, WIDE)
     excess = value - within
+    theta = _position(within, excess, sx, width, sy, height, slope0, slope1, INVERSE, WIDE)
     outside = excess != 0
     _, slope_log = _image(theta, sy, width, height, slope0, slope1)
     slope = tl.exp(slope_log)
