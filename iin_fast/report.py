@@ -19,6 +19,7 @@ from torch import Tensor
 from .iin import IIN, checkpoint
 from .iin.factors import RESIDUAL
 from .page import card, page, pixels, plot, require_matplotlib, row, table
+from .train import held_out_rise
 
 __all__ = ["write_report"]
 
@@ -75,7 +76,7 @@ def write_report(
         _metrics(evaluation),
         _heat(evaluation),
         _sizes(model, evaluation),
-        _losses(log),
+        _losses(folder, log),
         _making(model, run, evaluation, log),
     ]
     path = folder / "report.html"
@@ -440,7 +441,9 @@ def _sizes(model: IIN, evaluation: Mapping[str, Any]) -> str:
     return f'<h2>Who got how many dimensions</h2><div class="scroll"><table class="bars">{body}</table></div>'
 
 
-def _losses(log: Mapping[str, tuple[list[float], list[float]]]) -> str:
+def _losses(folder: Path, log: Mapping[str, tuple[list[float], list[float]]]) -> str:
+    advice = held_out_rise(folder)
+    note = f"<p>Note: {escape(advice)}.</p>" if advice else ""
     plots = ""
     for trained, held_out, title in (
         ("loss", "held_out_loss", "loss, nats per pair"),
@@ -450,7 +453,7 @@ def _losses(log: Mapping[str, tuple[list[float], list[float]]]) -> str:
             plots += plot(
                 partial(_curves, log, trained, held_out, title), f"{title}, over training steps", size=(4.6, 3)
             )
-    return f'<h2>Training</h2><p>Lower is better.</p><div class="pair">{plots}</div>' if plots else ""
+    return f'<h2>Training</h2><p>Lower is better.</p>{note}<div class="pair">{plots}</div>' if plots else ""
 
 
 def _curves(

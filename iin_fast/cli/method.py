@@ -1,5 +1,6 @@
 """iin-fast train, dims, encode, decode, swap, interpolate, sample, evaluate, report: from latents to a page about them."""
 
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,7 +54,14 @@ def train(
         int | None,
         typer.Option(help="step from which the learning rate falls to 0 in a line. Default: half of the steps"),
     ] = None,
+    noise: Annotated[
+        float,
+        typer.Option(help="added to the latents of every step, in deviations of each feature; 0.2 where there are few"),
+    ] = 0.0,
     held_out: Annotated[float, typer.Option(help="share of the latents that is left alone")] = 0.1,
+    keep: Annotated[
+        str, typer.Option(help="the model that is left: last, or best, the one with the lowest held-out loss")
+    ] = "last",
     precision: Annotated[str, typer.Option(help="32-true, 64-true or bf16-mixed")] = "32-true",
     seed: Annotated[int, typer.Option(help="of weights, split and pairs")] = 0,
     log_every: Annotated[int, typer.Option(help="steps between two lines of the log")] = 50,
@@ -73,7 +81,7 @@ def train(
     likelihood; without labels at all the IIN is unsupervised. Ctrl-C writes a checkpoint; so does every --save-every steps,
     and after a crash the same command with --resume loses nothing.
     """
-    from ..train import Settings
+    from ..train import Settings, held_out_rise
     from ..train import train as run_training
 
     settings = Settings(
@@ -90,7 +98,9 @@ def train(
         steps=steps,
         learning_rate=learning_rate,
         decay_start=decay_start,
+        noise=noise,
         held_out=held_out,
+        keep=keep,
         precision=precision,
         seed=seed,
         log_every=log_every,
@@ -99,7 +109,9 @@ def train(
     )
     where: dict[str, Any] = {"accelerator": accelerator, "devices": devices, "nodes": nodes, "strategy": strategy}
     try:
-        model = run_training(latents, out, settings, resume=resume, progress=True, **where)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="train: ")  # printed below
+            model = run_training(latents, out, settings, resume=resume, progress=True, **where)
     except KeyboardInterrupt:
         if _first_process():
             console.print(f"stopped; the same command with --resume goes on in {out}", highlight=False)
@@ -110,6 +122,9 @@ def train(
     for name, size in model.sizes.items():
         table.add_row(escape(name), str(size))
     console.print(table)
+    advice = held_out_rise(out)
+    if advice:
+        console.print(f"[yellow]note:[/yellow] {escape(advice)}", highlight=False, soft_wrap=True)
     console.print(
         f"written to {out}; next: iin-fast evaluate {out}, then iin-fast report {out}", highlight=False, soft_wrap=True
     )

@@ -17,6 +17,7 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "rho": (lambda x: 0 < x < 1, "between 0 and 1, both excluded"),
     "learning_rate": (lambda x: 0 < x < math.inf, "more than 0"),
     "held_out": (lambda x: 0 <= x < 1, "0 to below 1"),
+    "noise": (lambda x: 0 <= x < math.inf, "a finite number from 0"),
     "unlabelled": (lambda x: 0 <= x <= 1, "0 to 1"),
 }
 
@@ -39,7 +40,11 @@ class Settings:
         learning_rate: of Adam (β 0.5, 0.9); by default 4.5e-6 × ``batch``, as published.
         decay_start: from this step on the learning rate falls in a straight line, to 0 at the end; by default half of
             ``steps``.
+        noise: deviation of the Gaussian noise that every step adds to its latents, in standard deviations of each feature
+            over the training rows; 0 for none, as published. It keeps the flow from learning few latents by heart.
         held_out: share of the latents that is never trained on, from 0 to below 1.
+        keep: which model a run leaves: ``"last"``, that of the last step, as published; or ``"best"``, the one with the
+            lowest held-out loss of all looks.
         precision: ``"32-true"``, ``"64-true"``, or ``"bf16-mixed"`` (autocast; parameters stay float32).
         seed: of weights, split and pairs.
         log_every, held_out_every, save_every: steps between two lines of the log, two looks at held-out pairs, two
@@ -62,7 +67,9 @@ class Settings:
     steps: int = 10_000
     learning_rate: float | None = None
     decay_start: int | None = None
+    noise: float = 0.0
     held_out: float = 0.1
+    keep: str = "last"
     precision: str = "32-true"
     seed: int = 0
     log_every: int = 50
@@ -92,6 +99,7 @@ class Settings:
             ("dims_method", ("published", "paper")),
             ("others", ("differ", "any", "agree")),
             ("coupling", ("affine", "spline")),
+            ("keep", ("last", "best")),
             ("precision", PRECISIONS),
         ):
             if getattr(self, name) not in allowed:

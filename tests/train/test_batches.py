@@ -134,6 +134,8 @@ def test_rate_is_flat_and_then_a_line():
         ({"learning_rate": float("nan")}, ValueError, "learning_rate is nan"),
         ({"held_out": 1}, ValueError, "held_out is 1, expected 0 to below 1"),
         ({"held_out": -0.1}, ValueError, "held_out is -0.1"),
+        ({"noise": -0.1}, ValueError, "noise is -0.1, expected a finite number from 0"),
+        ({"keep": "first"}, ValueError, "keep is 'first', expected 'last' or 'best'"),
         ({"unlabelled": 1.5}, ValueError, "unlabelled is 1.5, expected 0 to 1"),
         ({"steps": None}, TypeError, "steps is None, expected a positive integer"),
         ({"batch": 0}, ValueError, "batch is 0, expected a positive integer"),

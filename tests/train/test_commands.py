@@ -284,7 +284,7 @@ def torchrun(*words):
 
 
 def test_two_processes_resume_bit_for_bit(file, tmp_path):
-    steps = "--steps 600 --log-every 20 --save-every 100".split()
+    steps = "--steps 600 --log-every 20 --save-every 100 --noise 0.1".split()
     words = ("train", file, "--factors", "digit=3,color=2", *steps, *SMALL)
     code, _, err = finish(torchrun(*words, "--out", tmp_path / "whole"))
     assert code == 0, err
@@ -308,6 +308,7 @@ def test_two_processes_resume_bit_for_bit(file, tmp_path):
 def test_two_processes_give_the_same_result(how, coupling, file, tmp_path):
     words = ["train", str(file), "--factors", "digit=3,color=2", "--steps", "30", "--log-every", "7", *SMALL]
     words += ["--held-out-every", "10", "--save-every", "12", "--precision", "64-true", "--coupling", coupling]
+    words += ["--noise", "0.2", "--keep", "best"]
     assert run(*words, "--out", tmp_path / "one")[0] == 0
     if how == "devices":
         process = command(*words, "--out", tmp_path / "two", "--devices", 2)
