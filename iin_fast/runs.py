@@ -32,22 +32,29 @@ def dims(
     *,
     method: str = "published",
     others: str = "differ",
+    unlabelled: float | None = None,
     concepts: Sequence[str] | None = None,
+    held_out: float = 0.1,
     seed: int = 0,
 ) -> dict[str, int]:
     """How many dimensions each concept asks for, estimated from pairs; ``residual`` is last.
 
-    See :func:`iin_fast.estimate_factor_dims`; ``others`` is that of :class:`iin_fast.PairSampler`.
+    See :func:`iin_fast.estimate_factor_dims`. They are the sizes that :func:`iin_fast.train.train` takes without
+    ``factors``: ``others``, ``unlabelled``, ``held_out`` and ``seed`` are those of :class:`iin_fast.train.Settings`, and
+    what is held out has no say.
 
     Raises:
         TypeError, ValueError: latents without labels and pairs, an unknown concept or method.
     """
-    from .train import Batches, estimate_sizes
+    from .train import Batches, estimate_sizes, split_rows
+    from .train.batches import units
 
     data = _latents(latents)
     if data.kind == "unlabelled":
         raise ValueError(f"dims: {data.path or 'latents'} has neither labels nor pairs, which the estimate needs")
-    return estimate_sizes(data, Batches(data, concepts=concepts, seed=seed, others=others), method=method)
+    rows = units(data, split_rows(data, held_out, seed)[0])
+    batches = Batches(data, rows, concepts, seed=seed, others=others, unlabelled=unlabelled)
+    return estimate_sizes(data, batches, method=method)
 
 
 @torch.no_grad()

@@ -134,15 +134,21 @@ def dims(
     latents: LatentsFile,
     method: Annotated[str, typer.Option(help="published, paper or both")] = "both",
     others: Annotated[str, typer.Option(help="as for train: differ, agree or any")] = "differ",
-    seed: Annotated[int, typer.Option(help="of the pairs")] = 0,
+    unlabelled: Annotated[float | None, typer.Option(help="as for train")] = None,
+    held_out: Annotated[float, typer.Option(help="as for train: share of the latents that has no say")] = 0.1,
+    seed: Annotated[int, typer.Option(help="as for train")] = 0,
 ) -> None:
-    """Estimate how many dimensions each concept asks for, from what pairs that share it have in common."""
+    """Estimate how many dimensions each concept asks for, from what pairs that share it have in common.
+
+    With the same options these are the sizes that train takes without --factors.
+    """
     from ..latents import load_latents
     from ..runs import dims as run_dims
 
     data = load_latents(latents)
     methods = ("published", "paper") if method == "both" else (method,)
-    found = {name: run_dims(data, method=name, others=others, seed=seed) for name in methods}
+    options: dict[str, Any] = {"others": others, "unlabelled": unlabelled, "held_out": held_out, "seed": seed}
+    found = {name: run_dims(data, method=name, **options) for name in methods}
     table = Table("factor", *methods)
     for name in found[methods[0]]:
         table.add_row(escape(name), *(str(sizes[name]) for sizes in found.values()))

@@ -24,7 +24,7 @@ from ..iin import IIN, FactorLoss, Factors, checkpoint
 from ..iin.factors import RESIDUAL
 from ..latents import Latents, load_latents
 from . import state
-from .batches import Batch, Batches, estimate_sizes, split_rows
+from .batches import Batch, Batches, estimate_sizes, split_rows, units
 from .logs import Bar, Log, event_writer, held_out_rise
 from .settings import Settings
 
@@ -141,19 +141,18 @@ class _Training:
         self.fabric, self.data, self.folder, self.settings, self.show = fabric, data, run, settings, progress
         train_rows, held_rows = split_rows(data, settings.held_out, settings.seed)
         concepts = data.names if settings.factors is None else tuple(n for n in settings.factors if n != RESIDUAL)
-        unit = (lambda rows: rows) if data.shared is None else (lambda rows: rows[: len(rows) // 2])
         options: dict[str, Any] = {
             "seed": settings.seed,
             "others": settings.others,
             "unlabelled": settings.unlabelled,
         }
-        self.batches = Batches(data, unit(train_rows), concepts, **options)
+        self.batches = Batches(data, units(data, train_rows), concepts, **options)
         self.noise: Tensor | None = None  # [dim], its deviation
         if settings.noise:
             self.noise = settings.noise * data.z[torch.from_numpy(train_rows)].double().std(0, correction=0)
         self.held_out: Batch | None = None
         if len(held_rows):
-            held = Batches(data, unit(held_rows), concepts, **options, lenient=True)
+            held = Batches(data, units(data, held_rows), concepts, **options, lenient=True)
             self.held_out = None if held.empty else held.draw(HELD_OUT_PAIRS, 0)
         if settings.keep == "best" and self.held_out is None:
             raise ValueError("train: keep is 'best', expected 'last' where there are no held-out pairs to judge by")

@@ -22,8 +22,8 @@ from typer.testing import CliRunner
 
 from iin_fast import IIN, runs
 from iin_fast.cli import app
-from iin_fast.latents import load_latents, save_arrays
-from iin_fast.train import Settings, train
+from iin_fast.latents import Latents, load_latents, save_arrays
+from iin_fast.train import Settings, split_rows, train
 
 SMALL = "--n-flows 2 --hidden-dim 16 --batch 16 --learning-rate 3e-3 --accelerator cpu".split()
 
@@ -77,6 +77,29 @@ def test_dims(file, latents):
         assert method in output
         for name, size in sizes.items():
             assert re.search(rf"{name}.*\b{size}\b", output)
+
+
+@pytest.mark.parametrize("kind", ["labels", "missing", "pairs"])
+def test_dims_are_the_sizes_that_train_takes(kind, settings, tmp_path):
+    """What is held out has no say in either: here it alone has anything in common."""
+    generator = torch.Generator().manual_seed(0)
+    z, labels = torch.randn(200, 20, generator=generator), torch.randint(0, 4, (200, 2), generator=generator)
+    if kind == "missing":
+        labels[::3] = -1
+
+    def made():
+        if kind == "pairs":
+            return Latents.of_pairs(z[:100], z[100:], torch.arange(100) % 2)
+        return Latents.of(z, labels)
+
+    held = split_rows(made(), 0.5, seed=3)[1]
+    same = torch.arange(50).repeat(2) if kind == "pairs" else labels[held, 0]
+    z[held] = 9 * torch.randn(50, 20, generator=generator)[same]
+    options = {"others": "any", "seed": 3}
+    data = made()
+    settings = settings(factors=None, steps=1, held_out=0.5, **options)
+    model = train(data, tmp_path / "run", settings, accelerator="cpu")
+    assert runs.dims(data, held_out=0.5, **options) == model.sizes != runs.dims(data, held_out=0.0, **options)
 
 
 def test_encode_and_decode(trained, file, latents, tmp_path):
@@ -179,6 +202,8 @@ def test_without_labels(kind, latents, tmp_path):
 def test_errors_are_one_line_with_code_2(trained, file, latents, tmp_path):
     narrow = save_arrays(tmp_path / "narrow.npz", {"z": latents.z[:, :5]})
     alone = save_arrays(tmp_path / "alone.npz", {"z": latents.z})
+    fixed = {"z": latents.z, "labels": np.full((600, 1), 3), "names": np.array(["fixed"])}
+    constant = save_arrays(tmp_path / "constant.npz", fixed)
     out = ("--out", tmp_path / "out.npz")
     new = ("--out", tmp_path / "new")
     for arguments, message in (
@@ -188,6 +213,7 @@ def test_errors_are_one_line_with_code_2(trained, file, latents, tmp_path):
         (("train", file, *new, "--factors", "shape=2"), "factors names 'shape'"),
         (("train", file, *new, "--rho", 2), "rho is 2.0, expected between 0 and 1"),
         (("train", file, *new, "--accelerator", "abacus"), "accelerator"),
+        (("train", constant, *new), "concept 'fixed' has only the class 3 in all samples to train on, expected two"),
         (("dims", alone), "has neither labels nor pairs"),
         (("dims", file, "--method", "guess"), "method is 'guess', expected 'paper' or 'published'"),
         (("encode", tmp_path, file, *out), "config.json: no such file"),
