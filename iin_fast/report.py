@@ -128,6 +128,7 @@ class _Shown:
             self.images = [images[int(i)] for i in rows]
         self.as_text = images is not None and isinstance(self.images[0], str) and decoder is None
         self.as_image = decoder is not None or (images is not None and not self.as_text)
+        self.is_mute = not (self.as_text or self.as_image or self.names)  # nothing says what a sample is
 
     def originals(self, rows: Sequence[int]) -> NDArray[np.float64]:
         """Images ``[n, h, w, 3]`` of samples as they are."""
@@ -214,6 +215,14 @@ def _opening(model: IIN, run: Mapping[str, Any], evaluation: Mapping[str, Any], 
             f"of a concept's information: the lead of its best factor over the second ({mig['pca']['mig']:.0%} for PCA)"
         )
         cards.append(card(f"{mig['iin']['mig']:.0%}", text))
+    if evaluation.get("pairs"):
+        ours, theirs = (
+            [row[name] for name, row in evaluation["pairs"][who]["shared"].items() if name in row]
+            for who in ("iin", "pca")
+        )
+        if ours and theirs:
+            text = f"correlation of a concept's own factor over pairs that share it ({np.mean(theirs):.2f} for PCA)"
+            cards.append(card(f"{np.mean(ours):.2f}", text))
     if evaluation.get("likelihood"):
         found = evaluation["likelihood"]
         text = f"nats per dimension on held-out latents; a Gaussian has {found['gaussian']:.2f} (lower is better)"
@@ -230,6 +239,11 @@ can be exchanged while the others stay.{trained}</p>
 def _swaps(shown: _Shown | None) -> str:
     if shown is None or not shown.model.concepts:
         return ""
+    if shown.is_mute:
+        return """
+<h2>Swapping one factor</h2><p>There is nothing to show a swap with: the latents have no labels and no images, and there is no
+decoder. With <code>images</code> (pictures or texts) in the file of latents, or with <code>report --decoder</code>, swaps and
+interpolations appear here. What the factors are worth is in the metrics below.</p>"""
     body = ""
     for concept in shown.model.concepts:
         columns = shown.varied(concept, 6)
@@ -275,7 +289,7 @@ def _swaps(shown: _Shown | None) -> str:
 
 
 def _interpolation(shown: _Shown | None) -> str:
-    if shown is None:
+    if shown is None or shown.is_mute:
         return ""
     a, *rest = shown.varied(shown.names[0] if shown.names else None, 2)
     b = rest[0] if rest else next(i for i in range(len(shown.z)) if i != a)
@@ -311,13 +325,14 @@ def _metrics(evaluation: Mapping[str, Any]) -> str:
     if not evaluation:
         return "<h2>Metrics</h2><p>There are none yet: run the evaluation, and write this page again.</p>"
     rows: list[str] = []
+    columns = {who: title for who, title in COLUMNS.items() if who != "mean_shift" or "pairs" not in evaluation}
 
     def line(
         text: str, note: str, found: Mapping[str, float], better: str, bound: str = "", form: str = "{:.0%}"
     ) -> None:
         best = (max if better == "higher" else min)(found.values())
         cells = []
-        for who in COLUMNS:
+        for who in columns:
             value = found.get(who)
             shown = "–" if value is None else form.format(value)
             is_best = value is not None and len(found) > 1 and form.format(value) == form.format(best)
@@ -373,7 +388,20 @@ def _metrics(evaluation: Mapping[str, Any]) -> str:
                 found = {who: scores[concept][key] for who, scores in evaluation["leak"].items()}
                 text = f"What {reader} reads of it from the factors that should not hold it, above chance."
                 line(f"Leak of {escape(concept)}, {reader}", text, found, "lower", "0%")
-    head = row(["", *COLUMNS.values(), "best possible"], "th")
+    pairs = evaluation.get("pairs", {})
+    for name in pairs.get("names", ()):
+        own = {
+            kind: {who: pairs[who][kind][name][name] for who in columns if name in pairs[who][kind].get(name, {})}
+            for kind in ("shared", "apart")
+        }
+        asked = "1" if pairs["rho"] is None else f"{pairs['rho']:.3g}"
+        if own["shared"]:
+            title, note = f"Pairs that share {escape(name)}", "Correlation of the two samples in its own factor."
+            line(title, note, own["shared"], "higher", asked, "{:.2f}")
+        if own["apart"]:
+            title, note = f"Pairs that do not share {escape(name)}", "The same correlation, without its sign."
+            line(title, note, {who: abs(value) for who, value in own["apart"].items()}, "lower", "0", "{:.2f}")
+    head = row(["", *columns.values(), "asked for" if pairs else "best possible"], "th")
     rest = ""
     if "likelihood" in evaluation:
         found = evaluation["likelihood"]
@@ -399,6 +427,12 @@ classes): {", ".join(said)}. The loss asks for its ρ over pairs that share the 
     taken = f"<h2>Metrics</h2><p>Taken on {samples['scored']:,} held-out latents."
     if not rows:
         return f"{taken} They have no labels that could say more.</p>{rest}"
+    if pairs:
+        return f"""
+<h2>Metrics</h2><p>Taken on {pairs["n"]:,} held-out pairs. Beside the IIN stand two ways to do without: as many principal
+components, and as many raw dimensions of z, those in which pairs that share the concept are most alike. What varies in a
+concept between two samples that share it lowers the correlation that can be reached.</p>
+<div class="scroll"><table class="metrics">{head}{"".join(rows)}</table></div>{rest}"""
     return f"""
 {taken} Beside the IIN stand three ways to do without: moving z by the difference of two class means (it is told the true
 classes, which the IIN is not), exchanging as many principal components, and exchanging as many raw dimensions of z, those
@@ -406,7 +440,30 @@ that know most about the concept.</p>
 <div class="scroll"><table class="metrics">{head}{"".join(rows)}</table></div>{rest}"""
 
 
+def _cell(share: float, text: str) -> str:
+    """A cell of a heat map, as deep as ``share`` from 0 to 1."""
+    style = f"background:rgba(var(--heat),{0.06 + 0.74 * share:.2f})" + (";color:#fff" * (share > 0.55))
+    return f'<td style="{style}">{text}</td>'
+
+
+def _pair_heat(evaluation: Mapping[str, Any]) -> str:
+    pairs = evaluation["pairs"]
+    names = pairs["names"]
+    rows = ""
+    for factor, values in pairs["iin"]["shared"].items():
+        cells = [_cell(abs(values[name]), f"{values[name]:.2f}") if name in values else "<td>–</td>" for name in names]
+        rows += f"<tr><td>{escape(factor)}</td>{''.join(cells)}</tr>"
+    head = row(["factor", *(f"pairs that share<br>{escape(name)}" for name in names)], "th")
+    return f"""
+<h2>What pairs have in common</h2>
+<p>The correlation of each factor (rows) over held-out pairs that share each concept (columns). A good IIN is full on its
+diagonal and empty elsewhere, where no pair shares several concepts.</p>
+<div class="scroll"><table class="heat">{head}{rows}</table></div>"""
+
+
 def _heat(evaluation: Mapping[str, Any]) -> str:
+    if "pairs" in evaluation:
+        return _pair_heat(evaluation)
     if "information" not in evaluation:
         return ""
     found = evaluation["information"]["iin"]
@@ -415,9 +472,8 @@ def _heat(evaluation: Mapping[str, Any]) -> str:
     for factor, values in found["normalised"].items():
         cells = ""
         for concept in concepts:
-            share = values[concept]
-            style = f"background:rgba(var(--heat),{0.06 + 0.74 * share:.2f})" + (";color:#fff" * (share > 0.55))
-            cells += f'<td style="{style}">{share:.0%}<br><span style="font-size:13px">{found["nats"][factor][concept]:.2f} nats</span></td>'
+            share, nats = values[concept], found["nats"][factor][concept]
+            cells += _cell(share, f'{share:.0%}<br><span style="font-size:13px">{nats:.2f} nats</span>')
         rows += f"<tr><td>{escape(factor)}</td>{cells}</tr>"
     head = row(["factor", *(f"{escape(name)}<br>{found['entropy'][name]:.2f} nats" for name in concepts)], "th")
     return f"""

@@ -201,7 +201,7 @@ def evaluate(
         max_samples, seed, progress: of :func:`iin_fast.evaluate.evaluate`.
 
     Returns:
-        the metrics; without labels, likelihood and invertibility alone.
+        the metrics; without labels those of :func:`iin_fast.evaluate.evaluate_unlabelled`.
 
     Raises:
         ImportError: scikit-learn is missing, and there are labels.
@@ -336,32 +336,22 @@ def _evaluate_density(
     run: Path, model: IIN, data: Latents, train_rows: NDArray[np.int64] | None, held_rows: NDArray[np.int64], seed: int
 ) -> dict[str, Any]:
     """What can be said without labels."""
-    from .evaluate import gaussian_nats_per_dim, invertibility_error, nats_per_dim, normal_nats_per_dim
+    from .evaluate import evaluate_unlabelled
+    from .train import split_rows
+    from .train.batches import units
 
     source = "training samples"
     if train_rows is None:
-        order = np.random.default_rng(seed).permutation(held_rows)
-        half = (len(order) + 1) // 2
-        train_rows, held_rows, source = np.sort(order[:half]), np.sort(order[half:]), "half of the held-out samples"
-    if len(held_rows) == 0:
-        raise ValueError("evaluate: latents have one row, expected two at least")
-    z, train = data.z[held_rows], data.z[train_rows]
-    result: dict[str, Any] = {
-        "format": "iin_fast.evaluation",
-        "version": 1,
-        "seed": seed,
-        "samples": {"scored": len(z), "learned_on": len(train), "source": source},
-        "concepts": [],
-        "classes": {},
-        "factors": model.sizes,
-        "likelihood": {
-            "iin": nats_per_dim(model, z),
-            "iin_learned_on": nats_per_dim(model, train),
-            "gaussian": gaussian_nats_per_dim(z, train),
-            "normal": normal_nats_per_dim(z),
-        },
-        "invertibility": invertibility_error(model, z),
-    }
+        if data.n < (2 if data.shared is None else 4):
+            raise ValueError("evaluate: latents have one row or one pair, expected two at least")
+        train_rows, held_rows = split_rows(data, 0.5, seed)
+        source = "half of the held-out samples"
+    options: dict[str, Any] = {"source": source, "seed": seed}
+    if data.shared is not None:
+        options |= {"names": data.names, "rho": _recorded(run).get("settings", {}).get("rho")}
+        for name, rows in (("shared", held_rows), ("train_shared", train_rows)):
+            options[name] = data.shared[torch.from_numpy(units(data, rows))]
+    result = evaluate_unlabelled(model, data.z[held_rows], data.z[train_rows], **options)
     text = json.dumps(result, indent=2, allow_nan=False) + "\n"
     checkpoint._write(run / "evaluation.json", text.encode())
     return result

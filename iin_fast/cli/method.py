@@ -273,6 +273,8 @@ def evaluate(
     likelihood = found["likelihood"]
     if found["concepts"]:
         console.print(_scores(found))
+    if "pairs" in found:
+        console.print(_correlations(found["pairs"]))
     console.print(
         f"nats per dimension: {likelihood['iin']:.3f} (what it learned on: {likelihood['iin_learned_on']:.3f}; a Gaussian: "
         f"{likelihood['gaussian']:.3f}); largest inversion error {found['invertibility']['max']:.1e}",
@@ -319,6 +321,22 @@ def _scores(found: dict[str, Any]) -> Table:
         line(f"DCI {key}", {who: scores[key] for who, scores in found["dci"].items()})
     for name in found["concepts"]:
         line(f"leak of {escape(name)}", {who: scores[name]["mlp"] for who, scores in found["leak"].items()})
+    return table
+
+
+def _correlations(pairs: dict[str, Any]) -> Table:
+    from ..report import COLUMNS
+
+    columns = {who: title for who, title in COLUMNS.items() if who in pairs}
+    rho = "1" if pairs["rho"] is None else f"{pairs['rho']:.3g}"
+    asked = {"shared": ("that share", rho), "apart": ("that do not share", "0")}
+    title = f"correlation in a concept's own factor, {pairs['n']} held-out pairs"
+    table = Table("", *columns.values(), "asked for", title=title)
+    for name in pairs["names"]:
+        for kind, (text, goal) in asked.items():
+            values = [pairs[who][kind].get(name, {}).get(name) for who in columns]
+            shown = ["" if value is None else f"{value:.2f}" for value in values]
+            table.add_row(f"pairs {text} {escape(name)}", *shown, goal)
     return table
 
 

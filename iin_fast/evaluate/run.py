@@ -16,7 +16,7 @@ from torch import Tensor
 from ..iin import IIN, checkpoint
 from ._data import Array, Codes, checked_labels, checked_latents, halves, require_sklearn
 from .baselines import LinearFactors, MeanShift
-from .correlation import pair_correlation
+from .correlation import pair_correlation, shared_correlation
 from .dci import dci
 from .information import factor_label_information
 from .likelihood import gaussian_nats_per_dim, invertibility_error, nats_per_dim, normal_nats_per_dim
@@ -25,7 +25,7 @@ from .probe import leak
 from .sap import sap
 from .swaps import Judge, judge_accuracy, latent_judge, swap_success
 
-__all__ = ["encode", "evaluate", "write_evaluation"]
+__all__ = ["encode", "evaluate", "evaluate_unlabelled", "write_evaluation"]
 
 
 def evaluate(
@@ -170,6 +170,72 @@ def evaluate(
     result["correlation"] = {who: pair_correlation(p, codes, names, seed=seed) for who, p in parts.items()}
     say("invertibility")
     result["invertibility"] = invertibility_error(model, as_tensor(x))
+    return result
+
+
+def evaluate_unlabelled(
+    model: IIN,
+    z: Tensor | ArrayLike,  # [n, dim]
+    train_z: Tensor | ArrayLike,  # [m, dim]
+    *,
+    shared: Tensor | ArrayLike | None = None,  # [n / 2, concepts]
+    train_shared: Tensor | ArrayLike | None = None,  # [m / 2, concepts]
+    names: Sequence[str] = (),
+    rho: float | None = None,
+    source: str = "training samples",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Takes what metrics of ``model`` there are for held-out latents without labels: alone, or as pairs that share concepts.
+
+    Args:
+        model: the IIN.
+        z: held-out latents ``[n, dim]``; of pairs the first samples, then the second ones.
+        train_z: what the Gaussian and the linear baselines learn on, likewise.
+        shared, train_shared: bool, what each pair of ``z`` and of ``train_z`` shares; with them the factors are compared
+            with those of the linear baselines (:meth:`LinearFactors.of_pairs`) by :func:`shared_correlation`.
+        names: of the columns of ``shared``.
+        rho: the correlation that the model was trained for, noted beside them.
+        source: what ``train_z`` is, noted.
+        seed: of the draw that held latents out, noted.
+
+    Returns:
+        a dictionary of plain values: ``likelihood``, ``invertibility``, with ``shared`` also ``pairs``; and what they were
+        taken on.
+
+    Raises:
+        TypeError, ValueError: latents that don't fit the model, ``shared`` that doesn't fit them.
+    """
+    where = "evaluate_unlabelled"
+    x, train = checked_latents(where, "z", z), checked_latents(where, "train_z", train_z)
+    if (shared is None) != (train_shared is None):
+        raise ValueError(f"{where}: shared and train_shared are needed together, one is missing")
+    as_tensor = torch.from_numpy
+    result: dict[str, Any] = {
+        "format": "iin_fast.evaluation",
+        "version": 1,
+        "seed": seed,
+        "samples": {"scored": len(x), "learned_on": len(train), "source": source},
+        "concepts": [],
+        "classes": {},
+        "factors": model.sizes,
+        "likelihood": {
+            "iin": nats_per_dim(model, as_tensor(x)),
+            "iin_learned_on": nats_per_dim(model, as_tensor(train)),
+            "gaussian": gaussian_nats_per_dim(x, train),
+            "normal": normal_nats_per_dim(x),
+        },
+        "invertibility": invertibility_error(model, as_tensor(x)),
+    }
+    if shared is not None and train_shared is not None:
+        parts = {"iin": encode(model, x)}
+        for kind in ("pca", "raw"):
+            parts[kind] = LinearFactors.of_pairs(train, train_shared, names, model.sizes, kind).encode(x)  # type: ignore[arg-type]
+        result["pairs"] = {
+            "n": len(x) // 2,
+            "rho": rho,
+            "names": list(names),
+            **{who: shared_correlation(found, shared, names) for who, found in parts.items()},
+        }
     return result
 
 

@@ -188,6 +188,7 @@ def test_without_labels(kind, latents, tmp_path):
     assert code == 0, output
     code, output = run("evaluate", folder)
     assert code == 0 and "nats per dimension" in output and "swap" not in output
+    assert ("pairs that do not share a" in output) == (kind == "pairs")
     found = json.loads((folder / "evaluation.json").read_text())
     assert found["samples"]["scored"] == 60 and found["samples"]["learned_on"] == 540
     z, held = load_latents(file).z, np.load(folder / "split.npz")["held_out"]
@@ -196,7 +197,20 @@ def test_without_labels(kind, latents, tmp_path):
     assert found["likelihood"]["iin"] == pytest.approx(nats, rel=1e-4)
     assert run("report", folder)[0] == 0
     text = (folder / "report.html").read_text()
-    assert "no labels that could say more" in text and "mean shift" not in text.lower()
+    assert "mean shift" not in text.lower() and "nearest sample" not in text
+    assert ("There is nothing to show a swap with" in text) == (kind == "pairs")  # the other has no factors
+    if kind == "alone":
+        assert "no labels that could say more" in text
+        return
+    assert "Pairs that share a" in text and "What pairs have in common" in text
+    own = found["pairs"]["iin"]["shared"]["a"]["a"]
+    assert '<td style="background' in text and f">{own:.2f}</td>" in text
+    # Pairs that the training has not seen: one half learns, the other is scored, and both samples go to one side.
+    other = save_arrays(tmp_path / "other.npz", {**pairs, "za": latents.z[:300] + 0.01})
+    code, output = run("evaluate", folder, other)
+    assert code == 0, output
+    found = json.loads((folder / "evaluation.json").read_text())
+    assert found["pairs"]["n"] == 150 and found["samples"]["source"] == "half of the held-out samples"
 
 
 def test_errors_are_one_line_with_code_2(trained, file, latents, tmp_path):
