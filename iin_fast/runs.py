@@ -187,8 +187,11 @@ def evaluate(
     latents: Source | None = None,
     *,
     concepts: Sequence[str] | None = None,
+    decoder: Callable[[Tensor], Any] | str | None = None,
+    judge: Callable[[Any], Any] | str | None = None,
     max_samples: int = 2000,
     seed: int = 0,
+    device: str = "cpu",
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Takes all metrics of the model in ``run`` on held-out latents, and writes them to ``evaluation.json`` there.
@@ -198,7 +201,10 @@ def evaluate(
         latents: by default those it was trained on: the held-out rows are scored, and judge, probes and baselines learn
             on the others. Other latents are all held out; one half is scored, the other is learned on.
         concepts: which to look at; by default all.
+        decoder, judge: who reads the swaps, as for :func:`iin_fast.evaluate.evaluate`; or where they are, for
+            :func:`load_function`. A decoder is there for a judge of your own.
         max_samples, seed, progress: of :func:`iin_fast.evaluate.evaluate`.
+        device: where the model and the decoder run.
 
     Returns:
         the metrics; without labels those of :func:`iin_fast.evaluate.evaluate_unlabelled`.
@@ -211,13 +217,17 @@ def evaluate(
     from .evaluate import write_evaluation
 
     folder = Path(run)
-    model = IIN.load(folder)
+    model = IIN.load(folder, device=device)
     data, train_rows, held_rows = _held_out(folder, latents)
     _check_dim(folder, model, data)
-    settings: dict[str, Any] = {"max_samples": max_samples, "seed": seed, "progress": progress}
+    if decoder is not None and judge is None:
+        raise ValueError("evaluate: decoder is given without judge, expected both: a judge reads what it makes")
+    settings: dict[str, Any] = {"max_samples": max_samples, "seed": seed, "progress": progress, "device": device}
+    settings |= {"decoder": _function(decoder), "judge": _function(judge)}
     if data.labels is None:
-        if concepts:
-            raise ValueError(f"evaluate: concepts is {list(concepts)}, but {data.path or 'latents'} has no labels")
+        if concepts or judge is not None:
+            what = f"concepts is {list(concepts)}" if concepts else "judge is given"
+            raise ValueError(f"evaluate: {what}, but {data.path or 'latents'} has no labels")
         return _evaluate_density(folder, model, data, train_rows, held_rows, seed)
     if train_rows is not None:
         settings |= {"train_z": data.z[train_rows], "train_labels": data.labels[train_rows]}
@@ -247,14 +257,14 @@ def report(
     from .report import write_report
 
     folder = Path(run)
-    if isinstance(decoder, str):
-        decoder = load_function(decoder)
     if latents is None:
         path = _recorded(folder).get("latents", {}).get("path")
         data = load_latents(path) if path and Path(path).is_file() else None
     else:
         data = _latents(latents)
-    return write_report(folder, latents=data, decoder=decoder, images=None if data is None else _images(data))
+    return write_report(
+        folder, latents=data, decoder=_function(decoder), images=None if data is None else _images(data)
+    )
 
 
 def load_function(where: str) -> Callable[..., Any]:
@@ -280,6 +290,10 @@ def load_function(where: str) -> Callable[..., Any]:
     if not callable(function):
         raise ValueError(f"{module_name} has no function {name!r}")
     return function  # type: ignore[no-any-return]
+
+
+def _function(function: Callable[..., Any] | str | None) -> Callable[..., Any] | None:
+    return load_function(function) if isinstance(function, str) else function
 
 
 def _latents(latents: Source) -> Latents:

@@ -255,8 +255,16 @@ def evaluate(
     concept: Annotated[
         list[str] | None, typer.Option(help="look at this one; several times for several. Default: all")
     ] = None,
+    decoder: Annotated[
+        str, typer.Option(help="what --judge reads is made of latents by this: package.module:name or file.py:name")
+    ] = "",
+    judge: Annotated[
+        str,
+        typer.Option(help="reads swaps: a function to class probabilities of each concept. Default: small networks"),
+    ] = "",
     max_samples: Annotated[int, typer.Option(help="most samples a metric is taken on")] = 2000,
     seed: Annotated[int, typer.Option(help="of all draws")] = 0,
+    device: Device = "cpu",
 ) -> None:
     """Take all metrics on held-out latents, beside what does without an IIN; writes RUN/evaluation.json."""
     from ..runs import evaluate as run_evaluate
@@ -266,8 +274,11 @@ def evaluate(
             run,
             latents,
             concepts=concept or None,
+            decoder=decoder or None,
+            judge=judge or None,
             max_samples=max_samples,
             seed=seed,
+            device=device,
             progress=lambda what: status.update(f"evaluating: {what}"),
         )
     likelihood = found["likelihood"]

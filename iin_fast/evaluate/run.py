@@ -239,17 +239,20 @@ def evaluate_unlabelled(
     return result
 
 
-def write_evaluation(run_folder: str | os.PathLike[str], *args: Any, **settings: Any) -> dict[str, Any]:
+def write_evaluation(
+    run_folder: str | os.PathLike[str], *args: Any, device: torch.device | str | None = None, **settings: Any
+) -> dict[str, Any]:
     """:func:`evaluate` of the model in ``run_folder``, written to ``evaluation.json`` there; the file appears whole.
 
     Args:
         run_folder: a folder that ``IIN.save`` or a training wrote.
         *args, **settings: of :func:`evaluate`, without the model.
+        device: where the model runs; by default the CPU.
 
     Returns:
         what :func:`evaluate` gives.
     """
-    result = evaluate(IIN.load(run_folder), *args, **settings)
+    result = evaluate(IIN.load(run_folder, device=device), *args, **settings)
     text = json.dumps(result, indent=2, allow_nan=False) + "\n"
     checkpoint._write(Path(run_folder) / "evaluation.json", text.encode())
     return result

@@ -25,6 +25,7 @@ from iin_fast.cli import app
 from iin_fast.latents import Latents, load_latents, save_arrays
 from iin_fast.train import Settings, split_rows, train
 
+COMMANDS = ("train", "dims", "encode", "decode", "swap", "interpolate", "sample", "evaluate", "report")
 SMALL = "--n-flows 2 --hidden-dim 16 --batch 16 --learning-rate 3e-3 --accelerator cpu".split()
 
 
@@ -50,7 +51,7 @@ def trained(file, tmp_path_factory):
 def test_every_command_has_a_help():
     code, output = run("--help")
     assert code == 0
-    for command in ("train", "dims", "encode", "decode", "swap", "interpolate", "sample", "evaluate", "report"):
+    for command in COMMANDS:
         assert command in output
         code, text = run(command, "--help")
         assert code == 0 and "Usage" in text
@@ -179,6 +180,25 @@ def test_evaluate_and_report(trained, file, latents, tmp_path):
     assert found["samples"]["source"] == "half of the held-out samples" and found["concepts"] == ["0"]
 
 
+def test_evaluate_with_a_judge_of_what_a_decoder_makes(trained, tmp_path):
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "import torch\n"
+        "def decode(z):\n    return z.reshape(-1, 2, 4)\n"
+        "def judge(images):\n"
+        "    assert images.shape[1:] == (2, 4)\n"
+        "    always = torch.eye(4)[0].repeat(len(images), 1)\n"
+        "    return {'digit': always, 'color': always[:, :3]}\n"
+    )
+    places = ("--decoder", f"{mine}:decode", "--judge", f"{mine}:judge")
+    code, output = run("evaluate", trained, *places, "--max-samples", 60)
+    assert code == 0, output
+    found = json.loads((trained / "evaluation.json").read_text())
+    assert found["swap"]["judge"] == pytest.approx({"digit": 1 / 4, "color": 1 / 3})  # it always says 0
+    decode, judge = (runs.load_function(f"{mine}:{name}") for name in ("decode", "judge"))
+    assert found == runs.evaluate(trained, decoder=decode, judge=judge, max_samples=60)
+
+
 @pytest.mark.parametrize("kind", ["pairs", "alone"])
 def test_without_labels(kind, latents, tmp_path):
     pairs = {"za": latents.z[:300], "zb": latents.z[300:], "factor": np.arange(300) % 2, "names": np.array(["a", "b"])}
@@ -242,6 +262,10 @@ def test_errors_are_one_line_with_code_2(trained, file, latents, tmp_path):
         (("sample", trained, "--n", 0, *out), "n is 0, expected a positive integer"),
         (("evaluate", trained, "--concept", "shape"), "concepts is ['shape'], expected some of ['digit', 'color']"),
         (("evaluate", trained, alone, "--concept", "digit"), "has no labels"),
+        (("evaluate", trained, alone, "--judge", "json:dumps"), "judge is given, but"),
+        (("evaluate", trained, "--decoder", "json:dumps"), "decoder is given without judge, expected both"),
+        (("evaluate", trained, "--judge", "json:nothing"), "json has no function 'nothing'"),
+        (("evaluate", trained, "--device", "abacus"), "abacus"),
         (("report", trained, "--decoder", "nowhere"), "'nowhere' is no place of a function"),
         (("report", trained, "--decoder", "json:nothing"), "json has no function 'nothing'"),
     ):
@@ -262,9 +286,9 @@ def test_options_in_the_docs_are_those_of_the_commands():
         help_text = run(name, "--help")[1]
         for option in re.findall(r"--[a-z-]+", line.split("#")[0]):
             assert option in help_text, line
-    train_help = run("train", "--help")[1]
+    every_help = "".join(run(name, "--help")[1] for name in COMMANDS)
     for option in re.findall(r"`(--[a-z-]+)", page):
-        assert option in train_help or option == "--donors"
+        assert option in every_help
 
 
 def command(*arguments, **options):
