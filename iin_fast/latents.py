@@ -19,7 +19,7 @@ from torch import Tensor
 from .iin import checkpoint
 from .iin.factors import RESIDUAL
 
-__all__ = ["MISSING", "Latents", "load_latents", "save_arrays"]
+__all__ = ["MISSING", "Latents", "class_context", "load_latents", "save_arrays"]
 
 MISSING = -1  # the label of a sample whose class is unknown
 
@@ -257,6 +257,36 @@ def load_latents(path: str | os.PathLike[str]) -> Latents:
     if "z" not in arrays:
         raise ValueError(f"{file}: holds {sorted(arrays)}, but no z [n, dim] and no pairs za, zb, factor")
     return Latents.of(arrays["z"], arrays.get("labels"), names, images=arrays.get("images"), path=file)
+
+
+def class_context(
+    where: str, labels: Tensor | None, names: Sequence[str], concept: str, classes: int | None = None
+) -> Tensor:
+    """The class of a concept as the context of a conditional IIN, one-hot: ``[n, classes]`` float32.
+
+    Args:
+        where: named in errors.
+        labels, names: as :class:`Latents` has them.
+        concept: one of ``names``.
+        classes: how many the model knows; by default as many as there are.
+
+    Raises:
+        ValueError: no labels, another concept, a label that is missing or of a class that the model does not know.
+    """
+    if labels is None or concept not in names:
+        known = ", ".join(names) if labels is not None else "none"
+        raise ValueError(f"{where}: the context is the class of {concept!r}, expected labels of it; there are: {known}")
+    codes = labels[:, list(names).index(concept)]
+    if (codes < 0).any():
+        raise ValueError(f"{where}: labels of {concept!r}, the context, have -1 (unknown), expected classes from 0")
+    if classes is None:
+        classes = int(codes.max()) + 1
+    if codes.max() >= classes:
+        raise ValueError(
+            f"{where}: labels of {concept!r}, the context, have the class {codes.max()}, expected below {classes}, as many "
+            "as the model knows"
+        )
+    return torch.nn.functional.one_hot(codes, classes).float()
 
 
 def save_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Tensor | ArrayLike]) -> Path:

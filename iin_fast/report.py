@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .iin import IIN, checkpoint
 from .iin.factors import RESIDUAL
+from .latents import class_context
 from .page import card, page, pixels, plot, require_matplotlib, row, table
 from .train import held_out_rise
 
@@ -68,7 +69,8 @@ def write_report(
     model = IIN.load(folder)
     run, evaluation = _json(folder / "run.json"), _json(folder / "evaluation.json")
     log = _log(folder / "logs" / "metrics.csv")
-    shown = None if latents is None else _Shown(model, latents, decoder, images, folder / "split.npz")
+    known = run.get("settings", {}).get("context")
+    shown = None if latents is None else _Shown(model, latents, decoder, images, folder / "split.npz", known)
     sections = [
         _opening(model, run, evaluation, log),
         _swaps(shown),
@@ -94,6 +96,7 @@ class _Shown:
         decoder: Callable[[Tensor], Any] | None,
         images: Images | None,
         split: Path,
+        context: str | None = None,
     ) -> None:
         where = "write_report"
         if isinstance(latents, tuple | list) and len(latents) == 3:
@@ -123,12 +126,21 @@ class _Shown:
         self.model, self.decoder = model, decoder
         self.z = z[torch.from_numpy(rows)].to(model.device, model.dtype)
         self.labels = table[rows]
+        self.context: Tensor | None = None  # [n, context_dim]
+        if model.context_dim:
+            codes = None if labels is None else torch.from_numpy(self.labels)
+            made = class_context(f"{where}: latents", codes, self.names, str(context), model.context_dim)
+            self.context = made.to(model.device, model.dtype)
         self.images: Any = None
         if images is not None:
             self.images = [images[int(i)] for i in rows]
         self.as_text = images is not None and isinstance(self.images[0], str) and decoder is None
         self.as_image = decoder is not None or (images is not None and not self.as_text)
         self.is_mute = not (self.as_text or self.as_image or self.names)  # nothing says what a sample is
+
+    def context_of(self, rows: Sequence[int] | NDArray[np.int64]) -> Tensor | None:
+        """What the model is told of samples, ``[len(rows), context_dim]``."""
+        return None if self.context is None else self.context[list(rows)]
 
     def originals(self, rows: Sequence[int]) -> NDArray[np.float64]:
         """Images ``[n, h, w, 3]`` of samples as they are."""
@@ -253,7 +265,8 @@ interpolations appear here. What the factors are worth is in the metrics below.<
             continue
         keep, give = np.repeat(rows, len(columns)), np.tile(columns, len(rows))
         with torch.no_grad():
-            swapped = shown.model.swap(shown.z[torch.from_numpy(keep)], shown.z[torch.from_numpy(give)], concept)
+            contexts = {"context": shown.context_of(keep), "donor_context": shown.context_of(give)}
+            swapped = shown.model.swap(shown.z[list(keep)], shown.z[list(give)], concept, **contexts)
         without = [[int(k), int(g)] for k, g in zip(keep, give, strict=True)]
         if shown.as_image:
             images = shown.seen(swapped, without)[0]
@@ -299,7 +312,10 @@ def _interpolation(shown: _Shown | None) -> str:
     start, end = shown.z[[a]], shown.z[[b]]
     ways: dict[str, str | None] = {name: name for name in shown.model.concepts} | {"all factors": None}
     with torch.no_grad():
-        lines = {label: shown.model.interpolate(start, end, STEPS, way)[:, 0] for label, way in ways.items()}
+        contexts = {"context": shown.context_of([a]), "context_b": shown.context_of([b])}
+        lines = {
+            label: shown.model.interpolate(start, end, STEPS, way, **contexts)[:, 0] for label, way in ways.items()
+        }
     lines["z itself, without IIN"] = torch.lerp(start, end, torch.linspace(0, 1, STEPS).to(start)[:, None])
     if shown.as_image:
         rows = ""

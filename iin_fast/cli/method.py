@@ -1,4 +1,4 @@
-"""iin-fast train, dims, encode, decode, swap, interpolate, sample, evaluate, report: from latents to a page about them."""
+"""iin-fast train, dims, encode, decode, swap, interpolate, sample, score, evaluate, report: from latents to a page about them."""
 
 import warnings
 from pathlib import Path
@@ -10,7 +10,7 @@ from rich.table import Table
 
 from .console import console
 
-__all__ = ["decode", "dims", "encode", "evaluate", "interpolate", "report", "sample", "swap", "train"]
+__all__ = ["decode", "dims", "encode", "evaluate", "interpolate", "report", "sample", "score", "swap", "train"]
 
 LatentsFile = Annotated[
     Path,
@@ -24,6 +24,13 @@ LatentsFile = Annotated[
 Run = Annotated[Path, typer.Argument(metavar="RUN", show_default=False, help="the folder that train wrote")]
 Out = Annotated[Path, typer.Option(show_default=False, help="file to write, .npz or .safetensors")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
+Context = Annotated[
+    str,
+    typer.Option(
+        show_default=False,
+        help="of a run trained with --context: a class for all, or a file of latents with a label of it for each row",
+    ),
+]
 Factor = Annotated[list[str], typer.Option(show_default=False, help="a factor's name; several times for several")]
 
 
@@ -32,6 +39,10 @@ def train(
     out: Annotated[Path, typer.Option(show_default=False, help="the run folder; all that comes of it goes there")],
     factors: Annotated[
         str, typer.Option(help="sizes like digit=22,color=11; the rest is residual. Default: estimated from pairs")
+    ] = "",
+    context: Annotated[
+        str,
+        typer.Option(help="a concept that is not a factor but known: the flow is told its class, here and ever after"),
     ] = "",
     dims_method: Annotated[str, typer.Option(help="how sizes are estimated: published or paper")] = "published",
     others: Annotated[
@@ -86,6 +97,7 @@ def train(
 
     settings = Settings(
         factors=_sizes(factors),
+        context=context or None,
         dims_method=dims_method,
         others=others,
         unlabelled=unlabelled,
@@ -170,13 +182,14 @@ def decode(
     run: Run,
     factors: Annotated[Path, typer.Argument(metavar="FACTORS", show_default=False, help="the file that encode wrote")],
     out: Out,
+    context: Context = "",
     device: Device = "cpu",
 ) -> None:
     """Translate factors back into latents z, which the pretrained model's own decoder reads."""
     from ..latents import save_arrays
     from ..runs import decode as run_decode
 
-    z = run_decode(run, factors, device=device)
+    z = run_decode(run, factors, context=_class_or_file(context), device=device)
     save_arrays(out, {"z": z})
     _wrote(out, f"{len(z)} latents")
 
@@ -232,6 +245,7 @@ def sample(
     run: Run,
     out: Out,
     n: Annotated[int, typer.Option("--n", help="how many")] = 16,
+    context: Context = "",
     seed: Annotated[int, typer.Option(help="the same seed gives the same latents")] = 0,
     device: Device = "cpu",
 ) -> None:
@@ -239,9 +253,33 @@ def sample(
     from ..latents import save_arrays
     from ..runs import sample as run_sample
 
-    z = run_sample(run, n, seed=seed, device=device)
+    z = run_sample(run, n, context=_class_or_file(context), seed=seed, device=device)
     save_arrays(out, {"z": z})
     _wrote(out, f"{len(z)} latents")
+
+
+def score(
+    run: Run,
+    latents: LatentsFile,
+    out: Out,
+    held_in: Annotated[
+        Path | None,
+        typer.Option(help="latents of the usual kind, not trained on. Default: what train held out"),
+    ] = None,
+    device: Device = "cpu",
+) -> None:
+    """Find outliers: writes each latent's log_prob, in nats, and outlier_score, the share of usual ones that is likelier."""
+    from ..latents import save_arrays
+    from ..runs import score as run_score
+
+    log_prob, outlier_score = run_score(run, latents, held_in, device=device)
+    save_arrays(out, {"log_prob": log_prob, "outlier_score": outlier_score})
+    share = (outlier_score >= 0.95).double().mean().item()
+    _wrote(
+        out,
+        f"{len(log_prob)} latents, {log_prob.double().mean().item():.2f} nats on average; {share:.1%} of them score 0.95 or "
+        "more (of usual ones at most 5 %)",
+    )
 
 
 def evaluate(
@@ -364,6 +402,12 @@ def _sizes(text: str) -> dict[str, int] | None:
             raise ValueError(f"--factors names {name!r} twice")
         sizes[name] = int(number)
     return sizes
+
+
+def _class_or_file(text: str) -> int | Path | None:
+    if not text:
+        return None
+    return int(text) if text.isdigit() else Path(text)
 
 
 def _first_process() -> bool:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..iin import IIN, FactorLoss, Factors, checkpoint
 from ..iin.factors import RESIDUAL
-from ..latents import Latents, load_latents
+from ..latents import Latents, class_context, load_latents
 from . import state
 from .batches import Batch, Batches, estimate_sizes, split_rows, units
 from .logs import Bar, Log, event_writer, held_out_rise
@@ -122,9 +122,12 @@ class _Objective(nn.Module):
         self.model = model
         self.loss = FactorLoss(rho, normalized=True)
 
-    def forward(self, za: Tensor, zb: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean loss in nats per pair, and nats per dimension of the latents, without gradient."""
-        factors, logdet = self.model(torch.cat([za, zb]))
+    def forward(self, za: Tensor, zb: Tensor, shared: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Mean loss in nats per pair, and nats per dimension of the latents, without gradient.
+
+        ``context`` is that of ``za``, then that of ``zb``.
+        """
+        factors, logdet = self.model(torch.cat([za, zb]), context)
         a, b = (Factors._wrap(part, self.model.sizes) for part in factors.tensor.chunk(2))
         logdet_a, logdet_b = logdet.chunk(2)
         loss = self.loss.from_factors(a, logdet_a, b, logdet_b, shared).mean()
@@ -140,7 +143,12 @@ class _Training:
     ) -> None:
         self.fabric, self.data, self.folder, self.settings, self.show = fabric, data, run, settings, progress
         train_rows, held_rows = split_rows(data, settings.held_out, settings.seed)
-        concepts = data.names if settings.factors is None else tuple(n for n in settings.factors if n != RESIDUAL)
+        self.context: Tensor | None = None  # [n, classes]
+        if settings.context is not None:
+            where = str(data.path or "train")
+            self.context = class_context(where, data.labels, data.names, settings.context)
+        named = data.names if settings.factors is None else settings.factors
+        concepts = tuple(name for name in named if name not in (RESIDUAL, settings.context))
         options: dict[str, Any] = {
             "seed": settings.seed,
             "others": settings.others,
@@ -206,25 +214,33 @@ class _Training:
             settings.hidden_depth,
             generator=torch.Generator().manual_seed(settings.seed),
             coupling=settings.coupling,
+            context_dim=0 if self.context is None else self.context.shape[1],
             dtype=self.dtype,
         )
-        za, zb, _ = self._pairs(0, slice(None))  # the whole batch, in every process alike
-        model.flow.initialize(torch.cat([za, zb]))
+        za, zb, _, *context = self._pairs(0, slice(None))  # the whole batch, in every process alike
+        model.flow.initialize(torch.cat([za, zb]), *context)
         return model
 
-    def _pairs(self, step: int, own: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """What step ``step`` learns from: rows ``own`` of its batch, first samples, second ones, and what they share.
+    def _pairs(self, step: int, own: slice) -> list[Tensor]:
+        """What step ``step`` learns from: rows ``own`` of its batch, as :class:`_Objective` takes them.
 
         The noise follows from seed and step alone, like the pairs: a resume and any number of processes see the same.
         """
         settings = self.settings
         batch = self.batches.draw(settings.batch, step)
-        za, zb = self.z[batch.a[own]], self.z[batch.b[own]]
+        za, zb, *rest = self._rows(Batch(*(part[own] for part in batch)))
         if self.noise is not None:
             random = np.random.default_rng([settings.seed, step, 1])
             drawn = torch.from_numpy(random.standard_normal((2, settings.batch, self.data.dim)))[:, own]
             za, zb = (z + (self.noise * part).to(z) for z, part in zip((za, zb), drawn, strict=True))
-        return za, zb, batch.shared[own]
+        return [za, zb, *rest]
+
+    def _rows(self, batch: Batch) -> list[Tensor]:
+        """First samples, second ones, what they share, and the context of all where there is one."""
+        found = [self.z[batch.a], self.z[batch.b], batch.shared]
+        if self.context is not None:
+            found.append(self.context[torch.cat([batch.a, batch.b])].to(self.dtype))
+        return found
 
     def run(self) -> IIN:
         settings, fabric = self.settings, self.fabric
@@ -294,10 +310,11 @@ class _Training:
         """Loss and nats per dimension on the held-out pairs."""
         assert self.held_out is not None
         totals = torch.zeros(2, dtype=torch.float64, device=self.fabric.device)
-        for a, b, shared in zip(*(part.split(256) for part in self.held_out), strict=True):
+        for parts in zip(*(part.split(256) for part in self.held_out), strict=True):
+            batch = Batch(*parts)
             with self.fabric.autocast():
-                found = self.objective(*(x.to(self.fabric.device) for x in (self.z[a], self.z[b], shared)))
-            totals += torch.stack([value.double() for value in found]) * len(a)
+                found = self.objective(*(x.to(self.fabric.device) for x in self._rows(batch)))
+            totals += torch.stack([value.double() for value in found]) * len(batch.a)
         loss, nats = (totals / len(self.held_out.a)).tolist()
         return loss, nats
 

@@ -29,6 +29,8 @@ class Settings:
     Args:
         factors: concept to number of dimensions; what they leave over is the residual. By default they are estimated
             from pairs, see ``dims_method``. Concepts that are not named are left out.
+        context: a concept that is not a factor but known: the flow is conditional on its class (see ``context_dim`` of
+            :class:`iin_fast.IIN`). Every latent needs its label.
         dims_method: ``"published"`` or ``"paper"``, of :func:`iin_fast.estimate_factor_dims`.
         others, unlabelled: which pairs are drawn, and how many from samples without any label; see
             :class:`iin_fast.PairSampler`.
@@ -55,6 +57,7 @@ class Settings:
     """
 
     factors: Mapping[str, int] | None = None
+    context: str | None = None
     dims_method: str = "published"
     others: str = "differ"
     unlabelled: float | None = None
@@ -114,6 +117,10 @@ class Settings:
                 raise TypeError(f"{where}: factors is a {kind}, expected a mapping of concept to size")
             sizes = {name: checked_int(where, f"factors[{name!r}]", size) for name, size in self.factors.items()}
             object.__setattr__(self, "factors", sizes)
+        if self.context is not None and not isinstance(self.context, str):
+            raise TypeError(f"{where}: context is {self.context!r}, expected the name of a concept")
+        if self.context is not None and self.context in (self.factors or ()):
+            raise ValueError(f"{where}: factors has {self.context!r}, which is the context, expected one or the other")
 
     def rate(self, step: int) -> float:
         """The learning rate of step ``step``, counted from 0."""

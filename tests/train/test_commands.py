@@ -25,7 +25,7 @@ from iin_fast.cli import app
 from iin_fast.latents import Latents, load_latents, save_arrays
 from iin_fast.train import Settings, split_rows, train
 
-COMMANDS = ("train", "dims", "encode", "decode", "swap", "interpolate", "sample", "evaluate", "report")
+COMMANDS = ("train", "dims", "encode", "decode", "swap", "interpolate", "sample", "score", "evaluate", "report")
 SMALL = "--n-flows 2 --hidden-dim 16 --batch 16 --learning-rate 3e-3 --accelerator cpu".split()
 
 
@@ -368,9 +368,12 @@ def test_two_processes_resume_bit_for_bit(file, tmp_path):
     assert lines[0] == lines[1]
 
 
-@pytest.mark.parametrize(("how", "coupling"), [("devices", "affine"), ("torchrun", "spline")])
-def test_two_processes_give_the_same_result(how, coupling, file, tmp_path):
-    words = ["train", str(file), "--factors", "digit=3,color=2", "--steps", "30", "--log-every", "7", *SMALL]
+@pytest.mark.parametrize(
+    ("how", "coupling", "factors"),
+    [("devices", "affine", "digit=3 --context color"), ("torchrun", "spline", "digit=3,color=2")],
+)
+def test_two_processes_give_the_same_result(how, coupling, factors, file, tmp_path):
+    words = ["train", str(file), "--factors", *factors.split(), "--steps", "30", "--log-every", "7", *SMALL]
     words += ["--held-out-every", "10", "--save-every", "12", "--precision", "64-true", "--coupling", coupling]
     words += ["--noise", "0.2", "--keep", "best"]
     assert run(*words, "--out", tmp_path / "one")[0] == 0
