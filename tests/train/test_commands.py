@@ -20,7 +20,7 @@ pytest.importorskip("matplotlib")
 
 from typer.testing import CliRunner
 
-from iin_fast import IIN, runs
+from iin_fast import IIN, concept_pairs, runs
 from iin_fast.cli import app
 from iin_fast.latents import Latents, load_latents, save_arrays
 from iin_fast.train import Settings, split_rows, train
@@ -231,6 +231,38 @@ def test_without_labels(kind, latents, tmp_path):
     assert code == 0, output
     found = json.loads((folder / "evaluation.json").read_text())
     assert found["pairs"]["n"] == 150 and found["samples"]["source"] == "half of the held-out samples"
+
+
+def test_a_concept_from_two_groups_of_examples(tmp_path):
+    """The pairs of a dozen latents with a concept and a dozen without, as a file: swapping swaps what the groups differ in."""
+    generator = torch.Generator().manual_seed(0)
+    turn = torch.linalg.qr(torch.randn(6, 6, generator=generator))[0]
+
+    def world(n):
+        z, concept = torch.randn(n, 6, generator=generator), torch.randint(2, (n,), generator=generator)
+        z[:, 0] = 4 * concept - 2 + 0.5 * z[:, 0]
+        return z @ turn, concept
+
+    def read(z):
+        return ((z @ turn.T)[:, 0] > 0).long()
+
+    z, concept = world(64)
+    pairs = concept_pairs(z[concept == 1][:12], z[concept == 0][:12], world(2000)[0], name="tall", noise=0.3, seed=1)
+    file = tmp_path / "tall.npz"
+    np.savez(file, za=pairs.za, zb=pairs.zb, shared=pairs.shared, names=pairs.names)
+    words = "--factors tall=1 --rho 0.99 --steps 300 --n-flows 4 --hidden-dim 32 --batch 128 --learning-rate 3e-3"
+    code, output = run("train", file, "--out", tmp_path / "run", *words.split(), "--accelerator", "cpu")
+    assert code == 0, output
+    test, truth = world(500)
+    fresh = save_arrays(tmp_path / "fresh.npz", {"z": test})
+    for factor, expected in (("tall", truth.flip(0)), ("residual", truth)):
+        donors = save_arrays(tmp_path / "donors.npz", {"z": test.flip(0)})
+        out = ("--donors", donors, "--out", tmp_path / "out.npz")
+        assert run("swap", tmp_path / "run", fresh, "--factor", factor, *out)[0] == 0
+        swapped = load_latents(tmp_path / "out.npz").z
+        assert (read(swapped) == expected).double().mean() > 0.8  # 0.5 is chance
+    code, output = run("evaluate", tmp_path / "run")
+    assert code == 0 and "pairs that share tall" in output
 
 
 def test_errors_are_one_line_with_code_2(trained, file, latents, tmp_path):
