@@ -27,6 +27,40 @@ __all__ = ["write_report"]
 COLUMNS = {"iin": "IIN", "mean_shift": "mean shift", "pca": "PCA", "raw": "raw z"}
 STEPS = 7  # of an interpolation
 
+# How entries of run.json read on the page; what is not here reads as it is written there.
+WORDS = {
+    "latents/path": "latents",
+    "latents/kind": "what they come with",
+    "latents/sha256": "their SHA-256",
+    "n": "number of latents",
+    "dim": "numbers in a latent",
+    "names": "concepts",
+    "settings/context": "concept that the network is told",
+    "settings/dims_method": "sizes of factors estimated as",
+    "settings/others": "in what a pair does not share, it may",
+    "settings/unlabelled": "share of pairs without labels",
+    "settings/rho": "correlation of a shared factor (ρ)",
+    "settings/coupling": "coupling",
+    "settings/batch": "pairs in a step",
+    "settings/learning_rate": "learning rate",
+    "settings/decay_start": "step from which it falls to 0",
+    "settings/noise": "noise on the latents, in standard deviations",
+    "settings/held_out": "share held out",
+    "settings/keep": "model that is left",
+    "settings/precision": "precision",
+    "settings/seed": "seed",
+    "device/kind": "device",
+    "device/name": "machine",
+    "device/processes": "processes",
+    "device/threads": "threads",
+}
+GROUPS = {"factors": "dimensions of {}", "versions": "version of {}"}
+# What stands elsewhere on the page, or is for programs.
+UNSAID = {
+    *("format", "version", "settings/factors", "settings/steps", "settings/n_flows", "settings/hidden_dim"),
+    *("settings/hidden_depth", "settings/log_every", "settings/held_out_every", "settings/save_every"),
+}
+
 Images = Tensor | NDArray[Any] | Sequence[str]
 
 
@@ -590,12 +624,14 @@ Latent Representations”, CVPR 2020.</p>"""
 
 
 def _flat(run: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """A nested record as one table; files by their names, hashes by their first digits."""
+    """A nested record as one table, in words; files by their names, hashes by their first digits."""
     flat: dict[str, str] = {}
     for key, value in run.items():
-        name = f"{prefix}{key}".replace("_", " ")
+        place = f"{prefix}{key}"
+        if place in UNSAID:
+            continue
         if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{name}: "))
+            flat.update(_flat(value, f"{place}/"))
         elif value is not None and value != []:
             text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
             if isinstance(value, float):
@@ -604,8 +640,18 @@ def _flat(run: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
                 text = text[:12] + "…"
             elif isinstance(value, str) and Path(value).is_absolute():
                 text = Path(value).name
-            flat[name] = text
+            flat[_in_words(place)] = text
     return flat
+
+
+def _in_words(place: str) -> str:
+    """What an entry of ``run.json`` is called on the page."""
+    if place in WORDS:
+        return WORDS[place]
+    group, slash, key = place.partition("/")
+    if group in GROUPS and slash:
+        return GROUPS[group].format(key)
+    return place.replace("/", ": ").replace("_", " ")
 
 
 def _path_of(latents: Any) -> str:

@@ -331,7 +331,7 @@ def evaluate(
         soft_wrap=True,
     )
     console.print(
-        f"written to {run / 'evaluation.json'}; docs/metrics.md says what each number means",
+        f"written to {run / 'evaluation.json'}; iin-fast report {run} shows it with what each number means",
         highlight=False,
         soft_wrap=True,
     )

@@ -48,7 +48,8 @@ def evaluate(
     """Takes every metric of ``model`` on held-out latents, with the baselines that do without an IIN.
 
     Baselines: ``raw`` (as many dimensions of z for each concept, those that know most about it), ``pca`` (the same of
-    principal components) and, for swaps, ``mean_shift``. ``docs/metrics.md`` says what each number means.
+    principal components) and, for swaps, ``mean_shift``. Each metric's own function says what its
+    number means, and so does the page of :func:`iin_fast.report.write_report`.
 
     Args:
         model: the IIN. A concept belongs to the factor of the same name.
