@@ -81,7 +81,7 @@ def write_report(
         run_folder: where a training, or ``IIN.save``, wrote.
         latents: what the pictures are made of: ``(z, labels, names)`` or an object with these attributes, ``z``
             ``[n, dim]``, ``labels`` ``[n, concepts]`` with -1 where unknown. Rows that ``split.npz`` holds out are
-            taken, if it is there.
+            taken, if it is there; all rows of :class:`iin_fast.latents.Latents` that the run was not trained on.
         decoder: latents ``[m, dim]`` (a tensor) to images ``[m, h, w]``, ``[m, h, w, 3]`` or ``[m, 3, h, w]``, in
             [0, 1] or bytes.
         images: the samples themselves, one for each row of ``latents``: images as above, or texts. Without a decoder, a
@@ -104,7 +104,10 @@ def write_report(
     run, evaluation = _json(folder / "run.json"), _json(folder / "evaluation.json")
     log = _log(folder / "logs" / "metrics.csv")
     known = run.get("settings", {}).get("context")
-    shown = None if latents is None else _Shown(model, latents, decoder, images, folder / "split.npz", known)
+    split: Path | None = folder / "split.npz"
+    if hasattr(latents, "fingerprint") and latents.fingerprint() != run.get("latents", {}).get("sha256"):
+        split = None  # other latents than those it was trained on: all of them are held out
+    shown = None if latents is None else _Shown(model, latents, decoder, images, split, known)
     sections = [
         _opening(model, run, evaluation, log),
         _swaps(shown),
@@ -129,7 +132,7 @@ class _Shown:
         latents: Any,
         decoder: Callable[[Tensor], Any] | None,
         images: Images | None,
-        split: Path,
+        split: Path | None,
         context: str | None = None,
     ) -> None:
         where = "write_report"
@@ -152,7 +155,7 @@ class _Shown:
         if images is not None and len(images) != len(z):
             raise ValueError(f"{where}: images has {len(images)} samples, expected {len(z)} like the latents")
         rows = np.arange(len(z))
-        if split.is_file():
+        if split is not None and split.is_file():
             with np.load(split) as arrays:
                 held_out = arrays["held_out"]
             if len(held_out) >= 2 and held_out.max() < len(z):
@@ -482,12 +485,12 @@ classes): {", ".join(said)}. The loss asks for its ρ over pairs that share the 
 <h2>Metrics</h2><p>Taken on {pairs["n"]:,} held-out pairs. Beside the IIN stand two ways to do without: as many principal
 components, and as many raw dimensions of z, those in which pairs that share the concept are most alike. What varies in a
 concept between two samples that share it lowers the correlation that can be reached.</p>
-<div class="scroll"><table class="metrics">{head}{"".join(rows)}</table></div>{rest}"""
+<div class="scroll still"><table class="metrics">{head}{"".join(rows)}</table></div>{rest}"""
     return f"""
 {taken} Beside the IIN stand three ways to do without: moving z by the difference of two class means (it is told the true
 classes, which the IIN is not), exchanging as many principal components, and exchanging as many raw dimensions of z, those
 that know most about the concept.</p>
-<div class="scroll"><table class="metrics">{head}{"".join(rows)}</table></div>{rest}"""
+<div class="scroll still"><table class="metrics">{head}{"".join(rows)}</table></div>{rest}"""
 
 
 def _cell(share: float, text: str) -> str:
@@ -587,6 +590,7 @@ def _curves(
     if high > low:
         axis.set_ylim(low - 0.08 * (high - low), high + 0.3 * (high - low))
     axis.set_title(title, color=colors["ink"], fontsize=11)
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_xlabel("step", color=colors["muted"], fontsize=9)
     axis.legend(frameon=False, labelcolor=colors["ink"], fontsize=9)
 
@@ -618,7 +622,7 @@ def _making(
 ({escape(samples["source"])}), seed {evaluation["seed"]}. All numbers, with those of single dimensions, are in
 <code>evaluation.json</code> beside this page.</p>"""
     return f"""
-<h2>How it was made, how fast</h2>{speed}{table(["", ""], rows, "text")}{judged}
+<h2>How it was made, how fast</h2>{speed}{table([], rows, "text facts")}{judged}
 <p class="small">The method: Esser, Rombach, Ommer, “A Disentangling Invertible Interpretation Network for Explaining
 Latent Representations”, CVPR 2020.</p>"""
 

@@ -172,7 +172,12 @@ def test_evaluate_and_report(trained, file, latents, tmp_path):
     assert run("report", trained, "--decoder", f"{tmp_path / 'mine.py'}:decode")[0] == 0
     assert "There is no decoder" not in (trained / "report.html").read_text()
 
-    # Latents that the training has not seen are all held out.
+    # Latents that the training has not seen are all held out, and all may be shown.
+    labels = torch.full((600, 1), 7)
+    labels[np.load(trained / "split.npz")["train"][:2], 0] = torch.tensor([8, 9])
+    shown = save_arrays(tmp_path / "shown.npz", {"z": latents.z + 0.01, "labels": labels, "names": ["digit"]})
+    assert run("report", trained, "--latents", shown)[0] == 0
+    assert {"digit 8", "digit 9"} <= set(re.findall(r"digit \d", (trained / "report.html").read_text()))
     other = save_arrays(tmp_path / "other.npz", {"z": latents.z[:99] + 0.01, "labels": latents.labels[:99, :1]})
     code, output = run("evaluate", trained, other, "--max-samples", 60)
     assert code == 0, output
