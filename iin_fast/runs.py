@@ -39,13 +39,14 @@ def dims(
     others: str = "differ",
     unlabelled: float | None = None,
     concepts: Sequence[str] | None = None,
+    context: str | None = None,
     held_out: float = 0.1,
     seed: int = 0,
 ) -> dict[str, int]:
     """How many dimensions each concept asks for, estimated from pairs; ``residual`` is last.
 
     See :func:`iin_fast.estimate_factor_dims`. They are the sizes that :func:`iin_fast.train.train` takes without
-    ``factors``: ``others``, ``unlabelled``, ``held_out`` and ``seed`` are those of :class:`iin_fast.train.Settings`, and
+    ``factors``: ``others``, ``unlabelled``, ``context``, ``held_out`` and ``seed`` are those of :class:`iin_fast.train.Settings`, and
     what is held out has no say.
 
     Raises:
@@ -57,6 +58,8 @@ def dims(
     data = _latents(latents)
     if data.kind == "unlabelled":
         raise ValueError(f"dims: {data.path or 'latents'} has neither labels nor pairs, which the estimate needs")
+    if concepts is None:
+        concepts = [name for name in data.names if name != context]
     rows = units(data, split_rows(data, held_out, seed)[0])
     batches = Batches(data, rows, concepts, seed=seed, others=others, unlabelled=unlabelled)
     return estimate_sizes(data, batches, method=method)
@@ -184,8 +187,9 @@ def interpolate(
     for row in (*start, *end):
         if not 0 <= row < len(z):
             raise ValueError(f"interpolate: row {row} is not there, expected 0 to {len(z) - 1}")
-    ends = [(None if x is None else x[list(rows)].to(device)) for rows in (start, end) for x in (z, context)]
-    return model.interpolate(ends[0], ends[2], steps, factor, context=ends[1], context_b=ends[3]).cpu()  # type: ignore[arg-type]
+    z_a, z_b = (z[list(rows)].to(device) for rows in (start, end))
+    own, other = (None if context is None else context[list(rows)].to(device) for rows in (start, end))
+    return model.interpolate(z_a, z_b, steps, factor, context=own, context_b=other).cpu()
 
 
 def sample(run: PathLike, n: int, *, context: Context = None, seed: int = 0, device: str = "cpu") -> Tensor:

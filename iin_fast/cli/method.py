@@ -147,6 +147,7 @@ def dims(
     method: Annotated[str, typer.Option(help="published, paper or both")] = "both",
     others: Annotated[str, typer.Option(help="as for train: differ, agree or any")] = "differ",
     unlabelled: Annotated[float | None, typer.Option(help="as for train")] = None,
+    context: Annotated[str, typer.Option(help="as for train: a concept that is no factor")] = "",
     held_out: Annotated[float, typer.Option(help="as for train: share of the latents that has no say")] = 0.1,
     seed: Annotated[int, typer.Option(help="as for train")] = 0,
 ) -> None:
@@ -160,6 +161,7 @@ def dims(
     data = load_latents(latents)
     methods = ("published", "paper") if method == "both" else (method,)
     options: dict[str, Any] = {"others": others, "unlabelled": unlabelled, "held_out": held_out, "seed": seed}
+    options["context"] = context or None
     found = {name: run_dims(data, method=name, **options) for name in methods}
     table = Table("factor", *methods)
     for name in found[methods[0]]:

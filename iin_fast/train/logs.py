@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 from pathlib import Path
 from types import TracebackType
@@ -121,13 +122,14 @@ def held_out_rise(run: str | os.PathLike[str]) -> str:
             if line["held_out_loss"]
         ]
     record = json.loads(made.read_text(encoding="utf-8"))
-    if not looks or not looks[-1][0] > min(looks)[0] + 0.05 * 2 * record["dim"]:
+    settings = record.get("settings", {})
+    if not looks or not looks[-1][0] > min(looks)[0] + 0.05 * 2 * record.get("dim", math.inf):
         return ""
-    settings, (lowest, step) = record["settings"], min(looks)
-    kept = "kept" if settings["keep"] == "best" else "not kept (keep best does that)"
+    lowest, step = min(looks)
+    kept = "kept" if settings.get("keep") == "best" else "not kept (keep best does that)"
     return (
         f"the held-out loss rose from {lowest:.2f} nats per pair at step {step} to {looks[-1][0]:.2f} at step {looks[-1][1]}: "
-        f"the flow learns its latents by heart. More noise (now {settings['noise']:g}), fewer steps or a smaller network help; "
+        f"the flow learns its latents by heart. More noise (now {settings.get('noise', 0):g}), fewer steps or a smaller network help; "
         f"the model of step {step} was {kept}"
     )
 

@@ -48,9 +48,10 @@ def told(latents):
     return one_hot(latents.labels[:, 0], 4).float()
 
 
-def test_the_model_is_conditional_and_the_context_is_no_factor(trained):
+def test_the_model_is_conditional_and_the_context_is_no_factor(trained, file):
     model = IIN.load(trained)
     assert model.context_dim == 4 and model.concepts == ("color",)
+    assert model.sizes == runs.dims(file, context="digit")
     assert record(trained)["settings"]["context"] == "digit"
 
 
