@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import arguments, write_results
-from matplotlib import image as files
+from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
 
@@ -33,10 +33,11 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
 def paint(shapes: Any, digits: Any) -> tuple[Any, Any]:
-    """Each digit in each color: pictures ``[4 n, 192]``, and digit and color ``[4 n, 2]``."""
-    color = np.repeat(np.arange(len(COLORS)), len(shapes))
-    pictures = np.tile(shapes, (len(COLORS), 1, 1))[..., None] * COLORS[color][:, None, None]
-    return pictures.reshape(len(color), -1), np.stack([np.tile(digits, len(COLORS)), color], 1)
+    """Each digit in each color, in no order: pictures ``[4 n, 192]``, and digit and color ``[4 n, 2]``."""
+    order = np.random.default_rng(0).permutation(len(COLORS) * len(shapes))
+    color, row = order // len(shapes), order % len(shapes)
+    pictures = shapes[row][..., None] * COLORS[color][:, None, None]
+    return pictures.reshape(len(order), -1), np.stack([digits[row], color], 1)
 
 
 def photograph(page: Path, picture: Path, width: int) -> bool:
@@ -53,9 +54,10 @@ def photograph(page: Path, picture: Path, width: int) -> bool:
     command = [browser, *options, f"--screenshot={picture.resolve()}", frame.resolve().as_uri()]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     frame.unlink()
-    shot = files.imread(picture)[:, :width]
-    written = np.flatnonzero((shot != shot[-1]).any(axis=(1, 2)))
-    files.imsave(picture, shot[: written[-1] + 40])
+    shot = Image.open(picture).convert("RGB")
+    pixels = np.asarray(shot)
+    written = np.flatnonzero((pixels != pixels[-1]).any(axis=(1, 2)))
+    shot.crop((0, 0, width, int(written[-1]) + 40)).quantize(256).save(picture, optimize=True)
     return True
 
 

@@ -38,6 +38,7 @@ p { max-width: 46em; margin: 8px 0 16px; }
 .card span { color: var(--muted); font-size: 14.5px; display: block; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr)); gap: 24px; }
 figure { margin: 16px 0; }
+figcaption { margin-top: 6px; }
 img { max-width: 100%; height: auto; display: block; border-radius: 4px; }
 .paper { background: #fff; padding: 6px; }
 .pixels { image-rendering: pixelated; }

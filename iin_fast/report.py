@@ -37,7 +37,7 @@ WORDS = {
     "names": "concepts",
     "settings/context": "concept that the network is told",
     "settings/dims_method": "sizes of factors estimated as",
-    "settings/others": "in what a pair does not share, it may",
+    "settings/others": "concepts that a pair does not share",
     "settings/unlabelled": "share of pairs without labels",
     "settings/rho": "correlation of a shared factor (ρ)",
     "settings/coupling": "coupling",
@@ -404,7 +404,7 @@ def _metrics(evaluation: Mapping[str, Any]) -> str:
                 f"The judge reads the donor's {name}.",
                 {who: r["target"] for who, r in found.items()},
                 "higher",
-                f"≤ {judged[concept]:.0%}",
+                f"≈ {judged[concept]:.0%}",
             )
             if others:
                 line(
@@ -412,14 +412,14 @@ def _metrics(evaluation: Mapping[str, Any]) -> str:
                     "The judge reads every other concept as before.",
                     {who: r["keep_all"] for who, r in found.items()},
                     "higher",
-                    f"≤ {min(others):.0%}",
+                    f"≈ {min(others):.0%}",
                 )
                 line(
                     f"Swap {name}: both at once",
                     "Either of the two is easy alone; this is the one to look at.",
                     {who: r["both"] for who, r in found.items()},
                     "higher",
-                    f"≤ {min(judged[concept], *others):.0%}",
+                    f"≈ {min(judged[concept], *others):.0%}",
                 )
     for key, title, text in (
         ("mig", "Information gap (MIG)", "How much more the best factor knows of a concept than the second best."),
@@ -454,7 +454,7 @@ def _metrics(evaluation: Mapping[str, Any]) -> str:
         if own["apart"]:
             title, note = f"Pairs that do not share {escape(name)}", "The same correlation, without its sign."
             line(title, note, {who: abs(value) for who, value in own["apart"].items()}, "lower", "0", "{:.2f}")
-    head = row(["", *columns.values(), "asked for" if pairs else "best possible"], "th")
+    head = row(["", *columns.values(), "asked for" if pairs else "ceiling"], "th")
     rest = ""
     if "likelihood" in evaluation:
         found = evaluation["likelihood"]
@@ -489,7 +489,8 @@ concept between two samples that share it lowers the correlation that can be rea
     return f"""
 {taken} Beside the IIN stand three ways to do without: moving z by the difference of two class means (it is told the true
 classes, which the IIN is not), exchanging as many principal components, and exchanging as many raw dimensions of z, those
-that know most about the concept.</p>
+that know most about the concept. The ceiling of a swap is about what the judge reads right where nothing was
+swapped.</p>
 <div class="scroll still"><table class="metrics">{head}{"".join(rows)}</table></div>{rest}"""
 
 
@@ -602,6 +603,8 @@ def _making(
     log: Mapping[str, tuple[list[float], list[float]]],
 ) -> str:
     config = model.config
+    if run.get("settings", {}).get("factors"):  # not estimated
+        run = {**run, "settings": {k: v for k, v in run["settings"].items() if k != "dims_method"}}
     rows = [
         [escape(key), escape(str(value))]
         for key, value in {
