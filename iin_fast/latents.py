@@ -19,7 +19,7 @@ from torch import Tensor
 from .iin import checkpoint
 from .iin.factors import RESIDUAL
 
-__all__ = ["MISSING", "Latents", "load_latents", "save_arrays"]
+__all__ = ["MISSING", "Latents", "class_context", "load_latents", "save_arrays"]
 
 MISSING = -1  # the label of a sample whose class is unknown
 
@@ -93,6 +93,8 @@ class Latents:
             raise TypeError(f"{where}: labels are {table.dtype}, expected integers (-1 where a label is missing)")
         if table.ndim != 2 or len(table) != len(values) or table.shape[1] == 0:
             expected = f"[{len(values)}, concepts], a row for each of z and at least one column"
+            if table.ndim == 1:
+                expected += "; for one concept labels[:, None]"
             raise ValueError(f"{where}: labels have shape {list(table.shape)}, expected {expected}")
         if table.dtype == np.uint64 and table.max() > np.iinfo(np.int64).max:
             raise ValueError(f"{where}: labels have the value {table.max()}, expected at most 2^63 - 1")
@@ -113,6 +115,7 @@ class Latents:
         names: Sequence[str] | None = None,
         *,
         shared: Tensor | ArrayLike | None = None,
+        images: Any = None,
         path: Path | None = None,
     ) -> Latents:
         """Checked pairs of latents that share something.
@@ -122,6 +125,7 @@ class Latents:
             factor: the one concept that each pair shares, integers ``[pairs]`` from 0.
             names: of the concepts; by default ``"0"``, ``"1"``, …
             shared: in place of ``factor``: all that each pair shares, bool ``[pairs, concepts]``.
+            images: of the first samples, then of the second ones: numbers ``[2 × pairs, …]`` or texts.
             path: named in errors, and recorded by a training.
 
         Raises:
@@ -160,7 +164,8 @@ class Latents:
         for k, name in enumerate(named):
             if not mask[:, k].any():
                 raise ValueError(f"{where}: no pair shares {name!r}, expected at least one for each concept")
-        return cls(torch.cat([a, b]), names=named, shared=torch.from_numpy(mask), path=path)
+        pictures = _images(where, images, 2 * len(a))
+        return cls(torch.cat([a, b]), names=named, shared=torch.from_numpy(mask), images=pictures, path=path)
 
     def __repr__(self) -> str:
         return f"Latents(n={self.n}, dim={self.dim}, kind={self.kind!r}, names={list(self.names)})"
@@ -202,7 +207,7 @@ def load_latents(path: str | os.PathLike[str]) -> Latents:
     - ``z`` alone.
 
     In a .safetensors file ``names`` is a JSON list in the metadata. ``images`` ``[n, …]``, numbers or texts, may be there
-    for pictures.
+    for pictures; with pairs for the first samples, then the second ones.
 
     Raises:
         FileNotFoundError: no such file.
@@ -244,11 +249,44 @@ def load_latents(path: str | os.PathLike[str]) -> Latents:
         for key in ("za", "zb"):
             if key not in arrays:
                 raise ValueError(f"{file}: holds {pair_keys}, but {key} is missing")
+        if "labels" in arrays:
+            raise ValueError(f"{file}: holds labels beside pairs, expected factor or shared, or z with labels")
         factor, shared = arrays.get("factor"), arrays.get("shared")
-        return Latents.of_pairs(arrays["za"], arrays["zb"], factor, names, shared=shared, path=file)
+        options: dict[str, Any] = {"shared": shared, "images": arrays.get("images"), "path": file}
+        return Latents.of_pairs(arrays["za"], arrays["zb"], factor, names, **options)
     if "z" not in arrays:
         raise ValueError(f"{file}: holds {sorted(arrays)}, but no z [n, dim] and no pairs za, zb, factor")
     return Latents.of(arrays["z"], arrays.get("labels"), names, images=arrays.get("images"), path=file)
+
+
+def class_context(
+    where: str, labels: Tensor | None, names: Sequence[str], concept: str, classes: int | None = None
+) -> Tensor:
+    """The class of a concept as the context of a conditional IIN, one-hot: ``[n, classes]`` float32.
+
+    Args:
+        where: named in errors.
+        labels, names: as :class:`Latents` has them.
+        concept: one of ``names``.
+        classes: how many the model knows; by default as many as there are.
+
+    Raises:
+        ValueError: no labels, another concept, a label that is missing or of a class that the model does not know.
+    """
+    if labels is None or concept not in names:
+        known = ", ".join(names) if labels is not None else "none"
+        raise ValueError(f"{where}: the context is the class of {concept!r}, expected labels of it; there are: {known}")
+    codes = labels[:, list(names).index(concept)]
+    if (codes < 0).any():
+        raise ValueError(f"{where}: labels of {concept!r}, the context, have -1 (unknown), expected classes from 0")
+    if classes is None:
+        classes = int(codes.max()) + 1
+    if codes.max() >= classes:
+        raise ValueError(
+            f"{where}: labels of {concept!r}, the context, have the class {codes.max()}, expected below {classes}, as many "
+            "as the model knows"
+        )
+    return torch.nn.functional.one_hot(codes, classes).float()
 
 
 def save_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Tensor | ArrayLike]) -> Path:

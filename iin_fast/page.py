@@ -38,6 +38,7 @@ p { max-width: 46em; margin: 8px 0 16px; }
 .card span { color: var(--muted); font-size: 14.5px; display: block; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr)); gap: 24px; }
 figure { margin: 16px 0; }
+figcaption { margin-top: 6px; }
 img { max-width: 100%; height: auto; display: block; border-radius: 4px; }
 .paper { background: #fff; padding: 6px; }
 .pixels { image-rendering: pixelated; }
@@ -50,6 +51,9 @@ td.best { font-weight: 650; }
 td .small { display: block; line-height: 1.35; max-width: 34em; }
 .text td { text-align: left; vertical-align: top; }
 .text th { text-align: left; }
+.facts { width: auto; font-size: 15.5px; }
+.facts td { padding: 3px 12px 3px 0; border: 0; }
+.facts td:first-child { color: var(--muted); min-width: 9em; }
 .heat { width: auto; }
 .heat td:not(:first-child) { text-align: center; min-width: 92px; border: 2px solid var(--ground); border-radius: 6px; }
 .heat th:not(:first-child) { text-align: center; }
@@ -71,6 +75,9 @@ code { background: var(--soft); padding: 1px 5px; border-radius: 4px; font-size:
   .card { padding: 12px 14px; }
   .card b { font-size: 26px; }
   .bars .small { white-space: normal; }
+  .facts td { padding: 2px 10px 2px 0; }
+  .still { overflow: visible; }
+  .metrics tr:first-child { position: sticky; top: 0; background: var(--ground); }
   .metrics tr { display: grid; grid-template-columns: repeat(5, 1fr); border-bottom: 1px solid var(--line); }
   .metrics :is(td, th) { border: 0; padding: 4px; font-size: 15px; }
   .metrics :is(td, th):first-child { grid-column: 1 / -1; padding-top: 10px; }
@@ -119,7 +126,7 @@ def row(cells: Sequence[str], tag: str = "td") -> str:
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -> str:
     """A table that scrolls by itself where the screen is too narrow for it."""
     body = "".join(row(cells) for cells in rows)
-    return f'<div class="scroll"><table class="{kind}">{row(head, "th")}{body}</table></div>'
+    return f'<div class="scroll"><table class="{kind}">{row(head, "th") if head else ""}{body}</table></div>'
 
 
 def picture(path: Path, alt: str, caption: str = "") -> str:

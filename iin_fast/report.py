@@ -18,12 +18,48 @@ from torch import Tensor
 
 from .iin import IIN, checkpoint
 from .iin.factors import RESIDUAL
+from .latents import class_context
 from .page import card, page, pixels, plot, require_matplotlib, row, table
+from .train import held_out_rise
 
 __all__ = ["write_report"]
 
 COLUMNS = {"iin": "IIN", "mean_shift": "mean shift", "pca": "PCA", "raw": "raw z"}
 STEPS = 7  # of an interpolation
+
+# How entries of run.json read on the page; what is not here reads as it is written there.
+WORDS = {
+    "latents/path": "latents",
+    "latents/kind": "what they come with",
+    "latents/sha256": "their SHA-256",
+    "n": "number of latents",
+    "dim": "numbers in a latent",
+    "names": "concepts",
+    "settings/context": "concept that the network is told",
+    "settings/dims_method": "sizes of factors estimated as",
+    "settings/others": "concepts that a pair does not share",
+    "settings/unlabelled": "share of pairs without labels",
+    "settings/rho": "correlation of a shared factor (ρ)",
+    "settings/coupling": "coupling",
+    "settings/batch": "pairs in a step",
+    "settings/learning_rate": "learning rate",
+    "settings/decay_start": "step from which it falls to 0",
+    "settings/noise": "noise on the latents, in standard deviations",
+    "settings/held_out": "share held out",
+    "settings/keep": "model that is left",
+    "settings/precision": "precision",
+    "settings/seed": "seed",
+    "device/kind": "device",
+    "device/name": "machine",
+    "device/processes": "processes",
+    "device/threads": "threads",
+}
+GROUPS = {"factors": "dimensions of {}", "versions": "version of {}"}
+# What stands elsewhere on the page, or is for programs.
+UNSAID = {
+    *("format", "version", "settings/factors", "settings/steps", "settings/n_flows", "settings/hidden_dim"),
+    *("settings/hidden_depth", "settings/log_every", "settings/held_out_every", "settings/save_every"),
+}
 
 Images = Tensor | NDArray[Any] | Sequence[str]
 
@@ -45,7 +81,7 @@ def write_report(
         run_folder: where a training, or ``IIN.save``, wrote.
         latents: what the pictures are made of: ``(z, labels, names)`` or an object with these attributes, ``z``
             ``[n, dim]``, ``labels`` ``[n, concepts]`` with -1 where unknown. Rows that ``split.npz`` holds out are
-            taken, if it is there.
+            taken, if it is there; all rows of :class:`iin_fast.latents.Latents` that the run was not trained on.
         decoder: latents ``[m, dim]`` (a tensor) to images ``[m, h, w]``, ``[m, h, w, 3]`` or ``[m, 3, h, w]``, in
             [0, 1] or bytes.
         images: the samples themselves, one for each row of ``latents``: images as above, or texts. Without a decoder, a
@@ -67,7 +103,11 @@ def write_report(
     model = IIN.load(folder)
     run, evaluation = _json(folder / "run.json"), _json(folder / "evaluation.json")
     log = _log(folder / "logs" / "metrics.csv")
-    shown = None if latents is None else _Shown(model, latents, decoder, images, folder / "split.npz")
+    known = run.get("settings", {}).get("context")
+    split: Path | None = folder / "split.npz"
+    if hasattr(latents, "fingerprint") and latents.fingerprint() != run.get("latents", {}).get("sha256"):
+        split = None  # other latents than those it was trained on: all of them are held out
+    shown = None if latents is None else _Shown(model, latents, decoder, images, split, known)
     sections = [
         _opening(model, run, evaluation, log),
         _swaps(shown),
@@ -75,7 +115,7 @@ def write_report(
         _metrics(evaluation),
         _heat(evaluation),
         _sizes(model, evaluation),
-        _losses(log),
+        _losses(folder, log),
         _making(model, run, evaluation, log),
     ]
     path = folder / "report.html"
@@ -92,7 +132,8 @@ class _Shown:
         latents: Any,
         decoder: Callable[[Tensor], Any] | None,
         images: Images | None,
-        split: Path,
+        split: Path | None,
+        context: str | None = None,
     ) -> None:
         where = "write_report"
         if isinstance(latents, tuple | list) and len(latents) == 3:
@@ -114,7 +155,7 @@ class _Shown:
         if images is not None and len(images) != len(z):
             raise ValueError(f"{where}: images has {len(images)} samples, expected {len(z)} like the latents")
         rows = np.arange(len(z))
-        if split.is_file():
+        if split is not None and split.is_file():
             with np.load(split) as arrays:
                 held_out = arrays["held_out"]
             if len(held_out) >= 2 and held_out.max() < len(z):
@@ -122,11 +163,21 @@ class _Shown:
         self.model, self.decoder = model, decoder
         self.z = z[torch.from_numpy(rows)].to(model.device, model.dtype)
         self.labels = table[rows]
+        self.context: Tensor | None = None  # [n, context_dim]
+        if model.context_dim:
+            codes = None if labels is None else torch.from_numpy(self.labels)
+            made = class_context(f"{where}: latents", codes, self.names, str(context), model.context_dim)
+            self.context = made.to(model.device, model.dtype)
         self.images: Any = None
         if images is not None:
             self.images = [images[int(i)] for i in rows]
         self.as_text = images is not None and isinstance(self.images[0], str) and decoder is None
         self.as_image = decoder is not None or (images is not None and not self.as_text)
+        self.is_mute = not (self.as_text or self.as_image or self.names)  # nothing says what a sample is
+
+    def context_of(self, rows: Sequence[int] | NDArray[np.int64]) -> Tensor | None:
+        """What the model is told of samples, ``[len(rows), context_dim]``."""
+        return None if self.context is None else self.context[list(rows)]
 
     def originals(self, rows: Sequence[int]) -> NDArray[np.float64]:
         """Images ``[n, h, w, 3]`` of samples as they are."""
@@ -213,6 +264,14 @@ def _opening(model: IIN, run: Mapping[str, Any], evaluation: Mapping[str, Any], 
             f"of a concept's information: the lead of its best factor over the second ({mig['pca']['mig']:.0%} for PCA)"
         )
         cards.append(card(f"{mig['iin']['mig']:.0%}", text))
+    if evaluation.get("pairs"):
+        ours, theirs = (
+            [row[name] for name, row in evaluation["pairs"][who]["shared"].items() if name in row]
+            for who in ("iin", "pca")
+        )
+        if ours and theirs:
+            text = f"correlation of a concept's own factor over pairs that share it ({np.mean(theirs):.2f} for PCA)"
+            cards.append(card(f"{np.mean(ours):.2f}", text))
     if evaluation.get("likelihood"):
         found = evaluation["likelihood"]
         text = f"nats per dimension on held-out latents; a Gaussian has {found['gaussian']:.2f} (lower is better)"
@@ -229,6 +288,11 @@ can be exchanged while the others stay.{trained}</p>
 def _swaps(shown: _Shown | None) -> str:
     if shown is None or not shown.model.concepts:
         return ""
+    if shown.is_mute:
+        return """
+<h2>Swapping one factor</h2><p>There is nothing to show a swap with: the latents have no labels and no images, and there is no
+decoder. With <code>images</code> (pictures or texts) in the file of latents, or with <code>report --decoder</code>, swaps and
+interpolations appear here. What the factors are worth is in the metrics below.</p>"""
     body = ""
     for concept in shown.model.concepts:
         columns = shown.varied(concept, 6)
@@ -238,7 +302,8 @@ def _swaps(shown: _Shown | None) -> str:
             continue
         keep, give = np.repeat(rows, len(columns)), np.tile(columns, len(rows))
         with torch.no_grad():
-            swapped = shown.model.swap(shown.z[torch.from_numpy(keep)], shown.z[torch.from_numpy(give)], concept)
+            contexts = {"context": shown.context_of(keep), "donor_context": shown.context_of(give)}
+            swapped = shown.model.swap(shown.z[list(keep)], shown.z[list(give)], concept, **contexts)
         without = [[int(k), int(g)] for k, g in zip(keep, give, strict=True)]
         if shown.as_image:
             images = shown.seen(swapped, without)[0]
@@ -274,7 +339,7 @@ def _swaps(shown: _Shown | None) -> str:
 
 
 def _interpolation(shown: _Shown | None) -> str:
-    if shown is None:
+    if shown is None or shown.is_mute:
         return ""
     a, *rest = shown.varied(shown.names[0] if shown.names else None, 2)
     b = rest[0] if rest else next(i for i in range(len(shown.z)) if i != a)
@@ -284,7 +349,10 @@ def _interpolation(shown: _Shown | None) -> str:
     start, end = shown.z[[a]], shown.z[[b]]
     ways: dict[str, str | None] = {name: name for name in shown.model.concepts} | {"all factors": None}
     with torch.no_grad():
-        lines = {label: shown.model.interpolate(start, end, STEPS, way)[:, 0] for label, way in ways.items()}
+        contexts = {"context": shown.context_of([a]), "context_b": shown.context_of([b])}
+        lines = {
+            label: shown.model.interpolate(start, end, STEPS, way, **contexts)[:, 0] for label, way in ways.items()
+        }
     lines["z itself, without IIN"] = torch.lerp(start, end, torch.linspace(0, 1, STEPS).to(start)[:, None])
     if shown.as_image:
         rows = ""
@@ -310,13 +378,14 @@ def _metrics(evaluation: Mapping[str, Any]) -> str:
     if not evaluation:
         return "<h2>Metrics</h2><p>There are none yet: run the evaluation, and write this page again.</p>"
     rows: list[str] = []
+    columns = {who: title for who, title in COLUMNS.items() if who != "mean_shift" or "pairs" not in evaluation}
 
     def line(
         text: str, note: str, found: Mapping[str, float], better: str, bound: str = "", form: str = "{:.0%}"
     ) -> None:
         best = (max if better == "higher" else min)(found.values())
         cells = []
-        for who in COLUMNS:
+        for who in columns:
             value = found.get(who)
             shown = "–" if value is None else form.format(value)
             is_best = value is not None and len(found) > 1 and form.format(value) == form.format(best)
@@ -335,7 +404,7 @@ def _metrics(evaluation: Mapping[str, Any]) -> str:
                 f"The judge reads the donor's {name}.",
                 {who: r["target"] for who, r in found.items()},
                 "higher",
-                f"≤ {judged[concept]:.0%}",
+                f"≈ {judged[concept]:.0%}",
             )
             if others:
                 line(
@@ -343,14 +412,14 @@ def _metrics(evaluation: Mapping[str, Any]) -> str:
                     "The judge reads every other concept as before.",
                     {who: r["keep_all"] for who, r in found.items()},
                     "higher",
-                    f"≤ {min(others):.0%}",
+                    f"≈ {min(others):.0%}",
                 )
                 line(
                     f"Swap {name}: both at once",
                     "Either of the two is easy alone; this is the one to look at.",
                     {who: r["both"] for who, r in found.items()},
                     "higher",
-                    f"≤ {min(judged[concept], *others):.0%}",
+                    f"≈ {min(judged[concept], *others):.0%}",
                 )
     for key, title, text in (
         ("mig", "Information gap (MIG)", "How much more the best factor knows of a concept than the second best."),
@@ -372,7 +441,20 @@ def _metrics(evaluation: Mapping[str, Any]) -> str:
                 found = {who: scores[concept][key] for who, scores in evaluation["leak"].items()}
                 text = f"What {reader} reads of it from the factors that should not hold it, above chance."
                 line(f"Leak of {escape(concept)}, {reader}", text, found, "lower", "0%")
-    head = row(["", *COLUMNS.values(), "best possible"], "th")
+    pairs = evaluation.get("pairs", {})
+    for name in pairs.get("names", ()):
+        own = {
+            kind: {who: pairs[who][kind][name][name] for who in columns if name in pairs[who][kind].get(name, {})}
+            for kind in ("shared", "apart")
+        }
+        asked = "1" if pairs["rho"] is None else f"{pairs['rho']:.3g}"
+        if own["shared"]:
+            title, note = f"Pairs that share {escape(name)}", "Correlation of the two samples in its own factor."
+            line(title, note, own["shared"], "higher", asked, "{:.2f}")
+        if own["apart"]:
+            title, note = f"Pairs that do not share {escape(name)}", "The same correlation, without its sign."
+            line(title, note, {who: abs(value) for who, value in own["apart"].items()}, "lower", "0", "{:.2f}")
+    head = row(["", *columns.values(), "asked for" if pairs else "ceiling"], "th")
     rest = ""
     if "likelihood" in evaluation:
         found = evaluation["likelihood"]
@@ -398,14 +480,44 @@ classes): {", ".join(said)}. The loss asks for its ρ over pairs that share the 
     taken = f"<h2>Metrics</h2><p>Taken on {samples['scored']:,} held-out latents."
     if not rows:
         return f"{taken} They have no labels that could say more.</p>{rest}"
+    if pairs:
+        return f"""
+<h2>Metrics</h2><p>Taken on {pairs["n"]:,} held-out pairs. Beside the IIN stand two ways to do without: as many principal
+components, and as many raw dimensions of z, those in which pairs that share the concept are most alike. What varies in a
+concept between two samples that share it lowers the correlation that can be reached.</p>
+<div class="scroll still"><table class="metrics">{head}{"".join(rows)}</table></div>{rest}"""
     return f"""
 {taken} Beside the IIN stand three ways to do without: moving z by the difference of two class means (it is told the true
 classes, which the IIN is not), exchanging as many principal components, and exchanging as many raw dimensions of z, those
-that know most about the concept.</p>
-<div class="scroll"><table class="metrics">{head}{"".join(rows)}</table></div>{rest}"""
+that know most about the concept. The ceiling of a swap is about what the judge reads right where nothing was
+swapped.</p>
+<div class="scroll still"><table class="metrics">{head}{"".join(rows)}</table></div>{rest}"""
+
+
+def _cell(share: float, text: str) -> str:
+    """A cell of a heat map, as deep as ``share`` from 0 to 1."""
+    style = f"background:rgba(var(--heat),{0.06 + 0.74 * share:.2f})" + (";color:#fff" * (share > 0.55))
+    return f'<td style="{style}">{text}</td>'
+
+
+def _pair_heat(evaluation: Mapping[str, Any]) -> str:
+    pairs = evaluation["pairs"]
+    names = pairs["names"]
+    rows = ""
+    for factor, values in pairs["iin"]["shared"].items():
+        cells = [_cell(abs(values[name]), f"{values[name]:.2f}") if name in values else "<td>–</td>" for name in names]
+        rows += f"<tr><td>{escape(factor)}</td>{''.join(cells)}</tr>"
+    head = row(["factor", *(f"pairs that share<br>{escape(name)}" for name in names)], "th")
+    return f"""
+<h2>What pairs have in common</h2>
+<p>The correlation of each factor (rows) over held-out pairs that share each concept (columns). A good IIN is full on its
+diagonal and empty elsewhere, where no pair shares several concepts.</p>
+<div class="scroll"><table class="heat">{head}{rows}</table></div>"""
 
 
 def _heat(evaluation: Mapping[str, Any]) -> str:
+    if "pairs" in evaluation:
+        return _pair_heat(evaluation)
     if "information" not in evaluation:
         return ""
     found = evaluation["information"]["iin"]
@@ -414,9 +526,8 @@ def _heat(evaluation: Mapping[str, Any]) -> str:
     for factor, values in found["normalised"].items():
         cells = ""
         for concept in concepts:
-            share = values[concept]
-            style = f"background:rgba(var(--heat),{0.06 + 0.74 * share:.2f})" + (";color:#fff" * (share > 0.55))
-            cells += f'<td style="{style}">{share:.0%}<br><span style="font-size:13px">{found["nats"][factor][concept]:.2f} nats</span></td>'
+            share, nats = values[concept], found["nats"][factor][concept]
+            cells += _cell(share, f'{share:.0%}<br><span style="font-size:13px">{nats:.2f} nats</span>')
         rows += f"<tr><td>{escape(factor)}</td>{cells}</tr>"
     head = row(["factor", *(f"{escape(name)}<br>{found['entropy'][name]:.2f} nats" for name in concepts)], "th")
     return f"""
@@ -440,7 +551,9 @@ def _sizes(model: IIN, evaluation: Mapping[str, Any]) -> str:
     return f'<h2>Who got how many dimensions</h2><div class="scroll"><table class="bars">{body}</table></div>'
 
 
-def _losses(log: Mapping[str, tuple[list[float], list[float]]]) -> str:
+def _losses(folder: Path, log: Mapping[str, tuple[list[float], list[float]]]) -> str:
+    advice = held_out_rise(folder)
+    note = f"<p>Note: {escape(advice)}.</p>" if advice else ""
     plots = ""
     for trained, held_out, title in (
         ("loss", "held_out_loss", "loss, nats per pair"),
@@ -450,7 +563,7 @@ def _losses(log: Mapping[str, tuple[list[float], list[float]]]) -> str:
             plots += plot(
                 partial(_curves, log, trained, held_out, title), f"{title}, over training steps", size=(4.6, 3)
             )
-    return f'<h2>Training</h2><p>Lower is better.</p><div class="pair">{plots}</div>' if plots else ""
+    return f'<h2>Training</h2><p>Lower is better.</p>{note}<div class="pair">{plots}</div>' if plots else ""
 
 
 def _curves(
@@ -478,6 +591,7 @@ def _curves(
     if high > low:
         axis.set_ylim(low - 0.08 * (high - low), high + 0.3 * (high - low))
     axis.set_title(title, color=colors["ink"], fontsize=11)
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_xlabel("step", color=colors["muted"], fontsize=9)
     axis.legend(frameon=False, labelcolor=colors["ink"], fontsize=9)
 
@@ -489,6 +603,8 @@ def _making(
     log: Mapping[str, tuple[list[float], list[float]]],
 ) -> str:
     config = model.config
+    if run.get("settings", {}).get("factors"):  # not estimated
+        run = {**run, "settings": {k: v for k, v in run["settings"].items() if k != "dims_method"}}
     rows = [
         [escape(key), escape(str(value))]
         for key, value in {
@@ -509,18 +625,20 @@ def _making(
 ({escape(samples["source"])}), seed {evaluation["seed"]}. All numbers, with those of single dimensions, are in
 <code>evaluation.json</code> beside this page.</p>"""
     return f"""
-<h2>How it was made, how fast</h2>{speed}{table(["", ""], rows, "text")}{judged}
+<h2>How it was made, how fast</h2>{speed}{table([], rows, "text facts")}{judged}
 <p class="small">The method: Esser, Rombach, Ommer, “A Disentangling Invertible Interpretation Network for Explaining
 Latent Representations”, CVPR 2020.</p>"""
 
 
 def _flat(run: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """A nested record as one table; files by their names, hashes by their first digits."""
+    """A nested record as one table, in words; files by their names, hashes by their first digits."""
     flat: dict[str, str] = {}
     for key, value in run.items():
-        name = f"{prefix}{key}".replace("_", " ")
+        place = f"{prefix}{key}"
+        if place in UNSAID:
+            continue
         if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{name}: "))
+            flat.update(_flat(value, f"{place}/"))
         elif value is not None and value != []:
             text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
             if isinstance(value, float):
@@ -529,8 +647,18 @@ def _flat(run: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
                 text = text[:12] + "…"
             elif isinstance(value, str) and Path(value).is_absolute():
                 text = Path(value).name
-            flat[name] = text
+            flat[_in_words(place)] = text
     return flat
+
+
+def _in_words(place: str) -> str:
+    """What an entry of ``run.json`` is called on the page."""
+    if place in WORDS:
+        return WORDS[place]
+    group, slash, key = place.partition("/")
+    if group in GROUPS and slash:
+        return GROUPS[group].format(key)
+    return place.replace("/", ": ").replace("_", " ")
 
 
 def _path_of(latents: Any) -> str:

@@ -15,16 +15,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .evaluate.likelihood import in_parts
 from .iin import IIN, Factors, checkpoint
 from .iin._checks import checked_int
-from .latents import Latents, load_latents
+from .iin.model import outlier_share
+from .latents import Latents, class_context, load_latents
 
-__all__ = ["decode", "dims", "encode", "evaluate", "interpolate", "load_function", "report", "sample", "swap"]
+__all__ = [
+    *("decode", "dims", "encode", "evaluate", "interpolate", "load_function", "report", "sample", "score", "swap"),
+]
 
 BATCH = 8192  # rows in one pass
 
 PathLike = str | os.PathLike[str]
 Source = Latents | PathLike
+Context = Source | int | None  # latents whose labels say the class of each row; one class for all; none
 
 
 def dims(
@@ -32,44 +37,63 @@ def dims(
     *,
     method: str = "published",
     others: str = "differ",
+    unlabelled: float | None = None,
     concepts: Sequence[str] | None = None,
+    context: str | None = None,
+    held_out: float = 0.1,
     seed: int = 0,
 ) -> dict[str, int]:
     """How many dimensions each concept asks for, estimated from pairs; ``residual`` is last.
 
-    See :func:`iin_fast.estimate_factor_dims`; ``others`` is that of :class:`iin_fast.PairSampler`.
+    See :func:`iin_fast.estimate_factor_dims`. They are the sizes that :func:`iin_fast.train.train` takes without
+    ``factors``: ``others``, ``unlabelled``, ``context``, ``held_out`` and ``seed`` are those of :class:`iin_fast.train.Settings`, and
+    what is held out has no say.
 
     Raises:
         TypeError, ValueError: latents without labels and pairs, an unknown concept or method.
     """
-    from .train import Batches, estimate_sizes
+    from .train import Batches, estimate_sizes, split_rows
+    from .train.batches import units
 
     data = _latents(latents)
     if data.kind == "unlabelled":
         raise ValueError(f"dims: {data.path or 'latents'} has neither labels nor pairs, which the estimate needs")
-    return estimate_sizes(data, Batches(data, concepts=concepts, seed=seed, others=others), method=method)
+    if concepts is None:
+        concepts = [name for name in data.names if name != context]
+    rows = units(data, split_rows(data, held_out, seed)[0])
+    batches = Batches(data, rows, concepts, seed=seed, others=others, unlabelled=unlabelled)
+    return estimate_sizes(data, batches, method=method)
 
 
 @torch.no_grad()
 def encode(run: PathLike, latents: Source, *, device: str = "cpu") -> Factors:
     """The factors of all latents ``[n, dim]``, on the CPU.
 
+    Where the run was trained with a ``context``, the latents need labels of that concept, here and in all that follows.
+
     Raises:
         TypeError, ValueError, FileNotFoundError: no model in ``run``, latents that don't fit it.
     """
     model = IIN.load(run, device=device)
-    z = _z(run, model, latents)
-    parts = [model.encode(part.to(device)).tensor.cpu() for part in z.split(BATCH)]
+    z, context = _z(run, model, latents)
+    parts = [model.encode(*rows).tensor.cpu() for rows in in_parts(model, BATCH, z, context)]
     return Factors._wrap(torch.cat(parts), model.sizes)
 
 
 @torch.no_grad()
-def decode(run: PathLike, factors: Factors | Mapping[str, Tensor] | PathLike, *, device: str = "cpu") -> Tensor:
+def decode(
+    run: PathLike,
+    factors: Factors | Mapping[str, Tensor] | PathLike,
+    *,
+    context: Context = None,
+    device: str = "cpu",
+) -> Tensor:
     """The latents ``[n, dim]`` of factors, on the CPU: the inverse of :func:`encode`.
 
     Args:
         run: the run folder.
         factors: by name, ``[n, size]`` each; or a file with them, .npz or .safetensors, as ``iin-fast encode`` writes it.
+        context: of a run that was trained with one: a class for all, or latents with a label of it for each row.
         device: where the model runs.
 
     Raises:
@@ -83,7 +107,8 @@ def decode(run: PathLike, factors: Factors | Mapping[str, Tensor] | PathLike, *,
             raise ValueError(f"decode: factor {name!r} has NaN or Inf, expected finite numbers")
     whole = model._join({name: part.to(device, model.dtype) for name, part in factors.items()})
     assert isinstance(whole, Tensor)
-    return torch.cat([model.decode(part).cpu() for part in whole.split(BATCH)])
+    given = _given_context("decode", run, model, context, len(whole))
+    return torch.cat([model.decode(*rows).cpu() for rows in in_parts(model, BATCH, whole, given)])
 
 
 @torch.no_grad()
@@ -113,22 +138,23 @@ def swap(
         TypeError, ValueError, FileNotFoundError: no model in ``run``, latents that don't fit it, an unknown factor.
     """
     model = IIN.load(run, device=device)
-    z = _z(run, model, latents)
+    z, context = _z(run, model, latents)
     if donors is None:
         if len(z) < 2:
             raise ValueError("swap: latents have one row, expected two at least, or donors")
         order = np.random.default_rng(checked_int("swap", "seed", seed, least=0)).permutation(len(z))
         rows = torch.empty(len(z), dtype=torch.int64)
         rows[torch.from_numpy(order)] = torch.from_numpy(np.roll(order, 1))  # one cycle: no row gives to itself
-        given = z
+        given, given_context = z, context
     else:
-        given = _z(run, model, donors)
+        given, given_context = _z(run, model, donors)
         if len(given) != len(z):
             raise ValueError(f"swap: donors have {len(given)} rows, expected {len(z)} like the latents")
         rows = torch.arange(len(z))
+    contexts = (context, None if given_context is None else given_context[rows])
     swapped = [
-        model.swap(a.to(device), given[b].to(device), factor).cpu()
-        for a, b in zip(z.split(BATCH), rows.split(BATCH), strict=True)
+        model.swap(a, b, factor, context=own, donor_context=other).cpu()
+        for a, b, own, other in in_parts(model, BATCH, z, given[rows], *contexts)
     ]
     return torch.cat(swapped), rows
 
@@ -153,7 +179,7 @@ def interpolate(
         TypeError, ValueError, FileNotFoundError: no model in ``run``, latents that don't fit it, a row that is not there.
     """
     model = IIN.load(run, device=device)
-    z = _z(run, model, latents)
+    z, context = _z(run, model, latents)
     if len(start) != len(end) or not len(start):
         raise ValueError(
             f"interpolate: {len(start)} rows to start and {len(end)} to end at, expected one of each or more"
@@ -161,18 +187,59 @@ def interpolate(
     for row in (*start, *end):
         if not 0 <= row < len(z):
             raise ValueError(f"interpolate: row {row} is not there, expected 0 to {len(z) - 1}")
-    return model.interpolate(z[list(start)].to(device), z[list(end)].to(device), steps, factor).cpu()
+    z_a, z_b = (z[list(rows)].to(device) for rows in (start, end))
+    own, other = (None if context is None else context[list(rows)].to(device) for rows in (start, end))
+    return model.interpolate(z_a, z_b, steps, factor, context=own, context_b=other).cpu()
 
 
-def sample(run: PathLike, n: int, *, seed: int = 0, device: str = "cpu") -> Tensor:
-    """``n`` latents ``[n, dim]`` of the model's distribution; a seed gives the same ones anywhere.
+def sample(run: PathLike, n: int, *, context: Context = None, seed: int = 0, device: str = "cpu") -> Tensor:
+    """``n`` latents ``[n, dim]`` of the model's distribution; a seed gives the same ones anywhere. ``context`` is as for
+    :func:`decode`.
 
     Raises:
         TypeError, ValueError, FileNotFoundError: no model in ``run``, ``n`` below 1.
     """
     model = IIN.load(run, device=device)
     generator = torch.Generator().manual_seed(checked_int("sample", "seed", seed, least=0))
-    return model.sample(n, generator).cpu()
+    given = _given_context("sample", run, model, context, n)
+    return model.sample(n, generator, context=None if given is None else given.to(device)).cpu()
+
+
+@torch.no_grad()
+def score(
+    run: PathLike, latents: Source, held_in: Source | None = None, *, device: str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """How likely latents are, and how unlikely among others of their kind.
+
+    Args:
+        run: the run folder.
+        latents: what is scored, ``[n, dim]``.
+        held_in: latents of the usual kind that the model was not trained on; by default what the training held out.
+        device: where the model runs.
+
+    Returns:
+        log p(z) in nats, ``[n]``, given the context where the run was trained with one; and the outlier score of
+        :meth:`iin_fast.IIN.outlier_score`, ``[n]``, from 0 (as likely as the likeliest) to almost 1.
+
+    Raises:
+        TypeError, ValueError, FileNotFoundError: no model in ``run``, latents that don't fit it or are not there, nothing
+            held out.
+    """
+    model = IIN.load(run, device=device)
+
+    def log_prob(data: Source, rows: NDArray[np.int64] | None = None) -> Tensor:
+        parts = _z(run, model, data)
+        if rows is not None:
+            parts = tuple(None if x is None else x[rows] for x in parts)  # type: ignore[assignment]
+        return torch.cat([model.log_prob(*part).cpu() for part in in_parts(model, BATCH, *parts)])
+
+    own = log_prob(latents)
+    if held_in is None:
+        data, _, rows = _held_out(Path(run), None)
+        usual = log_prob(data, rows)
+    else:
+        usual = log_prob(held_in)
+    return own, outlier_share("score", own, usual)
 
 
 def evaluate(
@@ -180,8 +247,11 @@ def evaluate(
     latents: Source | None = None,
     *,
     concepts: Sequence[str] | None = None,
+    decoder: Callable[[Tensor], Any] | str | None = None,
+    judge: Callable[[Any], Any] | str | None = None,
     max_samples: int = 2000,
     seed: int = 0,
+    device: str = "cpu",
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Takes all metrics of the model in ``run`` on held-out latents, and writes them to ``evaluation.json`` there.
@@ -191,10 +261,13 @@ def evaluate(
         latents: by default those it was trained on: the held-out rows are scored, and judge, probes and baselines learn
             on the others. Other latents are all held out; one half is scored, the other is learned on.
         concepts: which to look at; by default all.
+        decoder, judge: who reads the swaps, as for :func:`iin_fast.evaluate.evaluate`; or where they are, for
+            :func:`load_function`. A decoder is there for a judge of your own.
         max_samples, seed, progress: of :func:`iin_fast.evaluate.evaluate`.
+        device: where the model and the decoder run.
 
     Returns:
-        the metrics; without labels, likelihood and invertibility alone.
+        the metrics; without labels those of :func:`iin_fast.evaluate.evaluate_unlabelled`.
 
     Raises:
         ImportError: scikit-learn is missing, and there are labels.
@@ -204,16 +277,26 @@ def evaluate(
     from .evaluate import write_evaluation
 
     folder = Path(run)
-    model = IIN.load(folder)
+    model = IIN.load(folder, device=device)
     data, train_rows, held_rows = _held_out(folder, latents)
-    _check_dim(folder, model, data)
-    settings: dict[str, Any] = {"max_samples": max_samples, "seed": seed, "progress": progress}
-    if data.labels is None:
-        if concepts:
-            raise ValueError(f"evaluate: concepts is {list(concepts)}, but {data.path or 'latents'} has no labels")
-        return _evaluate_density(folder, model, data, train_rows, held_rows, seed)
+    _, context = _z(folder, model, data)
+    if decoder is not None and judge is None:
+        raise ValueError("evaluate: decoder is given without judge, expected both: a judge reads what it makes")
+    settings: dict[str, Any] = {"max_samples": max_samples, "seed": seed, "progress": progress, "device": device}
+    settings |= {"decoder": _function(decoder), "judge": _function(judge)}
+    # A concept that is known anyway is none that factors should hold.
+    names = [name for name in data.names if context is None or name != _context_name(folder)]
+    if data.labels is None or not (names or concepts):
+        if concepts or judge is not None:
+            what = f"concepts is {list(concepts)}" if concepts else "judge is given"
+            raise ValueError(f"evaluate: {what}, but {data.path or 'latents'} has no labels")
+        return _evaluate_density(folder, model, data, context, train_rows, held_rows, seed)
     if train_rows is not None:
         settings |= {"train_z": data.z[train_rows], "train_labels": data.labels[train_rows]}
+    if context is not None:
+        settings |= {"context": context[held_rows]}
+        settings |= {} if train_rows is None else {"train_context": context[train_rows]}
+        concepts = concepts or names
     return write_evaluation(
         folder, data.z[held_rows], data.labels[held_rows], data.names, concepts=concepts, **settings
     )
@@ -240,14 +323,14 @@ def report(
     from .report import write_report
 
     folder = Path(run)
-    if isinstance(decoder, str):
-        decoder = load_function(decoder)
     if latents is None:
         path = _recorded(folder).get("latents", {}).get("path")
         data = load_latents(path) if path and Path(path).is_file() else None
     else:
         data = _latents(latents)
-    return write_report(folder, latents=data, decoder=decoder, images=None if data is None else _images(data))
+    return write_report(
+        folder, latents=data, decoder=_function(decoder), images=None if data is None else _images(data)
+    )
 
 
 def load_function(where: str) -> Callable[..., Any]:
@@ -275,20 +358,56 @@ def load_function(where: str) -> Callable[..., Any]:
     return function  # type: ignore[no-any-return]
 
 
+def _function(function: Callable[..., Any] | str | None) -> Callable[..., Any] | None:
+    return load_function(function) if isinstance(function, str) else function
+
+
 def _latents(latents: Source) -> Latents:
     return latents if isinstance(latents, Latents) else load_latents(latents)
 
 
-def _check_dim(run: PathLike, model: IIN, data: Latents) -> None:
+def _z(run: PathLike, model: IIN, latents: Source) -> tuple[Tensor, Tensor | None]:
+    """Latents and their context, in the model's type, on the CPU."""
+    data = _latents(latents)
     if data.dim != model.dim:
         where = data.path or "latents"
         raise ValueError(f"{where}: z has {data.dim} features, expected {model.dim} like the model in {os.fspath(run)}")
 
+    if not model.context_dim:
+        return data.z.to(model.dtype), None
+    where = str(data.path or "latents")
+    context = class_context(where, data.labels, data.names, _context_name(run), model.context_dim)
+    return data.z.to(model.dtype), context.to(model.dtype)
 
-def _z(run: PathLike, model: IIN, latents: Source) -> Tensor:
-    data = _latents(latents)
-    _check_dim(run, model, data)
-    return data.z.to(model.dtype)
+
+def _context_name(run: PathLike) -> str:
+    """The concept whose class is the context of the run's model."""
+    name = _recorded(Path(run)).get("settings", {}).get("context")
+    if not isinstance(name, str):
+        raise ValueError(
+            f"{os.fspath(run)}: its model wants a context, but run.json does not say which; use iin_fast.IIN"
+        )
+    return name
+
+
+def _given_context(where: str, run: PathLike, model: IIN, context: Context, n: int) -> Tensor | None:
+    """The context ``[n, context_dim]`` of rows that have no labels of their own."""
+    if not model.context_dim:
+        if context is not None:
+            raise ValueError(f"{where}: context is given, expected none for a run that was trained without")
+        return None
+    name = _context_name(run)
+    if context is None:
+        raise ValueError(f"{where}: context is missing, expected a class of {name!r}, or latents with labels of it")
+    if isinstance(context, int):
+        if not 0 <= context < model.context_dim:
+            raise ValueError(f"{where}: context is {context}, expected a class from 0 to {model.context_dim - 1}")
+        return torch.eye(model.context_dim, dtype=model.dtype)[context].repeat(n, 1)
+    data = _latents(context)
+    if data.n != n:
+        raise ValueError(f"{where}: context has {data.n} rows, expected {n}, one for each that comes out")
+    found = class_context(str(data.path or "context"), data.labels, data.names, name, model.context_dim)
+    return found.to(model.dtype)
 
 
 def _recorded(run: Path) -> dict[str, Any]:
@@ -326,35 +445,33 @@ def _held_out(run: Path, latents: Source | None) -> tuple[Latents, NDArray[np.in
 
 
 def _evaluate_density(
-    run: Path, model: IIN, data: Latents, train_rows: NDArray[np.int64] | None, held_rows: NDArray[np.int64], seed: int
+    run: Path,
+    model: IIN,
+    data: Latents,
+    context: Tensor | None,
+    train_rows: NDArray[np.int64] | None,
+    held_rows: NDArray[np.int64],
+    seed: int,
 ) -> dict[str, Any]:
     """What can be said without labels."""
-    from .evaluate import gaussian_nats_per_dim, invertibility_error, nats_per_dim, normal_nats_per_dim
+    from .evaluate import evaluate_unlabelled
+    from .train import split_rows
+    from .train.batches import units
 
     source = "training samples"
     if train_rows is None:
-        order = np.random.default_rng(seed).permutation(held_rows)
-        half = (len(order) + 1) // 2
-        train_rows, held_rows, source = np.sort(order[:half]), np.sort(order[half:]), "half of the held-out samples"
-    if len(held_rows) == 0:
-        raise ValueError("evaluate: latents have one row, expected two at least")
-    z, train = data.z[held_rows], data.z[train_rows]
-    result: dict[str, Any] = {
-        "format": "iin_fast.evaluation",
-        "version": 1,
-        "seed": seed,
-        "samples": {"scored": len(z), "learned_on": len(train), "source": source},
-        "concepts": [],
-        "classes": {},
-        "factors": model.sizes,
-        "likelihood": {
-            "iin": nats_per_dim(model, z),
-            "iin_learned_on": nats_per_dim(model, train),
-            "gaussian": gaussian_nats_per_dim(z, train),
-            "normal": normal_nats_per_dim(z),
-        },
-        "invertibility": invertibility_error(model, z),
-    }
+        if data.n < (2 if data.shared is None else 4):
+            raise ValueError("evaluate: latents have one row or one pair, expected two at least")
+        train_rows, held_rows = split_rows(data, 0.5, seed)
+        source = "half of the held-out samples"
+    options: dict[str, Any] = {"source": source, "seed": seed}
+    if context is not None:
+        options |= {"context": context[held_rows], "train_context": context[train_rows]}
+    if data.shared is not None:
+        options |= {"names": data.names, "rho": _recorded(run).get("settings", {}).get("rho")}
+        for name, rows in (("shared", held_rows), ("train_shared", train_rows)):
+            options[name] = data.shared[torch.from_numpy(units(data, rows))]
+    result = evaluate_unlabelled(model, data.z[held_rows], data.z[train_rows], **options)
     text = json.dumps(result, indent=2, allow_nan=False) + "\n"
     checkpoint._write(run / "evaluation.json", text.encode())
     return result

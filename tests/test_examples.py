@@ -27,6 +27,15 @@ def test_outliers(tmp_path: Path) -> None:
         assert 0.9 < system["AUROC"]["mean"] <= 1
 
 
+def test_report_page(tmp_path: Path) -> None:
+    pytest.importorskip("lightning_fabric")
+    found = importlib.import_module("report_page").main(tmp_path, quick=True)
+    swaps = found["swaps that give the concept and keep the other"]
+    assert swaps["color"]["mean_shift"] > 0.4  # which needs no training; 0.25 × 0.1 is chance
+    text = (tmp_path / "run" / "report.html").read_text()
+    assert "Swapping one factor" in text and "There is no decoder" not in text and "colored_digits.npz" in text
+
+
 def test_sentences_say_what_their_table_says() -> None:
     example = importlib.import_module("sentences")
     texts, table = example.verdicts()

@@ -39,6 +39,8 @@ def test_pairs(write):
     assert latents.shared.int().argmax(1).tolist() == [0, 1, 2, 0, 1, 0]
     both = np.array([[True, False], [True, True]] * 3)
     assert load_latents(write(za=Z, zb=Z, shared=both)).shared.tolist() == both.tolist()
+    texts = [str(i) for i in range(12)]
+    assert load_latents(write(za=Z, zb=Z, shared=both, images=texts)).images.tolist() == texts
 
 
 def test_alone_and_types(write):
@@ -112,6 +114,13 @@ BAD[4, 2] = np.inf
         ({"z": Z, "labels": LABELS, "names": [1, 2]}, TypeError, "names is int64"),
         ({"z": Z, "names": ["a"]}, ValueError, "there are no labels that they name"),
         ({"z": Z, "label": LABELS}, ValueError, r"holds \['label'\], expected z, labels"),
+        ({"z": Z, "labels": LABELS[:, 0]}, ValueError, r"shape \[6\], expected .*; for one concept labels\[:, None\]"),
+        (
+            {"za": Z, "zb": Z, "factor": np.zeros(6, int), "images": ["x"] * 6},
+            ValueError,
+            r"shape \[6\], expected \[12",
+        ),
+        ({"za": Z, "zb": Z, "factor": LABELS[:, 0], "labels": LABELS}, ValueError, "holds labels beside pairs"),
         ({"z": Z, "images": ["x"]}, ValueError, r"images has shape \[1\], expected \[6"),
         ({"labels": LABELS}, ValueError, r"but no z \[n, dim\]"),
         ({"z": Z, "za": Z}, ValueError, "expected samples or pairs, not both"),

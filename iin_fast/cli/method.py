@@ -1,5 +1,6 @@
-"""iin-fast train, dims, encode, decode, swap, interpolate, sample, evaluate, report: from latents to a page about them."""
+"""iin-fast train, dims, encode, decode, swap, interpolate, sample, score, evaluate, report: from latents to a page about them."""
 
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +10,7 @@ from rich.table import Table
 
 from .console import console
 
-__all__ = ["decode", "dims", "encode", "evaluate", "interpolate", "report", "sample", "swap", "train"]
+__all__ = ["decode", "dims", "encode", "evaluate", "interpolate", "report", "sample", "score", "swap", "train"]
 
 LatentsFile = Annotated[
     Path,
@@ -23,6 +24,13 @@ LatentsFile = Annotated[
 Run = Annotated[Path, typer.Argument(metavar="RUN", show_default=False, help="the folder that train wrote")]
 Out = Annotated[Path, typer.Option(show_default=False, help="file to write, .npz or .safetensors")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
+Context = Annotated[
+    str,
+    typer.Option(
+        show_default=False,
+        help="of a run trained with --context: a class for all, or a file of latents with a label of it for each row",
+    ),
+]
 Factor = Annotated[list[str], typer.Option(show_default=False, help="a factor's name; several times for several")]
 
 
@@ -31,6 +39,10 @@ def train(
     out: Annotated[Path, typer.Option(show_default=False, help="the run folder; all that comes of it goes there")],
     factors: Annotated[
         str, typer.Option(help="sizes like digit=22,color=11; the rest is residual. Default: estimated from pairs")
+    ] = "",
+    context: Annotated[
+        str,
+        typer.Option(help="a concept that is not a factor but known: the flow is told its class, here and ever after"),
     ] = "",
     dims_method: Annotated[str, typer.Option(help="how sizes are estimated: published or paper")] = "published",
     others: Annotated[
@@ -53,7 +65,14 @@ def train(
         int | None,
         typer.Option(help="step from which the learning rate falls to 0 in a line. Default: half of the steps"),
     ] = None,
+    noise: Annotated[
+        float,
+        typer.Option(help="added to the latents of every step, in deviations of each feature; 0.2 where there are few"),
+    ] = 0.0,
     held_out: Annotated[float, typer.Option(help="share of the latents that is left alone")] = 0.1,
+    keep: Annotated[
+        str, typer.Option(help="the model that is left: last, or best, the one with the lowest held-out loss")
+    ] = "last",
     precision: Annotated[str, typer.Option(help="32-true, 64-true or bf16-mixed")] = "32-true",
     seed: Annotated[int, typer.Option(help="of weights, split and pairs")] = 0,
     log_every: Annotated[int, typer.Option(help="steps between two lines of the log")] = 50,
@@ -73,11 +92,12 @@ def train(
     likelihood; without labels at all the IIN is unsupervised. Ctrl-C writes a checkpoint; so does every --save-every steps,
     and after a crash the same command with --resume loses nothing.
     """
-    from ..train import Settings
+    from ..train import Settings, held_out_rise
     from ..train import train as run_training
 
     settings = Settings(
         factors=_sizes(factors),
+        context=context or None,
         dims_method=dims_method,
         others=others,
         unlabelled=unlabelled,
@@ -90,7 +110,9 @@ def train(
         steps=steps,
         learning_rate=learning_rate,
         decay_start=decay_start,
+        noise=noise,
         held_out=held_out,
+        keep=keep,
         precision=precision,
         seed=seed,
         log_every=log_every,
@@ -99,7 +121,9 @@ def train(
     )
     where: dict[str, Any] = {"accelerator": accelerator, "devices": devices, "nodes": nodes, "strategy": strategy}
     try:
-        model = run_training(latents, out, settings, resume=resume, progress=True, **where)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="train: ")  # printed below
+            model = run_training(latents, out, settings, resume=resume, progress=True, **where)
     except KeyboardInterrupt:
         if _first_process():
             console.print(f"stopped; the same command with --resume goes on in {out}", highlight=False)
@@ -110,6 +134,9 @@ def train(
     for name, size in model.sizes.items():
         table.add_row(escape(name), str(size))
     console.print(table)
+    advice = held_out_rise(out)
+    if advice:
+        console.print(f"[yellow]note:[/yellow] {escape(advice)}", highlight=False, soft_wrap=True)
     console.print(
         f"written to {out}; next: iin-fast evaluate {out}, then iin-fast report {out}", highlight=False, soft_wrap=True
     )
@@ -119,15 +146,23 @@ def dims(
     latents: LatentsFile,
     method: Annotated[str, typer.Option(help="published, paper or both")] = "both",
     others: Annotated[str, typer.Option(help="as for train: differ, agree or any")] = "differ",
-    seed: Annotated[int, typer.Option(help="of the pairs")] = 0,
+    unlabelled: Annotated[float | None, typer.Option(help="as for train")] = None,
+    context: Annotated[str, typer.Option(help="as for train: a concept that is no factor")] = "",
+    held_out: Annotated[float, typer.Option(help="as for train: share of the latents that has no say")] = 0.1,
+    seed: Annotated[int, typer.Option(help="as for train")] = 0,
 ) -> None:
-    """Estimate how many dimensions each concept asks for, from what pairs that share it have in common."""
+    """Estimate how many dimensions each concept asks for, from what pairs that share it have in common.
+
+    With the same options these are the sizes that train takes without --factors.
+    """
     from ..latents import load_latents
     from ..runs import dims as run_dims
 
     data = load_latents(latents)
     methods = ("published", "paper") if method == "both" else (method,)
-    found = {name: run_dims(data, method=name, others=others, seed=seed) for name in methods}
+    options: dict[str, Any] = {"others": others, "unlabelled": unlabelled, "held_out": held_out, "seed": seed}
+    options["context"] = context or None
+    found = {name: run_dims(data, method=name, **options) for name in methods}
     table = Table("factor", *methods)
     for name in found[methods[0]]:
         table.add_row(escape(name), *(str(sizes[name]) for sizes in found.values()))
@@ -149,13 +184,14 @@ def decode(
     run: Run,
     factors: Annotated[Path, typer.Argument(metavar="FACTORS", show_default=False, help="the file that encode wrote")],
     out: Out,
+    context: Context = "",
     device: Device = "cpu",
 ) -> None:
     """Translate factors back into latents z, which the pretrained model's own decoder reads."""
     from ..latents import save_arrays
     from ..runs import decode as run_decode
 
-    z = run_decode(run, factors, device=device)
+    z = run_decode(run, factors, context=_class_or_file(context), device=device)
     save_arrays(out, {"z": z})
     _wrote(out, f"{len(z)} latents")
 
@@ -211,6 +247,7 @@ def sample(
     run: Run,
     out: Out,
     n: Annotated[int, typer.Option("--n", help="how many")] = 16,
+    context: Context = "",
     seed: Annotated[int, typer.Option(help="the same seed gives the same latents")] = 0,
     device: Device = "cpu",
 ) -> None:
@@ -218,9 +255,33 @@ def sample(
     from ..latents import save_arrays
     from ..runs import sample as run_sample
 
-    z = run_sample(run, n, seed=seed, device=device)
+    z = run_sample(run, n, context=_class_or_file(context), seed=seed, device=device)
     save_arrays(out, {"z": z})
     _wrote(out, f"{len(z)} latents")
+
+
+def score(
+    run: Run,
+    latents: LatentsFile,
+    out: Out,
+    held_in: Annotated[
+        Path | None,
+        typer.Option(help="latents of the usual kind, not trained on. Default: what train held out"),
+    ] = None,
+    device: Device = "cpu",
+) -> None:
+    """Find outliers: writes each latent's log_prob, in nats, and outlier_score, the share of usual ones that is likelier."""
+    from ..latents import save_arrays
+    from ..runs import score as run_score
+
+    log_prob, outlier_score = run_score(run, latents, held_in, device=device)
+    save_arrays(out, {"log_prob": log_prob, "outlier_score": outlier_score})
+    share = (outlier_score >= 0.95).double().mean().item()
+    _wrote(
+        out,
+        f"{len(log_prob)} latents, {log_prob.double().mean().item():.2f} nats on average; {share:.1%} of them score 0.95 or "
+        "more (of usual ones at most 5 %)",
+    )
 
 
 def evaluate(
@@ -234,8 +295,16 @@ def evaluate(
     concept: Annotated[
         list[str] | None, typer.Option(help="look at this one; several times for several. Default: all")
     ] = None,
+    decoder: Annotated[
+        str, typer.Option(help="what --judge reads is made of latents by this: package.module:name or file.py:name")
+    ] = "",
+    judge: Annotated[
+        str,
+        typer.Option(help="reads swaps: a function to class probabilities of each concept. Default: small networks"),
+    ] = "",
     max_samples: Annotated[int, typer.Option(help="most samples a metric is taken on")] = 2000,
     seed: Annotated[int, typer.Option(help="of all draws")] = 0,
+    device: Device = "cpu",
 ) -> None:
     """Take all metrics on held-out latents, beside what does without an IIN; writes RUN/evaluation.json."""
     from ..runs import evaluate as run_evaluate
@@ -245,13 +314,18 @@ def evaluate(
             run,
             latents,
             concepts=concept or None,
+            decoder=decoder or None,
+            judge=judge or None,
             max_samples=max_samples,
             seed=seed,
+            device=device,
             progress=lambda what: status.update(f"evaluating: {what}"),
         )
     likelihood = found["likelihood"]
     if found["concepts"]:
         console.print(_scores(found))
+    if "pairs" in found:
+        console.print(_correlations(found["pairs"]))
     console.print(
         f"nats per dimension: {likelihood['iin']:.3f} (what it learned on: {likelihood['iin_learned_on']:.3f}; a Gaussian: "
         f"{likelihood['gaussian']:.3f}); largest inversion error {found['invertibility']['max']:.1e}",
@@ -259,7 +333,7 @@ def evaluate(
         soft_wrap=True,
     )
     console.print(
-        f"written to {run / 'evaluation.json'}; docs/metrics.md says what each number means",
+        f"written to {run / 'evaluation.json'}; iin-fast report {run} shows it with what each number means",
         highlight=False,
         soft_wrap=True,
     )
@@ -301,6 +375,22 @@ def _scores(found: dict[str, Any]) -> Table:
     return table
 
 
+def _correlations(pairs: dict[str, Any]) -> Table:
+    from ..report import COLUMNS
+
+    columns = {who: title for who, title in COLUMNS.items() if who in pairs}
+    rho = "1" if pairs["rho"] is None else f"{pairs['rho']:.3g}"
+    asked = {"shared": ("that share", rho), "apart": ("that do not share", "0")}
+    title = f"correlation in a concept's own factor, {pairs['n']} held-out pairs"
+    table = Table("", *columns.values(), "asked for", title=title)
+    for name in pairs["names"]:
+        for kind, (text, goal) in asked.items():
+            values = [pairs[who][kind].get(name, {}).get(name) for who in columns]
+            shown = ["" if value is None else f"{value:.2f}" for value in values]
+            table.add_row(f"pairs {text} {escape(name)}", *shown, goal)
+    return table
+
+
 def _sizes(text: str) -> dict[str, int] | None:
     """``digit=22,color=11`` as a mapping."""
     if not text:
@@ -314,6 +404,12 @@ def _sizes(text: str) -> dict[str, int] | None:
             raise ValueError(f"--factors names {name!r} twice")
         sizes[name] = int(number)
     return sizes
+
+
+def _class_or_file(text: str) -> int | Path | None:
+    if not text:
+        return None
+    return int(text) if text.isdigit() else Path(text)
 
 
 def _first_process() -> bool:

@@ -1,13 +1,13 @@
 """Metrics of disentanglement, each with its baseline: swaps, information, DCI, MIG, SAP, leaks, likelihood."""
 
 from .baselines import LinearFactors, MeanShift
-from .correlation import pair_correlation
+from .correlation import pair_correlation, shared_correlation
 from .dci import dci, dci_from_importances
 from .information import factor_label_information, label_entropy
 from .likelihood import gaussian_nats_per_dim, invertibility_error, nats_per_dim, normal_nats_per_dim
 from .mig import mig
 from .probe import leak
-from .run import evaluate, write_evaluation
+from .run import evaluate, evaluate_unlabelled, write_evaluation
 from .sap import sap
 from .swaps import judge_accuracy, latent_judge, swap_success
 
@@ -17,6 +17,7 @@ __all__ = [
     "dci",
     "dci_from_importances",
     "evaluate",
+    "evaluate_unlabelled",
     "factor_label_information",
     "gaussian_nats_per_dim",
     "invertibility_error",
@@ -29,6 +30,7 @@ __all__ = [
     "normal_nats_per_dim",
     "pair_correlation",
     "sap",
+    "shared_correlation",
     "swap_success",
     "write_evaluation",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..iin.factors import RESIDUAL
 from ._data import MISSING, Array, Codes, checked_labels, checked_latents, subset
+from .correlation import shared_correlation
 from .information import _in_bins, label_entropy
 
 __all__ = ["LinearFactors", "MeanShift"]
@@ -49,6 +50,50 @@ class LinearFactors:
         where = "LinearFactors"
         x = checked_latents(where, "z", z)
         codes = checked_labels(where, labels, names, len(x))
+        wanted = self._turn(where, x, names, sizes, kind)
+        dim = x.shape[1]
+        rows = subset(len(x), 5000, seed)
+        values = (x[rows] - self.mean) @ self.rotation
+        claims = []
+        for name in wanted:
+            column = codes[rows, list(names).index(name)]
+            entropy = label_entropy(column)
+            claims += [(_in_bins(values[:, i], column, 20) / entropy if entropy else 0.0, -i, name) for i in range(dim)]
+        self._share_out(claims, wanted, dim)
+
+    @classmethod
+    def of_pairs(
+        cls,
+        z: Tensor | ArrayLike,  # [2 × pairs, dim]
+        shared: Tensor | ArrayLike,  # [pairs, concepts]
+        names: Sequence[str],
+        sizes: Mapping[str, int],
+        kind: Literal["raw", "pca"],
+    ) -> LinearFactors:
+        """The same of ready pairs: each concept gets the dimensions whose correlation over pairs that share it is furthest
+        above that over pairs that do not.
+
+        Args:
+            z: training latents, the first samples of all pairs, then the second ones.
+            shared: bool, what pair i has in common.
+            names, sizes, kind: as for :class:`LinearFactors`.
+        """
+        where = "LinearFactors.of_pairs"
+        x = checked_latents(where, "z", z)
+        made = cls.__new__(cls)
+        wanted = made._turn(where, x, names, sizes, kind)
+        values = (x - made.mean) @ made.rotation
+        found = shared_correlation({str(i): values[:, [i]] for i in range(x.shape[1])}, shared, names)
+        claims = [
+            (found["shared"][str(i)].get(name, 0.0) - found["apart"][str(i)].get(name, 0.0), -i, name)
+            for name in wanted
+            for i in range(x.shape[1])
+        ]
+        made._share_out(claims, wanted, x.shape[1])
+        return made
+
+    def _turn(self, where: str, x: Array, names: Sequence[str], sizes: Mapping[str, int], kind: str) -> dict[str, int]:
+        """Sets mean and rotation; gives the sizes of the concepts."""
         if kind not in ("raw", "pca"):
             raise ValueError(f"{where}: kind is {kind!r}, expected 'raw' or 'pca'")
         dim = x.shape[1]
@@ -60,13 +105,10 @@ class LinearFactors:
         wanted = {name: size for name, size in sizes.items() if name in names}
         if sum(wanted.values()) > dim:
             raise ValueError(f"{where}: sizes {wanted} sum to more than the {dim} dimensions of z")
-        rows = subset(len(x), 5000, seed)
-        values = (x[rows] - self.mean) @ self.rotation
-        claims = []
-        for name in wanted:
-            column = codes[rows, list(names).index(name)]
-            entropy = label_entropy(column)
-            claims += [(_in_bins(values[:, i], column, 20) / entropy if entropy else 0.0, -i, name) for i in range(dim)]
+        return wanted
+
+    def _share_out(self, claims: list[tuple[float, int, str]], wanted: Mapping[str, int], dim: int) -> None:
+        """Gives each concept its dimensions, by claims (strength, -dimension, concept)."""
         taken: dict[str, list[int]] = {name: [] for name in wanted}
         free = set(range(dim))
         for _, minus, name in sorted(claims, reverse=True):

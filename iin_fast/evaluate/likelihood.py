@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -16,19 +17,20 @@ __all__ = ["gaussian_nats_per_dim", "invertibility_error", "nats_per_dim", "norm
 
 
 @torch.no_grad()
-def nats_per_dim(model: IIN, z: Tensor, batch: int = 1024) -> float:
+def nats_per_dim(model: IIN, z: Tensor, batch: int = 1024, *, context: Tensor | None = None) -> float:
     r"""The negative log-likelihood of latents ``[n, dim]`` under the model, in nats per dimension.
 
     .. math:: -\frac{1}{nN} \sum_i \log p(z_i) = \frac{1}{nN} \sum_i
               \left(\tfrac12 \|T(z_i)\|^2 + \tfrac N2 \log 2\pi - \log|\det T'(z_i)|\right)
 
-    Any real number; lower is better, and only for the same latents comparable: scaling z by c adds log c.
+    Any real number; lower is better, and only for the same latents comparable: scaling z by c adds log c. With the
+    ``context`` ``[n, context_dim]`` of a conditional model it is that of p(z | context).
 
     References:
         Esser, Rombach, Ommer, CVPR 2020, Sec. 3.1. Papamakarios et al., Masked Autoregressive Flow, NeurIPS 2017.
     """
     z = _latents("nats_per_dim", z, model)
-    total = sum(model.log_prob(part).double().sum().item() for part in z.split(batch))
+    total = sum(model.log_prob(*rows).double().sum().item() for rows in in_parts(model, batch, z, context))
     return -total / z.numel()
 
 
@@ -60,18 +62,30 @@ def gaussian_nats_per_dim(z: Tensor | ArrayLike, train: Tensor | ArrayLike) -> f
 
 
 @torch.no_grad()
-def invertibility_error(model: IIN, z: Tensor, batch: int = 1024) -> dict[str, float]:
+def invertibility_error(model: IIN, z: Tensor, batch: int = 1024, *, context: Tensor | None = None) -> dict[str, float]:
     """``max`` and ``median`` of ``|T^-1(T(z)) - z|`` over all elements of ``z`` ``[n, dim]``.
 
-    0 would be exact; float32 gives about 1e-6 times the size of z, more for a badly conditioned flow. Lower is better.
+    ``context`` is that of a conditional model. 0 would be exact; float32 gives about 1e-6 times the size of z, more for a badly conditioned flow. Lower is better.
 
     References:
         Behrmann, Vicol, Wang, Grosse, Jacobsen, Understanding and Mitigating Exploding Inverses in Invertible Neural
         Networks, AISTATS 2021.
     """
     z = _latents("invertibility_error", z, model)
-    error = torch.cat([(model.decode(model.encode(part)) - part).abs().double() for part in z.split(batch)])
+    parts = [
+        (model.decode(model.encode(part, given), given) - part).abs().double()
+        for part, given in in_parts(model, batch, z, context)
+    ]
+    error = torch.cat(parts)
     return {"max": error.max().item(), "median": error.median().item()}
+
+
+def in_parts(model: IIN, batch: int, *tensors: Tensor | None) -> Iterator[tuple[Tensor, ...]]:
+    """Rows of tensors ``[n, …]``, ``batch`` at a time, where the model is and in its type; None stays None."""
+    n = next(len(tensor) for tensor in tensors if tensor is not None)
+    for start in range(0, n, batch):
+        rows = slice(start, start + batch)
+        yield tuple(None if x is None else x[rows].to(model.device, model.dtype) for x in tensors)  # type: ignore[misc]
 
 
 def _latents(where: str, z: Tensor, model: IIN) -> Tensor:

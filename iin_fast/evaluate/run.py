@@ -16,16 +16,16 @@ from torch import Tensor
 from ..iin import IIN, checkpoint
 from ._data import Array, Codes, checked_labels, checked_latents, halves, require_sklearn
 from .baselines import LinearFactors, MeanShift
-from .correlation import pair_correlation
+from .correlation import pair_correlation, shared_correlation
 from .dci import dci
 from .information import factor_label_information
-from .likelihood import gaussian_nats_per_dim, invertibility_error, nats_per_dim, normal_nats_per_dim
+from .likelihood import gaussian_nats_per_dim, in_parts, invertibility_error, nats_per_dim, normal_nats_per_dim
 from .mig import mig
 from .probe import leak
 from .sap import sap
 from .swaps import Judge, judge_accuracy, latent_judge, swap_success
 
-__all__ = ["encode", "evaluate", "write_evaluation"]
+__all__ = ["encode", "evaluate", "evaluate_unlabelled", "write_evaluation"]
 
 
 def evaluate(
@@ -36,6 +36,8 @@ def evaluate(
     *,
     train_z: Tensor | ArrayLike | None = None,
     train_labels: Tensor | ArrayLike | None = None,
+    context: Tensor | None = None,
+    train_context: Tensor | None = None,
     concepts: Sequence[str] | None = None,
     decoder: Callable[[Tensor], Any] | None = None,
     judge: Judge | None = None,
@@ -46,7 +48,8 @@ def evaluate(
     """Takes every metric of ``model`` on held-out latents, with the baselines that do without an IIN.
 
     Baselines: ``raw`` (as many dimensions of z for each concept, those that know most about it), ``pca`` (the same of
-    principal components) and, for swaps, ``mean_shift``. ``docs/metrics.md`` says what each number means.
+    principal components) and, for swaps, ``mean_shift``. Each metric's own function says what its
+    number means, and so does the page of :func:`iin_fast.report.write_report`.
 
     Args:
         model: the IIN. A concept belongs to the factor of the same name.
@@ -55,6 +58,8 @@ def evaluate(
         names: of the columns of ``labels``.
         train_z, train_labels: what judge, probes and baselines learn on, best what the model was trained on; by default
             a random half of ``z`` is taken off for it.
+        context, train_context: of ``z`` and ``train_z``, ``[n, context_dim]``, for a conditional model; swaps keep the
+            context of what keeps the rest. The baselines do not see it.
         concepts: which of ``names`` to look at; by default all.
         decoder: latents ``[n, dim]`` (a tensor) to what ``judge`` reads; without it the judge reads latents.
         judge: what it gets to concept to class probabilities ``[n, classes]``; by default small networks trained on the
@@ -96,6 +101,8 @@ def evaluate(
     if train_z is None or train_labels is None:
         first, second = halves(len(x), seed)
         train, train_codes, x, codes = x[first], codes[first], x[second], codes[second]
+        if context is not None:
+            train_context, context = context[first], context[second]
         source = "half of the held-out samples"
     else:
         train, train_codes = _data(where, "train_z", train_z, "train_labels", train_labels, names, concepts, model.dim)
@@ -110,8 +117,9 @@ def evaluate(
     say("factors")
     as_tensor = torch.from_numpy
     linear = {kind: LinearFactors(train, train_codes, names, sizes, kind, seed) for kind in ("raw", "pca")}  # type: ignore[arg-type]
-    parts = {"iin": encode(model, x), **{kind: basis.encode(x) for kind, basis in linear.items()}}
-    train_parts = {"iin": encode(model, train), **{kind: basis.encode(train) for kind, basis in linear.items()}}
+    parts = {"iin": encode(model, x, context), **{kind: basis.encode(x) for kind, basis in linear.items()}}
+    train_parts = {"iin": encode(model, train, train_context)}
+    train_parts |= {kind: basis.encode(train) for kind, basis in linear.items()}
     result: dict[str, Any] = {
         "format": "iin_fast.evaluation",
         "version": 1,
@@ -125,7 +133,7 @@ def evaluate(
     if swapped:
         say("swap")
         result["swap"] = _swaps(
-            model, x, codes, train, train_codes, names, swapped, linear, decoder, judge, max_samples, seed
+            model, x, codes, context, train, train_codes, names, swapped, linear, decoder, judge, max_samples, seed
         )
     say("information")
     result["information"] = {
@@ -161,39 +169,111 @@ def evaluate(
     }
     say("likelihood")
     result["likelihood"] = {
-        "iin": nats_per_dim(model, as_tensor(x)),
-        "iin_learned_on": nats_per_dim(model, as_tensor(train)),
+        "iin": nats_per_dim(model, as_tensor(x), context=context),
+        "iin_learned_on": nats_per_dim(model, as_tensor(train), context=train_context),
         "gaussian": gaussian_nats_per_dim(x, train),
         "normal": normal_nats_per_dim(x),
     }
     say("correlation")
     result["correlation"] = {who: pair_correlation(p, codes, names, seed=seed) for who, p in parts.items()}
     say("invertibility")
-    result["invertibility"] = invertibility_error(model, as_tensor(x))
+    result["invertibility"] = invertibility_error(model, as_tensor(x), context=context)
     return result
 
 
-def write_evaluation(run_folder: str | os.PathLike[str], *args: Any, **settings: Any) -> dict[str, Any]:
+def evaluate_unlabelled(
+    model: IIN,
+    z: Tensor | ArrayLike,  # [n, dim]
+    train_z: Tensor | ArrayLike,  # [m, dim]
+    *,
+    shared: Tensor | ArrayLike | None = None,  # [n / 2, concepts]
+    train_shared: Tensor | ArrayLike | None = None,  # [m / 2, concepts]
+    names: Sequence[str] = (),
+    context: Tensor | None = None,  # [n, context_dim]
+    train_context: Tensor | None = None,  # [m, context_dim]
+    rho: float | None = None,
+    source: str = "training samples",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Takes what metrics of ``model`` there are for held-out latents without labels: alone, or as pairs that share concepts.
+
+    Args:
+        model: the IIN.
+        z: held-out latents ``[n, dim]``; of pairs the first samples, then the second ones.
+        train_z: what the Gaussian and the linear baselines learn on, likewise.
+        shared, train_shared: bool, what each pair of ``z`` and of ``train_z`` shares; with them the factors are compared
+            with those of the linear baselines (:meth:`LinearFactors.of_pairs`) by :func:`shared_correlation`.
+        names: of the columns of ``shared``.
+        context, train_context: of ``z`` and ``train_z``, for a conditional model.
+        rho: the correlation that the model was trained for, noted beside them.
+        source: what ``train_z`` is, noted.
+        seed: of the draw that held latents out, noted.
+
+    Returns:
+        a dictionary of plain values: ``likelihood``, ``invertibility``, with ``shared`` also ``pairs``; and what they were
+        taken on.
+
+    Raises:
+        TypeError, ValueError: latents that don't fit the model, ``shared`` that doesn't fit them.
+    """
+    where = "evaluate_unlabelled"
+    x, train = checked_latents(where, "z", z), checked_latents(where, "train_z", train_z)
+    if (shared is None) != (train_shared is None):
+        raise ValueError(f"{where}: shared and train_shared are needed together, one is missing")
+    as_tensor = torch.from_numpy
+    result: dict[str, Any] = {
+        "format": "iin_fast.evaluation",
+        "version": 1,
+        "seed": seed,
+        "samples": {"scored": len(x), "learned_on": len(train), "source": source},
+        "concepts": [],
+        "classes": {},
+        "factors": model.sizes,
+        "likelihood": {
+            "iin": nats_per_dim(model, as_tensor(x), context=context),
+            "iin_learned_on": nats_per_dim(model, as_tensor(train), context=train_context),
+            "gaussian": gaussian_nats_per_dim(x, train),
+            "normal": normal_nats_per_dim(x),
+        },
+        "invertibility": invertibility_error(model, as_tensor(x), context=context),
+    }
+    if shared is not None and train_shared is not None:
+        parts = {"iin": encode(model, x, context)}
+        for kind in ("pca", "raw"):
+            parts[kind] = LinearFactors.of_pairs(train, train_shared, names, model.sizes, kind).encode(x)  # type: ignore[arg-type]
+        result["pairs"] = {
+            "n": len(x) // 2,
+            "rho": rho,
+            "names": list(names),
+            **{who: shared_correlation(found, shared, names) for who, found in parts.items()},
+        }
+    return result
+
+
+def write_evaluation(
+    run_folder: str | os.PathLike[str], *args: Any, device: torch.device | str | None = None, **settings: Any
+) -> dict[str, Any]:
     """:func:`evaluate` of the model in ``run_folder``, written to ``evaluation.json`` there; the file appears whole.
 
     Args:
         run_folder: a folder that ``IIN.save`` or a training wrote.
         *args, **settings: of :func:`evaluate`, without the model.
+        device: where the model runs; by default the CPU.
 
     Returns:
         what :func:`evaluate` gives.
     """
-    result = evaluate(IIN.load(run_folder), *args, **settings)
+    result = evaluate(IIN.load(run_folder, device=device), *args, **settings)
     text = json.dumps(result, indent=2, allow_nan=False) + "\n"
     checkpoint._write(Path(run_folder) / "evaluation.json", text.encode())
     return result
 
 
 @torch.no_grad()
-def encode(model: IIN, z: Array, batch: int = 1024) -> dict[str, Array]:
+def encode(model: IIN, z: Array, context: Tensor | None = None, batch: int = 1024) -> dict[str, Array]:
     """The model's factors of ``z`` ``[n, dim]``, name to float64 ``[n, size]``."""
-    latents = torch.from_numpy(z).to(model.device, model.dtype)
-    values = torch.cat([model.encode(part).tensor for part in latents.split(batch)]).double().cpu().numpy()
+    parts = [model.encode(*rows).tensor for rows in in_parts(model, batch, torch.from_numpy(z), context)]
+    values = torch.cat(parts).double().cpu().numpy()
     edges = np.cumsum(list(model.sizes.values()))[:-1]
     return dict(zip(model.sizes, np.split(values, edges, axis=1), strict=True))
 
@@ -226,6 +306,7 @@ def _swaps(
     model: IIN,
     x: Array,
     codes: Codes,
+    context: Tensor | None,
     train: Array,
     train_codes: Codes,
     names: list[str],
@@ -250,8 +331,12 @@ def _swaps(
 
     @torch.no_grad()
     def by_model(concept: str, keep: Codes, give: Codes) -> Array:
-        kept, given = (torch.from_numpy(x[rows]).to(model.device, model.dtype) for rows in (keep, give))
-        swaps = [model.swap(a, b, concept) for a, b in zip(kept.split(1024), given.split(1024), strict=True)]
+        kept, given = (torch.from_numpy(x[rows]) for rows in (keep, give))
+        contexts = (None, None) if context is None else (context[keep], context[give])
+        swaps = [
+            model.swap(a, b, concept, context=own, donor_context=other)
+            for a, b, own, other in in_parts(model, 1024, kept, given, *contexts)
+        ]
         return torch.cat(swaps).double().cpu().numpy()
 
     def by_shift(concept: str, keep: Codes, give: Codes) -> Array:

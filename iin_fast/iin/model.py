@@ -19,6 +19,16 @@ __all__ = ["IIN"]
 COUPLINGS = ("affine", "spline")
 
 
+def outlier_share(where: str, own: Tensor, usual: Tensor) -> Tensor:
+    """The outlier score of log-likelihoods ``[batch]`` among usual ones ``[m]``; see :meth:`IIN.outlier_score`."""
+    if usual.isnan().any():
+        raise ValueError(f"{where}: held_in has NaN among its log-likelihoods, expected numbers")
+    usual = usual.to(own).sort().values
+    own = torch.where(own.isnan(), -torch.inf, own)
+    likelier = len(usual) - torch.searchsorted(usual, own, right=True)
+    return likelier.to(own.dtype) / (len(usual) + 1)
+
+
 class IIN(nn.Module):
     r"""Creates an invertible network T that translates latents z into factors, and back without loss.
 
@@ -256,12 +266,7 @@ class IIN(nn.Module):
         own = self.log_prob(z, context)
         check_floating(where, "held_in", usual)
         check_rank(where, "held_in", usual, f"latents [m, {self.dim}] or log-likelihoods [m]", 1)
-        if usual.isnan().any():
-            raise ValueError(f"{where}: held_in has NaN among its log-likelihoods, expected numbers")
-        usual = usual.to(own).sort().values
-        own = torch.where(own.isnan(), -torch.inf, own)
-        likelier = len(usual) - torch.searchsorted(usual, own, right=True)
-        return likelier.to(own.dtype) / (len(usual) + 1)
+        return outlier_share(where, own, usual)
 
     def swap(
         self,

@@ -39,7 +39,7 @@ class Batches:
         lenient: leave out concepts that no pair shares, in place of raising; see :attr:`empty`.
 
     Raises:
-        ValueError: an unknown concept, a concept that no pair shares.
+        ValueError: an unknown concept, a concept that no pair shares, or of which all samples have one class.
     """
 
     def __init__(
@@ -68,6 +68,13 @@ class Batches:
         if latents.labels is None or not columns:
             return
         labels = latents.labels.numpy()[self._rows][:, columns]
+        for name, column in zip(self.concepts, labels.T, strict=True):
+            # Where some labels are unknown, one class sets its samples apart from these.
+            if not lenient and column[0] >= 0 and (column == column[0]).all():
+                raise ValueError(
+                    f"train: concept {name!r} has only the class {column[0]} in all samples to train on, expected two "
+                    "classes at least; leave it out of the labels, or give factors without it"
+                )
 
         def sampler(weights: Sequence[float] | None) -> PairSampler:
             settings = {"weights": weights, "others": others, "unlabelled": unlabelled}
@@ -114,6 +121,11 @@ def split_rows(latents: Latents, held_out: float, seed: int = 0) -> tuple[NDArra
         return sides
     train, held = (np.concatenate([side, side + units]) for side in sides)
     return train, held
+
+
+def units(latents: Latents, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """What :class:`Batches` draws from, of one side of :func:`split_rows`: the rows, or of pairs the first samples."""
+    return rows if latents.shared is None else rows[: len(rows) // 2]
 
 
 def estimate_sizes(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import json
+import math
 import os
 from pathlib import Path
 from types import TracebackType
@@ -11,7 +13,7 @@ from typing import Any
 
 from ..iin import checkpoint
 
-__all__ = ["COLUMNS", "Bar", "Log", "event_writer"]
+__all__ = ["COLUMNS", "Bar", "Log", "event_writer", "held_out_rise"]
 
 COLUMNS = (
     *("step", "loss", "nats_per_dim", "learning_rate", "samples_per_second"),
@@ -102,6 +104,34 @@ class Bar:
                 f"{values['samples_per_second']:,.0f} samples/s"
             )
             self._bar.update(self._task, text=text)
+
+
+def held_out_rise(run: str | os.PathLike[str]) -> str:
+    """A line of advice where the held-out loss of the training in ``run`` ended well above its lowest value, or ``""``.
+
+    Well above: by more than 0.05 nats per dimension of either latent of a pair. The flow then learns its latents by heart.
+    """
+    folder = Path(run)
+    file, made = folder / "logs" / "metrics.csv", folder / "run.json"
+    if not file.is_file() or not made.is_file():
+        return ""
+    with open(file, newline="", encoding="utf-8") as stream:
+        looks = [
+            (float(line["held_out_loss"]), int(line["step"]))
+            for line in csv.DictReader(stream)
+            if line["held_out_loss"]
+        ]
+    record = json.loads(made.read_text(encoding="utf-8"))
+    settings = record.get("settings", {})
+    if not looks or not looks[-1][0] > min(looks)[0] + 0.05 * 2 * record.get("dim", math.inf):
+        return ""
+    lowest, step = min(looks)
+    kept = "kept" if settings.get("keep") == "best" else "not kept (keep best does that)"
+    return (
+        f"the held-out loss rose from {lowest:.2f} nats per pair at step {step} to {looks[-1][0]:.2f} at step {looks[-1][1]}: "
+        f"the flow learns its latents by heart. More noise (now {settings.get('noise', 0):g}), fewer steps or a smaller network help; "
+        f"the model of step {step} was {kept}"
+    )
 
 
 def _until(file: Path, step: int) -> str:

@@ -10,6 +10,7 @@ import platform
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,10 +22,10 @@ from torch import Tensor, nn
 
 from ..iin import IIN, FactorLoss, Factors, checkpoint
 from ..iin.factors import RESIDUAL
-from ..latents import Latents, load_latents
+from ..latents import Latents, class_context, load_latents
 from . import state
-from .batches import Batch, Batches, estimate_sizes, split_rows
-from .logs import Bar, Log, event_writer
+from .batches import Batch, Batches, estimate_sizes, split_rows, units
+from .logs import Bar, Log, event_writer, held_out_rise
 from .settings import Settings
 
 __all__ = ["train"]
@@ -66,7 +67,10 @@ def train(
         progress: show a progress bar.
 
     Returns:
-        the trained model, on its device.
+        the trained model, on its device: the one in the run folder.
+
+    Warns:
+        UserWarning: the held-out loss rose in the course of the training; see :func:`held_out_rise`.
 
     Raises:
         FileExistsError: ``out`` holds a run, and ``resume`` is False.
@@ -102,6 +106,11 @@ def train(
         torch.manual_seed(settings.seed)
         model = _Training(fabric, data, run, settings, found, progress).run()
     fabric.barrier()
+    if settings.keep == "best":
+        model.load_state_dict(checkpoint.load(run)[0])
+    advice = held_out_rise(run) if fabric.is_global_zero else ""
+    if advice:
+        warnings.warn(f"train: {advice}", stacklevel=2)
     return model
 
 
@@ -113,9 +122,12 @@ class _Objective(nn.Module):
         self.model = model
         self.loss = FactorLoss(rho, normalized=True)
 
-    def forward(self, za: Tensor, zb: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean loss in nats per pair, and nats per dimension of the latents, without gradient."""
-        factors, logdet = self.model(torch.cat([za, zb]))
+    def forward(self, za: Tensor, zb: Tensor, shared: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Mean loss in nats per pair, and nats per dimension of the latents, without gradient.
+
+        ``context`` is that of ``za``, then that of ``zb``.
+        """
+        factors, logdet = self.model(torch.cat([za, zb]), context)
         a, b = (Factors._wrap(part, self.model.sizes) for part in factors.tensor.chunk(2))
         logdet_a, logdet_b = logdet.chunk(2)
         loss = self.loss.from_factors(a, logdet_a, b, logdet_b, shared).mean()
@@ -131,18 +143,27 @@ class _Training:
     ) -> None:
         self.fabric, self.data, self.folder, self.settings, self.show = fabric, data, run, settings, progress
         train_rows, held_rows = split_rows(data, settings.held_out, settings.seed)
-        concepts = data.names if settings.factors is None else tuple(n for n in settings.factors if n != RESIDUAL)
-        unit = (lambda rows: rows) if data.shared is None else (lambda rows: rows[: len(rows) // 2])
+        self.context: Tensor | None = None  # [n, classes]
+        if settings.context is not None:
+            where = str(data.path or "train")
+            self.context = class_context(where, data.labels, data.names, settings.context)
+        named = data.names if settings.factors is None else settings.factors
+        concepts = tuple(name for name in named if name not in (RESIDUAL, settings.context))
         options: dict[str, Any] = {
             "seed": settings.seed,
             "others": settings.others,
             "unlabelled": settings.unlabelled,
         }
-        self.batches = Batches(data, unit(train_rows), concepts, **options)
+        self.batches = Batches(data, units(data, train_rows), concepts, **options)
+        self.noise: Tensor | None = None  # [dim], its deviation
+        if settings.noise:
+            self.noise = settings.noise * data.z[torch.from_numpy(train_rows)].double().std(0, correction=0)
         self.held_out: Batch | None = None
         if len(held_rows):
-            held = Batches(data, unit(held_rows), concepts, **options, lenient=True)
+            held = Batches(data, units(data, held_rows), concepts, **options, lenient=True)
             self.held_out = None if held.empty else held.draw(HELD_OUT_PAIRS, 0)
+        if settings.keep == "best" and self.held_out is None:
+            raise ValueError("train: keep is 'best', expected 'last' where there are no held-out pairs to judge by")
         self.dtype = torch.float64 if settings.precision == "64-true" else torch.float32
         self.z = data.z.to(self.dtype)
 
@@ -157,7 +178,7 @@ class _Training:
             run.mkdir(parents=True, exist_ok=True)
             state.tidy(run)
             if found is not None:  # a run may have been killed between its last checkpoint and this
-                model.save(run)
+                state.publish(run, model, self.progress)
             self._write_record(model, train_rows, held_rows)
         self.model = model
         self.objective = _Objective(model, settings.rho)
@@ -193,11 +214,33 @@ class _Training:
             settings.hidden_depth,
             generator=torch.Generator().manual_seed(settings.seed),
             coupling=settings.coupling,
+            context_dim=0 if self.context is None else self.context.shape[1],
             dtype=self.dtype,
         )
-        first = self.batches.draw(settings.batch, 0)
-        model.flow.initialize(torch.cat([self.z[first.a], self.z[first.b]]))  # the whole batch, in every process alike
+        za, zb, _, *context = self._pairs(0, slice(None))  # the whole batch, in every process alike
+        model.flow.initialize(torch.cat([za, zb]), *context)
         return model
+
+    def _pairs(self, step: int, own: slice) -> list[Tensor]:
+        """What step ``step`` learns from: rows ``own`` of its batch, as :class:`_Objective` takes them.
+
+        The noise follows from seed and step alone, like the pairs: a resume and any number of processes see the same.
+        """
+        settings = self.settings
+        batch = self.batches.draw(settings.batch, step)
+        za, zb, *rest = self._rows(Batch(*(part[own] for part in batch)))
+        if self.noise is not None:
+            random = np.random.default_rng([settings.seed, step, 1])
+            drawn = torch.from_numpy(random.standard_normal((2, settings.batch, self.data.dim)))[:, own]
+            za, zb = (z + (self.noise * part).to(z) for z, part in zip((za, zb), drawn, strict=True))
+        return [za, zb, *rest]
+
+    def _rows(self, batch: Batch) -> list[Tensor]:
+        """First samples, second ones, what they share, and the context of all where there is one."""
+        found = [self.z[batch.a], self.z[batch.b], batch.shared]
+        if self.context is not None:
+            found.append(self.context[torch.cat([batch.a, batch.b])].to(self.dtype))
+        return found
 
     def run(self) -> IIN:
         settings, fabric = self.settings, self.fabric
@@ -216,9 +259,7 @@ class _Training:
                     rate = settings.rate(step)
                     for group in self.optimizer.param_groups:
                         group["lr"] = rate
-                    batch = self.batches.draw(settings.batch, step)
-                    za, zb = (self.z[rows[own]].to(device, non_blocking=True) for rows in (batch.a, batch.b))
-                    loss, nats = self.wrapped(za, zb, batch.shared[own].to(device, non_blocking=True))
+                    loss, nats = self.wrapped(*(x.to(device, non_blocking=True) for x in self._pairs(step, own)))
                     fabric.backward(loss)
                     self.optimizer.step()
                     self.optimizer.zero_grad()
@@ -255,6 +296,10 @@ class _Training:
         values["samples_per_second"] = 2 * self.settings.batch * (done - self.since) / max(seconds, 1e-9)
         if look and log is not None:
             values["held_out_loss"], values["held_out_nats_per_dim"] = self._look()
+            if self.settings.keep == "best" and values["held_out_loss"] < self.progress.best_loss:
+                parameters = self.model.state_dict().items()
+                self.progress.best = {name: value.detach().to("cpu", copy=True) for name, value in parameters}
+                self.progress.best_loss = values["held_out_loss"]
         if log is not None:
             log.write(done, values)
         bar.tell(values)
@@ -265,10 +310,11 @@ class _Training:
         """Loss and nats per dimension on the held-out pairs."""
         assert self.held_out is not None
         totals = torch.zeros(2, dtype=torch.float64, device=self.fabric.device)
-        for a, b, shared in zip(*(part.split(256) for part in self.held_out), strict=True):
+        for parts in zip(*(part.split(256) for part in self.held_out), strict=True):
+            batch = Batch(*parts)
             with self.fabric.autocast():
-                found = self.objective(*(x.to(self.fabric.device) for x in (self.z[a], self.z[b], shared)))
-            totals += torch.stack([value.double() for value in found]) * len(a)
+                found = self.objective(*(x.to(self.fabric.device) for x in self._rows(batch)))
+            totals += torch.stack([value.double() for value in found]) * len(batch.a)
         loss, nats = (totals / len(self.held_out.a)).tolist()
         return loss, nats
 

@@ -17,6 +17,7 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "rho": (lambda x: 0 < x < 1, "between 0 and 1, both excluded"),
     "learning_rate": (lambda x: 0 < x < math.inf, "more than 0"),
     "held_out": (lambda x: 0 <= x < 1, "0 to below 1"),
+    "noise": (lambda x: 0 <= x < math.inf, "a finite number from 0"),
     "unlabelled": (lambda x: 0 <= x <= 1, "0 to 1"),
 }
 
@@ -28,6 +29,8 @@ class Settings:
     Args:
         factors: concept to number of dimensions; what they leave over is the residual. By default they are estimated
             from pairs, see ``dims_method``. Concepts that are not named are left out.
+        context: a concept that is not a factor but known: the flow is conditional on its class (see ``context_dim`` of
+            :class:`iin_fast.IIN`). Every latent needs its label.
         dims_method: ``"published"`` or ``"paper"``, of :func:`iin_fast.estimate_factor_dims`.
         others, unlabelled: which pairs are drawn, and how many from samples without any label; see
             :class:`iin_fast.PairSampler`.
@@ -39,7 +42,11 @@ class Settings:
         learning_rate: of Adam (β 0.5, 0.9); by default 4.5e-6 × ``batch``, as published.
         decay_start: from this step on the learning rate falls in a straight line, to 0 at the end; by default half of
             ``steps``.
+        noise: deviation of the Gaussian noise that every step adds to its latents, in standard deviations of each feature
+            over the training rows; 0 for none, as published. It keeps the flow from learning few latents by heart.
         held_out: share of the latents that is never trained on, from 0 to below 1.
+        keep: which model a run leaves: ``"last"``, that of the last step, as published; or ``"best"``, the one with the
+            lowest held-out loss of all looks.
         precision: ``"32-true"``, ``"64-true"``, or ``"bf16-mixed"`` (autocast; parameters stay float32).
         seed: of weights, split and pairs.
         log_every, held_out_every, save_every: steps between two lines of the log, two looks at held-out pairs, two
@@ -50,6 +57,7 @@ class Settings:
     """
 
     factors: Mapping[str, int] | None = None
+    context: str | None = None
     dims_method: str = "published"
     others: str = "differ"
     unlabelled: float | None = None
@@ -62,7 +70,9 @@ class Settings:
     steps: int = 10_000
     learning_rate: float | None = None
     decay_start: int | None = None
+    noise: float = 0.0
     held_out: float = 0.1
+    keep: str = "last"
     precision: str = "32-true"
     seed: int = 0
     log_every: int = 50
@@ -92,6 +102,7 @@ class Settings:
             ("dims_method", ("published", "paper")),
             ("others", ("differ", "any", "agree")),
             ("coupling", ("affine", "spline")),
+            ("keep", ("last", "best")),
             ("precision", PRECISIONS),
         ):
             if getattr(self, name) not in allowed:
@@ -106,6 +117,10 @@ class Settings:
                 raise TypeError(f"{where}: factors is a {kind}, expected a mapping of concept to size")
             sizes = {name: checked_int(where, f"factors[{name!r}]", size) for name, size in self.factors.items()}
             object.__setattr__(self, "factors", sizes)
+        if self.context is not None and not isinstance(self.context, str):
+            raise TypeError(f"{where}: context is {self.context!r}, expected the name of a concept")
+        if self.context is not None and self.context in (self.factors or ()):
+            raise ValueError(f"{where}: factors has {self.context!r}, which is the context, expected one or the other")
 
     def rate(self, step: int) -> float:
         """The learning rate of step ``step``, counted from 0."""

@@ -3,12 +3,14 @@
 ``state/step-000001000`` holds what ``IIN.save`` writes (so ``IIN.load`` opens it), ``training.safetensors`` (moments of
 the optimizer, random state, running sums) and ``training.json`` (step, position of the sampler). It is written under
 another name, every file and folder flushed to the disk, and then renamed. Only then does the model in the run folder
-follow, and the older checkpoint go.
+follow, and the older checkpoint go. Where the best model is to be kept, it lies in ``best`` inside the checkpoint, and is
+the one in the run folder.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import uuid
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from ..iin import IIN, checkpoint
 
-__all__ = ["Progress", "latest", "load", "save", "tidy"]
+__all__ = ["Progress", "latest", "load", "publish", "save", "tidy"]
 
 FORMAT = "iin_fast.training"
 VERSION = 1
@@ -37,6 +39,8 @@ class Progress:
     sums: Tensor  # [processes, 3] float64: loss, nats per dimension and steps since the last line of the log
     random: dict[str, Tensor]  # generator to its state
     sampler: dict[str, Any]  # position
+    best: dict[str, Tensor] | None = None  # parameters of the lowest held-out loss, where they are to be kept
+    best_loss: float = math.inf
 
 
 def save(run: Path, model: IIN, progress: Progress) -> Path:
@@ -57,11 +61,15 @@ def save(run: Path, model: IIN, progress: Progress) -> Path:
     tensors |= {f"random/{key}": state for key, state in progress.random.items()}
     tensors["sums"] = progress.sums
     record = {"format": FORMAT, "version": VERSION, "step": progress.step, "sampler": progress.sampler}
+    if progress.best is not None:
+        record["best_loss"] = progress.best_loss
     text = json.dumps(record, indent=2) + "\n"
     header = {"training": text, "crc32": checkpoint._checksum(tensors)}
     try:
         temporary.mkdir(parents=True)
         model.save(temporary)
+        if progress.best is not None:
+            checkpoint.save(temporary / "best", progress.best, model.config)
         checkpoint._write(temporary / "training.safetensors", checkpoint._serialize(tensors, header))
         checkpoint._write(temporary / "training.json", text.encode())
         os.rename(temporary, folder / name)
@@ -69,9 +77,14 @@ def save(run: Path, model: IIN, progress: Progress) -> Path:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     checkpoint._sync_folder(folder)
-    model.save(run)
+    publish(run, model, progress)
     tidy(run)
     return folder / name
+
+
+def publish(run: Path, model: IIN, progress: Progress) -> None:
+    """Write the model that the run leaves into its folder: the best, where it is kept, or the present one."""
+    checkpoint.save(run, model.state_dict() if progress.best is None else progress.best, model.config)
 
 
 def latest(run: Path) -> Path | None:
@@ -124,7 +137,11 @@ def load(folder: Path, device: torch.device | str = "cpu") -> tuple[IIN, Progres
             optimizer.setdefault(name, {})[moment] = tensor
         elif kind == "random":
             random[rest] = tensor
-    return model, Progress(record["step"], optimizer, tensors["sums"], random, record["sampler"])
+    progress = Progress(record["step"], optimizer, tensors["sums"], random, record["sampler"])
+    if "best_loss" in record:
+        progress.best, progress.best_loss = checkpoint.load(folder / "best")[0], record["best_loss"]
+        checkpoint.check(folder / "best", progress.best, model.state_dict())
+    return model, progress
 
 
 def moments(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:

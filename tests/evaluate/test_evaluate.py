@@ -180,10 +180,10 @@ def test_invertibility_error_is_that_of_the_round_trip(trained):
 
         dim, device, dtype = 10, model.device, model.dtype
 
-        def encode(self, z):
+        def encode(self, z, context):
             return z
 
-        def decode(self, z):
+        def decode(self, z, context):
             return z + torch.arange(10) / 8
 
     assert invertibility_error(Off(), z, batch=100) == pytest.approx({"max": 9 / 8, "median": 0.5}, abs=1e-5)

@@ -126,6 +126,21 @@ def test_numbers_are_those_of_the_evaluation(run):
     assert "(median; slowest\n101, fastest 112)" in text
 
 
+def test_settings_read_as_words(run):
+    from iin_fast.train import Settings
+
+    record = json.loads((run / "run.json").read_text())
+    record["settings"] = Settings({"shape": 3}, context="digit", unlabelled=0.5).record()
+    record |= {"factors": {"shape": 3}, "versions": {"torch": "2.0"}, "format": "iin_fast.run"}
+    (run / "run.json").write_text(json.dumps(record))
+    text = write_report(run).read_text()
+    names = re.findall(r"<tr><td>([^<]*)</td><td>", text[text.index("How it was made") :])
+    assert {"correlation of a shared factor (ρ)", "share held out", "dimensions of shape", "version of torch"} <= set(
+        names
+    )
+    assert not any("_" in name or "settings" in name or name == "format" for name in names)
+
+
 def test_best_of_a_row_follows_its_direction(run):
     evaluation = json.loads((run / "evaluation.json").read_text())
     for who, leaked, gap in (("iin", 0.9, 0.1), ("raw", 0.2, 0.7), ("pca", 0.5, 0.3)):

@@ -116,6 +116,16 @@ def test_what_cannot_be_drawn():
     assert Batches(Latents.of(latents.z[:3], torch.arange(3)[:, None]), lenient=True).empty
 
 
+def test_a_concept_of_one_class_is_refused_unless_the_others_are_unknown():
+    labels = torch.stack([torch.arange(40) % 2, torch.full((40,), 5)], 1)
+    z = torch.randn(40, 3)
+    with pytest.raises(ValueError, match="concept 'b' has only the class 5 in all samples"):
+        Batches(Latents.of(z, labels, ["a", "b"]), others="any")
+    assert Batches(Latents.of(z, labels, ["a", "b"]), concepts=["a"]).draw(5, 0).shared.all()
+    labels[::2, 1] = -1
+    assert Batches(Latents.of(z, labels, ["a", "b"]), concepts=["b"]).draw(200, 0).shared.any()
+
+
 def test_rate_is_flat_and_then_a_line():
     settings = Settings(batch=100, steps=10, decay_start=6)
     assert [settings.rate(step) for step in range(10)] == pytest.approx(
@@ -134,6 +144,8 @@ def test_rate_is_flat_and_then_a_line():
         ({"learning_rate": float("nan")}, ValueError, "learning_rate is nan"),
         ({"held_out": 1}, ValueError, "held_out is 1, expected 0 to below 1"),
         ({"held_out": -0.1}, ValueError, "held_out is -0.1"),
+        ({"noise": -0.1}, ValueError, "noise is -0.1, expected a finite number from 0"),
+        ({"keep": "first"}, ValueError, "keep is 'first', expected 'last' or 'best'"),
         ({"unlabelled": 1.5}, ValueError, "unlabelled is 1.5, expected 0 to 1"),
         ({"steps": None}, TypeError, "steps is None, expected a positive integer"),
         ({"batch": 0}, ValueError, "batch is 0, expected a positive integer"),

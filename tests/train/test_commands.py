@@ -20,11 +20,12 @@ pytest.importorskip("matplotlib")
 
 from typer.testing import CliRunner
 
-from iin_fast import IIN, runs
+from iin_fast import IIN, concept_pairs, runs
 from iin_fast.cli import app
-from iin_fast.latents import load_latents, save_arrays
-from iin_fast.train import Settings, train
+from iin_fast.latents import Latents, load_latents, save_arrays
+from iin_fast.train import Settings, split_rows, train
 
+COMMANDS = ("train", "dims", "encode", "decode", "swap", "interpolate", "sample", "score", "evaluate", "report")
 SMALL = "--n-flows 2 --hidden-dim 16 --batch 16 --learning-rate 3e-3 --accelerator cpu".split()
 
 
@@ -50,7 +51,7 @@ def trained(file, tmp_path_factory):
 def test_every_command_has_a_help():
     code, output = run("--help")
     assert code == 0
-    for command in ("train", "dims", "encode", "decode", "swap", "interpolate", "sample", "evaluate", "report"):
+    for command in COMMANDS:
         assert command in output
         code, text = run(command, "--help")
         assert code == 0 and "Usage" in text
@@ -77,6 +78,29 @@ def test_dims(file, latents):
         assert method in output
         for name, size in sizes.items():
             assert re.search(rf"{name}.*\b{size}\b", output)
+
+
+@pytest.mark.parametrize("kind", ["labels", "missing", "pairs"])
+def test_dims_are_the_sizes_that_train_takes(kind, settings, tmp_path):
+    """What is held out has no say in either: here it alone has anything in common."""
+    generator = torch.Generator().manual_seed(0)
+    z, labels = torch.randn(200, 20, generator=generator), torch.randint(0, 4, (200, 2), generator=generator)
+    if kind == "missing":
+        labels[::3] = -1
+
+    def made():
+        if kind == "pairs":
+            return Latents.of_pairs(z[:100], z[100:], torch.arange(100) % 2)
+        return Latents.of(z, labels)
+
+    held = split_rows(made(), 0.5, seed=3)[1]
+    same = torch.arange(50).repeat(2) if kind == "pairs" else labels[held, 0]
+    z[held] = 9 * torch.randn(50, 20, generator=generator)[same]
+    options = {"others": "any", "seed": 3}
+    data = made()
+    settings = settings(factors=None, steps=1, held_out=0.5, **options)
+    model = train(data, tmp_path / "run", settings, accelerator="cpu")
+    assert runs.dims(data, held_out=0.5, **options) == model.sizes != runs.dims(data, held_out=0.0, **options)
 
 
 def test_encode_and_decode(trained, file, latents, tmp_path):
@@ -148,12 +172,36 @@ def test_evaluate_and_report(trained, file, latents, tmp_path):
     assert run("report", trained, "--decoder", f"{tmp_path / 'mine.py'}:decode")[0] == 0
     assert "There is no decoder" not in (trained / "report.html").read_text()
 
-    # Latents that the training has not seen are all held out.
+    # Latents that the training has not seen are all held out, and all may be shown.
+    labels = torch.full((600, 1), 7)
+    labels[np.load(trained / "split.npz")["train"][:2], 0] = torch.tensor([8, 9])
+    shown = save_arrays(tmp_path / "shown.npz", {"z": latents.z + 0.01, "labels": labels, "names": ["digit"]})
+    assert run("report", trained, "--latents", shown)[0] == 0
+    assert {"digit 8", "digit 9"} <= set(re.findall(r"digit \d", (trained / "report.html").read_text()))
     other = save_arrays(tmp_path / "other.npz", {"z": latents.z[:99] + 0.01, "labels": latents.labels[:99, :1]})
     code, output = run("evaluate", trained, other, "--max-samples", 60)
     assert code == 0, output
     found = json.loads((trained / "evaluation.json").read_text())
     assert found["samples"]["source"] == "half of the held-out samples" and found["concepts"] == ["0"]
+
+
+def test_evaluate_with_a_judge_of_what_a_decoder_makes(trained, tmp_path):
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "import torch\n"
+        "def decode(z):\n    return z.reshape(-1, 2, 4)\n"
+        "def judge(images):\n"
+        "    assert images.shape[1:] == (2, 4)\n"
+        "    always = torch.eye(4)[0].repeat(len(images), 1)\n"
+        "    return {'digit': always, 'color': always[:, :3]}\n"
+    )
+    places = ("--decoder", f"{mine}:decode", "--judge", f"{mine}:judge")
+    code, output = run("evaluate", trained, *places, "--max-samples", 60)
+    assert code == 0, output
+    found = json.loads((trained / "evaluation.json").read_text())
+    assert found["swap"]["judge"] == pytest.approx({"digit": 1 / 4, "color": 1 / 3})  # it always says 0
+    decode, judge = (runs.load_function(f"{mine}:{name}") for name in ("decode", "judge"))
+    assert found == runs.evaluate(trained, decoder=decode, judge=judge, max_samples=60)
 
 
 @pytest.mark.parametrize("kind", ["pairs", "alone"])
@@ -165,6 +213,7 @@ def test_without_labels(kind, latents, tmp_path):
     assert code == 0, output
     code, output = run("evaluate", folder)
     assert code == 0 and "nats per dimension" in output and "swap" not in output
+    assert ("pairs that do not share a" in output) == (kind == "pairs")
     found = json.loads((folder / "evaluation.json").read_text())
     assert found["samples"]["scored"] == 60 and found["samples"]["learned_on"] == 540
     z, held = load_latents(file).z, np.load(folder / "split.npz")["held_out"]
@@ -173,12 +222,59 @@ def test_without_labels(kind, latents, tmp_path):
     assert found["likelihood"]["iin"] == pytest.approx(nats, rel=1e-4)
     assert run("report", folder)[0] == 0
     text = (folder / "report.html").read_text()
-    assert "no labels that could say more" in text and "mean shift" not in text.lower()
+    assert "mean shift" not in text.lower() and "nearest sample" not in text
+    assert ("There is nothing to show a swap with" in text) == (kind == "pairs")  # the other has no factors
+    if kind == "alone":
+        assert "no labels that could say more" in text
+        return
+    assert "Pairs that share a" in text and "What pairs have in common" in text
+    own = found["pairs"]["iin"]["shared"]["a"]["a"]
+    assert '<td style="background' in text and f">{own:.2f}</td>" in text
+    # Pairs that the training has not seen: one half learns, the other is scored, and both samples go to one side.
+    other = save_arrays(tmp_path / "other.npz", {**pairs, "za": latents.z[:300] + 0.01})
+    code, output = run("evaluate", folder, other)
+    assert code == 0, output
+    found = json.loads((folder / "evaluation.json").read_text())
+    assert found["pairs"]["n"] == 150 and found["samples"]["source"] == "half of the held-out samples"
+
+
+def test_a_concept_from_two_groups_of_examples(tmp_path):
+    """The pairs of a dozen latents with a concept and a dozen without, as a file: swapping swaps what the groups differ in."""
+    generator = torch.Generator().manual_seed(0)
+    turn = torch.linalg.qr(torch.randn(6, 6, generator=generator))[0]
+
+    def world(n):
+        z, concept = torch.randn(n, 6, generator=generator), torch.randint(2, (n,), generator=generator)
+        z[:, 0] = 4 * concept - 2 + 0.5 * z[:, 0]
+        return z @ turn, concept
+
+    def read(z):
+        return ((z @ turn.T)[:, 0] > 0).long()
+
+    z, concept = world(64)
+    pairs = concept_pairs(z[concept == 1][:12], z[concept == 0][:12], world(2000)[0], name="tall", noise=0.3, seed=1)
+    file = tmp_path / "tall.npz"
+    np.savez(file, za=pairs.za, zb=pairs.zb, shared=pairs.shared, names=pairs.names)
+    words = "--factors tall=1 --rho 0.99 --steps 300 --n-flows 4 --hidden-dim 32 --batch 128 --learning-rate 3e-3"
+    code, output = run("train", file, "--out", tmp_path / "run", *words.split(), "--accelerator", "cpu")
+    assert code == 0, output
+    test, truth = world(500)
+    fresh = save_arrays(tmp_path / "fresh.npz", {"z": test})
+    for factor, expected in (("tall", truth.flip(0)), ("residual", truth)):
+        donors = save_arrays(tmp_path / "donors.npz", {"z": test.flip(0)})
+        out = ("--donors", donors, "--out", tmp_path / "out.npz")
+        assert run("swap", tmp_path / "run", fresh, "--factor", factor, *out)[0] == 0
+        swapped = load_latents(tmp_path / "out.npz").z
+        assert (read(swapped) == expected).double().mean() > 0.8  # 0.5 is chance
+    code, output = run("evaluate", tmp_path / "run")
+    assert code == 0 and "pairs that share tall" in output
 
 
 def test_errors_are_one_line_with_code_2(trained, file, latents, tmp_path):
     narrow = save_arrays(tmp_path / "narrow.npz", {"z": latents.z[:, :5]})
     alone = save_arrays(tmp_path / "alone.npz", {"z": latents.z})
+    fixed = {"z": latents.z, "labels": np.full((600, 1), 3), "names": np.array(["fixed"])}
+    constant = save_arrays(tmp_path / "constant.npz", fixed)
     out = ("--out", tmp_path / "out.npz")
     new = ("--out", tmp_path / "new")
     for arguments, message in (
@@ -188,6 +284,7 @@ def test_errors_are_one_line_with_code_2(trained, file, latents, tmp_path):
         (("train", file, *new, "--factors", "shape=2"), "factors names 'shape'"),
         (("train", file, *new, "--rho", 2), "rho is 2.0, expected between 0 and 1"),
         (("train", file, *new, "--accelerator", "abacus"), "accelerator"),
+        (("train", constant, *new), "concept 'fixed' has only the class 3 in all samples to train on, expected two"),
         (("dims", alone), "has neither labels nor pairs"),
         (("dims", file, "--method", "guess"), "method is 'guess', expected 'paper' or 'published'"),
         (("encode", tmp_path, file, *out), "config.json: no such file"),
@@ -202,6 +299,10 @@ def test_errors_are_one_line_with_code_2(trained, file, latents, tmp_path):
         (("sample", trained, "--n", 0, *out), "n is 0, expected a positive integer"),
         (("evaluate", trained, "--concept", "shape"), "concepts is ['shape'], expected some of ['digit', 'color']"),
         (("evaluate", trained, alone, "--concept", "digit"), "has no labels"),
+        (("evaluate", trained, alone, "--judge", "json:dumps"), "judge is given, but"),
+        (("evaluate", trained, "--decoder", "json:dumps"), "decoder is given without judge, expected both"),
+        (("evaluate", trained, "--judge", "json:nothing"), "json has no function 'nothing'"),
+        (("evaluate", trained, "--device", "abacus"), "abacus"),
         (("report", trained, "--decoder", "nowhere"), "'nowhere' is no place of a function"),
         (("report", trained, "--decoder", "json:nothing"), "json has no function 'nothing'"),
     ):
@@ -222,9 +323,9 @@ def test_options_in_the_docs_are_those_of_the_commands():
         help_text = run(name, "--help")[1]
         for option in re.findall(r"--[a-z-]+", line.split("#")[0]):
             assert option in help_text, line
-    train_help = run("train", "--help")[1]
+    every_help = "".join(run(name, "--help")[1] for name in COMMANDS)
     for option in re.findall(r"`(--[a-z-]+)", page):
-        assert option in train_help or option == "--donors"
+        assert option in every_help
 
 
 def command(*arguments, **options):
@@ -284,7 +385,7 @@ def torchrun(*words):
 
 
 def test_two_processes_resume_bit_for_bit(file, tmp_path):
-    steps = "--steps 600 --log-every 20 --save-every 100".split()
+    steps = "--steps 600 --log-every 20 --save-every 100 --noise 0.1".split()
     words = ("train", file, "--factors", "digit=3,color=2", *steps, *SMALL)
     code, _, err = finish(torchrun(*words, "--out", tmp_path / "whole"))
     assert code == 0, err
@@ -304,10 +405,14 @@ def test_two_processes_resume_bit_for_bit(file, tmp_path):
     assert lines[0] == lines[1]
 
 
-@pytest.mark.parametrize(("how", "coupling"), [("devices", "affine"), ("torchrun", "spline")])
-def test_two_processes_give_the_same_result(how, coupling, file, tmp_path):
-    words = ["train", str(file), "--factors", "digit=3,color=2", "--steps", "30", "--log-every", "7", *SMALL]
+@pytest.mark.parametrize(
+    ("how", "coupling", "factors"),
+    [("devices", "affine", "digit=3 --context color"), ("torchrun", "spline", "digit=3,color=2")],
+)
+def test_two_processes_give_the_same_result(how, coupling, factors, file, tmp_path):
+    words = ["train", str(file), "--factors", *factors.split(), "--steps", "30", "--log-every", "7", *SMALL]
     words += ["--held-out-every", "10", "--save-every", "12", "--precision", "64-true", "--coupling", coupling]
+    words += ["--noise", "0.2", "--keep", "best"]
     assert run(*words, "--out", tmp_path / "one")[0] == 0
     if how == "devices":
         process = command(*words, "--out", tmp_path / "two", "--devices", 2)

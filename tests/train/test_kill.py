@@ -70,7 +70,15 @@ def attempt(latents, tmp_path_factory):
     labels[::14] = -1
     np.savez(folder / "latents.npz", z=latents.z.numpy(), labels=labels, names=latents.names)
     settings = {"factors": {"digit": 3, "color": 2}, "steps": 50, "n_flows": 2, "hidden_dim": 16, "batch": 16}
-    settings |= {"learning_rate": 3e-3, "log_every": 4, "held_out_every": 12, "save_every": 7, "seed": 5}
+    settings |= {
+        "learning_rate": 3e-3,
+        "log_every": 4,
+        "held_out_every": 12,
+        "save_every": 7,
+        "seed": 5,
+        "noise": 0.1,
+        "keep": "best",
+    }
     driver = subprocess.Popen(
         [sys.executable, "-c", DRIVER, str(folder / "latents.npz"), json.dumps(settings)],
         stdin=subprocess.PIPE,
@@ -103,8 +111,8 @@ def same(run, whole):
     for name in ("model.safetensors", "config.json", "split.npz", "run.json"):
         assert (run / name).read_bytes() == (whole / name).read_bytes(), name
     (checkpoint,) = (run / "state").iterdir()
-    for file in checkpoint.iterdir():
-        assert file.read_bytes() == (whole / "state" / checkpoint.name / file.name).read_bytes(), file.name
+    for file in checkpoint.rglob("*.*"):
+        assert file.read_bytes() == (whole / file.relative_to(run)).read_bytes(), file.name
     assert sorted(path.name for path in run.rglob("*") if "events" not in path.name) == sorted(
         path.name for path in whole.rglob("*") if "events" not in path.name
     )

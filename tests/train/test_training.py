@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from run_folder import metrics, record
 
 from iin_fast import IIN, FactorLoss, PairSampler
 from iin_fast.latents import Latents
-from iin_fast.train import Batches, split_rows, train
+from iin_fast.train import Batches, held_out_rise, split_rows, train
 from iin_fast.train.logs import Log
 
 
@@ -149,6 +150,77 @@ def test_without_labels_the_density_is_learned(settings, tmp_path):
     assert abs(float(last["held_out_nats_per_dim"]) - entropy) < 0.05
     # Two independent latents of four features.
     assert float(last["held_out_loss"]) == pytest.approx(8 * float(last["held_out_nats_per_dim"]), rel=1e-5)
+
+
+def test_noise_is_measured_in_each_features_deviation(settings, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.tensor([0.1, 1.0, 3.0, 0.5])
+    latents = Latents.of(scale * torch.randn(4000, 4, generator=generator) + 5)
+    options = settings(factors=None, steps=150, batch=64, noise=1.0)
+    model = train(latents, tmp_path / "run", options, accelerator="cpu")
+    spread = model.sample(4000, generator).std(0) / scale  # as much noise as there was: √2 times the deviation
+    assert torch.allclose(spread, torch.full((4,), math.sqrt(2)), rtol=0.1)
+
+
+@pytest.fixture(scope="module")
+def by_heart(latents, tmp_path_factory):
+    """A function: a long training on few latents, with what is given: folder, model, warnings; each done once."""
+    from iin_fast.train import Settings
+
+    made = {}
+
+    def run(**given):
+        key = tuple(given.items())
+        if key not in made:
+            folder = tmp_path_factory.mktemp("by_heart") / "run"
+            few = Latents.of(latents.z[:60], latents.labels[:60, :1], ["digit"])
+            options = {"batch": 32, "steps": 160, "n_flows": 2, "hidden_dim": 32, "learning_rate": 3e-3}
+            settings = Settings({"digit": 3}, held_out=0.3, held_out_every=40, **options, **given)
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                model = train(few, folder, settings, accelerator="cpu")
+            made[key] = folder, model, [str(warning.message) for warning in told]
+        return made[key]
+
+    return run
+
+
+def held_out_losses(run):
+    return [float(line["held_out_loss"]) for line in metrics(run) if line["held_out_loss"]]
+
+
+def test_noise_keeps_a_flow_from_learning_few_latents_by_heart(by_heart):
+    assert held_out_losses(by_heart(noise=0.3)[0])[-1] < held_out_losses(by_heart()[0])[-1] - 20
+
+
+def test_the_best_model_is_kept(by_heart, latents):
+    run, model, _ = by_heart(keep="best")
+    losses = held_out_losses(run)
+    assert losses == held_out_losses(by_heart()[0])  # the training is the same
+    few = Latents.of(latents.z[:60], latents.labels[:60, :1], ["digit"])
+    pairs = Batches(few, split_rows(few, 0.3)[1]).draw(1024, 0)
+    loss = FactorLoss(0.975, normalized=True)
+    for kept in (model, IIN.load(run), IIN.load(next((run / "state").iterdir()) / "best")):
+        with torch.no_grad():
+            found = loss(kept, few.z[pairs.a], few.z[pairs.b], pairs.shared).item()
+        assert found == pytest.approx(min(losses), rel=1e-5) and min(losses) < losses[-1] - 20
+    with pytest.raises(ValueError, match="keep is 'best', expected 'last' where there are no held-out pairs"):
+        train(few, run.parent / "none", record_settings(run, held_out=0.0), accelerator="cpu")
+
+
+def record_settings(run, **given):
+    from iin_fast.train import Settings
+
+    return Settings(**{**record(run)["settings"], **given})
+
+
+def test_a_held_out_loss_that_rises_is_told(by_heart, finished):
+    assert held_out_rise(finished[0]) == "" == held_out_rise(finished[0].parent)
+    last, best = held_out_rise(by_heart()[0]), held_out_rise(by_heart(keep="best")[0])
+    assert by_heart()[2] == [f"train: {last}"] and by_heart(noise=0.3)[2] == []
+    losses = held_out_losses(by_heart()[0])
+    assert f"rose from {min(losses):.2f} nats per pair at step 40 to {losses[-1]:.2f} at step 160" in last
+    assert last.endswith("step 40 was not kept (keep best does that)") and best.endswith("step 40 was kept")
 
 
 def test_missing_labels_and_ready_pairs(latents, settings, tmp_path):
