@@ -267,6 +267,22 @@ def test_transforms_without_a_faster_form_are_reported() -> None:
     ]
 
 
+@pytest.mark.skipif(not has("FrEIA"), reason="FrEIA is not installed")
+def test_additive_blocks_of_freia_are_recognised_and_left() -> None:
+    from FrEIA.modules import NICECouplingBlock
+
+    block, x = NICECouplingBlock([(5,)], subnet_constructor=Net), torch.randn(4, 5)
+    before = block([x])[0][0]
+    report, name = iin_fast.accelerate(block), "FrEIA.modules.coupling_layers.NICECouplingBlock"
+    assert [(line.name, line.replaced, line.why) for line in report.lines] == [
+        (name, False, "one addition; nothing to fuse")
+    ]
+    assert type(block) is NICECouplingBlock and torch.equal(block([x])[0][0], before)
+    with iin_fast.patch("freia") as patched:
+        assert name in {line.name for line in patched.report.left}
+        assert torch.equal(block([x])[0][0], before)
+
+
 def test_report_reads_well() -> None:
     flow = nn.ModuleList([affine(), affine(), Doubled([1, 0, 1], Net)])
     lines = str(iin_fast.accelerate(flow)).splitlines()
