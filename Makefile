@@ -74,9 +74,9 @@ bench: build
 	$(BIN)/python benchmarks/readme.py
 
 # The libraries' own test suites under patch, and tests/dropin on the published code and FrEIA's repository (ten minutes):
-# make peers PEERS=FOLDER; benchmarks/peers.py says what the folder holds.
+# make peers PEERS=FOLDER
 peers: build
-	@test -n "$(PEERS)" || (sed -n 1,/benchmarks/p benchmarks/peers.py; exit 2)
+	@test -n "$(PEERS)" || (echo "make peers PEERS=FOLDER: benchmarks/peers.py says what the folder holds"; exit 2)
 	$(BIN)/python benchmarks/peer_sources.py $(PEERS) --out benchmarks/results/peer_sources.json
 	$(BIN)/python benchmarks/peer_suites.py --source freia=$(PEERS)/FrEIA --out benchmarks/results/peer_suites.json
 

@@ -58,11 +58,11 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
-    result = {"machine": collect(), "sources": run(arguments.folder)}
-    print(json.dumps(result["sources"], indent=1))
+    sources = run(arguments.folder)
+    print(json.dumps(sources, indent=1))
     if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
-    bad = [clone for clone, found in result["sources"].items() if found["failed"] or not found["passed"]]
+        arguments.out.write_text(json.dumps({"machine": collect(), "sources": sources}, indent=1) + "\n")
+    bad = [clone for clone, found in sources.items() if found["failed"] or not found["passed"]]
     if bad:
         sys.exit(f"tests failed or were not run: {', '.join(bad)}")
 
