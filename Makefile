@@ -69,7 +69,7 @@ bench: build
 	$(BIN)/python benchmarks/spline.py
 	$(BIN)/python benchmarks/backends.py
 	$(BIN)/python benchmarks/overhead.py
-	$(BIN)/python benchmarks/dropin.py
+	$(BIN)/python benchmarks/dropin.py $(if $(PEERS),--peers $(PEERS))
 	$(BIN)/python benchmarks/dropin.py --table
 	$(BIN)/python benchmarks/readme.py
 
@@ -77,6 +77,7 @@ bench: build
 # make peers PEERS=FOLDER
 peers: build
 	@test -n "$(PEERS)" || (echo "make peers PEERS=FOLDER: benchmarks/peers.py says what the folder holds"; exit 2)
+	$(PIP) install --quiet --no-deps torchtestcase
 	$(BIN)/python benchmarks/peer_sources.py $(PEERS) --out benchmarks/results/peer_sources.json
 	$(BIN)/python benchmarks/peer_suites.py --source freia=$(PEERS)/FrEIA --out benchmarks/results/peer_suites.json
 

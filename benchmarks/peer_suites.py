@@ -4,7 +4,7 @@
     python benchmarks/peer_suites.py --source freia=FOLDER --out benchmarks/results/peer_suites.json
 
 Suites come from the source distributions of the package index, of the versions installed here; nflows, normflows and zuko
-ship theirs. FrEIA's does not; --source names a clone of its repository. In the run with ``patch``, small
+ship theirs. FrEIA's does not; --source names a clone of its repository. nflows' need torchtestcase. In the run with ``patch``, small
 couplings take the fused ops too, and the calls of each op are counted. torch, numpy and random are seeded before each test.
 """
 
@@ -137,6 +137,8 @@ def main() -> None:
         arguments.out.write_text(json.dumps({"machine": collect(), "suites": results}, indent=2) + "\n")
     if any(result.get("different_under_patch") for result in results.values()):
         sys.exit("some tests end differently under patch")
+    if any(result.get("error") for result in results.values()):
+        sys.exit("some tests could not run")
 
 
 if __name__ == "__main__":
