@@ -1,7 +1,7 @@
 # make demo   the main job: environment, wheel, training, swaps, report in runs/demo
 # make test   the whole suite
 # make docs   the documentation site in build/site
-.PHONY: demo test docs wheel sdist build lint bench gpu-report cuda-load-check gpu clean
+.PHONY: demo test docs wheel sdist build lint bench peers gpu-report cuda-load-check gpu clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -72,9 +72,17 @@ bench: build
 	$(BIN)/python benchmarks/spline_accuracy.py
 	$(BIN)/python benchmarks/backends.py
 	$(BIN)/python benchmarks/overhead.py
-	$(BIN)/python benchmarks/dropin.py
+	$(BIN)/python benchmarks/dropin.py $(if $(PEERS),--peers $(PEERS))
 	$(BIN)/python benchmarks/dropin.py --table
 	$(BIN)/python benchmarks/readme.py
+
+# The libraries' own test suites under patch, and tests/dropin on the published code and FrEIA's repository (ten minutes):
+# make peers PEERS=FOLDER
+peers: build
+	@test -n "$(PEERS)" || (echo "make peers PEERS=FOLDER: benchmarks/peers.py says what the folder holds"; exit 2)
+	$(PIP) install --quiet --no-deps torchtestcase
+	$(BIN)/python benchmarks/peer_sources.py $(PEERS) --out benchmarks/results/peer_sources.json
+	$(BIN)/python benchmarks/peer_suites.py --source freia=$(PEERS)/FrEIA --out benchmarks/results/peer_suites.json
 
 # What the compilers made of the GPU kernels: registers, spills, instructions. Needs nvcc, but no GPU.
 gpu-report: build

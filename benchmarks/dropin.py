@@ -1,10 +1,10 @@
 """Models of other libraries before and after iin_fast.accelerate, in turn in one process, and the table in docs/dropin.md:
 
-    python benchmarks/dropin.py [--quick] [--out OUT.json]      # measures what is installed
-    python benchmarks/dropin.py --table                         # writes docs/dropin.md's table from the result file
+    python benchmarks/dropin.py [--quick] [--out OUT.json] [--peers FOLDER]     # measures what is installed
+    python benchmarks/dropin.py --table                # writes docs/dropin.md's table from the result file
 
-A layer with its conditioner (two hidden layers of 64), float32. CompVis/iin, net2net and invariances are measured where they
-are on the Python path, as a stack of the published size.
+A layer with its conditioner (two hidden layers of 64), float32. FOLDER holds clones of CompVis/iin, net2net, invariances and
+FrEIA (benchmarks/peers.py): stacks of the published size, and FrEIA's repository instead of its release.
 """
 
 import argparse
@@ -12,13 +12,16 @@ import copy
 import importlib.util
 import json
 import statistics
+import sys
+import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from peers import commits, paths, versions
 from torch import Tensor, nn
 
 import iin_fast
@@ -29,8 +32,22 @@ RESULT = ROOT / "benchmarks" / "results" / "dropin_cpu.json"
 PAGE = ROOT / "docs" / "dropin.md"
 BEGIN, END = "<!-- speed: written by benchmarks/dropin.py -->", "<!-- end of speed -->"
 DIM, HIDDEN, BINS = 32, 64, 8
+INVERSE = 256  # the batch at which the other direction is measured too
 
 Call = Callable[[nn.Module, Tensor], Any]
+
+
+@dataclass(frozen=True)
+class Model:
+    """What is measured: the density direction, and back."""
+
+    build: Callable[[], nn.Module]
+    call: Call
+    inverse: Call
+    dim: int
+
+    def stack(self) -> bool:
+        return self.dim != DIM
 
 
 class Net(nn.Module):
@@ -55,45 +72,40 @@ def has(module: str) -> bool:
         return False
 
 
-def models() -> dict[str, tuple[Callable[[], nn.Module], Call, int]]:
-    """Name to (builder, call, features)."""
-    found: dict[str, tuple[Callable[[], nn.Module], Call, int]] = {}
-
-    def add(name: str, build: Callable[[], nn.Module], call: Call = lambda m, x: m(x), dim: int = DIM) -> None:
-        found[name] = (build, call, dim)
-
+def models() -> dict[str, Model]:
+    found: dict[str, Model] = {}
     mask = [i % 2 for i in range(DIM)]
+
+    def add(name: str, build: Callable[[], nn.Module], call: Call, inverse: Call, dim: int = DIM) -> None:
+        found[name] = Model(build, call, inverse, dim)
+
     if has("nflows"):
         from nflows import transforms as T
 
+        two: tuple[Call, Call] = (lambda m, x: m(x), lambda m, x: m.inverse(x))
         tails: dict[str, Any] = {"tails": "linear", "tail_bound": 3.0, "num_bins": BINS}
-        add("nflows AffineCouplingTransform", lambda: T.AffineCouplingTransform(mask, Net))
-        add("nflows AdditiveCouplingTransform", lambda: T.AdditiveCouplingTransform(mask, Net))
+        add("nflows AffineCouplingTransform", lambda: T.AffineCouplingTransform(mask, Net), *two)
+        add("nflows AdditiveCouplingTransform", lambda: T.AdditiveCouplingTransform(mask, Net), *two)
         spline = T.PiecewiseRationalQuadraticCouplingTransform
-        add("nflows PiecewiseRationalQuadraticCouplingTransform", lambda: spline(mask, Net, **tails))
+        add("nflows PiecewiseRationalQuadraticCouplingTransform", lambda: spline(mask, Net, **tails), *two)
+        add("nflows PiecewiseRationalQuadraticCDF", lambda: T.PiecewiseRationalQuadraticCDF((DIM,), **tails), *two)
         masked = T.MaskedPiecewiseRationalQuadraticAutoregressiveTransform
-        add("nflows masked autoregressive spline", lambda: masked(DIM, HIDDEN, **tails))
+        add("nflows masked autoregressive spline", lambda: masked(DIM, HIDDEN, **tails), *two)
     if has("normflows"):
         import normflows as nf
 
-        for scale_map in ("exp", "sigmoid"):
+        # the density direction is `inverse` here
+        two = (lambda m, x: m.inverse(x), lambda m, x: m(x))
+        for scale_map in ("exp", "sigmoid", "sigmoid_inv"):
             add(
                 f"normflows AffineCouplingBlock, {scale_map}",
                 lambda scale_map=scale_map: nf.flows.AffineCouplingBlock(Net(DIM // 2, DIM), scale_map=scale_map),
+                *two,
             )
         b = torch.tensor(mask, dtype=torch.float32)
-        add("normflows MaskedAffineFlow", lambda: nf.flows.MaskedAffineFlow(b, Net(DIM, DIM), Net(DIM, DIM)))
-        coupled, autoregressive = (
-            nf.flows.CoupledRationalQuadraticSpline,
-            nf.flows.AutoregressiveRationalQuadraticSpline,
-        )
-        # the density direction is `inverse` here
-        add("normflows CoupledRationalQuadraticSpline", lambda: coupled(DIM, 1, HIDDEN), lambda m, x: m.inverse(x))
-        add(
-            "normflows AutoregressiveRationalQuadraticSpline",
-            lambda: autoregressive(DIM, 1, HIDDEN),
-            lambda m, x: m.inverse(x),
-        )
+        add("normflows MaskedAffineFlow", lambda: nf.flows.MaskedAffineFlow(b, Net(DIM, DIM), Net(DIM, DIM)), *two)
+        for name in ("CoupledRationalQuadraticSpline", "AutoregressiveRationalQuadraticSpline"):
+            add(f"normflows {name}", lambda name=name: getattr(nf.flows, name)(DIM, 1, HIDDEN), *two)
     if has("FrEIA"):
         import FrEIA.modules as Fm
 
@@ -101,21 +113,25 @@ def models() -> dict[str, tuple[Callable[[], nn.Module], Call, int]]:
             "GLOWCouplingBlock",
             "RNVPCouplingBlock",
             "GINCouplingBlock",
+            "NICECouplingBlock",
             "AffineCouplingOneSided",
             "AllInOneBlock",
         ]
+        two = (lambda m, x: m([x]), lambda m, x: m([x], rev=True))
         for name in [*names, *(["RationalQuadraticSpline"] if hasattr(Fm, "RationalQuadraticSpline") else [])]:
             build = lambda name=name: getattr(Fm, name)([(DIM,)], subnet_constructor=Net)  # noqa: E731
-            add(f"FrEIA {name}", build, lambda m, x: m([x]))
+            add(f"FrEIA {name}", build, *two)
         add(
             "FrEIA ConditionalAffineTransform",
             lambda: Fm.ConditionalAffineTransform([(DIM,)], dims_c=[(DIM,)], subnet_constructor=Net),
             lambda m, x: m([x], [x.detach()]),
+            lambda m, x: m([x], [x.detach()], rev=True),
         )
     if has("zuko"):
         import zuko
 
         hidden = (HIDDEN, HIDDEN)
+        two = (lambda m, x: m().call_and_ladj(x), lambda m, x: m().inv.call_and_ladj(x))
         for name, flow in {
             "MAF layer": lambda: zuko.flows.MAF(DIM, transforms=1, hidden_features=hidden),
             "NICE layer": lambda: zuko.flows.NICE(DIM, transforms=1, hidden_features=hidden),
@@ -124,24 +140,31 @@ def models() -> dict[str, tuple[Callable[[], nn.Module], Call, int]]:
                 DIM, transforms=1, hidden_features=hidden, bins=BINS, passes=2
             ),
         }.items():
-            add(f"zuko {name}", lambda flow=flow: flow().transform, lambda m, x: m().call_and_ladj(x))
-    if has("iin.models.iin") and has("edflow"):
+            add(f"zuko {name}", lambda flow=flow: flow().transform, *two)
+    two = (lambda m, x: m(x), lambda m, x: m(x, reverse=True))
+    if has("iin.models.iin"):
         from iin.models import iin
 
         parts = [iin.VectorActNorm, iin.DoubleVectorCouplingBlock, iin.Shuffle]
-        add("CompVis/iin, stack of 12", lambda: iin.EfficientVRNVP(parts, 64, 12, 512, 2), dim=64)
-        add("CompVis/iin DoubleVectorCouplingBlock", lambda: parts[1](64, HIDDEN), dim=64)
+        add("CompVis/iin DoubleVectorCouplingBlock", lambda: parts[1](DIM, HIDDEN), *two)
+        add("CompVis/iin VectorActNorm", lambda: parts[0](DIM), *two)
+        add("CompVis/iin Shuffle", lambda: parts[2](DIM), *two)
+        add("CompVis/iin, stack of 12", lambda: iin.EfficientVRNVP(parts, 64, 12, 512, 2), *two, dim=64)
+    condition = torch.randn(4096, 16)
+    given: tuple[Call, Call] = (
+        lambda m, x: m(x[:, :, None, None], condition[: len(x)]),
+        lambda m, x: m(x[:, :, None, None], condition[: len(x)], reverse=True),
+    )
     if has("net2net.modules.flow.flatflow"):
         from net2net.modules.flow import flatflow
 
-        add("net2net, stack of 12", lambda: flatflow.UnconditionalFlatCouplingFlow(64, 12, 512, 2), dim=64)
-        condition = torch.randn(4096, 16)
-        add(
-            "net2net conditional, stack of 12",
-            lambda: flatflow.ConditionalFlatCouplingFlow(64, 16, 16, 512, 2, 12),
-            lambda m, x: m(x[:, :, None, None], condition[: len(x)]),
-            dim=64,
-        )
+        add("net2net, stack of 12", lambda: flatflow.UnconditionalFlatCouplingFlow(64, 12, 512, 2), *two, dim=64)
+        conditional = flatflow.ConditionalFlatCouplingFlow
+        add("net2net conditional, stack of 12", lambda: conditional(64, 16, 16, 512, 2, 12), *given, dim=64)
+    if has("invariances.model.blocks"):
+        from invariances.model import blocks
+
+        add("invariances, stack of 12", lambda: blocks.ConditionalFlow(64, 16, 512, 2, 12), *given, dim=64)
     return found
 
 
@@ -151,37 +174,48 @@ def tensors(result: Any) -> list[Tensor]:
     return [t for part in result for t in tensors(part)] if isinstance(result, list | tuple) else []
 
 
-def measure(
-    build: Callable[[], nn.Module], call: Call, dim: int, batch: int, repeats: int, frozen: bool = False
-) -> dict[str, Any]:
+class NothingReplaced(Exception):
+    """Why accelerate leaves a model."""
+
+
+def measure(model: Model, batch: int, repeats: int, warm_up: int, *, frozen: bool = False) -> dict[str, Any]:
     """Seconds per call of both sides, in turn."""
     torch.manual_seed(0)
-    own, x = build(), torch.randn(batch, dim)
+    own, x = model.build(), torch.randn(batch, model.dim)
     with torch.no_grad():
-        call(own, x)  # data-dependent starts
+        model.call(own, x)  # data-dependent starts
     fast = copy.deepcopy(own)
     report = iin_fast.accelerate(fast, frozen=frozen)
     if not report.replaced:
-        raise RuntimeError(f"nothing was replaced:\n{report}")
+        raise NothingReplaced("; ".join(sorted({line.why for line in report.left})))
 
-    def forward(model: nn.Module) -> None:
+    def forward(module: nn.Module) -> None:
         with torch.no_grad():
-            call(model, x)
+            model.call(module, x)
 
-    def training(model: nn.Module) -> None:
-        outputs = [t for t in tensors(call(model, x)) if t.requires_grad]
+    def inverse(module: nn.Module) -> None:
+        with torch.no_grad():
+            model.inverse(module, x)
+
+    def training(module: nn.Module) -> None:
+        outputs = [t for t in tensors(model.call(module, x)) if t.requires_grad]
         torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
-        for parameter in model.parameters():
+        for parameter in module.parameters():
             parameter.grad = None
 
+    runs = {"forward": forward}
+    if not frozen and any(parameter.requires_grad for parameter in own.parameters()):
+        runs["forward + backward"] = training
+    if not frozen and batch == INVERSE:
+        runs["inverse"] = inverse
     found: dict[str, Any] = {}
-    for name, run in (("forward", forward),) if frozen else (("forward", forward), ("forward + backward", training)):
+    for name, run in runs.items():
         seconds: dict[str, list[float]] = {"own": [], "accelerated": []}
-        for turn in range(repeats + 3):
-            for side, model in (("own", own), ("accelerated", fast)):
+        for turn in range(repeats + warm_up):
+            for side, module in (("own", own), ("accelerated", fast)):
                 start = time.perf_counter()
-                run(model)
-                if turn >= 3:
+                run(module)
+                if turn >= warm_up:
                     seconds[side].append(time.perf_counter() - start)
         found[name] = {
             side: {"min": min(s), "median": statistics.median(s), "max": max(s)} for side, s in seconds.items()
@@ -190,32 +224,30 @@ def measure(
     return found
 
 
-def versions() -> dict[str, str]:
-    found = {}
-    for name in ("nflows", "normflows", "FrEIA", "zuko"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            pass
-    return found
-
-
 def table(result: dict[str, Any]) -> str:
     machine, batches = result["machine"], result["batches"]
-    libraries = ", ".join(f"{name} {number}" for name, number in result["libraries"].items())
+    sources = [f"{name} {number}" for name, number in result["libraries"].items() if name not in result["peers"]]
+    sources += [f"{name} at {commit[:7]}" for name, commit in result["peers"].items()]
+    columns = [(what, n) for n in batches for what in ("forward", "forward + backward")] + [("inverse", INVERSE)]
     lines = [
-        f"{machine['CPU']} ({machine['CPU instruction set']}), torch {machine['torch']}; {libraries}. Speed-up: median time of "
-        "the library's own code over that after `accelerate`, both in one run, in turn; above 1 is faster.",
+        f"{machine['CPU']} ({machine['CPU instruction set']}), torch {machine['torch']}; {', '.join(sources)}. Speed-up: "
+        "median time of the library's own code over that after `accelerate`, both in one run, in turn; above 1 is faster. "
+        "Forward is the density's direction, inverse that of samples.",
         "",
-        "| | " + " | ".join(f"forward, batch {n} | forward + backward, batch {n}" for n in batches) + " |",
-        "|---|" + "---:|" * (2 * len(batches)),
+        "| | " + " | ".join(f"{what}, batch {n}" for what, n in columns) + " |",
+        "|---|" + "---:|" * len(columns),
     ]
+
+    def row(name: str, cells: list[dict[str, Any] | None]) -> str:
+        shown = ["" if cell is None else f"{cell['speedup']:.2g}" for cell in cells]
+        return f"| {name} | {' | '.join(shown)} |"
+
     for name, by_batch in result["models"].items():
-        for row, columns in (("", ("forward", "forward + backward")), (", frozen", ("forward, frozen", ""))):
-            cells = [by_batch[str(n)].get(what) for n in batches for what in columns]
-            if any(cells):
-                shown = ["" if cell is None else f"{cell['speedup']:.2g}" for cell in cells]
-                lines.append(f"| {name}{row} | {' | '.join(shown)} |")
+        lines.append(row(name, [by_batch[str(n)].get(what) for what, n in columns]))
+        frozen = [by_batch[str(n)].get(f"{what}, frozen") for what, n in columns]
+        if any(frozen):
+            lines.append(row(f"{name}, frozen", frozen))
+    lines += ["", *(f"{name} is left alone: {why}." for name, why in result["left"].items())]
     return "\n".join(lines)
 
 
@@ -229,30 +261,50 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--quick", action="store_true", help="a few repeats: shows only that it runs")
     parser.add_argument("--table", action="store_true", help="measure nothing, write the table")
+    parser.add_argument("--peers", type=Path, help="a folder of clones: see benchmarks/peers.py")
     arguments = parser.parse_args()
     if arguments.table:
         write_table()
         return
-    batches = (64, 1024) if arguments.quick else (64, 256, 4096)
+    with tempfile.TemporaryDirectory() as scratch:
+        if arguments.peers:
+            sys.path[:0] = paths(arguments.peers, Path(scratch))
+        run(arguments)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    batches = (64, 256) if arguments.quick else (64, 256, 4096)
     results: dict[str, Any] = {
         "machine": collect(),
-        "libraries": versions(),
+        "threads": torch.get_num_threads(),
+        "libraries": versions("nflows", "normflows", "FrEIA", "zuko"),
+        "peers": commits(arguments.peers),
         "batches": batches,
         "dim": DIM,
         "models": {},
+        "left": {},
     }
-    for name, (build, call, dim) in models().items():
-        results["models"][name] = {}
-        for batch in batches:
-            repeats = 3 if arguments.quick else 60 if batch < 1000 else 15
-            repeats = min(repeats, 15 if batch < 1000 else 5) if "stack" in name else repeats
-            found = measure(build, call, dim, batch, repeats)
-            if "stack" in name:
-                found["forward, frozen"] = measure(build, call, dim, batch, repeats, frozen=True)["forward"]
-            results["models"][name][str(batch)] = found
+    for name, model in models().items():
+        by_batch = {}
+        try:
+            for batch in batches:
+                repeats = 3 if arguments.quick else 60 if batch < 1000 else 15
+                warm_up = 3
+                if model.stack():  # seconds per call
+                    repeats, warm_up = min(repeats, 15 if batch < 1000 else 3), 1
+                found = measure(model, batch, repeats, warm_up)
+                if model.stack():
+                    frozen = measure(model, batch, repeats, warm_up, frozen=True)
+                    found["forward, frozen"] = frozen["forward"]
+                by_batch[str(batch)] = found
+        except NothingReplaced as reason:
+            results["left"][name] = str(reason)
+            print(name, "| left:", reason, flush=True)
+            continue
+        results["models"][name] = by_batch
         text = [
-            f"{n}: {r['forward']['speedup']:.2f}, {r['forward + backward']['speedup']:.2f}"
-            for n, r in results["models"][name].items()
+            f"{batch}: " + ", ".join(f"{what} {row['speedup']:.2f}" for what, row in found.items())
+            for batch, found in by_batch.items()
         ]
         print(name, "|", " | ".join(text), flush=True)
     arguments.out.write_text(json.dumps(results, indent=1) + "\n")

@@ -1,10 +1,10 @@
 """The libraries' own test suites, with and without iin_fast.patch: every test must end the same way.
 
     python benchmarks/peer_suites.py --out benchmarks/results/peer_suites.json
-    python benchmarks/peer_suites.py --only freia --source freia=/path/to/a/clone/of/FrEIA
+    python benchmarks/peer_suites.py --source freia=FOLDER --out benchmarks/results/peer_suites.json
 
 Suites come from the source distributions of the package index, of the versions installed here; nflows, normflows and zuko
-ship theirs. FrEIA's does not; a clone of its repository can be named with --source. In the run with ``patch``, small
+ship theirs. FrEIA's does not; --source names a clone of its repository. nflows' need torchtestcase. In the run with ``patch``, small
 couplings take the fused ops too, and the calls of each op are counted. torch, numpy and random are seeded before each test.
 """
 
@@ -18,6 +18,10 @@ import tarfile
 import tempfile
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+
+from peers import commit
+
+from iin_fast.info import collect
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -86,21 +90,27 @@ def run(name: str, folder: Path, patch: bool, scratch: Path) -> tuple[dict[str, 
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if not results.exists():
         raise RuntimeError(f"{name}: pytest ended with {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    outcomes = {}
+    ended = outcomes(results)
+    results.unlink()
+    return ended, json.loads(counts.read_text()) if patch else {}
+
+
+def outcomes(results: Path) -> dict[str, str]:
+    """How each test of a JUnit file ended: "passed", "failure", "error" or "skipped"."""
+    found = {}
     for case in ElementTree.parse(results).iter("testcase"):
         kinds = [child.tag for child in case if child.tag in ("failure", "error", "skipped")]
-        outcomes[f"{case.get('classname')}::{case.get('name')}"] = kinds[0] if kinds else "passed"
-    results.unlink()
-    return outcomes, json.loads(counts.read_text()) if patch else {}
+        found[f"{case.get('classname')}::{case.get('name')}"] = kinds[0] if kinds else "passed"
+    return found
 
 
 def compare(name: str, source: Path | None) -> dict[str, object]:
-    version = "a clone" if source else importlib.metadata.version(SUITES[name][0])
+    version = {"commit": commit(source)} if source else {"version": importlib.metadata.version(SUITES[name][0])}
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         found = suite(name, source, scratch)
         if found is None:
-            return {"version": version, "note": "its source distribution carries no tests"}
+            return {**version, "note": "its source distribution carries no tests"}
         before, _ = run(name, found, False, scratch)
         after, calls = run(name, found, True, scratch)
     differ = {
@@ -109,7 +119,7 @@ def compare(name: str, source: Path | None) -> dict[str, object]:
     tally = {
         kind: sum(outcome == kind for outcome in before.values()) for kind in ("passed", "failure", "error", "skipped")
     }
-    return {"version": version, **tally, "op_calls_under_patch": calls, "different_under_patch": differ}
+    return {**version, **tally, "op_calls_under_patch": calls, "different_under_patch": differ}
 
 
 def main() -> None:
@@ -119,14 +129,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     sources = dict(item.split("=", 1) for item in arguments.source)
-    results = {}
+    results: dict[str, dict[str, object]] = {}
     for name in arguments.only:
         results[name] = compare(name, Path(sources[name]).resolve() if name in sources else None)
         print(name, json.dumps(results[name]), flush=True)
     if arguments.out:
-        arguments.out.write_text(json.dumps(results, indent=2) + "\n")
+        arguments.out.write_text(json.dumps({"machine": collect(), "suites": results}, indent=2) + "\n")
     if any(result.get("different_under_patch") for result in results.values()):
         sys.exit("some tests end differently under patch")
+    if any(result.get("error") for result in results.values()):
+        sys.exit("some tests could not run")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..ops.flow import flow
 from ..ops.flow.layout import PANEL, pack, unpack
+from .generated import original
 from .known import fits, qualified
 
 __all__ = ["Block", "Stack", "Unfit", "freeze", "own_class", "run", "stack_of"]
@@ -46,7 +47,7 @@ class Block:
 
 def own_class(module: nn.Module) -> str:
     """The qualified class name, of the library's own class where the module is sped up already."""
-    return qualified(getattr(type(module), "original", type(module)))
+    return qualified(original(type(module)) or type(module))
 
 
 def _linears(net: nn.Module, use_tanh: bool) -> list[nn.Linear]:

@@ -5,17 +5,17 @@ state_dict stay untouched, isinstance holds, and restoring is the way back. The 
 own, so a saved model opens where iin-fast is not installed.
 """
 
-import copyreg
 import importlib
-import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial, wraps
+from threading import RLock
 from types import TracebackType
 from typing import Any
 
 from torch import nn
 
+from .generated import Generated, generate, original
 from .known import Known, qualified
 from .library import LIBRARIES, Library
 from .report import Line, Report
@@ -24,36 +24,31 @@ from .stacks import freeze
 __all__ = ["Patch", "accelerate", "patch", "restore", "unpatch"]
 
 MISSING: Any = object()
+BY_NAME = {library.name: library for library in LIBRARIES.values()}
 
 
-class Swapped(type):
-    """The type of generated classes; ``original`` is the library's own class."""
-
-    original: type
-
-
-def _reduce(cls: Swapped) -> tuple[Callable[[str], Any], tuple[str]]:
-    return pkgutil.resolve_name, (f"{cls.original.__module__}:{cls.original.__qualname__}",)
-
-
-copyreg.pickle(Swapped, _reduce)  # type: ignore[arg-type]
-
-_classes: dict[type, Swapped] = {}
+_lock = RLock()  # what is generated, patched and held changes under it
+_classes: dict[type, Generated] = {}
 _patched: dict[type, dict[str, Any]] = {}  # what each patched class had of its own
+_holders: dict[str, set["Patch"]] = {}  # who keeps a library patched
 
 
-def _swapped(cls: type, known: Known) -> Swapped:
-    """The generated subclass of ``cls``."""
+def _fast(cls: type, known: Known) -> Generated:
+    """The generated subclass of ``cls``. What a user derives from it runs the library's own code, as it may override any."""
     if cls not in _classes:
-        namespace = known.fast(cls, lambda instance: True) | {
-            "__module__": cls.__module__,
-            "__qualname__": cls.__qualname__,
-            "__doc__": cls.__doc__,
-        }
-        made = Swapped(cls.__name__, (cls,), namespace)
-        made.original = cls
+
+        def accept(instance: Any) -> bool:
+            return type(instance) is made or _by_torch(type(instance))
+
+        made = generate(cls, known.fast(cls, accept))
         _classes[cls] = made
     return _classes[cls]
+
+
+def _by_torch(cls: type) -> bool:
+    """Whether torch derived ``cls`` from a generated class: for a parametrization, for ``fully_shard``."""
+    first = next((base for base in cls.__mro__ if not base.__module__.startswith("torch.")), cls)
+    return first is not cls and original(first) is not None
 
 
 def _why_not(module: Any, cls: type, known: Known) -> str | None:
@@ -89,14 +84,16 @@ def accelerate(model: nn.Module, *, frozen: bool = False) -> Report:
     if not isinstance(model, nn.Module):
         raise TypeError(f"accelerate: model is a {type(model).__name__}, expected a torch.nn.Module")
     lines = []
-    for path, module in model.named_modules():
-        freeze(module, frozen)
-        if isinstance(type(module), Swapped):
-            lines.append(Line(path, qualified(type(module)), True, "already"))
-            continue
-        library = LIBRARIES.get(type(module).__module__.split(".")[0]) or _library_of(module)
-        if library is not None:
-            lines.extend(_accelerate(path, module, library))
+    with _lock:
+        for path, module in model.named_modules():
+            freeze(module, frozen)
+            if isinstance(type(module), Generated):
+                name, fast = qualified(type(module)), original(type(module)) is not None or _by_torch(type(module))
+                lines.append(Line(path, name, fast, "already" if fast else "derived from an accelerated class"))
+                continue
+            library = LIBRARIES.get(type(module).__module__.split(".")[0]) or _library_of(module)
+            if library is not None:
+                lines.extend(_accelerate(path, module, library))
     return Report(lines)
 
 
@@ -119,7 +116,7 @@ def _accelerate(path: str, module: nn.Module, library: Library) -> Iterator[Line
         reason = _why_not(module, cls, known)
         if reason is None:
             try:
-                module.__class__ = _swapped(cls, known)  # type: ignore[assignment]
+                module.__class__ = _fast(cls, known)  # type: ignore[assignment]
             except TypeError as error:  # another memory layout, such as a class with slots
                 reason = str(error)
         yield Line(path, name, reason is None, known.note if reason is None else reason)
@@ -139,7 +136,7 @@ def _accelerate(path: str, module: nn.Module, library: Library) -> Iterator[Line
         if value is None:
             continue
         maker: Any = value.func if isinstance(value, partial) else value
-        if isinstance(maker, Swapped):
+        if original(maker):
             yield Line(path, f"{name}.{attribute}", True, "already")
             continue
         label = (
@@ -154,66 +151,89 @@ def _accelerate(path: str, module: nn.Module, library: Library) -> Iterator[Line
         elif (reason := made.unknown_source(maker)) is not None:
             yield Line(path, label, False, reason)
         else:
-            swapped: Any = _swapped(maker, made)
-            if isinstance(value, partial):
-                swapped = partial(swapped, *value.args, **value.keywords)
-            vars(module)[attribute] = swapped
+            fast: Any = _fast(maker, made)
+            vars(module)[attribute] = partial(fast, *value.args, **value.keywords) if value is not maker else fast
             yield Line(path, label, True, made.note)
 
 
 def restore(model: nn.Module) -> None:
     """Undo :func:`accelerate`: all modules of ``model`` get their own classes back.
 
+    Instances of a class that you derived from an accelerated one stay what they are.
+
     Raises:
         TypeError: ``model`` is not a module.
+        RuntimeError: torch derived the class of a module from an accelerated one (a parametrization, ``fully_shard``);
+            nothing is changed then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"restore: model is a {type(model).__name__}, expected a torch.nn.Module")
+    for path, module in model.named_modules():
+        if _by_torch(type(module)):
+            raise RuntimeError(
+                f"restore: {path or 'model'} is a {type(module).__name__}, a class that torch derived from an accelerated "
+                "one; remove its parametrizations first, or restore before fully_shard"
+            )
     names = {attribute for library in LIBRARIES.values() for attribute in library.attributes}
     for module in model.modules():
         freeze(module, False)
-        cls: Any = type(module)
-        if isinstance(cls, Swapped):
-            module.__class__ = cls.original  # type: ignore[assignment]
+        own: Any = original(type(module))
+        if own is not None:
+            module.__class__ = own
         for name in names & vars(module).keys():
             value = vars(module)[name]
-            maker = value.func if isinstance(value, partial) else value
-            if isinstance(maker, Swapped):
-                back = maker.original
-                vars(module)[name] = partial(back, *value.args, **value.keywords) if value is not maker else back
+            back: Any = original(value.func if isinstance(value, partial) else value)
+            if back is not None:
+                vars(module)[name] = (
+                    partial(back, *value.args, **value.keywords) if isinstance(value, partial) else back
+                )
 
 
 class Patch(AbstractContextManager["Patch"]):
-    """What :func:`patch` returns: its ``report``, and a context manager that undoes it at the end."""
+    """What :func:`patch` returns: its ``report``, and a context manager.
 
-    def __init__(self, names: tuple[str, ...], report: Report) -> None:
-        self.names = names
-        self.report = report
+    The libraries stay patched as long as anybody holds them: a call of ``patch`` until :func:`unpatch`, a block until its
+    end. Blocks may overlap, be entered anew, and run in several threads.
+    """
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.names = tuple(names)
+        self._blocks = 0  # that are inside now
+        with _lock:
+            self.report = Report(_hold(self))
 
     def __enter__(self) -> "Patch":
+        with _lock:
+            _hold(self)
+            self._blocks += 1
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.names:
-            unpatch(*self.names)
+        with _lock:
+            self._blocks -= 1
+            if self._blocks == 0:
+                for name in self.names:
+                    holders = _holders.get(name, set())
+                    holders.discard(self)
+                    if not holders:
+                        _unpatch(name)
 
 
 def _libraries(where: str, names: tuple[str, ...]) -> dict[str, Library]:
-    by_name = {library.name: library for library in LIBRARIES.values()}
     for name in names:
-        if not isinstance(name, str) or name.lower() not in by_name:
-            raise ValueError(f"{where}: library is {name!r}, expected one of {', '.join(by_name)}")
-    return {name.lower(): by_name[name.lower()] for name in names}
+        if not isinstance(name, str) or name.lower() not in BY_NAME:
+            raise ValueError(f"{where}: library is {name!r}, expected one of {', '.join(BY_NAME)}")
+    return {name.lower(): BY_NAME[name.lower()] for name in names}
 
 
 def patch(*names: str) -> Patch:
     """Speed up every model of these libraries in this process, present and future.
 
-    ``patch("nflows", "zuko")`` stays until :func:`unpatch`; ``with patch("nflows"):`` until the end of the block. An
-    instance whose class is not exactly a known one, whose options are not known, or an input of another type runs the
-    library's own code.
+    ``patch("nflows", "zuko")`` stays until :func:`unpatch`; ``with patch("nflows"):`` until the end of the block, or of
+    the last one that overlaps with it, in any thread. An instance whose class is not exactly a known one, whose options
+    are not known, or an input of another type runs the library's own code.
 
     Args:
         names: "nflows", "normflows", "freia", "zuko", "iin", "net2net", "invariances".
@@ -226,9 +246,7 @@ def patch(*names: str) -> Patch:
         ImportError: a library is not installed.
     """
     if not names:
-        raise ValueError(
-            f"patch: no library given, expected some of {', '.join(lib.name for lib in LIBRARIES.values())}"
-        )
+        raise ValueError(f"patch: no library given, expected some of {', '.join(BY_NAME)}")
     libraries = _libraries("patch", names)
     for library in libraries.values():
         for module in library.modules:
@@ -236,9 +254,15 @@ def patch(*names: str) -> Patch:
                 importlib.import_module(module)
             except ImportError as error:
                 raise ImportError(f"patch: {library.name} can't be imported ({error}); {library.install}") from error
-    lines, fresh = [], []
-    for name, library in libraries.items():
-        already = any(cls in _patched for cls in library.classes().values())
+    return Patch(libraries)
+
+
+def _hold(holder: Patch) -> list[Line]:
+    """``holder`` keeps its libraries patched; returns what became of each class."""
+    lines = []
+    for name in holder.names:
+        _holders.setdefault(name, set()).add(holder)
+        library = BY_NAME[name]
         for cls_name, cls in library.classes().items():
             known = library.known[cls_name]
             reason = None if cls in _patched else known.unknown_source(cls)
@@ -246,22 +270,20 @@ def patch(*names: str) -> Patch:
                 _patch(cls, known)
             lines.append(Line("", cls_name, reason is None, known.note if reason is None else reason))
         lines.extend(Line("", left, False, why) for left, why in library.left.items())
-        if not already:
-            fresh.append(name)
-    return Patch(tuple(fresh), Report(lines))
+    return lines
 
 
-def _becoming(cls: type, swapped: Swapped) -> Callable[..., None]:
+def _becoming(cls: type, fast: Generated) -> Callable[..., None]:
     """An ``__init__`` of ``cls`` that makes instances of exactly ``cls`` fast ones."""
-    original = vars(cls)["__init__"]
+    own = vars(cls)["__init__"]
 
-    @wraps(original)
+    @wraps(own)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         if type(self) is not cls:
-            original(self, *args, **kwargs)
+            own(self, *args, **kwargs)
             return
-        self.__class__ = swapped
-        swapped.__init__(self, *args, **kwargs)  # type: ignore[misc]
+        self.__class__ = fast
+        fast.__init__(self, *args, **kwargs)  # type: ignore[misc]
 
     return init
 
@@ -269,7 +291,7 @@ def _becoming(cls: type, swapped: Swapped) -> Callable[..., None]:
 def _patch(cls: type, known: Known) -> None:
     fast: dict[str, Any]
     if known.at_init:
-        fast = {"__init__": _becoming(cls, _swapped(cls, known))}
+        fast = {"__init__": _becoming(cls, _fast(cls, known))}
     else:
         fast = known.fast(cls, lambda instance: type(instance) is cls)
     _patched[cls] = {name: vars(cls).get(name, MISSING) for name in fast}
@@ -283,11 +305,17 @@ def unpatch(*names: str) -> None:
     Raises:
         ValueError: an unknown name.
     """
-    chosen = _libraries("unpatch", names) if names else {library.name: library for library in LIBRARIES.values()}
-    for library in chosen.values():
-        for cls in library.classes().values():
-            for name, value in _patched.pop(cls, {}).items():
-                if value is MISSING:
-                    delattr(cls, name)
-                else:
-                    setattr(cls, name, value)
+    with _lock:
+        for name in _libraries("unpatch", names) or tuple(_holders):
+            _unpatch(name)
+
+
+def _unpatch(name: str) -> None:
+    """The classes of a library are its own again; nobody holds it."""
+    _holders.pop(name, None)
+    for cls in BY_NAME[name].classes().values():
+        for attribute, value in _patched.pop(cls, {}).items():
+            if value is MISSING:
+                delattr(cls, attribute)
+            else:
+                setattr(cls, attribute, value)

@@ -300,10 +300,11 @@ class Flow(DataDependentStart, Density):
         check_floating("Flow", "context", context)
         check_device("Flow", "context", context, x, name)
         shape = tuple(context.shape)
-        if shape == (x.shape[0], self.context_dim):
-            return context[None]
-        if shape in ((self.n_flows, x.shape[0], self.context_dim), (1, x.shape[0], self.context_dim)):
-            return context
+        if shape[-2:] == (x.shape[0], self.context_dim):  # ranks are told apart first: a dynamic batch is not n_flows
+            if len(shape) == 2:
+                return context[None]
+            if len(shape) == 3 and shape[0] in (self.n_flows, 1):
+                return context
         raise ValueError(
             f"Flow: context has shape {list(shape)}, expected [{x.shape[0]}, {self.context_dim}] "
             f"or [{self.n_flows}, {x.shape[0]}, {self.context_dim}]"
@@ -336,11 +337,12 @@ class Flow(DataDependentStart, Density):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        entries = list(self.entries())
+        current = self._stored()
+        entries = [entry for entry in self.entries() if entry.name in current]  # others are parametrized
         missing: list[str] = []
         stored = import_tensors(
             entries,
-            self._stored(),
+            current,
             state_dict,
             prefix,
             keep_dtype=local_metadata.get("assign_to_params_buffers", False),

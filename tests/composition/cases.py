@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from iin_fast import IIN, FactorLoss, Factors
 from iin_fast import functional as F
+from iin_fast.compat import iin as published_iin
+from iin_fast.compat import net2net
 from iin_fast.nn import ActNorm, AffineCoupling, Flow, LULinear, NeuralSplineFlow, Permutation, SplineCoupling
 from iin_fast.ops.flow import flow as flow_op
 
@@ -102,6 +104,24 @@ def spline_coupling() -> nn.Module:
     return SplineCoupling(DIM, conditioner, bins=4)
 
 
+def factor_transformer() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"in_channel": DIM, "n_flow": 2, "hidden_depth": 1, "hidden_dim": 8, "factor_config": [1, 3, 2]}
+    return started(published_iin.FactorTransformer({"Transformer": sizes}))
+
+
+def published_coupling() -> nn.Module:
+    torch.manual_seed(0)
+    return published_iin.DoubleVectorCouplingBlock(DIM, hidden_dim=8, depth=1)
+
+
+def published_conditional() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = dict(conditioning_dim=2, embedding_dim=3, hidden_dim=8, hidden_depth=1, n_flows=2)
+    embedder = dict(conditioning_option="sequential", conditioning_hidden_dim=8, conditioning_depth=1)
+    return started(net2net.ConditionalFlatCouplingFlow(DIM, **sizes, **embedder), normal(4, 16, 2))
+
+
 def flow_parameters() -> list[Tensor]:
     module = flow()
     names = "loc scale weight_in bias_in weight_hidden bias_hidden weight_out bias_out permutation".split()
@@ -156,6 +176,9 @@ MODULES = [
     Case("IIN", iin),
     Case("IIN context", lambda: iin(context_dim=2), lambda n: (normal(1, n, DIM), normal(2, n, 2)), 2),
     Case("IIN spline", lambda: iin(n_flows=1, coupling="spline")),
+    Case("compat.iin FactorTransformer", factor_transformer),
+    Case("compat.iin DoubleVectorCouplingBlock", published_coupling),
+    Case("compat.net2net ConditionalFlatCouplingFlow", published_conditional, lambda n: (normal(1, n, DIM), normal(2, n, 2)), 2),
     Case("FactorLoss", lambda: PairLoss(iin()), lambda n: (normal(1, n, DIM), normal(2, n, DIM), torch.rand(n, 2, generator=seeded(6)) < 0.5), 3, True),
 ]  # fmt: skip
 

@@ -21,11 +21,12 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
+from iin_fast.compat.published import PublishedFlow
 from iin_fast.nn import ActNorm, Flow
 
 from .cases import DIM, MODULES, Case, normal, seeded, tensors
 
-__all__ = ["CHECKS", "learning", "wanted_step"]
+__all__ = ["CHECKS", "learning", "renamed", "wanted_step"]
 
 BATCH = 8  # of both processes together
 CHECKS: dict[str, Callable[[int], Any]] = {}
@@ -65,6 +66,11 @@ def wanted_step(case: Case) -> dict[str, Tensor]:
 
 def learning() -> list[Case]:
     return [case for case in MODULES if list(case.module().parameters())]
+
+
+def renamed(case: Case) -> bool:
+    """Whether its files have names that no attribute has, which torch.distributed.checkpoint looks for."""
+    return any(isinstance(part, PublishedFlow) for part in case.module().modules())
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -150,7 +156,7 @@ def fully_sharded_start(rank: int) -> Any:
 def fully_sharded_files(rank: int) -> Any:
     """A whole state_dict out of a sharded model; into another one, whole and in shards."""
     found = {}
-    for case in learning():
+    for case in (case for case in learning() if not renamed(case)):
         module, shards, full = fully_shard(case.module()), fully_shard(zeroed(case)), fully_shard(zeroed(case))
         state = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True))
         set_model_state_dict(shards, get_model_state_dict(module))
@@ -162,6 +168,17 @@ def fully_sharded_files(rank: int) -> Any:
             get_model_state_dict(other, options=StateDictOptions(full_state_dict=True))
             for other in ([shards, full] if loads_whole else [shards])
         ]
+    return found
+
+
+@check
+def fully_sharded_published_files(rank: int) -> Any:
+    """The published names, written from shards and read into others."""
+    found = {}
+    for case in (case for case in learning() if renamed(case)):
+        module, other = fully_shard(case.module()), fully_shard(zeroed(case))
+        other.load_state_dict(module.state_dict())
+        found[case.name] = [{k: whole(t) for k, t in m.state_dict().items()} for m in (module, other)]
     return found
 
 

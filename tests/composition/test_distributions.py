@@ -19,7 +19,16 @@ from torch.distributions import (
     TransformedDistribution,
 )
 
-from iin_fast.nn import ActNorm, AffineCoupling, Flow, FlowTransform, NeuralSplineFlow, Permutation
+from iin_fast.nn import (
+    ActNorm,
+    AffineCoupling,
+    Flow,
+    FlowTransform,
+    LULinear,
+    NeuralSplineFlow,
+    Permutation,
+    SplineCoupling,
+)
 
 DIM = 4
 
@@ -57,11 +66,41 @@ def norm() -> ActNorm:
     return module
 
 
+def spline() -> SplineCoupling:
+    torch.manual_seed(0)
+    return SplineCoupling(DIM, nn.Linear(2, SplineCoupling.outputs(DIM, bins=4)), bins=4).double()
+
+
+def linear() -> LULinear:
+    torch.manual_seed(0)
+    module = LULinear(DIM).double()
+    with torch.no_grad():  # it starts as the identity
+        for parameter in module.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    return module
+
+
+def spline_flow(context_dim: int = 0) -> NeuralSplineFlow:
+    """Away from the identity, as ``make``."""
+    module = NeuralSplineFlow(
+        DIM, context_dim, n_flows=2, bins=4, hidden_dim=8, hidden_depth=1, generator=seeded()
+    ).double()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    module(2 * normal(16, DIM, seed=1) + 1, *([normal(16, context_dim, seed=2)] if context_dim else []))
+    return module
+
+
 MODULES = {
     "Flow": make,
     "ActNorm": norm,
     "AffineCoupling": couple,
     "Permutation": lambda: Permutation(DIM, generator=seeded()),
+    "SplineCoupling": spline,
+    "LULinear": linear,
+    "NeuralSplineFlow": spline_flow,
 }
 
 
@@ -100,6 +139,21 @@ def test_transform_is_the_module(name):
     torch.testing.assert_close(transform.inv(y.clone()), x)
     torch.testing.assert_close(transform.inv.log_abs_det_jacobian(y, x), -logdet.reshape(2, 5))
     torch.testing.assert_close(transform(x[0, 0]), y[0, 0])
+    assert (y - x).abs().max() > 0.1
+
+
+def test_neural_spline_flow_under_contexts():
+    module, context, x = spline_flow(2), normal(5, 2), normal(3, 5, DIM)
+    transform = FlowTransform(module, context)
+    y = transform(x)
+    for i in range(3):
+        wanted, logdet = module(x[i], context)
+        torch.testing.assert_close(y[i], wanted)
+        torch.testing.assert_close(transform.log_abs_det_jacobian(x, y)[i], logdet)
+    torch.testing.assert_close(transform.inv(y.clone()), x)
+    torch.testing.assert_close(
+        TransformedDistribution(standard(), transform.inv).log_prob(x[0]), module.log_prob(x[0], context)
+    )
 
 
 def test_logdet_is_that_of_the_jacobian():

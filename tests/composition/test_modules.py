@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from torch.utils.checkpoint import checkpoint
 
 from iin_fast.nn import ActNorm, Flow
@@ -248,6 +248,32 @@ def test_averages(case: Case):
     wanted = [(before + after) / 2 for before, after in zip(first, module.parameters(), strict=True)]
     average(*case.inputs(3))
     same(list(average.module.parameters()), wanted)
+
+
+@modules
+def test_stochastic_weight_averages(case: Case):
+    """AveragedModel as it is by default: the plain mean of all that it was shown."""
+    module = case.module()
+    if not list(module.parameters()):
+        pytest.skip("nothing to average")
+    average, seen = AveragedModel(module), []
+    for _ in range(3):
+        moved(module)
+        average.update_parameters(module)
+        seen.append([p.detach().clone() for p in module.parameters()])
+    same(list(average.module.parameters()), [torch.stack(steps).mean(0) for steps in zip(*seen, strict=True)])
+    twin = case.module()
+    twin.load_state_dict(average.module.state_dict())
+    same(average(*case.inputs(5)), twin(*case.inputs(5)), rtol=0, atol=0)
+
+
+def test_update_bn_leaves_actnorm_as_it_was_averaged():
+    flow = next(case for case in MODULES if case.name == "Flow").module()
+    average = AveragedModel(nn.Sequential(nn.BatchNorm1d(DIM), flow))
+    before, data = [p.detach().clone() for p in average.parameters()], 3 * normal(5, 64, DIM) + 2
+    update_bn(data.split(16), average)
+    same(average.module[0].running_mean, data.mean(0))
+    same(list(average.parameters()), before, rtol=0, atol=0)
 
 
 def test_data_parallel_is_refused():

@@ -28,7 +28,7 @@ class Case:
     replaced: int  # modules or attributes that are replaced
     unit: bool = False  # inputs in [0, 1]
     loose: float = 1.0  # how much farther apart two correct results may be
-    dtype: torch.dtype | None = None  # where the library takes only one
+    dtype: torch.dtype | None = None  # that the library turns an input to
 
 
 class Net(nn.Module):

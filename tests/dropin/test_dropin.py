@@ -4,7 +4,13 @@ import copy
 import importlib
 import io
 import pickle
+import subprocess
 import sys
+import textwrap
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -12,10 +18,14 @@ import standin
 import torch
 from cases import Net, has, spread
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import parametrize
 
 import iin_fast
-from iin_fast.dropin import known, sources, stacks
-from iin_fast.dropin.swap import Swapped, _patched
+from iin_fast.dropin import known, sources, stacks, swap
+from iin_fast.dropin.generated import original
+from iin_fast.dropin.swap import _holders, _patched
 
 nflows = pytest.importorskip("nflows.transforms")
 zuko = pytest.importorskip("zuko")
@@ -26,7 +36,7 @@ def _clean(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(known, "SMALL", {})
     monkeypatch.setattr(stacks, "ROWS", 0)
     yield
-    assert not _patched, "a test left a library patched"
+    assert not _patched and not _holders, "a test left a library patched"
 
 
 def affine() -> nn.Module:
@@ -97,7 +107,7 @@ def test_deepcopy_stays_fast_and_pickle_holds_the_own_classes() -> None:
     iin_fast.accelerate(flow)
     twin = copy.deepcopy(flow)
     assert [type(m) for m in twin.modules()] == [type(m) for m in flow.modules()]
-    assert isinstance(type(twin._transforms[1]), Swapped)
+    assert original(type(twin._transforms[1])) is nflows.PiecewiseRationalQuadraticCouplingTransform
     assert torch.equal(twin(x)[0], flow(x)[0])
     data = io.BytesIO()
     torch.save(flow, data)
@@ -110,7 +120,8 @@ def test_deepcopy_stays_fast_and_pickle_holds_the_own_classes() -> None:
 def test_zuko_module_can_be_copied_and_pickled() -> None:
     flow, x = zuko.flows.NSF(3, transforms=1), torch.randn(4, 3)
     iin_fast.accelerate(flow)
-    assert isinstance(copy.deepcopy(flow).transform.transforms[0].univariate.func, Swapped)
+    univariate = copy.deepcopy(flow).transform.transforms[0].univariate.func
+    assert original(univariate) is zuko.transforms.MonotonicRQSTransform
     opened = pickle.loads(pickle.dumps(flow))
     assert opened.transform.transforms[0].univariate.func is zuko.transforms.MonotonicRQSTransform
     assert torch.allclose(opened().log_prob(x), flow().log_prob(x), atol=1e-4)
@@ -144,6 +155,78 @@ def test_subclasses_are_left_alone() -> None:
     assert report.left[0].name.endswith("Doubled") and type(flow) is Doubled
     with iin_fast.patch("nflows"):
         assert all(torch.equal(a, b) for a, b in zip(flow(x), before, strict=True))
+
+
+def test_what_is_derived_from_an_accelerated_class_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A helper that it overrides counts; reports, restore and pickle leave it what it is."""
+    base = affine()
+    iin_fast.accelerate(base)
+
+    class Derived(type(base)):  # type: ignore[misc]
+        def _scale_and_shift(self, transform_params: Tensor) -> tuple[Tensor, Tensor]:
+            scale, shift = super()._scale_and_shift(transform_params)
+            return 2 * scale, shift
+
+    Derived.__qualname__ = "Derived"
+    monkeypatch.setattr(sys.modules[__name__], "Derived", Derived, raising=False)
+    torch.manual_seed(0)
+    flow, x = Derived([1, 0, 1], Net), torch.randn(5, 3)
+    torch.manual_seed(0)
+    wanted = Doubled([1, 0, 1], Net)(x)
+    assert all(torch.equal(a, b) for a, b in zip(flow(x), wanted, strict=True))
+    report = iin_fast.accelerate(flow)
+    assert not report.replaced and report.left[0].why == "derived from an accelerated class"
+    iin_fast.restore(flow)
+    assert type(flow) is Derived and type(pickle.loads(pickle.dumps(flow))) is Derived
+
+
+class Half(nn.Module):
+    """A parametrization: half of what is stored."""
+
+    def forward(self, stored: Tensor) -> Tensor:
+        return stored / 2
+
+
+def test_a_parametrized_module_stays_fast_and_is_restored_after_it(
+    stack: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, x = ops_called(monkeypatch, "affine_coupling"), torch.randn(9, 6, dtype=torch.float64)
+    own = copy.deepcopy(stack)
+    iin_fast.accelerate(stack)
+    for model in (own, stack):
+        parametrize.register_parametrization(model.flow[1].flow[0], "loc", Half())
+    wanted, calls[:] = own(x)[0], []
+    assert torch.allclose(stack(x)[0], wanted, atol=1e-9) and calls
+    again = iin_fast.accelerate(stack)
+    assert not again.left and {line.why for line in again.replaced} == {"already"}
+    with pytest.raises(RuntimeError, match=r"restore: flow.1.flow.0 is a ParametrizedVectorActNorm.* remove its"):
+        iin_fast.restore(stack)
+    assert original(type(stack)) is standin.EfficientVRNVP, "an error changed something"
+    assert torch.allclose(stack(x)[0], wanted, atol=1e-9)
+    parametrize.remove_parametrizations(stack.flow[1].flow[0], "loc")
+    iin_fast.restore(stack)
+    assert type(stack.flow[1].flow[0]) is standin.VectorActNorm and torch.allclose(stack(x)[0], wanted, atol=1e-9)
+
+
+def test_a_sharded_module_stays_fast_and_sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flow, x = model(), torch.randn(4, 3)
+    wanted = flow(x)
+    iin_fast.accelerate(flow)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
+    try:
+        fully_shard(flow._transforms[0], mesh=init_device_mesh("cpu", (1,)))
+        sharded = type(flow._transforms[0])
+        calls = ops_called(monkeypatch, "affine_coupling")
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(flow(x), wanted, strict=True)) and calls
+        assert [line.why for line in iin_fast.accelerate(flow).lines] == ["already"] * 2
+        with pytest.raises(RuntimeError, match="is a FSDPAffineCouplingTransform.* restore before fully_shard"):
+            iin_fast.restore(flow)
+        assert type(flow._transforms[0]) is sharded
+        assert original(type(flow._transforms[1])), "an error changed something"
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_a_method_of_the_instance_is_left_alone() -> None:
@@ -182,6 +265,22 @@ def test_transforms_without_a_faster_form_are_reported() -> None:
         ("flow._transforms.0", "no faster form"),
         ("flow._transforms.1", "no faster form"),
     ]
+
+
+@pytest.mark.skipif(not has("FrEIA"), reason="FrEIA is not installed")
+def test_additive_blocks_of_freia_are_recognised_and_left() -> None:
+    from FrEIA.modules import NICECouplingBlock
+
+    block, x = NICECouplingBlock([(5,)], subnet_constructor=Net), torch.randn(4, 5)
+    before = block([x])[0][0]
+    report, name = iin_fast.accelerate(block), "FrEIA.modules.coupling_layers.NICECouplingBlock"
+    assert [(line.name, line.replaced, line.why) for line in report.lines] == [
+        (name, False, "one addition; nothing to fuse")
+    ]
+    assert type(block) is NICECouplingBlock and torch.equal(block([x])[0][0], before)
+    with iin_fast.patch("freia") as patched:
+        assert name in {line.name for line in patched.report.left}
+        assert torch.equal(block([x])[0][0], before)
 
 
 def test_report_reads_well() -> None:
@@ -299,6 +398,84 @@ def test_patch_as_a_call() -> None:
     assert vars(zuko.transforms.MonotonicRQSTransform)["__init__"] is own and _patched
     iin_fast.unpatch()
     iin_fast.unpatch()
+
+
+def patched() -> bool:
+    return hasattr(nflows.AffineCouplingTransform._coupling_transform_forward, "__wrapped__")
+
+
+def test_overlapping_blocks_hold_until_the_last_one_ends() -> None:
+    first, second = iin_fast.patch("nflows", "zuko"), iin_fast.patch("nflows")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert patched() and not any(cls.__module__.startswith("zuko") for cls in _patched)
+    second.__exit__(None, None, None)
+    assert not patched()
+
+
+def test_a_block_can_be_entered_anew_and_inside_of_itself() -> None:
+    again = iin_fast.patch("nflows")
+    for _ in range(2):
+        with again:
+            with again:
+                assert patched()
+            assert patched(), "the inner block ended the outer one"
+        assert not patched()
+
+
+def test_a_call_inside_of_a_block_stays_until_unpatch() -> None:
+    with iin_fast.patch("nflows"):
+        iin_fast.patch("nflows")
+    assert patched()
+    with iin_fast.patch("nflows"):
+        pass
+    assert patched()
+    with iin_fast.patch("nflows") as block:
+        iin_fast.unpatch("nflows")
+        assert not patched()
+        with block:
+            assert patched()
+    assert not patched()
+
+
+def test_an_exception_ends_the_block() -> None:
+    with pytest.raises(KeyError), iin_fast.patch("nflows"):
+        raise KeyError
+    assert not patched()
+
+
+def test_threads_leave_nothing_patched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step waits, so that the threads meet at every one of them."""
+    for name in ("_patch", "_unpatch"):
+        step = getattr(swap, name)
+        monkeypatch.setattr(swap, name, lambda *args, step=step: (time.sleep(5e-4), step(*args)))
+    own, count, rounds = dict(vars(nflows.AffineCouplingTransform)), 3, 10
+    barrier, seen = Barrier(count), []
+
+    def work() -> None:
+        for _ in range(rounds):
+            barrier.wait()
+            with iin_fast.patch("nflows"):
+                seen.append(patched())
+
+    with ThreadPoolExecutor(count) as pool:
+        for future in [pool.submit(work) for _ in range(count)]:
+            future.result()
+    assert all(seen) and len(seen) == rounds * count
+    assert dict(vars(nflows.AffineCouplingTransform)) == own
+
+
+def test_patch_before_the_library_is_imported() -> None:
+    code = """
+        import sys, iin_fast
+        assert "nflows" not in sys.modules
+        with iin_fast.patch("nflows"):
+            from nflows.transforms import AffineCouplingTransform as T
+            inside = T._coupling_transform_forward
+        assert inside is not T._coupling_transform_forward and inside.__wrapped__ is T._coupling_transform_forward
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
 
 
 def test_zuko_objects_outlive_the_patch() -> None:
