@@ -80,20 +80,37 @@ def spline_table() -> str:
     result = json.loads((RESULTS / "spline_cpu.json").read_text())
     machine, peers = result["machine"], result["peers"]
     systems = list(next(iter(result["cases"].values())))
+    floors, memory = result.get("floors"), result.get("memory")  # runs before these were measured have none
+    names = ["**iin-fast**" if s == "iin-fast" else s for s in systems] + (["× floor"] if floors else [])
     lines = [
         f"Medians in milliseconds, and how many times as long as ours; in brackets least and most. {result['bins']} bins, linear "
         f"tails, float32; {machine['CPU']} ({machine['CPU instruction set']}), torch {machine['torch']}, "
         f"{', '.join(f'{name} {version}' for name, version in peers.items())}. All systems in one run, in turn.",
         "",
-        f"| case | {' | '.join('**iin-fast**' if s == 'iin-fast' else s for s in systems)} |",
-        f"|---|{'---:|' * len(systems)}",
+        f"| case | {' | '.join(names)} |",
+        f"|---|{'---:|' * len(names)}",
     ]
+    if floors:
+        peaks = result["peaks"]
+        lines[0] += (
+            f" The floor: the bytes at {peaks['read_gbytes']:.0f} GB/s read and {peaks['copy_gbytes']:.0f} GB/s copied, as the "
+            f"same run measured them."
+        )
     for case, found in result["cases"].items():
         ours, cells = found["iin-fast"], []
         for system, row in found.items():
             times = f", {row['ours']:.1f} × ({row['min'] / ours['max']:.1f}–{row['max'] / ours['min']:.1f})"
             cells.append(milliseconds(row) + ("" if system == "iin-fast" else times))
+        if floors:
+            cells.append(f"{ours['times_floor']:.1f} ({1e3 * floors[case]:.2g} ms)")
         lines.append(f"| {case} | {' | '.join(cells)} |")
+    if memory:
+        sizes = "; ".join(f"{name}: {mib:.0f}" for name, mib in memory["mib"].items())
+        lines += [
+            "",
+            f"Peak memory of forward + backward at {memory['rows']} x {memory['features']}, MiB above the inputs, gradients "
+            f"included. {sizes}.",
+        ]
     return "\n".join(lines)
 
 

@@ -1,8 +1,17 @@
 """Spline couplings against nflows, the same compiled, and zuko, in turn in one process:
-python benchmarks/spline.py [OUT.json]"""
+python benchmarks/spline.py [OUT.json]
+
+Ours twice: from packed raw values, as a network emits them, and through rational_quadratic_spline from three tensors of their
+own. The floor of a case is what its bytes take at the bandwidth that the same run measures: raw values and x are read, y and
+the log-det written; backward reads them and grad_y again and writes as many gradients as there were inputs. (256 x 32 may come
+below: its 0.8 MB can stay in a cache.) The peak memory of one forward and backward is measured in a process of its own for
+each system.
+"""
 
 import json
+import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -12,69 +21,108 @@ from pathlib import Path
 
 import torch
 from nflows.transforms.splines.rational_quadratic import unconstrained_rational_quadratic_spline
+from torch import Tensor
 from zuko.transforms import MonotonicRQSTransform
 
-from iin_fast.functional import spline_coupling
+from iin_fast.bench.memory import peak_above
+from iin_fast.bench.run import machine_peaks
+from iin_fast.functional import rational_quadratic_spline, spline_coupling
 from iin_fast.info import collect
 
 BINS, BOUND = 8, 3.0
+PARTS = [BINS, BINS, BINS - 1]
+CASES = ("forward", "inverse", "forward + backward")
+# Rows, features, repeats, calls in a row. Small calls in bursts, as a training loop makes them; one by one, the others' data has
+# taken the cache in between.
+SIZES = ((65536, 32, 5, 1), (256, 32, 40, 10), (256, 32, 40, 1))
 
 
-def systems(x: torch.Tensor, raw: torch.Tensor) -> dict[str, dict[str, Callable[[], object]]]:
-    """For every system and direction a call that gives y and the log-det per row, from the same packed parameters."""
+def inputs(rows: int, features: int) -> tuple[Tensor, Tensor]:
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, features, generator=random).requires_grad_()
+    return x, torch.randn(rows, features, sum(PARTS), generator=random).requires_grad_()
+
+
+def systems(x: Tensor, raw: Tensor) -> dict[str, dict[str, Callable[[], object]]]:
+    """For every system and direction a call that gives y and the log-det per row, from the same raw parameters."""
+    apart = [part.detach().clone().requires_grad_() for part in raw.split(PARTS, -1)]
 
     def ours(inverse: bool):
         return spline_coupling(x, raw, bins=BINS, tail_bound=BOUND, inverse=inverse)
 
+    def three(inverse: bool):
+        y, log = rational_quadratic_spline(x, *apart, tail_bound=BOUND, inverse=inverse)
+        return y, log.sum(1)
+
     def nflows(inverse: bool, spline: Callable = unconstrained_rational_quadratic_spline):
-        parts = raw.split([BINS, BINS, BINS - 1], -1)
-        y, log = spline(x, *parts, inverse=inverse, tail_bound=BOUND)
+        y, log = spline(x, *raw.split(PARTS, -1), inverse=inverse, tail_bound=BOUND)
         return y, log.sum(1)
 
     compiled = torch.compile(unconstrained_rational_quadratic_spline)
 
     def zuko(inverse: bool):
-        spline = MonotonicRQSTransform(*raw.split([BINS, BINS, BINS - 1], -1), bound=BOUND)
+        spline = MonotonicRQSTransform(*raw.split(PARTS, -1), bound=BOUND)
         y, log = spline.inv.call_and_ladj(x) if inverse else spline.call_and_ladj(x)
         return y, log.sum(1)
 
-    def calls(run: Callable) -> dict[str, Callable[[], object]]:
+    def calls(run: Callable, *parameters: Tensor) -> dict[str, Callable[[], object]]:
         def without_gradients(inverse: bool) -> None:
             with torch.no_grad():
                 run(inverse)
 
-        def training() -> None:
+        def training() -> object:
             y, log = run(False)
-            torch.autograd.grad([y, log], [x, raw], [torch.ones_like(y), torch.ones_like(log)])
+            return torch.autograd.grad([y, log], [x, *parameters], [torch.ones_like(y), torch.ones_like(log)])
 
-        return {
-            "forward": lambda: without_gradients(False),
-            "inverse": lambda: without_gradients(True),
-            "forward + backward": training,
-        }
+        found = partial(without_gradients, False), partial(without_gradients, True), training
+        return dict(zip(CASES, found, strict=True))
 
     return {
-        "iin-fast": calls(ours),
-        "nflows": calls(nflows),
-        "nflows, torch.compile": calls(partial(nflows, spline=compiled)),
-        "zuko": calls(zuko),
+        "iin-fast": calls(ours, raw),
+        "iin-fast, three tensors": calls(three, *apart),
+        "nflows": calls(nflows, raw),
+        "nflows, torch.compile": calls(partial(nflows, spline=compiled), raw),
+        "zuko": calls(zuko, raw),
     }
 
 
+def floor(case: str, rows: int, features: int, peaks: dict[str, float]) -> float:
+    """Seconds; what is written takes the bandwidth of a copy, as a cache line is read before it is written."""
+    elements, log, values = rows * features, rows, sum(PARTS) + 1
+    read, written = values * elements, elements + log
+    if case == "forward + backward":
+        read += (values + 1) * elements + log
+        written += values * elements
+    return 4 * (read / peaks["read_gbytes"] + written / peaks["copy_gbytes"]) / 1e9
+
+
+def memory(name: str, rows: int, features: int) -> float:
+    """MiB of one forward and backward above its inputs, the gradients included."""
+    # memory goes back to the system at once, so that a first call, which compiles and loads, leaves nothing for the second
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+    command = [sys.executable, __file__, "--memory", name, str(rows), str(features)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    return float(done.stdout)
+
+
+def measure_memory(name: str, rows: int, features: int) -> None:
+    step = systems(*inputs(rows, features))[name]["forward + backward"]
+    step()
+    print(peak_above(step))
+
+
 def main(out: Path) -> None:
-    random = torch.Generator().manual_seed(0)
     results: dict = {
         "machine": collect(),
         "peers": {n: version(n) for n in ("nflows", "zuko")},
         "bins": BINS,
+        "peaks": machine_peaks(quick=False),
         "cases": {},
+        "floors": {},
     }
-    # Small calls in bursts, as a training loop makes them; one by one, the others' data has taken the cache in between.
-    for rows, features, repeats, burst in ((65536, 32, 5, 1), (256, 32, 40, 10), (256, 32, 40, 1)):
-        x = torch.randn(rows, features, generator=random).requires_grad_()
-        raw = torch.randn(rows, features, 3 * BINS - 1, generator=random).requires_grad_()
-        table = systems(x, raw)
-        for case in ("forward", "inverse", "forward + backward"):
+    for rows, features, repeats, burst in SIZES:
+        table = systems(*inputs(rows, features))
+        for case in CASES:
             seconds: dict[str, list[float]] = {name: [] for name in table}
             for turn in range(repeats + 2):
                 for name, calls in table.items():
@@ -85,18 +133,27 @@ def main(out: Path) -> None:
                         seconds[name].append((time.perf_counter() - start) / burst)
             medians = {name: statistics.median(s) for name, s in seconds.items()}
             label = f"{case}, {rows} x {features}" + (f", {burst} calls in a row" if burst > 1 else "")
+            results["floors"][label] = least = floor(case, rows, features, results["peaks"])
             results["cases"][label] = {
                 name: {
                     "min": min(s),
                     "median": medians[name],
                     "max": max(s),
                     "ours": medians[name] / medians["iin-fast"],
+                    "times_floor": medians[name] / least,
                 }
                 for name, s in seconds.items()
             }
             print(label, {n: f"{1e3 * m:.2f} ms, {m / medians['iin-fast']:.1f}x" for n, m in medians.items()})
+    rows, features = SIZES[0][:2]
+    found = {name: memory(name, rows, features) for name in systems(*inputs(1, 1))}
+    results["memory"] = {"rows": rows, "features": features, "mib": found}
+    print("memory, MiB:", {name: round(mib) for name, mib in found.items()})
     out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "results" / "spline_cpu.json")
+    if sys.argv[1:2] == ["--memory"]:
+        measure_memory(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    else:
+        main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "results" / "spline_cpu.json")

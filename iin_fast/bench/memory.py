@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from .systems import PUBLISHED, build, ours
 from .workloads import Workload
 
-__all__ = ["measure"]
+__all__ = ["measure", "peak_above"]
 
 MEBI = 2.0**20
 
@@ -29,6 +30,15 @@ def measure(system: str, n_flows: int, batch: int) -> dict[str, float]:
     return json.loads(done.stdout)
 
 
+def peak_above(step: Callable[[], object]) -> float:
+    """MiB that this process holds at most during ``step()``, above what it held before. Linux; memory that the allocator has
+    kept from earlier steps does not show."""
+    before = _status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
+    step()
+    return _status("VmHWM") - before
+
+
 def _status(field: str) -> float:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
@@ -44,11 +54,7 @@ def _main(name: str, n_flows: int, batch: int) -> None:
     Workload("warm", "gradient", 4, size).prepare(system)()
     for parameter in system.parameters:
         parameter.grad = None
-    step = Workload("memory", "gradient", batch, size).prepare(system)
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from here
-    step()
-    peak = _status("VmHWM") - before
+    peak = peak_above(Workload("memory", "gradient", batch, size).prepare(system))
     gradients = sum(p.grad.numel() * p.grad.element_size() for p in system.parameters if p.grad is not None) / MEBI
     print(json.dumps({"peak": peak, "above_gradients": peak - gradients, "threads": torch.get_num_threads()}))
 

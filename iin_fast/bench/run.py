@@ -19,7 +19,7 @@ from .memory import measure
 from .systems import PUBLISHED, SYSTEMS, FlowSize, System, build
 from .workloads import WORKLOADS, Workload
 
-__all__ = ["run_bench"]
+__all__ = ["machine_peaks", "run_bench"]
 
 SWEEP = (1, 8, 25, 64, 256, 1024, 4096)
 DEPTHS = (12, 24, 48)
@@ -57,7 +57,7 @@ def run_bench(
     for name in names:
         if name not in SYSTEMS:
             raise ValueError(f"bench: peer {name!r} is unknown, expected some of {', '.join(SYSTEMS)}")
-    peaks = _peaks(quick)
+    peaks = machine_peaks(quick)
     say(
         "peaks of this machine: {gflops:.0f} GFLOP/s, {read_gbytes:.0f} GB/s read, {copy_gbytes:.0f} GB/s copy".format(
             **peaks
@@ -122,7 +122,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _peaks(quick: bool) -> dict[str, float]:
+def machine_peaks(quick: bool) -> dict[str, float]:
     """What the floors are computed with: multiply-adds on registers, reading, and copying; each the best of several."""
     source, target = torch.ones(2, (16 if quick else 64) * 2**20)
     target.copy_(source)
