@@ -73,7 +73,6 @@ bench: build
 	$(BIN)/python benchmarks/backends.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/dropin.py $(if $(PEERS),--peers $(PEERS))
-	$(BIN)/python benchmarks/dropin.py --table
 	$(BIN)/python benchmarks/readme.py
 
 # The libraries' own test suites under patch, and tests/dropin on the published code and FrEIA's repository (ten minutes):
@@ -83,6 +82,7 @@ peers: build
 	$(PIP) install --quiet --no-deps torchtestcase
 	$(BIN)/python benchmarks/peer_sources.py $(PEERS) --out benchmarks/results/peer_sources.json
 	$(BIN)/python benchmarks/peer_suites.py --source freia=$(PEERS)/FrEIA --out benchmarks/results/peer_suites.json
+	$(BIN)/python benchmarks/readme.py
 
 # What the compilers made of the GPU kernels: registers, spills, instructions. Needs nvcc, but no GPU.
 gpu-report: build

@@ -1,7 +1,7 @@
-"""Models of other libraries before and after iin_fast.accelerate, in turn in one process, and the table in docs/dropin.md:
+"""Models of other libraries before and after iin_fast.accelerate, in turn in one process:
 
-    python benchmarks/dropin.py [--quick] [--out OUT.json] [--peers FOLDER]     # measures what is installed
-    python benchmarks/dropin.py --table                # writes docs/dropin.md's table from the result file
+    python benchmarks/dropin.py [--quick] [--out OUT.json] [--peers FOLDER]
+    python benchmarks/readme.py                                             # writes the table of docs/dropin.md
 
 A layer with its conditioner (two hidden layers of 64), float32. FOLDER holds clones of CompVis/iin, net2net, invariances and
 FrEIA (benchmarks/peers.py): stacks of the published size, and FrEIA's repository instead of its release.
@@ -29,8 +29,6 @@ from iin_fast.info import collect
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "dropin_cpu.json"
-PAGE = ROOT / "docs" / "dropin.md"
-BEGIN, END = "<!-- speed: written by benchmarks/dropin.py -->", "<!-- end of speed -->"
 DIM, HIDDEN, BINS = 32, 64, 8
 INVERSE = 256  # the batch at which the other direction is measured too
 
@@ -224,48 +222,12 @@ def measure(model: Model, batch: int, repeats: int, warm_up: int, *, frozen: boo
     return found
 
 
-def table(result: dict[str, Any]) -> str:
-    machine, batches = result["machine"], result["batches"]
-    sources = [f"{name} {number}" for name, number in result["libraries"].items() if name not in result["peers"]]
-    sources += [f"{name} at {commit[:7]}" for name, commit in result["peers"].items()]
-    columns = [(what, n) for n in batches for what in ("forward", "forward + backward")] + [("inverse", INVERSE)]
-    lines = [
-        f"{machine['CPU']} ({machine['CPU instruction set']}), torch {machine['torch']}; {', '.join(sources)}. Speed-up: "
-        "median time of the library's own code over that after `accelerate`, both in one run, in turn; above 1 is faster. "
-        "Forward is the density's direction, inverse that of samples.",
-        "",
-        "| | " + " | ".join(f"{what}, batch {n}" for what, n in columns) + " |",
-        "|---|" + "---:|" * len(columns),
-    ]
-
-    def row(name: str, cells: list[dict[str, Any] | None]) -> str:
-        shown = ["" if cell is None else f"{cell['speedup']:.2g}" for cell in cells]
-        return f"| {name} | {' | '.join(shown)} |"
-
-    for name, by_batch in result["models"].items():
-        lines.append(row(name, [by_batch[str(n)].get(what) for what, n in columns]))
-        frozen = [by_batch[str(n)].get(f"{what}, frozen") for what, n in columns]
-        if any(frozen):
-            lines.append(row(f"{name}, frozen", frozen))
-    lines += ["", *(f"{name} is left alone: {why}." for name, why in result["left"].items())]
-    return "\n".join(lines)
-
-
-def write_table() -> None:
-    head, rest = PAGE.read_text().split(BEGIN)
-    PAGE.write_text(head + BEGIN + "\n" + table(json.loads(RESULT.read_text())) + "\n" + END + rest.split(END)[1])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--quick", action="store_true", help="a few repeats: shows only that it runs")
-    parser.add_argument("--table", action="store_true", help="measure nothing, write the table")
     parser.add_argument("--peers", type=Path, help="a folder of clones: see benchmarks/peers.py")
     arguments = parser.parse_args()
-    if arguments.table:
-        write_table()
-        return
     with tempfile.TemporaryDirectory() as scratch:
         if arguments.peers:
             sys.path[:0] = paths(arguments.peers, Path(scratch))
@@ -276,6 +238,7 @@ def run(arguments: argparse.Namespace) -> None:
     batches = (64, 256) if arguments.quick else (64, 256, 4096)
     results: dict[str, Any] = {
         "machine": collect(),
+        "inverse at": INVERSE,
         "threads": torch.get_num_threads(),
         "libraries": versions("nflows", "normflows", "FrEIA", "zuko"),
         "peers": commits(arguments.peers),

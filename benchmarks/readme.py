@@ -252,7 +252,67 @@ def gpu_table() -> str:
     return "\n".join(lines)
 
 
+def dropin_table() -> str:
+    """Speed-ups of the committed run of benchmarks/dropin.py."""
+    result = json.loads((RESULTS / "dropin_cpu.json").read_text())
+    machine = result["machine"]
+    sources = [f"{name} {number}" for name, number in result["libraries"].items() if name not in result["peers"]]
+    sources += [f"{name} at {commit[:7]}" for name, commit in result["peers"].items()]
+    columns = [(what, n) for n in result["batches"] for what in ("forward", "forward + backward")]
+    columns.append(("inverse", result["inverse at"]))
+    lines = [
+        f"{machine['CPU']} ({machine['CPU instruction set']}), torch {machine['torch']}; {', '.join(sources)}. Speed-up: "
+        "median time of the library's own code over that after `accelerate`, both in one run, in turn; above 1 is faster. "
+        "Forward is the direction of the density, inverse that of samples.",
+        "",
+        "| | " + " | ".join(f"{what}, batch {n}" for what, n in columns) + " |",
+        "|---|" + "---:|" * len(columns),
+    ]
+    for name, by_batch in result["models"].items():
+        for way in ("", ", frozen"):
+            cells = [by_batch[str(n)].get(what + way) for what, n in columns]
+            if any(cells):
+                shown = ["" if cell is None else f"{cell['speedup']:.2g}" for cell in cells]
+                lines.append(f"| {name}{way} | {' | '.join(shown)} |")
+    return "\n".join([*lines, "", *(f"{name} is left alone: {why}." for name, why in result["left"].items())])
+
+
+def peers_list() -> str:
+    """How the libraries' own tests, and ours on code that is no package, ended."""
+    suites = json.loads((RESULTS / "peer_suites.json").read_text())
+    sources = json.loads((RESULTS / "peer_sources.json").read_text())
+    lines = [f"The libraries' own test suites, with and without `patch` (torch {suites['machine']['torch']}):", ""]
+    for name, found in suites["suites"].items():
+        at = f"at {found['commit'][:7]}" if "commit" in found else found["version"]
+        ended = [f"{found[kind]} {word}" for kind, word in WORDS.items() if found[kind]]
+        differ = len(found["different_under_patch"])
+        how = "the same with `patch`" if differ == 0 else f"{differ} end otherwise with `patch`"
+        calls = sum(found["op_calls_under_patch"].values())
+        lines.append(f"- {name} {at}: {', '.join(ended)}; {how}, in {calls} calls of fused ops")
+    lines += ["", f"`tests/dropin` on repositories (torch {sources['machine']['torch']}):", ""]
+    for name, found in sources["sources"].items():
+        failed = f"{len(found['failed'])} failed" if found["failed"] else "none failed"
+        lines.append(f"- {name} at {found['commit'][:7]}: {sum(found['passed'].values())} passed, {failed}")
+    return "\n".join(lines)
+
+
+WORDS = {"passed": "passed", "failure": "failed", "error": "with errors", "skipped": "skipped"}
+
+
+def overhead_line() -> str:
+    """The worst case of the committed run of benchmarks/overhead.py."""
+    result = json.loads((RESULTS / "overhead_cpu.json").read_text())
+    machine, cases = result["machine"], result["cases"]
+    name = max(cases, key=lambda case: cases[case]["above_us"])
+    return (
+        f"The most that any of {len(cases)} cases took is {result['worst_above_us']:.1f} microseconds ({name}; "
+        f"{machine['CPU']}, torch {machine['torch']}, commit {machine['commit']})."
+    )
+
+
 PAGES = {
+    "docs/composition.md": {"overhead": overhead_line},
+    "docs/dropin.md": {"speed": dropin_table, "peers": peers_list},
     "docs/backends.md": {"backends": backend_table},
     "README.md": {"speed": speed_table, "gpu": gpu_table, "demo": demo_table, "splines": spline_table},
     "docs/performance.md": {"splines": spline_table, "spline accuracy": accuracy_table},
@@ -265,6 +325,8 @@ def main() -> int:
         path = ROOT / page
         text = before = path.read_text()
         for name, table in tables.items():
+            if table is dropin_table and not (RESULTS / "dropin_cpu.json").exists():  # not run yet
+                continue
             begin, end = BEGIN.format(name), END.format(name)
             head, rest = text.split(begin)
             body = table()

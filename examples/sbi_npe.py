@@ -2,15 +2,19 @@
 
 The SLCP task: five parameters of a two-dimensional Gaussian, four points drawn from it; the posterior has four modes. sbi
 trains neural posterior estimators on nflows and on zuko, from the same seed, by its own code and under
-``patch("nflows", "zuko")``: training time, held-out log-probability, and a classifier that tries to tell the samples of
-both apart (C2ST, 0.5 where it can't). The same comparison between two seeds of sbi's own code says what training varies.
+``patch("nflows", "zuko")``: held-out log-probability, and a classifier that tries to tell the samples of both apart (C2ST,
+0.5 where it can't). The same comparison between two seeds of sbi's own code says what training varies. Then seconds of
+short trainings, both sides in turn, three times.
 
     pip install '.[sbi]'
-    python examples/sbi_npe.py       # a quarter of an hour
+    python examples/sbi_npe.py  # some minutes, on an otherwise idle machine
 """
 
 import os
+import statistics
 import time
+from contextlib import nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,7 @@ from common import arguments, write_results
 from torch import Tensor
 
 import iin_fast
+from iin_fast.info import collect
 
 # The estimator as sbi names it.
 ESTIMATORS = {"nflows spline": "nsf", "zuko spline": "zuko_nsf", "nflows affine": "maf", "zuko affine": "zuko_maf"}
@@ -35,7 +40,7 @@ def simulate(theta: Tensor, random: torch.Generator) -> Tensor:  # [n, 5] -> [n,
 def train(
     model: str, theta: Tensor, x: Tensor, observed: Tensor, logs: Path, *, epochs: int, samples: int, seed: int
 ) -> dict[str, Any]:
-    """One estimator: seconds of training, best held-out log-probability, samples of the posterior drawn twice."""
+    """One estimator: seconds of training and of sampling, best held-out log-probability, samples drawn twice."""
     from sbi.inference import NPE
     from sbi.utils import BoxUniform
     from torch.utils.tensorboard import SummaryWriter
@@ -78,26 +83,52 @@ def apart(first: list[Tensor], second: list[Tensor], seed: int) -> dict[str, flo
     }
 
 
+def spread(values: list[float]) -> dict[str, float]:
+    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
+
+
 def main(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
     started = time.perf_counter()
     random = torch.Generator().manual_seed(seed)
-    count, epochs, samples = (400, 2, 200) if quick else (5000, 40, 4000)
+    count, epochs, samples, timed, repeats = (400, 2, 200, 1, 2) if quick else (5000, 30, 4000, 3, 3)
     theta = 6 * torch.rand(count, 5, generator=random) - 3
     x = simulate(theta, random)
     observed = simulate(torch.tensor([[0.7, -2.9, -1.0, -0.9, 0.6]]), random)
-    options: dict[str, Any] = {"epochs": epochs, "samples": samples}
     found: dict[str, Any] = {}
     for name, model in ESTIMATORS.items():
-        own = train(model, theta, x, observed, out / "logs", seed=seed, **options)
-        with iin_fast.patch("nflows", "zuko"):
-            fast = train(model, theta, x, observed, out / "logs", seed=seed, **options)
-        other = train(model, theta, x, observed, out / "logs", seed=seed + 1, **options)
+
+        def trained(side: str, seed: int, epochs: int, model: str = model) -> dict[str, Any]:
+            with iin_fast.patch("nflows", "zuko") if side == "patched" else nullcontext():
+                return train(model, theta, x, observed, out / "logs", epochs=epochs, samples=samples, seed=seed)
+
+        own, fast, other = (
+            trained("own", seed, epochs),
+            trained("patched", seed, epochs),
+            trained("own", seed + 1, epochs),
+        )
+        runs: dict[str, list[dict[str, Any]]] = {"own": [], "patched": []}
+        for repeat in range(repeats):
+            for side in runs:
+                runs[side].append(trained(side, seed + repeat, timed))
         found[name] = {
-            **{what: {"own": own[what], "patched": fast[what]} for what in ("seconds", "sampling", "log-prob")},
+            **{
+                what: {side: spread([run[what] for run in many]) for side, many in runs.items()}
+                for what in ("seconds", "sampling")
+            },
+            "log-prob": {"own": own["log-prob"], "patched": fast["log-prob"]},
             "own against patched": apart(own["samples"], fast["samples"], seed),
             "own against another seed": apart(own["samples"], other["samples"], seed),
         }
-    results = {"simulations": count, "epochs": epochs, "threads": torch.get_num_threads(), "estimators": found}
+    results = {
+        "machine": collect(),
+        "threads": torch.get_num_threads(),
+        "versions": {name: version(name) for name in ("sbi", "nflows", "zuko")},
+        "simulations": count,
+        "epochs": epochs,
+        "timed epochs": timed,
+        "repeats": repeats,
+        "estimators": found,
+    }
     write_results(out, results, started)
     return results
 

@@ -137,16 +137,20 @@ def two_models(results: Mapping[str, Any]) -> str:
 
 
 def sbi(results: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     lines = [
-        f"{made_by(results)} {results['simulations']} simulations, {results['epochs']} epochs, {results['threads']} threads.",
+        f"{made_by(results)} {results['machine']['CPU']}; {versions}. {results['simulations']} simulations, "
+        f"{results['epochs']} epochs; seconds of {results['timed epochs']} epochs, {results['repeats']} times in turn: "
+        "median (min to max).",
         "",
         "| estimator | training, s: own | patched | × | held-out log-prob: own | patched | C2ST: own against patched | own against another seed |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for name, row in results["estimators"].items():
         own, fast = row["seconds"]["own"], row["seconds"]["patched"]
+        times = [f"{side['median']:.2f} ({side['min']:.2f} to {side['max']:.2f})" for side in (own, fast)]
         lines.append(
-            f"| {name} | {own:.1f} | {fast:.1f} | {own / fast:.2f} | {row['log-prob']['own']:.3f} | "
+            f"| {name} | {' | '.join(times)} | {own['median'] / fast['median']:.2f} | {row['log-prob']['own']:.3f} | "
             f"{row['log-prob']['patched']:.3f} | {row['own against patched']['C2ST']:.3f} | "
             f"{row['own against another seed']['C2ST']:.3f} |"
         )

@@ -18,9 +18,10 @@ from .sources import SOURCES
 
 __all__ = ["Known", "fits", "fingerprint", "large", "lookup", "qualified"]
 
-SMALL = {"clamped": 2048, "identity": 8192, "sigmoid": 65536}
+SMALL = {"clamped": 2048, "identity": 8192, "sigmoid": 65536, "norm": sys.maxsize}
 """Affine couplings of fewer elements stay with the library's own operations on the CPU: there a call of a fused op costs
-more than the few kernels it replaces, the cheaper the scale the longer (benchmarks/dropin.py)."""
+more than the few kernels it replaces, the cheaper the scale the longer (benchmarks/dropin.py). The fast form of ActNorm
+spares a GPU's synchronisation, of which a CPU has none."""
 
 
 def qualified(cls: type) -> str:
@@ -156,5 +157,5 @@ def fits(*tensors: Any) -> bool:
 
 
 def large(x: Tensor, scale: str) -> bool:
-    """Whether an affine coupling with this kind of scale is worth a fused op (see ``SMALL``)."""
+    """Whether a layer with this kind of scale is worth its fast form (see ``SMALL``)."""
     return x.device.type != "cpu" or x.numel() >= SMALL.get(scale, 0)

@@ -92,7 +92,9 @@ def _has_started(self: Any) -> bool:
 
 def _norm(squeezes_all: bool) -> Callable[..., Any]:
     def norm(original: Any, self: Any, input: Tensor, reverse: bool = False, **conditioning: Any) -> Any:
-        if reverse or not fits(input, self.scale) or input.dim() not in (2, 4) or not _has_started(self):
+        if reverse or not large(input, "norm") or not fits(input, self.scale):
+            return original(self, input, reverse, **conditioning)
+        if input.dim() not in (2, 4) or not _has_started(self):
             return original(self, input, reverse, **conditioning)
         four = input[:, :, None, None] if input.dim() == 2 else input
         h = self.scale * (four + self.loc)

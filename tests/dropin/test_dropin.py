@@ -23,7 +23,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrize
 
 import iin_fast
-from iin_fast.dropin import known, sources, stacks, swap
+from iin_fast.dropin import known, published, sources, stacks, swap
 from iin_fast.dropin.generated import original
 from iin_fast.dropin.swap import _holders, _patched
 
@@ -336,6 +336,17 @@ def test_small_couplings_stay_with_plain_torch(monkeypatch: pytest.MonkeyPatch) 
     assert not calls
     flow(torch.randn(4096, 3))
     assert calls
+
+
+def test_actnorm_alone_stays_with_plain_torch_on_the_cpu(stack: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    norm, x, reads = stack.flow[0].flow[0], torch.randn(9, 6, dtype=torch.float64), []
+    wanted = norm(x)
+    iin_fast.accelerate(norm)
+    started = published._has_started
+    monkeypatch.setattr(published, "_has_started", lambda module: (reads.append(module), started(module))[1])
+    for small, fast in (({"norm": sys.maxsize}, []), ({}, [norm])):
+        monkeypatch.setattr(known, "SMALL", small)
+        assert all(torch.equal(a, b) for a, b in zip(norm(x), wanted, strict=True)) and reads == fast
 
 
 def test_compiles_into_one_graph() -> None:
