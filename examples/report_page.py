@@ -40,8 +40,8 @@ def paint(shapes: Any, digits: Any) -> tuple[Any, Any]:
     return pictures.reshape(len(order), -1), np.stack([digits[row], color], 1)
 
 
-def photograph(page: Path, picture: Path, width: int) -> bool:
-    """The whole page, ``width`` wide, as a PNG; False where there is no browser."""
+def photograph(page: Path, picture: Path, width: int, most: int = 100_000) -> bool:
+    """The page, ``width`` wide and at most ``most`` high, as a PNG; False where there is no browser."""
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         return False
@@ -57,7 +57,7 @@ def photograph(page: Path, picture: Path, width: int) -> bool:
     shot = Image.open(picture).convert("RGB")
     pixels = np.asarray(shot)
     written = np.flatnonzero((pixels != pixels[-1]).any(axis=(1, 2)))
-    shot.crop((0, 0, width, int(written[-1]) + 40)).quantize(256).save(picture, optimize=True)
+    shot.crop((0, 0, width, min(int(written[-1]) + 40, most))).quantize(256).save(picture, optimize=True)
     return True
 
 
@@ -102,8 +102,8 @@ def main(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
     train(learned, run, settings, progress=not quick)
     found = runs.evaluate(run, held_out, max_samples=60 if quick else 1000, seed=seed)
     page = runs.report(run, held_out, decoder=decode)
-    for name, width in (("report", 1100), ("report_phone", 390)):
-        if not quick and not photograph(page, out / f"{name}.png", width):
+    for name, *size in (("report", 1100), ("report_top", 1100, 1480), ("report_phone", 390)):
+        if not quick and not photograph(page, out / f"{name}.png", *size):
             print("no browser found: the page is not photographed")
             break
     results = {

@@ -447,13 +447,22 @@ def _metrics(evaluation: Mapping[str, Any]) -> str:
             kind: {who: pairs[who][kind][name][name] for who in columns if name in pairs[who][kind].get(name, {})}
             for kind in ("shared", "apart")
         }
+        left = {who: pairs[who]["shared"].get(RESIDUAL, {}).get(name) for who in columns}
         asked = "1" if pairs["rho"] is None else f"{pairs['rho']:.3g}"
         if own["shared"]:
             title, note = f"Pairs that share {escape(name)}", "Correlation of the two samples in its own factor."
             line(title, note, own["shared"], "higher", asked, "{:.2f}")
-        if own["apart"]:
-            title, note = f"Pairs that do not share {escape(name)}", "The same correlation, without its sign."
-            line(title, note, {who: abs(value) for who, value in own["apart"].items()}, "lower", "0", "{:.2f}")
+        for title, note, found in (
+            (f"Pairs that share {escape(name)}: the residual", "What they have in common there was left behind.", left),
+            (
+                f"Pairs that do not share {escape(name)}",
+                "Correlation in its own factor, without its sign.",
+                own["apart"],
+            ),
+        ):
+            sizes = {who: abs(value) for who, value in found.items() if value is not None}
+            if sizes:
+                line(title, note, sizes, "lower", "0", "{:.2f}")
     head = row(["", *columns.values(), "asked for" if pairs else "ceiling"], "th")
     rest = ""
     if "likelihood" in evaluation:

@@ -376,18 +376,23 @@ def _scores(found: dict[str, Any]) -> Table:
 
 
 def _correlations(pairs: dict[str, Any]) -> Table:
+    from ..iin.factors import RESIDUAL
     from ..report import COLUMNS
 
     columns = {who: title for who, title in COLUMNS.items() if who in pairs}
     rho = "1" if pairs["rho"] is None else f"{pairs['rho']:.3g}"
-    asked = {"shared": ("that share", rho), "apart": ("that do not share", "0")}
-    title = f"correlation in a concept's own factor, {pairs['n']} held-out pairs"
+    title = f"correlation over {pairs['n']} held-out pairs"
     table = Table("", *columns.values(), "asked for", title=title)
     for name in pairs["names"]:
-        for kind, (text, goal) in asked.items():
-            values = [pairs[who][kind].get(name, {}).get(name) for who in columns]
-            shown = ["" if value is None else f"{value:.2f}" for value in values]
-            table.add_row(f"pairs {text} {escape(name)}", *shown, goal)
+        for text, kind, factor, goal in (
+            ("that share {}: its factor", "shared", name, rho),
+            ("that share {}: the residual", "shared", RESIDUAL, "0"),
+            ("that do not share {}: its factor", "apart", name, "0"),
+        ):
+            values = [pairs[who][kind].get(factor, {}).get(name) for who in columns]
+            if any(value is not None for value in values):
+                shown = ["" if value is None else f"{value:.2f}" for value in values]
+                table.add_row(f"pairs {text.format(escape(name))}", *shown, goal)
     return table
 
 
