@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_emulator import call, data, load, type_name
+from cuda_emulator import SANITIZE, call, data, load, type_name
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -208,6 +208,8 @@ def test_more_rows_than_one_kernel_takes() -> None:
     [(torch.float64, 64, 209), (torch.float32, 5, 400), (torch.bfloat16, 5, 784)],
 )
 def test_weights_that_go_round_the_buffers_of_one_kernel(dtype: torch.dtype, batch: int, hidden: int) -> None:
+    if SANITIZE and dtype != torch.float64:
+        pytest.skip("takes long with AddressSanitizer; float64 touches the same places of the buffers")
     given = arguments(batch, 6, 1, hidden, 1, 0, False, dtype)
     options = (0.8, True, False, True, True)
     y, logdet, saved, _ = forward(given, *options)
