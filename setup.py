@@ -67,6 +67,11 @@ class CMakeBuild(build_ext):
             f"-DIIN_FAST_OUTPUT={output}",
             f"-DIIN_FAST_CUDA={os.environ.get('IIN_FAST_CUDA', 'auto')}",
         ]
+        architectures = os.environ.get("IIN_FAST_CUDA_ARCHITECTURES", "").replace(",", ";")
+        # without it the list of CMakeLists.txt, whatever an earlier build was for
+        configure.append(
+            f"-DIIN_FAST_CUDA_ARCHITECTURES={architectures}" if architectures else "-UIIN_FAST_CUDA_ARCHITECTURES"
+        )
         subprocess.run(configure, check=True)
         subprocess.run([cmake, "--build", str(work)], check=True)
         if not (output / "libiin_fast_cuda.so").exists():

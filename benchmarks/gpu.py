@@ -52,6 +52,7 @@ LIMITS = {
     "ops": 60,
     "flow": 600,
 }
+SHIPPED = ("80", "90", "100")  # compute capabilities that the wheel has code for (CMakeLists.txt)
 FLUSHED = 256 * 2**20  # bytes; several times the L2 cache of any GPU so far
 
 
@@ -139,9 +140,15 @@ def build(run: Run) -> None:
     if run.dry:
         run.result["skipped"] = "the dry run takes the libraries that are there"
         return
+    import torch
+
     start = time.time()
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    log = run_command(run, command, "build", {"IIN_FAST_CUDA": "on"})
+    environment = {"IIN_FAST_CUDA": "on"}
+    major, minor = torch.cuda.get_device_capability()
+    if f"{major}{minor}" in SHIPPED:  # the same code as in the wheel, in a third of the time
+        environment["IIN_FAST_CUDA_ARCHITECTURES"] = f"{major}{minor}"
+    log = run_command(run, command, "build", environment)
     run.result["seconds"] = time.time() - start
     run.result["warnings"] = [line for line in log.splitlines() if "warning" in line.lower()][:20]
     libraries = sorted(path.name for path in (ROOT / "iin_fast" / "lib").glob("*.so"))

@@ -8,3 +8,5 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for torch, imported next, and for the pro
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+
+collect_ignore = ["conftest.py"]  # the search for doctests would import it a second time, under the name of another one
