@@ -13,10 +13,6 @@
 
 #include "common/half.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace iin_fast {
 
 using torch::headeronly::ScalarType;
@@ -50,24 +46,6 @@ inline Tensor with_contiguous_rows(const Tensor &t) {
 inline ScalarType accumulate_type(ScalarType type) {
   return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
-
-// A fresh tensor of many megabytes is mapped anew at every call (glibc caches no block of 32 MiB or more), and touching
-// it page by page can cost more than computing what goes in; pages of 2 MiB take half of that or more away
-// (docs/performance.md). A hint; where the system has no such pages nothing changes.
-inline Tensor with_large_pages(Tensor t) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t page = 2 << 20;
-  const uintptr_t data = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
-  const uintptr_t begin = (data + page - 1) / page * page;
-  const uintptr_t end = (data + t.numel() * t.element_size()) / page * page;
-  if (t.numel() > 0 && end >= begin + 4 * page)
-    madvise(reinterpret_cast<void *>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-  return t;
-}
-
-// Room for a result of the sizes and type of `like`.
-inline Tensor new_result(const Tensor &like) { return with_large_pages(torch::stable::new_empty(like, like.sizes())); }
 
 // Calls f(Storage()) with the storage type of a floating tensor.
 template <class F> void with_storage(const char *op, ScalarType type, F &&f) {

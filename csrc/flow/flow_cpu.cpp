@@ -5,12 +5,30 @@
 #include "common/tensor.h"
 #include "flow/flow_checks.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace iin_fast {
 namespace {
 
 using torch::stable::contiguous;
 using torch::stable::new_empty;
 using torch::stable::new_zeros;
+
+// A fresh tensor of many megabytes is mapped anew at every call (glibc caches no block of 32 MiB or more), and touching
+// it page by page costs more than computing what goes in: with pages of 2 MiB, a backward of the published size takes
+// half the time (docs/performance.md). A hint; where the system has no such pages nothing changes.
+Tensor with_large_pages(Tensor t, int64_t element_size) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = 2 << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(t.mutable_data_ptr()) + page - 1) / page * page;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(t.mutable_data_ptr()) + t.numel() * element_size) / page * page;
+  if (t.numel() > 0 && end >= begin + 8 * page)
+    madvise(reinterpret_cast<void *>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+  return t;
+}
 
 // The crew that the calling thread leads, if any.
 thread_local Crew *leading = nullptr;
@@ -107,7 +125,7 @@ std::tuple<Tensor, Tensor, Tensor> flow(const Tensor &x_in,                     
   Tensor y = new_empty(x, {s.batch, s.dim}), logdet = new_empty(x, {s.batch}), saved = x;
   with_type(x.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    saved = with_large_pages(new_empty(x, {save ? IIN_FAST_LOOP(flow_saved_size<T>)(s) : 0}));
+    saved = with_large_pages(new_empty(x, {save ? IIN_FAST_LOOP(flow_saved_size<T>)(s) : 0}), sizeof(T));
     if (s.batch == 0)
       return;
     FlowJob<T> job = job_of<T>(s, p, context);
@@ -154,8 +172,10 @@ Gradients flow_backward(const Tensor &grad_y_in,      // [batch, dim]
   const Tensor *const weights[] = {&p.weight_in,   &p.bias_in,    &p.weight_hidden,
                                    &p.bias_hidden, &p.weight_out, &p.bias_out};
   std::optional<Tensor> grads[6];
+  const int64_t element_size = y.scalar_type() == ScalarType::Double ? 8 : 4;
   for (int i = 0; weight_grads && i < 6; ++i)
-    grads[i] = s.batch == 0 ? new_zeros(*weights[i], weights[i]->sizes()) : new_result(*weights[i]);
+    grads[i] = s.batch == 0 ? new_zeros(*weights[i], weights[i]->sizes())
+                            : with_large_pages(new_empty(*weights[i], weights[i]->sizes()), element_size);
   with_type(y.scalar_type(), [&](auto type) {
     using T = decltype(type);
     const bool have = saved.numel() > 0;

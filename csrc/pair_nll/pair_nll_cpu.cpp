@@ -47,7 +47,7 @@ std::tuple<Tensor, Tensor> pair_nll_backward(const Tensor &grad_in,             
   const Tensor za = torch::stable::contiguous(za_in), zb = torch::stable::contiguous(zb_in);
   const Tensor shared = torch::stable::contiguous(shared_in);
   const int64_t batch = za.size(0), dim = za.size(1);
-  Tensor grad_za = new_result(za), grad_zb = new_result(za);
+  Tensor grad_za = torch::stable::new_empty(za, {batch, dim}), grad_zb = torch::stable::new_empty(za, {batch, dim});
   with_storage("pair_nll_backward", za.scalar_type(), [&](auto storage) {
     using Storage = decltype(storage);
     const PairNllBackward<Storage> job{static_cast<const Storage *>(za.const_data_ptr()),

@@ -31,7 +31,7 @@ std::tuple<Tensor, Tensor> spline_coupling(const Tensor &x_in,          // [rows
   const SplineOptions options{bins, tails, form, left, right, bottom, top, min_width, min_height, min_derivative};
   check_spline("spline_coupling", x_in, parameters_in, options);
   const Tensor x = torch::stable::contiguous(x_in), parameters = with_contiguous_values(parameters_in);
-  Tensor y = new_result(x);
+  Tensor y = torch::stable::new_empty(x, x.sizes());
   Tensor logdet = torch::stable::new_empty(x, {x.size(0)}, accumulate_type(x.scalar_type()));
   with_storage("spline_coupling", x.scalar_type(), [&](auto storage) {
     using Storage = decltype(storage);
@@ -60,8 +60,8 @@ spline_coupling_backward(const Tensor &grad_y_in,      // [rows, features]
   check_spline_backward(op, grad_y_in, grad_logdet_in, x_in, parameters_in, options);
   const Tensor x = torch::stable::contiguous(x_in), parameters = with_contiguous_values(parameters_in);
   const Tensor grad_y = torch::stable::contiguous(grad_y_in), grad_logdet = torch::stable::contiguous(grad_logdet_in);
-  Tensor grad_x = new_result(x);
-  Tensor grad_parameters = new_result(parameters);
+  Tensor grad_x = torch::stable::new_empty(x, x.sizes());
+  Tensor grad_parameters = torch::stable::new_empty(parameters, parameters.sizes());
   with_storage(op, x.scalar_type(), [&](auto storage) {
     using Storage = decltype(storage);
     const SplineBackward<Storage> job{parameters_of<Storage>(parameters, options, inverse),
