@@ -18,7 +18,7 @@ from .sources import SOURCES
 
 __all__ = ["Known", "fits", "fingerprint", "large", "lookup", "qualified"]
 
-SMALL = {"clamped": 2048, "identity": 8192, "sigmoid": 65536, "norm": sys.maxsize}
+SMALL = {"clamped": 2048, "identity": 65536, "sigmoid": 65536, "norm": sys.maxsize}
 """Affine couplings of fewer elements stay with the library's own operations on the CPU: there a call of a fused op costs
 more than the few kernels it replaces, the cheaper the scale the longer (benchmarks/dropin.py). The fast form of ActNorm
 spares a GPU's synchronisation, of which a CPU has none."""
