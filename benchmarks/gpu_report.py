@@ -69,7 +69,10 @@ EXPECTED_TRITON = {
 }
 
 # Kernels that may use local memory, and why.
-COLD: dict[str, str] = {}
+COLD = {
+    r"^flow float(32 \[25, 5\]|64) .*weight_gradient": "sm_100 puts one or two values aside before the loop over rows and "
+    "takes them back behind it",
+}
 
 
 def find_cuobjdump() -> str | None:

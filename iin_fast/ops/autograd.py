@@ -1,11 +1,11 @@
-"""The autograd of an op, and the short way from Python to it."""
+"""The autograd and autocast of an op, and the short way from Python to it."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-__all__ = ["differentiable"]
+__all__ = ["autocast_to_float32", "differentiable"]
 
 
 def differentiable(name: str, setup: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
@@ -42,3 +42,13 @@ def differentiable(name: str, setup: Callable[..., None], backward: Callable[...
             return overload(*args)
 
     return call
+
+
+def autocast_to_float32(name: str) -> None:
+    """Under ``torch.autocast``, on any device, the op ``name`` computes in float32."""
+    for device in ("cpu", "cuda", "xpu"):
+        try:
+            torch.library.register_autocast(name, device, torch.float32)
+        except ValueError:  # torch 2.10 registers none for xpu
+            if device != "xpu":
+                raise

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...backends import chosen, ops, register_library
-from ..autograd import differentiable
+from ..autograd import autocast_to_float32, differentiable
 from ..checks import check_floating, check_like
 from ..triton_ops import define_triton
 from ..vmap import fold_rows, mapped_by_autograd
@@ -166,5 +166,4 @@ for _backend, _name in (("cpp", "iin_fast::affine_coupling"), ("triton", "iin_fa
     _calls[_backend] = differentiable(_name, _setup, partial(_backward, _backend))
     torch.library.register_vmap(_name, fold_rows(ops(_backend).affine_coupling))
     torch.library.register_vmap(f"{_name}_backward", fold_rows(ops(_backend).affine_coupling_backward))
-    for _device in ("cpu", "cuda", "xpu"):
-        torch.library.register_autocast(_name, _device, torch.float32)
+    autocast_to_float32(_name)

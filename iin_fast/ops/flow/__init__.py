@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...backends import chosen, ops, register_library
-from ..autograd import differentiable
+from ..autograd import autocast_to_float32, differentiable
 from ..checks import autocast_enabled, check_device, check_dtype, check_floating, check_rank, check_shape
 from ..triton_ops import define_triton
 from ..vmap import front, mapped_by_autograd, one_by_one
@@ -371,6 +371,4 @@ for _backend_name, _name in (("cpp", "iin_fast::flow"), ("triton", "iin_fast_tri
     _calls[_backend_name] = differentiable(_name, _setup, partial(_backward, _backend_name))
     torch.library.register_vmap(_name, partial(_vmap, _backend_name))
     torch.library.register_vmap(f"{_name}_backward", one_by_one(ops(_backend_name).flow_backward))
-for _device in ("cpu", "cuda", "xpu"):
-    torch.library.register_autocast("iin_fast::flow", _device, torch.float32)
-    torch.library.register_autocast("iin_fast_triton::flow", _device, torch.float32)
+    autocast_to_float32(_name)
