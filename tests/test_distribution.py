@@ -37,7 +37,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", folder, source]
-    # code for one GPU, in a third of the time; test_cuda_library.py looks for that of all
+    # code for one kind of GPU, which compiles sooner; test_cuda_library.py looks for that of all
     run(*command, cwd=folder, IIN_FAST_CUDA_ARCHITECTURES="90")
     (found,) = folder.glob("*")
     return found

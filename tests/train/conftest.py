@@ -7,7 +7,7 @@ pytest.importorskip("lightning_fabric")
 pytest.importorskip("tensorboard")
 pytest.importorskip("safetensors")
 
-from iin_fast.latents import Latents
+from iin_fast.latents import Latents, save_arrays
 from iin_fast.train import Settings
 
 
@@ -21,6 +21,12 @@ def latents():
     z[:, 3:5] += random.standard_normal((3, 2))[labels[:, 1]]
     rotation = np.linalg.qr(random.standard_normal((8, 8)))[0]
     return Latents.of((z @ rotation).astype(np.float32), labels, ["digit", "color"])
+
+
+@pytest.fixture(scope="module")
+def file(latents, tmp_path_factory):
+    path = tmp_path_factory.mktemp("latents") / "latents.npz"
+    return save_arrays(path, {"z": latents.z, "labels": latents.labels, "names": np.array(latents.names)})
 
 
 @pytest.fixture

@@ -35,12 +35,6 @@ def run(*arguments):
 
 
 @pytest.fixture(scope="module")
-def file(latents, tmp_path_factory):
-    path = tmp_path_factory.mktemp("latents") / "latents.npz"
-    return save_arrays(path, {"z": latents.z, "labels": latents.labels, "names": np.array(latents.names)})
-
-
-@pytest.fixture(scope="module")
 def trained(file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "run"
     settings = Settings({"digit": 3, "color": 2}, steps=60, n_flows=2, hidden_dim=16, batch=16, learning_rate=3e-3)

@@ -27,12 +27,6 @@ def run(*arguments):
 
 
 @pytest.fixture(scope="module")
-def file(latents, tmp_path_factory):
-    path = tmp_path_factory.mktemp("latents") / "latents.npz"
-    return save_arrays(path, {"z": latents.z, "labels": latents.labels, "names": np.array(latents.names)})
-
-
-@pytest.fixture(scope="module")
 def trained(file, tmp_path_factory):
     """A run that was told the digit, of the command line."""
     folder = tmp_path_factory.mktemp("run") / "run"
