@@ -84,7 +84,13 @@ def test_defects_are_named(gpu_report: ModuleType) -> None:
     name = "coupling_forward_kernel<float, 4>"
     assert gpu_report.defects({"cuda": {name: {"sm_80": good}, "other": {"sm_80": clean}}}) == []
     assert "load 16" in gpu_report.defects({"cuda": {name: {"sm_80": good | {"load 16": 0}}}})[0]
-    assert "2 accesses to local memory" in gpu_report.defects({"cuda": {"k": {"sm_90": clean | {"spill store": 2}}}})[0]
+    spilling = clean | {"spill store": 2, "stack": 8}
+    assert "2 accesses to local memory" in gpu_report.defects({"cuda": {"k": {"sm_90": spilling}}})[0]
+    # put aside for occupancy: few bytes, and none once all registers may be used
+    for more, defects in (({}, 0), ({"stack": 16}, 1), ({"spills with all registers": 1}, 1)):
+        row = spilling | {"spills with all registers": 0} | more
+        case = {"spline x": {"kernel": "forward", "targets": {"sm_90": row}}}
+        assert len(gpu_report.defects({"cuda": {}, "triton": case})) == defects
     layer = {"sm_90": clean | {"async copy": 4}}
     assert gpu_report.defects({"cuda": {"flow_layer_kernel<Exact, true, false>": layer}}) == []
     assert "tensor cores" in gpu_report.defects({"cuda": {"flow_layer_kernel<Tf32x3, true, false>": layer}})[0]
