@@ -137,6 +137,14 @@ def backward(
     return grads, c
 
 
+def types(*rows: Any) -> list[Any]:
+    """Rows that begin with a type and whether TF32 multiplies; with AddressSanitizer one of each size.
+
+    float16 has the tiles of bfloat16, TF32 those of float32: they touch the same places of memory.
+    """
+    return [row for row in rows if not (SANITIZE and (row[0] == torch.float16 or row[1]))]
+
+
 def wide(given: list[Any]) -> list[Any]:
     return [t.double() if t is not None and t.is_floating_point() else t for t in given]
 
@@ -160,12 +168,12 @@ def test_equals_the_definition_in_float64(shape: tuple[Any, ...], inverse: bool)
 
 @pytest.mark.parametrize(
     "dtype, tf32, bound",
-    [
+    types(
         (torch.float32, False, 2e-6),
         (torch.float32, True, 5e-3),
         (torch.float16, False, 5e-3),
         (torch.bfloat16, False, 5e-2),
-    ],
+    ),
 )
 @pytest.mark.parametrize("inverse", [False, True])
 def test_other_types_judged_by_float64(dtype: torch.dtype, tf32: bool, bound: float, inverse: bool) -> None:
@@ -272,7 +280,7 @@ def test_gradients_equal_the_definition_in_float64(shape: tuple[Any, ...], inver
 
 @pytest.mark.parametrize(
     ("dtype", "tf32"),
-    [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False), (torch.float16, False)],
+    types((torch.float32, False), (torch.float32, True), (torch.bfloat16, False), (torch.float16, False)),
 )
 @pytest.mark.parametrize("inverse", [False, True])
 def test_one_kernel_for_all_gradients(dtype: torch.dtype, tf32: bool, inverse: bool) -> None:
@@ -288,12 +296,12 @@ def test_one_kernel_for_all_gradients(dtype: torch.dtype, tf32: bool, inverse: b
 
 @pytest.mark.parametrize(
     "dtype, tf32, bound",
-    [
+    types(
         (torch.float32, False, 1e-5),
         (torch.float32, True, 5e-2),
         (torch.float16, False, 5e-2),
         (torch.bfloat16, False, 3e-1),
-    ],
+    ),
 )
 @pytest.mark.parametrize("inverse", [False, True])
 def test_gradients_of_other_types_judged_by_float64(
