@@ -6,6 +6,7 @@ from . import adapters, functional, nn, testing
 from .backends import backend
 from .dropin import accelerate, patch, restore, unpatch
 from .iin import IIN, FactorLoss, Factors, PairSampler, concept_pairs, estimate_factor_dims
+from .memory import keep_freed_memory
 
 try:
     __version__ = version("iin-fast")
@@ -24,6 +25,7 @@ __all__ = [
     "concept_pairs",
     "estimate_factor_dims",
     "functional",
+    "keep_freed_memory",
     "nn",
     "patch",
     "restore",

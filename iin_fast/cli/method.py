@@ -8,6 +8,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from ..memory import keep_freed_memory
 from .console import console
 
 __all__ = ["decode", "dims", "encode", "evaluate", "interpolate", "report", "sample", "score", "swap", "train"]
@@ -95,6 +96,7 @@ def train(
     from ..train import Settings, held_out_rise
     from ..train import train as run_training
 
+    keep_freed_memory()
     settings = Settings(
         factors=_sizes(factors),
         context=context or None,

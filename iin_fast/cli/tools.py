@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from ..memory import keep_freed_memory
 from .console import console
 
 __all__ = ["bench", "check", "demo", "info"]
@@ -61,6 +62,7 @@ def demo(
     """Coloured digits: train an autoencoder and an IIN on its latents, swap digit and colour, write a report."""
     from ..demo import run_demo
 
+    keep_freed_memory()
     run_demo(out, seed=seed, quick=quick)
 
 
