@@ -127,10 +127,10 @@ def train(
             warnings.filterwarnings("ignore", message="train: ")  # printed below
             model = run_training(latents, out, settings, resume=resume, progress=True, **where)
     except KeyboardInterrupt:
-        if _first_process():
+        if _leave_group():
             console.print(f"stopped; the same command with --resume goes on in {out}", highlight=False)
         raise typer.Exit(130) from None
-    if not _first_process():
+    if not _leave_group():
         return
     table = Table("factor", "dimensions")
     for name, size in model.sizes.items():
@@ -419,13 +419,19 @@ def _class_or_file(text: str) -> int | Path | None:
     return int(text) if text.isdigit() else Path(text)
 
 
-def _first_process() -> bool:
+def _leave_group() -> bool:
+    """Ends the group of processes, if there is one; whether this is the first of them.
+
+    A process that ended with the group's threads still there would now and then be aborted by the C++ library, and
+    torchrun would report a failure of a training that was done.
+    """
     import torch
 
-    return (
-        not (torch.distributed.is_available() and torch.distributed.is_initialized())
-        or torch.distributed.get_rank() == 0
-    )
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return True
+    first = torch.distributed.get_rank() == 0
+    torch.distributed.destroy_process_group()
+    return first
 
 
 def _wrote(out: Path, what: str) -> None:
