@@ -423,3 +423,13 @@ def test_two_processes_give_the_same_result(how, coupling, factors, file, tmp_pa
         for name in mine:
             if mine[name] and name != "samples_per_second":
                 assert float(theirs[name]) == pytest.approx(float(mine[name]), rel=1e-6)  # Fabric hands on float32
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_a_process_leaves_its_group_before_it_ends(grouped, tmp_path):
+    from iin_fast.cli.method import _leave_group
+
+    if grouped:  # with the group's threads alive the exit is aborted now and then
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", world_size=1, rank=0)
+    assert _leave_group()
+    assert not torch.distributed.is_initialized()
