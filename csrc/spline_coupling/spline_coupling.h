@@ -29,6 +29,10 @@ IIN_FAST_HD BinEnds bin_ends(Tails tails, int64_t bins, int64_t bin) {
   return {first, tails == Tails::circular && bin + 1 == bins ? 0 : first + 1};
 }
 
+// Elements that the CPU loops work on side by side: 64 bytes of them. And numbers of memory that a block needs.
+template <class T> constexpr int block_size = 64 / sizeof(T);
+template <class T> constexpr int64_t spline_work(int64_t bins) { return 2 * bins * block_size<T>; }
+
 // sum += term, with what rounding takes away kept in `lost` (Kahan): knots are differences of running sums.
 template <class T> IIN_FAST_HD T add(T sum, T term, T &lost) {
   const T corrected = term - lost, next = sum + corrected;

@@ -37,14 +37,12 @@ template <class Storage> struct SplineBackward {
   int64_t features;
 };
 
-// Elements that are worked on side by side: 64 bytes of them.
-template <class T> constexpr int block_size = 64 / sizeof(T);
-
-// Numbers of scratch memory that a call of the loops needs: raw values and their derivatives by lane, a block's rows in
-// the compute type, and room to align the first. The glue brings it: what allocates would have one copy for all
-// instruction sets.
+// Numbers of scratch memory that a call of the loops needs: raw values by lane, a block's rows in the compute type, the
+// block's own, and room to align the first. The glue brings it: what allocates would have one copy for all instruction
+// sets.
 template <class Storage> int64_t scratch_size(const SplineParameters<Storage> &p) {
-  return (2 * p.count + 2 * p.bins + 1) * block_size<compute_t<Storage>>;
+  using T = compute_t<Storage>;
+  return (2 * p.count + 1) * block_size<T> + spline_work<T>(p.bins);
 }
 
 // clang-format off
