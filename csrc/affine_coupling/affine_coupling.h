@@ -13,7 +13,7 @@
 namespace iin_fast {
 
 // Values are part of the op's schema (iin_fast/ops/affine_coupling/__init__.py holds the names).
-enum class Squash : int64_t { identity = 0, tanh = 1, atan = 2, sigmoid = 3, none = 4 };
+enum class Squash : int64_t { identity = 0, tanh = 1, atan = 2, sigmoid = 3, none = 4, softplus = 5, softclip = 6 };
 
 // Calls f with the squash and the direction as compile-time constants.
 template <class F> IIN_FAST_HD void with_constants(Squash squash, bool inverse, F &&f) {
@@ -33,11 +33,32 @@ template <class F> IIN_FAST_HD void with_constants(Squash squash, bool inverse, 
   case Squash::none:
     return inverse ? f(std::integral_constant<Squash, Squash::none>(), std::true_type())
                    : f(std::integral_constant<Squash, Squash::none>(), std::false_type());
+  case Squash::softplus:
+    return inverse ? f(std::integral_constant<Squash, Squash::softplus>(), std::true_type())
+                   : f(std::integral_constant<Squash, Squash::softplus>(), std::false_type());
+  case Squash::softclip:
+    return inverse ? f(std::integral_constant<Squash, Squash::softclip>(), std::true_type())
+                   : f(std::integral_constant<Squash, Squash::softclip>(), std::false_type());
   }
 }
 
-// s of raw, for squashes whose s comes first; that of sigmoid is the logarithm of its scale, sigmoid(raw + 2) + 0.001.
-// `clamp` bounds |s| for tanh and atan.
+// Squashes that make the scale itself, whose logarithm is s.
+template <Squash squash> constexpr bool makes_scale = squash == Squash::sigmoid || squash == Squash::softplus;
+
+// The scale, and d log(scale) / draw. sigmoid(raw + 2) + 0.001; softplus(raw) + clamp, where clamp is the least scale.
+template <Squash squash, class T> IIN_FAST_HD T scale_of(T raw, T clamp, T &derivative) {
+  if constexpr (squash == Squash::sigmoid) {
+    const T unit = math::sigmoid(raw + T(2)), scale = unit + T(1e-3);
+    derivative = unit * (T(1) - unit) / scale;
+    return scale;
+  } else {
+    const T scale = math::softplus(raw) + clamp;
+    derivative = math::sigmoid(raw) / scale;
+    return scale;
+  }
+}
+
+// s of raw, for squashes whose s comes first. `clamp` bounds |s| for tanh, atan and softclip.
 template <Squash squash, class T> IIN_FAST_HD T log_scale(T raw, T clamp) {
   if constexpr (squash == Squash::identity)
     return raw;
@@ -45,6 +66,8 @@ template <Squash squash, class T> IIN_FAST_HD T log_scale(T raw, T clamp) {
     return clamp * math::tanh(raw);
   else if constexpr (squash == Squash::atan)
     return clamp * T(0.636) * math::atan(raw);
+  else if constexpr (squash == Squash::softclip)
+    return raw / (T(1) + math::abs(raw / clamp));
   else {
     static_assert(squash == Squash::none);
     return T(0);
@@ -63,6 +86,10 @@ template <Squash squash, class T> IIN_FAST_HD T log_scale(T raw, T clamp, T &der
   } else if constexpr (squash == Squash::atan) {
     derivative = clamp * T(0.636) / (T(1) + raw * raw);
     return clamp * T(0.636) * math::atan(raw);
+  } else if constexpr (squash == Squash::softclip) {
+    const T shrink = T(1) / (T(1) + math::abs(raw / clamp));
+    derivative = shrink * shrink;
+    return raw * shrink;
   } else {
     static_assert(squash == Squash::none);
     derivative = T(0);
@@ -72,8 +99,9 @@ template <Squash squash, class T> IIN_FAST_HD T log_scale(T raw, T clamp, T &der
 
 // One element: the transformed value, and its term of the log-det of the map that is computed.
 template <Squash squash, bool inverse, class T> IIN_FAST_HD T couple(T x, T raw, T shift, T clamp, T &logdet) {
-  if constexpr (squash == Squash::sigmoid) { // the scale itself is at hand
-    const T scale = math::sigmoid(raw + T(2)) + T(1e-3), s = math::log(scale);
+  if constexpr (makes_scale<squash>) {
+    T derivative;
+    const T scale = scale_of<squash>(raw, clamp, derivative), s = math::log(scale);
     logdet = inverse ? -s : s;
     return inverse ? (x - shift) / scale : x * scale + shift;
   } else {
@@ -94,9 +122,8 @@ template <Squash squash, bool inverse, class T>
 IIN_FAST_HD CouplingGradient<T> couple_backward(T value, T raw, T clamp, T grad_y, T grad_logdet) {
   T derivative, grad_x;
   const T sign = inverse ? T(-1) : T(1);
-  if constexpr (squash == Squash::sigmoid) {
-    const T unit = math::sigmoid(raw + T(2)), scale = unit + T(1e-3);
-    derivative = unit * (T(1) - unit) / scale;
+  if constexpr (makes_scale<squash>) {
+    const T scale = scale_of<squash>(raw, clamp, derivative);
     grad_x = inverse ? grad_y / scale : grad_y * scale;
   } else {
     const T s = log_scale<squash>(raw, clamp, derivative);

@@ -1,0 +1,184 @@
+// flow_program on the CPU: tensor checks and memory. The text is parsed in flow_program_plan.cpp, the walk is in
+// flow_program_loops.cpp.
+#include "common/tensor.h"
+#include "flow_program/flow_program_loops.h"
+#include "flow_program/flow_program_plan.h"
+
+namespace iin_fast {
+namespace {
+
+using torch::stable::contiguous;
+using torch::stable::new_empty;
+using torch::stable::new_zeros;
+
+void parallel(int64_t count, void (*body)(int64_t, int64_t, void *), void *data) {
+  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { body(begin, end, data); });
+}
+
+// The tensors of a call as the loops read them.
+struct Inputs {
+  Tensor x;
+  std::optional<Tensor> context;
+  std::vector<Tensor> parameters;
+  std::vector<const void *> data;
+  std::vector<uint8_t> bool_mask;
+};
+
+Inputs checked(const Plan &plan, const Tensor &x, const std::optional<Tensor> &context,
+               const std::vector<Tensor> &parameters) {
+  const ProgramView &p = plan.view;
+  const ScalarType type = x.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double,
+                  "flow_program: x must be float32 or float64");
+  STD_TORCH_CHECK(x.dim() == 2 && x.size(1) == p.dim, "flow_program: x must be [batch, ", p.dim, "]");
+  STD_TORCH_CHECK(context.has_value() == (p.context > 0), "flow_program: the program has a context of ", p.context,
+                  " features");
+  if (context.has_value())
+    STD_TORCH_CHECK(context->dim() == 2 && context->size(0) == x.size(0) && context->size(1) == p.context &&
+                        context->scalar_type() == type && context->is_cpu(),
+                    "flow_program: context must be [", x.size(0), ", ", p.context, "] in the dtype of x");
+  STD_TORCH_CHECK(static_cast<int64_t>(parameters.size()) == p.tensors, "flow_program: got ", parameters.size(),
+                  " parameters, expected ", p.tensors);
+  Inputs in{contiguous(x), std::nullopt, {}, {}, std::vector<uint8_t>(p.tensors)};
+  if (context.has_value())
+    in.context = contiguous(*context);
+  in.parameters.reserve(p.tensors), in.data.reserve(p.tensors);
+  for (int64_t i = 0; i < p.tensors; ++i) {
+    const Tensor &t = parameters[i];
+    STD_TORCH_CHECK(t.is_cpu(), "flow_program: parameter ", i, " is on another device than x");
+    STD_TORCH_CHECK(t.numel() >= plan.needed[i], "flow_program: parameter ", i, " has ", t.numel(),
+                    " elements, the program reads ", plan.needed[i]);
+    in.bool_mask[i] = t.scalar_type() == ScalarType::Bool;
+    STD_TORCH_CHECK(in.bool_mask[i] || t.scalar_type() == type, "flow_program: parameter ", i,
+                    " must have the dtype of x");
+    in.parameters.push_back(t.is_contiguous() ? t : contiguous(t));
+    in.data.push_back(in.parameters.back().const_data_ptr());
+  }
+  for (const ParameterUse &use : plan.uses)
+    STD_TORCH_CHECK(use.mask || !in.bool_mask[use.ref.tensor], "flow_program: parameter ", use.ref.tensor, " of layer ",
+                    use.layer, " is of bool, which a mask alone may be");
+  return in;
+}
+
+template <class T> T *aligned(const Tensor &t) {
+  return reinterpret_cast<T *>((reinterpret_cast<uintptr_t>(t.mutable_data_ptr()) + 63) / 64 * 64);
+}
+
+template <class F> void with_type(ScalarType type, F &&f) {
+  if (type == ScalarType::Double)
+    f(double());
+  else
+    f(float());
+}
+
+template <class T> ProgramJob<T> job_of(const Plan &plan, const Inputs &in, bool inverse, bool base, int64_t keep) {
+  ProgramJob<T> job{};
+  job.program = plan.view;
+  job.inverse = inverse, job.base = base, job.keep = static_cast<Keep>(keep);
+  job.batch = in.x.size(0);
+  job.x = static_cast<const T *>(in.x.const_data_ptr());
+  job.context = in.context.has_value() ? static_cast<const T *>(in.context->const_data_ptr()) : nullptr;
+  job.parameters = in.data.data(), job.bool_mask = in.bool_mask.data();
+  job.threads = torch::stable::get_num_threads();
+  job.parallel = parallel;
+  return job;
+}
+
+std::tuple<Tensor, Tensor, Tensor> flow_program(const Tensor &x,                      // [batch, dim]
+                                                const std::optional<Tensor> &context, // [batch, context]
+                                                const std::vector<Tensor> &parameters, const std::string &program,
+                                                bool inverse, bool base, int64_t keep) {
+  const std::shared_ptr<const Plan> plan = plan_of(program);
+  STD_TORCH_CHECK(keep >= 0 && keep <= 2, "flow_program: keep must be 0, 1 or 2");
+  const Inputs in = checked(*plan, x, context, parameters);
+  Tensor y = new_empty(in.x, in.x.sizes()), logdet = new_empty(in.x, {in.x.size(0)}), saved = y;
+  with_type(in.x.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    ProgramJob<T> job = job_of<T>(*plan, in, inverse, base, keep);
+    const int64_t size =
+        job.batch == 0 ? 0 : IIN_FAST_LOOP(program_saved_size<T>)(plan->view, job.batch, job.keep);
+    saved = new_empty(in.x, {size});
+    if (job.batch == 0)
+      return;
+    const Tensor workspace = new_empty(in.x, {IIN_FAST_LOOP(program_workspace<T>)(job, false) + 64});
+    job.y = static_cast<T *>(y.mutable_data_ptr()), job.logdet = static_cast<T *>(logdet.mutable_data_ptr());
+    job.saved = size > 0 ? static_cast<T *>(saved.mutable_data_ptr()) : nullptr;
+    job.workspace = aligned<T>(workspace);
+    const int64_t unordered = IIN_FAST_LOOP(program_forward<T>)(job);
+    STD_TORCH_CHECK(unordered < 0, "flow_program: layer ", unordered,
+                    ": its masks leave no order in which features can be found one after the other");
+  });
+  return {y, logdet, saved};
+}
+
+std::tuple<Tensor, Tensor, std::vector<Tensor>>
+flow_program_backward(const Tensor &grad_y,      // [batch, dim]
+                      const Tensor &grad_logdet, // [batch]
+                      const Tensor &x,           // [batch, dim]
+                      const Tensor &saved, const std::optional<Tensor> &context, const std::vector<Tensor> &parameters,
+                      const std::string &program, bool inverse, bool base, int64_t keep, bool context_grad,
+                      const std::string &wanted) {
+  const std::shared_ptr<const Plan> plan = plan_of(program);
+  STD_TORCH_CHECK(keep >= 0 && keep <= 2, "flow_program: keep must be 0, 1 or 2");
+  const Inputs in = checked(*plan, x, context, parameters);
+  const ScalarType scalar = in.x.scalar_type();
+  const int64_t batch = in.x.size(0);
+  STD_TORCH_CHECK(grad_y.dim() == 2 && grad_y.size(0) == batch && grad_y.size(1) == plan->view.dim &&
+                      grad_y.scalar_type() == scalar && grad_logdet.numel() == batch &&
+                      grad_logdet.scalar_type() == scalar,
+                  "flow_program: grad_y and grad_logdet must be like x and its rows");
+  STD_TORCH_CHECK(wanted.size() == parameters.size(), "flow_program: wanted must name every parameter");
+  const Tensor gy = contiguous(grad_y), gl = contiguous(grad_logdet);
+  Tensor grad_x = new_empty(in.x, in.x.sizes());
+  context_grad = context_grad && in.context.has_value();
+  Tensor grad_context = context_grad ? new_empty(*in.context, in.context->sizes()) : new_empty(in.x, {0});
+  std::vector<Tensor> grads;
+  grads.reserve(parameters.size());
+  for (size_t i = 0; i < parameters.size(); ++i) {
+    const Tensor &t = in.parameters[i];
+    const bool fresh = batch == 0 || plan->view.shared || plan->read[i] != t.numel();
+    grads.push_back(wanted[i] != '1' ? new_empty(in.x, {0})
+                                     : fresh ? new_zeros(t, t.sizes()) : new_empty(t, t.sizes()));
+  }
+  with_type(scalar, [&](auto type) {
+    using T = decltype(type);
+    if (batch == 0)
+      return;
+    ProgramBackwardJob<T> job{};
+    job.forward = job_of<T>(*plan, in, inverse, base, keep);
+    STD_TORCH_CHECK(saved.numel() ==
+                        IIN_FAST_LOOP(program_saved_size<T>)(plan->view, batch, job.forward.keep),
+                    "flow_program: saved is not of this program and batch");
+    const Tensor kept = contiguous(saved);
+    const Tensor workspace = new_empty(in.x, {IIN_FAST_LOOP(program_workspace<T>)(job.forward, true) + 64});
+    job.forward.saved = keep > 0 ? static_cast<T *>(kept.mutable_data_ptr()) : nullptr; // only read
+    job.forward.workspace = aligned<T>(workspace);
+    std::vector<T *> pointers(grads.size());
+    for (size_t i = 0; i < grads.size(); ++i)
+      pointers[i] = wanted[i] == '1' ? static_cast<T *>(grads[i].mutable_data_ptr()) : nullptr;
+    job.grad_y = static_cast<const T *>(gy.const_data_ptr());
+    job.grad_logdet = static_cast<const T *>(gl.const_data_ptr());
+    job.grad_x = static_cast<T *>(grad_x.mutable_data_ptr());
+    job.grad_context = context_grad ? static_cast<T *>(grad_context.mutable_data_ptr()) : nullptr;
+    job.grads = pointers.data();
+    IIN_FAST_LOOP(program_backward<T>)(job);
+  });
+  return {grad_x, grad_context, grads};
+}
+
+} // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(iin_fast, m) {
+  m.def("flow_program(Tensor x, Tensor? context, Tensor[] parameters, str program, bool inverse, bool base, int keep)"
+        " -> (Tensor, Tensor, Tensor)");
+  m.def("flow_program_backward(Tensor grad_y, Tensor grad_logdet, Tensor x, Tensor saved, Tensor? context,"
+        " Tensor[] parameters, str program, bool inverse, bool base, int keep, bool context_grad, str wanted)"
+        " -> (Tensor, Tensor, Tensor[])");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(iin_fast, CPU, m) {
+  m.impl("flow_program", TORCH_BOX(&flow_program));
+  m.impl("flow_program_backward", TORCH_BOX(&flow_program_backward));
+}
+
+} // namespace iin_fast

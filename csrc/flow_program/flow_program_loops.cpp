@@ -1,0 +1,1107 @@
+// Any flow on the CPU: a thread takes a tile of rows and walks it through all layers.
+//
+// A tile is 16 to 64 rows. Its rows lie in lanes: every value is [features, ld], ld the rows of the tile up to a whole
+// cache line, so that features need no padding, weights are read as torch keeps them, and the raw values of a spline are
+// where its loops want them. Rows beyond the batch repeat its last one; their gradients are 0. Tiles are cut by the size
+// of the batch alone, and so are the accumulators of weight gradients: results don't depend on the number of threads.
+//
+// Bytes: x, y and log-det once; weights once a tile, from the second cache. Backward walks a tile forward again, with all
+// its values on a tape in the thread's workspace (or reads what forward kept, see Keep), then back, at 4/3 of the
+// arithmetic; weight gradients are read and written once a tile in the accumulator, and added up at the end.
+#include "flow_program/flow_program_loops.h"
+
+#include <cmath>
+
+#include "affine_coupling/affine_coupling.h"
+#include "flow_program/products.h"
+#include "flow_program/steps.h"
+#include "flow_program/transformers.h"
+
+namespace iin_fast {
+namespace IIN_FAST_ISA {
+namespace {
+
+// Rows of a tile: few for small batches, so that threads share them; more for large ones, which read weights less often.
+int64_t tile_rows(int64_t batch) { return batch <= 32 ? 16 : batch <= 1024 ? 32 : 64; }
+int64_t tile_count(int64_t batch) { return ceil_div(batch, tile_rows(batch)); }
+
+// Accumulators of weight gradients, each of some tiles in order.
+int64_t accumulator_count(int64_t batch) {
+  const int64_t tiles = tile_count(batch);
+  return smaller(tiles, smaller(larger(tiles / 8, 4), 32));
+}
+
+template <class T> int64_t leading(int64_t batch) { // ld of all tiles
+  const int64_t rows = ceil_div(batch, larger(tile_count(batch), 1));
+  return ceil_div(larger(rows, 1), block_size<T>) * block_size<T>;
+}
+
+int64_t padded(int64_t count) { return ceil_div(count, 16) * 16; }
+
+// Hands out pieces of the workspace, each on a cache line. With base null it only counts.
+template <class T> struct Pieces {
+  T *base;
+  int64_t used = 0;
+  T *take(int64_t count) {
+    T *piece = base == nullptr ? nullptr : base + used;
+    used += padded(count);
+    return piece;
+  }
+};
+
+// Where the parts of a tape begin, in rows of ld.
+struct TapeLayout {
+  const ProgramView &program;
+  Keep keep;
+  int64_t input(int64_t position) const { // of the layer that runs at `position`; that behind the last is the output
+    return position * program.dim;
+  }
+  int64_t inputs() const { return (program.layer_count + 1) * program.dim; }
+  int64_t rows() const {
+    int64_t rows = inputs();
+    if (keep == Keep::all)
+      for (int64_t l = 0; l < program.layer_count; ++l)
+        rows += program.layers[l].net_rows;
+    return rows;
+  }
+};
+
+// The memory of one thread.
+template <class T> struct Workspace {
+  T *tape, *net, *context, *logdet, *lost, *temporary, *spline;            // both passes
+  T *gradients[2], *net_gradients, *context_gradients, *grad_logdet, *turned; // backward
+};
+
+template <class T>
+Workspace<T> workspace_of(Pieces<T> &pieces, const ProgramView &p, int64_t ld, Keep tape, bool backward) {
+  int64_t splines = 0;
+  for (int64_t l = 0; l < p.layer_count; ++l)
+    if (p.layers[l].transformer == TransformerKind::spline)
+      splines = larger(splines, spline_work(p.layers[l].spline));
+  Workspace<T> w{};
+  w.tape = pieces.take(TapeLayout{p, tape}.rows() * ld);
+  w.net = pieces.take(p.net_rows * ld);
+  w.context = pieces.take(p.context * ld);
+  w.logdet = pieces.take(ld), w.lost = pieces.take(ld);
+  w.temporary = pieces.take(2 * p.dim * ld);
+  w.spline = pieces.take(splines * block_size<T>);
+  if (backward) {
+    for (T *&g : w.gradients)
+      g = pieces.take(p.dim * ld);
+    w.net_gradients = pieces.take(p.net_rows * ld);
+    w.context_gradients = pieces.take(p.context * ld);
+    w.grad_logdet = pieces.take(ld);
+    w.turned = pieces.take(ld * padded(p.widest));
+  }
+  return w;
+}
+
+template <class T> class Program {
+public:
+  explicit Program(const ProgramJob<T> &job) : job_(job), p_(job.program), ld_(leading<T>(job.batch)) {}
+
+  // Masked weights, triangular matrices, scales: once a call. `packed` has packed_size elements.
+  void pack(T *packed) {
+    packed_ = packed;
+    for (int64_t l = 0; l < p_.layer_count; ++l) {
+      const ProgramLayer &layer = p_.layers[l];
+      if (layer.kind == LayerKind::coupling)
+        for (int64_t k = 0; k < layer.step_count; ++k)
+          pack_mask(layer.steps[k]);
+      else if (layer.kind == LayerKind::affine)
+        pack_affine(layer);
+      else if (layer.kind == LayerKind::linear)
+        pack_linear(layer);
+    }
+  }
+
+  // Of autoregressive layers that run by their inverse: which rows of each value are known after which step. Behind the
+  // packed weights, see order_rows.
+  int64_t order_size() const {
+    int64_t size = 0;
+    for (int64_t l = 0; l < p_.layer_count; ++l)
+      if (sequential(p_.layers[l]))
+        size += order_rows(p_.layers[l]);
+    return size;
+  }
+
+  // Gives the first layer that has no order, or -1.
+  int64_t order(int32_t *orders) {
+    orders_ = orders;
+    for (int64_t l = 0; l < p_.layer_count; ++l)
+      if (sequential(p_.layers[l])) {
+        order_layer(p_.layers[l], orders);
+        for (int64_t j = 0; j < p_.dim; ++j)
+          if (orders[j] == unknown)
+            return l;
+        orders += order_rows(p_.layers[l]);
+      }
+    return -1;
+  }
+
+  // Rows [first, first + rows) of the batch.
+  void forward(int64_t tile, const Workspace<T> &w, Keep keep) const {
+    const int64_t first = first_row(tile), rows = first_row(tile + 1) - first;
+    T *const tape = job_.saved && keep != Keep::nothing ? job_.saved + tile * TapeLayout{p_, keep}.rows() * ld_ : w.tape;
+    read(job_.x, p_.dim, first, rows, tape);
+    if (p_.context)
+      read(job_.context, p_.context, first, rows, w.context);
+    walk(w, tape, keep, true);
+    const T *const y = tape + TapeLayout{p_, keep}.input(p_.layer_count) * ld_;
+    write(y, p_.dim, first, rows, job_.y);
+    for (int64_t r = 0; r < rows; ++r)
+      job_.logdet[first + r] = w.logdet[r] - w.lost[r];
+  }
+
+  void backward(const ProgramBackwardJob<T> &job, int64_t tile, const Workspace<T> &w, T *accumulator,
+                bool add) const {
+    const int64_t first = first_row(tile), rows = first_row(tile + 1) - first;
+    const Keep kept = job_.keep, keep = kept == Keep::nothing ? Keep::all : kept;
+    const TapeLayout layout{p_, keep};
+    T *const tape = kept == Keep::nothing ? w.tape : job_.saved + tile * layout.rows() * ld_;
+    if (p_.context)
+      read(job_.context, p_.context, first, rows, w.context);
+    if (kept == Keep::nothing) {
+      read(job_.x, p_.dim, first, rows, tape);
+      walk(w, tape, keep, false);
+    }
+    T *g = w.gradients[0], *next = w.gradients[1];
+    read(job.grad_y, p_.dim, first, rows, g, true);
+    for (int64_t l = 0; l < ld_; ++l)
+      w.grad_logdet[l] = l < rows ? job.grad_logdet[first + l] : T(0);
+    if (job_.base)
+      base_backward(tape + layout.input(p_.layer_count) * ld_, w.grad_logdet, g);
+    if (job.grad_context != nullptr)
+      for (int64_t i = 0; i < p_.context * ld_; ++i)
+        w.context_gradients[i] = T(0);
+    const T *net = tape + layout.rows() * ld_; // behind the last
+    for (int64_t position = p_.layer_count - 1; position >= 0; --position) {
+      const ProgramLayer &layer = layer_at(position);
+      const T *const x = tape + layout.input(position) * ld_, *const y = tape + layout.input(position + 1) * ld_;
+      const T *values = w.net;
+      if (keep == Keep::all)
+        values = net -= layer.net_rows * ld_;
+      else if (layer.kind == LayerKind::coupling) // its net reads the coordinates that pass unchanged, or all of x
+        evaluate(layer, layer.inverted != job_.inverse && layer.autoregressive ? y : x, w, w.net);
+      layer_backward(layer, x, y, values, g, next, w, accumulator, add, rows, job.grad_context != nullptr);
+      T *const other = g;
+      g = next, next = other;
+    }
+    write(g, p_.dim, first, rows, job.grad_x);
+    if (job.grad_context != nullptr)
+      write(w.context_gradients, p_.context, first, rows, job.grad_context);
+  }
+
+  // The gradients of a layer's parameters from all accumulators.
+  void reduce(const ProgramBackwardJob<T> &job, int64_t index, const T *accumulators, int64_t count, bool add) const;
+
+  int64_t ld() const { return ld_; }
+
+private:
+  int64_t first_row(int64_t tile) const { return tile * job_.batch / tile_count(job_.batch); }
+  const ProgramLayer &layer_at(int64_t position) const {
+    return p_.layers[job_.inverse ? p_.layer_count - 1 - position : position];
+  }
+  bool sequential(const ProgramLayer &l) const {
+    return l.kind == LayerKind::coupling && l.autoregressive && l.inverted != job_.inverse;
+  }
+  const T *parameter(const ParameterRef &r) const {
+    return r.present() ? static_cast<const T *>(job_.parameters[r.tensor]) + r.offset : nullptr;
+  }
+  const T *weight(const ProgramStep &s) const { return s.packed >= 0 ? packed_ + s.packed : parameter(s.weight); }
+  bool mask_at(const ParameterRef &r, int64_t i) const {
+    const void *data = job_.parameters[r.tensor];
+    return job_.bool_mask[r.tensor] ? static_cast<const uint8_t *>(data)[r.offset + i] != 0
+                                    : static_cast<const T *>(data)[r.offset + i] != T(0);
+  }
+
+  void read(const T *from, int64_t count, int64_t first, int64_t rows, T *to, bool zero = false) const {
+    for (int64_t j = 0; j < count; ++j)
+      for (int64_t l = 0; l < ld_; ++l)
+        to[j * ld_ + l] = l < rows ? from[(first + l) * count + j] : zero ? T(0) : from[(first + rows - 1) * count + j];
+  }
+  void write(const T *from, int64_t count, int64_t first, int64_t rows, T *to) const {
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t j = 0; j < count; ++j)
+        to[(first + r) * count + j] = from[j * ld_ + r];
+  }
+
+  // s of a raw scale, and ds / draw.
+  static T scale_of(ScaleForm form, T raw, double eps) {
+    return form == ScaleForm::plain ? raw : form == ScaleForm::exp ? math::exp(raw) : math::softplus(raw) + T(eps);
+  }
+  static T scale_derivative(ScaleForm form, T raw, T scale) {
+    return form == ScaleForm::plain ? T(1) : form == ScaleForm::exp ? scale : math::sigmoid(raw);
+  }
+
+  void pack_mask(const ProgramStep &s) {
+    if (s.packed < 0)
+      return;
+    const T *const w = parameter(s.weight);
+    T *const to = packed_ + s.packed;
+    const void *const data = job_.parameters[s.mask.tensor];
+    const int64_t count = s.in * s.out;
+    if (job_.bool_mask[s.mask.tensor]) {
+      const uint8_t *const mask = static_cast<const uint8_t *>(data) + s.mask.offset;
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i)
+        to[i] = w[i] * T(mask[i]);
+    } else {
+      const T *const mask = static_cast<const T *>(data) + s.mask.offset;
+#pragma omp simd
+      for (int64_t i = 0; i < count; ++i)
+        to[i] = w[i] * mask[i];
+    }
+  }
+
+  // [dim] scales, and behind them the log-det.
+  void pack_affine(const ProgramLayer &l) {
+    const T *const raw = parameter(l.scale);
+    T *const scale = packed_ + l.packed, total = T(0), lost = T(0);
+    for (int64_t j = 0; j < p_.dim; ++j) {
+      scale[j] = raw == nullptr ? T(1) : scale_of(l.form, raw[j], l.eps);
+      if (raw != nullptr)
+        total = iin_fast::add(total, math::log(math::abs(scale[j])), lost);
+    }
+    scale[padded(p_.dim)] = total;
+  }
+
+  // L with its unit diagonal, U with its diagonal, [dim, dim] each, and the log-det.
+  void pack_linear(const ProgramLayer &l) {
+    const int64_t dim = p_.dim;
+    T *const lower = packed_ + l.packed, *const upper = lower + padded(dim * dim), total = T(0), lost = T(0);
+    const T *const a = parameter(l.lower), *const b = parameter(l.upper), *const d = parameter(l.scale);
+    int64_t below = 0, above = 0;
+    for (int64_t i = 0; i < dim; ++i)
+      for (int64_t j = 0; j < dim; ++j) {
+        const int64_t at = i * dim + j;
+        lower[at] = i == j ? T(1) : j > i ? T(0) : l.storage == 0 ? a[below++] : a[at];
+        upper[at] = j < i ? T(0) : j > i ? (l.storage == 0 ? b[above++] : a[at])
+                                         : scale_of(l.form, l.storage == 0 ? d[i] : a[at], l.eps);
+        if (i == j)
+          total = iin_fast::add(total, math::log(math::abs(upper[at])), lost);
+      }
+    upper[padded(dim * dim)] = total;
+  }
+
+  void add_logdet(const Workspace<T> &w, T value) const {
+    for (int64_t l = 0; l < ld_; ++l)
+      w.logdet[l] = iin_fast::add(w.logdet[l], value, w.lost[l]);
+  }
+
+  // All layers of a tile, from tape's first input on. `keep`: what the tape has room for.
+  void walk(const Workspace<T> &w, T *tape, Keep keep, bool with_logdet) const {
+    const TapeLayout layout{p_, keep};
+    for (int64_t l = 0; l < ld_; ++l)
+      w.logdet[l] = w.lost[l] = T(0);
+    T *net = tape + layout.inputs() * ld_;
+    for (int64_t position = 0; position < p_.layer_count; ++position) {
+      const ProgramLayer &layer = layer_at(position);
+      T *const x = tape + layout.input(position) * ld_, *const y = tape + layout.input(position + 1) * ld_;
+      layer_forward(layer, x, y, keep == Keep::all ? net : w.net, w);
+      if (keep == Keep::all)
+        net += layer.net_rows * ld_;
+    }
+    if (job_.base && with_logdet)
+      base_forward(tape + layout.input(p_.layer_count) * ld_, w);
+  }
+
+  // The log-density of a standard normal.
+  void base_forward(const T *y, const Workspace<T> &w) const {
+    for (int64_t j = 0; j < p_.dim; ++j)
+      for (int64_t l = 0; l < ld_; ++l) {
+        const T value = y[j * ld_ + l];
+        w.logdet[l] = iin_fast::add(w.logdet[l], T(-0.5) * value * value - T(0.91893853320467274178), w.lost[l]);
+      }
+  }
+  void base_backward(const T *y, const T *grad_logdet, T *g) const {
+    for (int64_t j = 0; j < p_.dim; ++j)
+      for (int64_t l = 0; l < ld_; ++l)
+        g[j * ld_ + l] -= grad_logdet[l] * y[j * ld_ + l];
+  }
+
+  void layer_forward(const ProgramLayer &layer, const T *x, T *y, T *net, const Workspace<T> &w) const {
+    const bool inverse = layer.inverted != job_.inverse;
+    switch (layer.kind) {
+    case LayerKind::affine:
+      return affine_forward(layer, inverse, x, y, w);
+    case LayerKind::permute:
+      for (int64_t j = 0; j < p_.dim; ++j) {
+        const int64_t from = inverse ? j : layer.index[j], to = inverse ? layer.index[j] : j;
+        copy(x + from * ld_, y + to * ld_, ld_);
+      }
+      return;
+    case LayerKind::linear:
+      return linear_forward(layer, inverse, x, y, w);
+    case LayerKind::activation:
+      return activation_forward(layer, inverse, x, y, w);
+    case LayerKind::coupling:
+      if (sequential(layer))
+        return sequential_forward(layer, x, y, net, w);
+      evaluate(layer, x, w, net);
+      for (int64_t i = 0; i < layer.passed_count; ++i)
+        copy(x + layer.passed[i] * ld_, y + layer.passed[i] * ld_, ld_);
+      for (int64_t i = 0; i < layer.transformed_count; ++i)
+        transform(layer, i, inverse, net, x + layer.transformed[i] * ld_, y + layer.transformed[i] * ld_, w);
+      return;
+    }
+  }
+
+  void affine_forward(const ProgramLayer &l, bool inverse, const T *x, T *y, const Workspace<T> &w) const {
+    const T *const scale = packed_ + l.packed, *const shift = parameter(l.shift);
+    for (int64_t j = 0; j < p_.dim; ++j) {
+      const T s = scale[j], t = shift == nullptr ? T(0) : shift[j];
+      const T *const from = x + j * ld_;
+      T *const to = y + j * ld_;
+      const bool scale_first = l.order == 0;
+#pragma omp simd
+      for (int64_t i = 0; i < ld_; ++i)
+        to[i] = inverse ? (scale_first ? (from[i] - t) / s : from[i] / s - t)
+                        : (scale_first ? from[i] * s + t : s * (from[i] + t));
+    }
+    if (l.scale.present())
+      add_logdet(w, inverse ? -scale[padded(p_.dim)] : scale[padded(p_.dim)]);
+  }
+
+  void affine_backward(const ProgramLayer &l, bool inverse, const T *x, const T *y, const T *g, T *gx,
+                       const T *grad_logdet, T *accumulator, bool add) const {
+    const int64_t dim = p_.dim;
+    const T *const scale = packed_ + l.packed, *const shift = parameter(l.shift);
+    T *const to_shift = accumulator + l.gradient, *const to_scale = to_shift + dim * 16;
+    T *const to_logdet = to_shift + padded(2 * dim * 16);
+    begin(to_shift, 2 * dim * 16, add), begin(to_logdet, 16, add);
+    for (int64_t j = 0; j < dim; ++j) {
+      const T s = scale[j], t = shift == nullptr ? T(0) : shift[j];
+      const bool scale_first = l.order == 0;
+      for (int64_t i = 0; i < ld_; i += block_size<T>) {
+        const T *const gi = g + j * ld_ + i, *const xi = x + j * ld_ + i, *const yi = y + j * ld_ + i;
+        T *const out = gx + j * ld_ + i, *const a = to_shift + j * 16, *const b = to_scale + j * 16;
+#pragma omp simd
+        for (int k = 0; k < block_size<T>; ++k) {
+          const T scaled = inverse ? gi[k] / s : gi[k] * s;
+          out[k] = scaled;
+          if (inverse) {
+            a[k] -= scale_first ? scaled : gi[k];
+            b[k] -= (scale_first ? yi[k] : yi[k] + t) * scaled;
+          } else {
+            a[k] += scale_first ? gi[k] : scaled;
+            b[k] += gi[k] * (scale_first ? xi[k] : xi[k] + t);
+          }
+        }
+      }
+    }
+    sum_logdet(grad_logdet, inverse, to_logdet);
+  }
+
+  void sum_logdet(const T *grad_logdet, bool inverse, T *to) const {
+    for (int64_t i = 0; i < ld_; i += block_size<T>)
+      for (int k = 0; k < block_size<T>; ++k)
+        to[k] += inverse ? -grad_logdet[i + k] : grad_logdet[i + k];
+  }
+
+  void linear_forward(const ProgramLayer &l, bool inverse, const T *x, T *y, const Workspace<T> &w) const {
+    const int64_t dim = p_.dim;
+    const T *const lower = packed_ + l.packed, *const upper = lower + padded(dim * dim);
+    const T *const bias = parameter(l.shift), total = upper[padded(dim * dim)];
+    T *const h = w.temporary;
+    if (inverse) {
+      for (int64_t i = 0; i < dim; ++i)
+        for (int64_t r = 0; r < ld_; ++r)
+          h[i * ld_ + r] = x[i * ld_ + r] - (bias == nullptr ? T(0) : bias[i]);
+      solve(lower, dim, 1, true, h);  // L h = x - bias
+      copy(h, y, dim * ld_);
+      solve(upper, dim, 1, false, y); // U y = h
+    } else {
+      multiply<T>({upper, dim, 1, dim, x, h, ld_, nullptr, false}, dim);
+      multiply<T>({lower, dim, 1, dim, h, y, ld_, bias, false}, dim);
+    }
+    add_logdet(w, inverse ? -total : total);
+  }
+
+  // M z = z in place, M triangular with elements at m[i * row + j * column]: of its lower or upper triangle.
+  void solve(const T *m, int64_t row, int64_t column, bool lower, T *z) const {
+    const int64_t dim = p_.dim;
+    for (int64_t step = 0; step < dim; ++step) {
+      const int64_t i = lower ? step : dim - 1 - step;
+      T *const zi = z + i * ld_;
+      for (int64_t other = 0; other < step; ++other) {
+        const int64_t j = lower ? other : dim - 1 - other;
+        const T factor = m[i * row + j * column];
+        const T *const zj = z + j * ld_;
+#pragma omp simd
+        for (int64_t r = 0; r < ld_; ++r)
+          zi[r] -= factor * zj[r];
+      }
+      const T diagonal = m[i * row + i * column];
+#pragma omp simd
+      for (int64_t r = 0; r < ld_; ++r)
+        zi[r] /= diagonal;
+    }
+  }
+
+  // Accumulated: dL, dU as [dim, padded(dim)] each, the bias by lanes, the log-det by lanes. Of the inverse map the
+  // gradients of L, U and the bias come with the opposite sign.
+  void linear_backward(const ProgramLayer &l, bool inverse, const T *x, const T *y, const T *g, T *gx,
+                       const Workspace<T> &w, T *accumulator, bool add, int64_t rows) const {
+    const int64_t dim = p_.dim, lda = padded(dim);
+    const T *const lower = packed_ + l.packed, *const upper = lower + padded(dim * dim);
+    T *const to_lower = accumulator + l.gradient, *const to_upper = to_lower + dim * lda;
+    T *const to_bias = to_upper + dim * lda, *const to_logdet = to_bias + dim * 16;
+    T *const h = w.temporary, *const gh = h + dim * ld_;
+    const T *const input = inverse ? y : x; // of U
+    multiply<T>({upper, dim, 1, dim, input, h, ld_, nullptr, false}, dim);
+    const T *outer_lower = g;
+    if (inverse) {
+      copy(g, gh, dim * ld_);
+      solve(upper, 1, dim, true, gh); // U^T gh = g
+      copy(gh, gx, dim * ld_);
+      solve(lower, 1, dim, false, gx); // L^T gx = gh
+      outer_lower = gx;
+    } else {
+      multiply<T>({lower, 1, dim, dim, g, gh, ld_, nullptr, false}, dim);
+      multiply<T>({upper, 1, dim, dim, gh, gx, ld_, nullptr, false}, dim);
+    }
+    transpose(h, dim, ld_, w.turned, lda);
+    outer<T>({outer_lower, ld_, w.turned, lda, rows, to_lower, add}, dim, dim);
+    transpose(input, dim, ld_, w.turned, lda);
+    outer<T>({gh, ld_, w.turned, lda, rows, to_upper, add}, dim, dim);
+    begin(to_bias, dim * 16, add), begin(to_logdet, 16, add);
+    sum_rows(outer_lower, dim, ld_, to_bias);
+    sum_logdet(w.grad_logdet, inverse, to_logdet);
+  }
+
+  void activation_forward(const ProgramLayer &l, bool inverse, const T *x, T *y, const Workspace<T> &w) const {
+    const T slope = static_cast<T>(inverse ? 1 / l.slope : l.slope), gain = math::log(slope);
+    for (int64_t j = 0; j < p_.dim; ++j)
+      for (int64_t i = 0; i < ld_; ++i) {
+        const T value = x[j * ld_ + i];
+        y[j * ld_ + i] = value < T(0) ? slope * value : value;
+        if (l.exact)
+          w.logdet[i] = iin_fast::add(w.logdet[i], value < T(0) ? gain : T(0), w.lost[i]);
+      }
+  }
+  void activation_backward(const ProgramLayer &l, bool inverse, const T *x, const T *g, T *gx) const {
+    const T slope = static_cast<T>(inverse ? 1 / l.slope : l.slope);
+    for (int64_t i = 0; i < p_.dim * ld_; ++i)
+      gx[i] = x[i] < T(0) ? slope * g[i] : g[i];
+  }
+
+  // The net of a coupling; leaves its values in `net`, the raw sizes of a spline multiplied by their gain.
+  void evaluate(const ProgramLayer &layer, const T *x, const Workspace<T> &w, T *net) const {
+    for (int64_t i = 0; i < layer.index_count; ++i)
+      copy(x + layer.index[i] * ld_, net + (layer.values[0].at + i) * ld_, ld_);
+    for (int64_t k = 0; k < layer.step_count; ++k) {
+      const ProgramStep &s = layer.steps[k];
+      const T *const a = value(layer, net, w, s.a);
+      T *const out = net + layer.values[2 + k].at * ld_;
+      const int64_t count = layer.values[2 + k].rows * ld_;
+      switch (s.kind) {
+      case StepKind::dense:
+        multiply<T>({weight(s), s.in, 1, s.in, a, out, ld_, parameter(s.bias), false}, s.out);
+        break;
+      case StepKind::act:
+        activate<T>(s.activation, static_cast<T>(s.slope), a, out, count);
+        break;
+      case StepKind::add:
+        add_values(a, value(layer, net, w, s.b), out, count);
+        break;
+      case StepKind::glu:
+        gate_values(a, value(layer, net, w, s.b), out, count);
+        break;
+      case StepKind::concat: {
+        const int64_t first = value_rows(layer, s.a) * ld_;
+        copy(a, out, first);
+        copy(value(layer, net, w, s.b), out + first, count - first);
+      }
+      }
+    }
+    if (layer.transformer == TransformerKind::spline)
+      for (int64_t i = 0; i < layer.transformed_count; ++i)
+        scale_sizes(layer.spline, net + (layer.raw_at + i * layer.spline.count) * ld_, ld_);
+  }
+
+  const T *value(const ProgramLayer &layer, const T *net, const Workspace<T> &w, int64_t id) const {
+    return id == 1 ? w.context : net + layer.values[id].at * ld_;
+  }
+  int64_t value_rows(const ProgramLayer &layer, int64_t id) const { return id == 1 ? p_.context : layer.values[id].rows; }
+
+  void transform(const ProgramLayer &layer, int64_t i, bool inverse, const T *net, const T *x, T *y,
+                 const Workspace<T> &w) const {
+    const T *const raw = net + layer.raw_at * ld_;
+    if (layer.transformer == TransformerKind::affine)
+      affine_transform(layer.affine, inverse, raw, i, ld_, x, y, w.logdet, w.lost);
+    else
+      spline_transform(layer.spline, inverse, raw + i * layer.spline.count * ld_, ld_, x, y, w.logdet, w.lost, w.spline);
+  }
+
+  // Gradients of the raw values of feature i, added to w.net_gradients, and of its coordinate.
+  void transform_backward(const ProgramLayer &layer, int64_t i, bool inverse, const T *net, const T *x, const T *y,
+                          const T *g, T *gx, const Workspace<T> &w) const {
+    const int64_t at = layer.transformed[i] * ld_;
+    const T *const raw = net + layer.raw_at * ld_;
+    T *const gradients = w.net_gradients + layer.raw_at * ld_;
+    if (layer.transformer == TransformerKind::affine)
+      affine_transform_backward(layer.affine, inverse, raw, gradients, i, ld_, inverse ? y + at : x + at, g + at,
+                                w.grad_logdet, gx + at);
+    else
+      spline_transform_backward(layer.spline, inverse, raw + i * layer.spline.count * ld_,
+                                gradients + i * layer.spline.count * ld_, ld_, x + at, g + at, w.grad_logdet, gx + at,
+                                w.spline);
+  }
+
+  void layer_backward(const ProgramLayer &layer, const T *x, const T *y, const T *net, const T *g, T *gx,
+                      const Workspace<T> &w, T *accumulator, bool add, int64_t rows, bool context_grad) const {
+    const bool inverse = layer.inverted != job_.inverse;
+    switch (layer.kind) {
+    case LayerKind::affine:
+      return affine_backward(layer, inverse, x, y, g, gx, w.grad_logdet, accumulator, add);
+    case LayerKind::permute:
+      for (int64_t j = 0; j < p_.dim; ++j) {
+        const int64_t from = inverse ? j : layer.index[j], to = inverse ? layer.index[j] : j;
+        copy(g + to * ld_, gx + from * ld_, ld_);
+      }
+      return;
+    case LayerKind::linear:
+      return linear_backward(layer, inverse, x, y, g, gx, w, accumulator, add, rows);
+    case LayerKind::activation:
+      return activation_backward(layer, inverse, x, g, gx);
+    case LayerKind::coupling:
+      if (sequential(layer))
+        return sequential_backward(layer, x, y, net, g, gx, w, accumulator, add, rows, context_grad);
+      for (int64_t i = 0; i < layer.passed_count; ++i)
+        copy(g + layer.passed[i] * ld_, gx + layer.passed[i] * ld_, ld_);
+      T *const raw_gradients = w.net_gradients + layer.raw_at * ld_;
+      for (int64_t i = 0; i < layer.raw_rows * ld_; ++i)
+        raw_gradients[i] = T(0);
+      for (int64_t i = 0; i < layer.transformed_count; ++i)
+        transform_backward(layer, i, inverse, net, x, y, g, gx, w);
+      return net_backward(layer, net, gx, w, accumulator, add, rows, context_grad);
+    }
+  }
+
+  // Where the gradient of a value lies; null for a context whose gradient nobody wants.
+  T *gradient_of(const ProgramLayer &layer, const Workspace<T> &w, int64_t id, bool context_grad) const {
+    if (id == 1)
+      return context_grad ? w.context_gradients : nullptr;
+    return w.net_gradients + layer.values[id].at * ld_;
+  }
+
+  // Gradients of a dense layer's weight and bias; `turn`: whether w.turned does not hold a yet.
+  void weight_backward(const ProgramStep &s, const T *a, const T *d, const Workspace<T> &w, T *accumulator, bool add,
+                       int64_t rows, bool turn) const {
+    const int64_t lda = padded(s.in);
+    if (turn)
+      transpose(a, s.in, ld_, w.turned, lda);
+    outer<T>({d, ld_, w.turned, lda, rows, accumulator + s.weight_gradient, add}, s.out, s.in);
+    if (s.bias.present()) {
+      begin(accumulator + s.bias_gradient, s.out * 16, add);
+      sum_rows(d, s.out, ld_, accumulator + s.bias_gradient);
+    }
+  }
+
+  // From the gradients of the raw values to those of the weights, of the context, and of x, which are added to gx.
+  void net_backward(const ProgramLayer &layer, const T *net, T *gx, const Workspace<T> &w, T *accumulator, bool add,
+                    int64_t rows, bool context_grad) const {
+    T *const gradients = w.net_gradients;
+    // which values have a gradient so far: the first one to come is stored, the others are added
+    constexpr int64_t most = 256;
+    bool small[most];
+    for (int64_t i = 0; i < 2 + layer.step_count && i < most; ++i)
+      small[i] = false;
+    if (2 + layer.step_count > most) { // then all are added
+      for (int64_t i = 0; i < layer.net_rows * ld_; ++i)
+        if (i < layer.raw_at * ld_ || i >= (layer.raw_at + layer.raw_rows) * ld_)
+          gradients[i] = T(0);
+    }
+    const auto seen = [&](int64_t id) {
+      if (id >= most || 2 + layer.step_count > most)
+        return true;
+      const bool before = small[id];
+      small[id] = true;
+      return before;
+    };
+    const auto target = [&](int64_t id) { return gradient_of(layer, w, id, context_grad); };
+    small[1] = true; // the context has gradients of other layers
+    for (int64_t k = 0; k < layer.step_count; ++k) {
+      const int64_t at = layer.values[2 + k].at; // outputs come with theirs
+      if (2 + k < most && at >= layer.raw_at && at < layer.raw_at + layer.raw_rows)
+        small[2 + k] = true;
+    }
+    int64_t turned = -1;
+    for (int64_t k = layer.step_count - 1; k >= 0; --k) {
+      const ProgramStep &s = layer.steps[k];
+      T *const d = gradients + layer.values[2 + k].at * ld_;
+      const int64_t count = layer.values[2 + k].rows * ld_;
+      if (!seen(2 + k)) { // nobody reads it
+        for (int64_t i = 0; i < count; ++i)
+          d[i] = T(0);
+      }
+      const T *const a = value(layer, net, w, s.a);
+      T *const ga = target(s.a);
+      switch (s.kind) {
+      case StepKind::dense: {
+        weight_backward(s, a, d, w, accumulator, add, rows, turned != s.a);
+        turned = s.a;
+        if (ga != nullptr)
+          multiply<T>({weight(s), 1, s.in, s.out, d, ga, ld_, nullptr, seen(s.a)}, s.in);
+        break;
+      }
+      case StepKind::act: {
+        const bool in_place = ga == d;
+        if (ga != nullptr)
+          activate_backward<T>(s.activation, static_cast<T>(s.slope), a, value(layer, net, w, 2 + k), d, ga, count,
+                               seen(s.a) && !in_place);
+        break;
+      }
+      case StepKind::add:
+        if (ga != nullptr)
+          pass_gradient(d, ga, count, seen(s.a));
+        if (T *const gb = target(s.b))
+          pass_gradient(d, gb, count, seen(s.b));
+        break;
+      case StepKind::glu: {
+        const T *const b = value(layer, net, w, s.b);
+        const bool add_a = seen(s.a);
+        gate_backward(a, b, d, ga, count, add_a, target(s.b), seen(s.b));
+        break;
+      }
+      case StepKind::concat: {
+        const int64_t first = value_rows(layer, s.a) * ld_;
+        if (ga != nullptr)
+          pass_gradient(d, ga, first, seen(s.a));
+        if (T *const gb = target(s.b))
+          pass_gradient(d + first, gb, count - first, seen(s.b));
+        break;
+      }
+      }
+    }
+    if (seen(0))
+      for (int64_t i = 0; i < layer.index_count; ++i)
+        pass_gradient(gradients + (layer.values[0].at + i) * ld_, gx + layer.index[i] * ld_, ld_, true);
+  }
+
+  // ---- sampling from an autoregressive layer
+
+  // Rows that have an order: of every value and of the features.
+  int64_t order_rows(const ProgramLayer &layer) const {
+    int64_t rows = p_.dim + p_.context + layer.index_count;
+    for (int64_t k = 0; k < layer.step_count; ++k)
+      rows += value_rows(layer, 2 + k);
+    return rows;
+  }
+
+  // Where the orders of a value begin: features, context, then the steps.
+  int64_t order_of(const ProgramLayer &layer, int64_t id) const {
+    if (id == 0)
+      return p_.dim;
+    if (id == 1)
+      return p_.dim + layer.index_count;
+    int64_t at = p_.dim + layer.index_count + p_.context;
+    for (int64_t k = 0; k < id - 2; ++k)
+      at += value_rows(layer, 2 + k);
+    return at;
+  }
+
+  static constexpr int32_t unknown = 1 << 30;
+
+  // When each row is known: features[j] is the step that finds feature j, from raw values that are known by then.
+  void order_layer(const ProgramLayer &layer, int32_t *orders) const {
+    const int64_t size = order_rows(layer);
+    for (int64_t i = 0; i < size; ++i)
+      orders[i] = unknown;
+    for (int64_t i = 0; i < p_.context; ++i)
+      orders[order_of(layer, 1) + i] = 0;
+    for (int32_t step = 0; step < p_.dim; ++step) {
+      for (int64_t k = 0; k < layer.step_count; ++k)
+        order_step(layer, k, step, orders);
+      bool found = false;
+      for (int64_t j = 0; j < p_.dim; ++j)
+        if (orders[j] == unknown && raw_known(layer, j, step, orders))
+          orders[j] = step, found = true;
+      if (!found)
+        return;
+      for (int64_t j = 0; j < p_.dim; ++j)
+        if (orders[j] <= step)
+          orders[p_.dim + j] = orders[j] + 1;
+    }
+  }
+
+  void order_step(const ProgramLayer &layer, int64_t k, int32_t step, int32_t *orders) const {
+    const ProgramStep &s = layer.steps[k];
+    int32_t *const out = orders + order_of(layer, 2 + k);
+    const int32_t *const a = orders + order_of(layer, s.a), *const b = orders + order_of(layer, s.b);
+    const int64_t rows = value_rows(layer, 2 + k), first = value_rows(layer, s.a);
+    for (int64_t i = 0; i < rows; ++i) {
+      if (out[i] <= step)
+        continue;
+      bool known = true;
+      if (s.kind == StepKind::dense)
+        for (int64_t j = 0; j < s.in && known; ++j)
+          known = a[j] <= step || (s.mask.present() && !mask_at(s.mask, i * s.in + j));
+      else if (s.kind == StepKind::concat)
+        known = (i < first ? a[i] : b[i - first]) <= step;
+      else
+        known = a[i] <= step && (s.kind == StepKind::act || b[i] <= step);
+      if (known)
+        out[i] = step;
+    }
+  }
+
+  bool raw_known(const ProgramLayer &layer, int64_t feature, int32_t step, const int32_t *orders) const {
+    const auto known = [&](int64_t raw) {
+      for (int64_t k = 0; k < layer.step_count; ++k) {
+        const ProgramValue &v = layer.values[2 + k];
+        const int64_t row = layer.raw_at + raw - v.at;
+        if (row >= 0 && row < v.rows && v.at >= layer.raw_at && v.at < layer.raw_at + layer.raw_rows)
+          return orders[order_of(layer, 2 + k) + row] <= step;
+      }
+      return false;
+    };
+    if (layer.transformer == TransformerKind::affine)
+      return known(layer.affine.shift_at + feature * layer.affine.shift_step) &&
+             (layer.affine.scale_at < 0 || known(layer.affine.scale_at + feature * layer.affine.scale_step));
+    for (int64_t i = 0; i < layer.spline.count; ++i)
+      if (!known(feature * layer.spline.count + i))
+        return false;
+    return true;
+  }
+
+  // Feature by feature; every row of every value is computed once, as soon as what it needs is known.
+  void sequential_forward(const ProgramLayer &layer, const T *x, T *y, T *net, const Workspace<T> &w) const {
+    const int32_t *const orders = orders_of(layer);
+    for (int64_t i = 0; i < layer.net_rows * ld_; ++i)
+      net[i] = T(0);
+    for (int32_t step = 0; step <= p_.dim; ++step) {
+      for (int64_t j = 0; j < p_.dim; ++j)
+        if (orders[j] + 1 == step)
+          copy(y + j * ld_, net + (layer.values[0].at + j) * ld_, ld_);
+      for (int64_t k = 0; k < layer.step_count; ++k)
+        sequential_step(layer, k, step, orders, net, w);
+      for (int64_t j = 0; j < p_.dim; ++j)
+        if (orders[j] == step) {
+          if (layer.transformer == TransformerKind::spline)
+            scale_sizes(layer.spline, net + (layer.raw_at + j * layer.spline.count) * ld_, ld_);
+          transform(layer, j, true, net, x + j * ld_, y + j * ld_, w);
+        }
+    }
+  }
+
+  void sequential_step(const ProgramLayer &layer, int64_t k, int32_t step, const int32_t *orders, T *net,
+                       const Workspace<T> &w) const {
+    const ProgramStep &s = layer.steps[k];
+    const int32_t *const order = orders + order_of(layer, 2 + k);
+    const T *const a = value(layer, net, w, s.a);
+    T *const out = net + layer.values[2 + k].at * ld_;
+    const int64_t rows = layer.values[2 + k].rows;
+    if (s.kind == StepKind::dense) {
+      int64_t list[16], count = 0;
+      const MultiplyRows<T> p{weight(s), parameter(s.bias), s.in, a, out, ld_};
+      for (int64_t i = 0; i < rows; ++i) {
+        if (order[i] == step)
+          list[count++] = i;
+        if (count == 15 || i + 1 == rows) {
+          multiply_rows(p, list, count);
+          count = 0;
+        }
+      }
+      return;
+    }
+    const int64_t first = value_rows(layer, s.a);
+    const T *const b = s.kind == StepKind::act ? nullptr : value(layer, net, w, s.b);
+    for (int64_t i = 0; i < rows; ++i) {
+      if (order[i] != step)
+        continue;
+      T *const to = out + i * ld_;
+      if (s.kind == StepKind::act)
+        activate<T>(s.activation, static_cast<T>(s.slope), a + i * ld_, to, ld_);
+      else if (s.kind == StepKind::add)
+        add_values(a + i * ld_, b + i * ld_, to, ld_);
+      else if (s.kind == StepKind::glu)
+        gate_values(a + i * ld_, b + i * ld_, to, ld_);
+      else
+        copy(i < first ? a + i * ld_ : b + (i - first) * ld_, to, ld_);
+    }
+  }
+
+  const int32_t *orders_of(const ProgramLayer &layer) const {
+    const int32_t *orders = orders_;
+    for (const ProgramLayer *l = p_.layers; l != &layer; ++l)
+      if (sequential(*l))
+        orders += order_rows(*l);
+    return orders;
+  }
+
+  // The same order backwards: the gradient of a feature is complete once all rows that are known after it have theirs.
+  void sequential_backward(const ProgramLayer &layer, const T *x, const T *y, const T *net, const T *g_in, T *gx,
+                           const Workspace<T> &w, T *accumulator, bool add, int64_t rows, bool context_grad) const {
+    const int32_t *const orders = orders_of(layer);
+    T *const gradients = w.net_gradients, *const g = w.temporary;
+    for (int64_t i = 0; i < layer.net_rows * ld_; ++i)
+      gradients[i] = T(0);
+    for (int64_t step = p_.dim; step >= 0; --step) {
+      for (int64_t j = 0; j < p_.dim; ++j)
+        if (orders[j] == step) {
+          const T *const from_net = gradients + (layer.values[0].at + j) * ld_;
+          for (int64_t r = 0; r < ld_; ++r)
+            g[j * ld_ + r] = g_in[j * ld_ + r] + from_net[r];
+          transform_backward(layer, j, true, net, x, y, g, gx, w);
+        }
+      for (int64_t k = layer.step_count - 1; k >= 0; --k)
+        sequential_step_backward(layer, k, step, orders, net, w, context_grad);
+    }
+    for (int64_t k = 0; k < layer.step_count; ++k)
+      if (layer.steps[k].kind == StepKind::dense)
+        weight_backward(layer.steps[k], value(layer, net, w, layer.steps[k].a),
+                        gradients + layer.values[2 + k].at * ld_, w, accumulator, add, rows, true);
+  }
+
+  void sequential_step_backward(const ProgramLayer &layer, int64_t k, int64_t step, const int32_t *orders, const T *net,
+                                const Workspace<T> &w, bool context_grad) const {
+    const ProgramStep &s = layer.steps[k];
+    const int32_t *const order = orders + order_of(layer, 2 + k);
+    const T *const a = value(layer, net, w, s.a), *const out = value(layer, net, w, 2 + k);
+    T *const d = w.net_gradients + layer.values[2 + k].at * ld_;
+    T *const ga = gradient_of(layer, w, s.a, context_grad), *const gb = gradient_of(layer, w, s.b, context_grad);
+    const int64_t first = value_rows(layer, s.a);
+    for (int64_t i = 0; i < layer.values[2 + k].rows; ++i) {
+      if (order[i] != step)
+        continue;
+      const T *const di = d + i * ld_;
+      if (s.kind == StepKind::dense) {
+        const T *const row = weight(s) + i * s.in;
+        for (int64_t j = 0; j < s.in && ga != nullptr; ++j)
+          if (const T factor = row[j]; factor != T(0))
+#pragma omp simd
+            for (int64_t r = 0; r < ld_; ++r)
+              ga[j * ld_ + r] += factor * di[r];
+      } else if (s.kind == StepKind::act) {
+        if (ga != nullptr)
+          activate_backward<T>(s.activation, static_cast<T>(s.slope), a + i * ld_, out + i * ld_, di, ga + i * ld_, ld_,
+                               ga != d);
+      } else if (s.kind == StepKind::glu) {
+        gate_backward(a + i * ld_, value(layer, net, w, s.b) + i * ld_, di, ga == nullptr ? nullptr : ga + i * ld_, ld_,
+                      true, gb == nullptr ? nullptr : gb + i * ld_, true);
+      } else {
+        const bool concat = s.kind == StepKind::concat;
+        if (ga != nullptr && (!concat || i < first))
+          pass_gradient(di, ga + i * ld_, ld_, true);
+        if (gb != nullptr && (!concat || i >= first))
+          pass_gradient(di, gb + (concat ? i - first : i) * ld_, ld_, true);
+      }
+    }
+  }
+
+  const ProgramJob<T> &job_;
+  const ProgramView &p_;
+  int64_t ld_;
+  T *packed_ = nullptr;
+  const int32_t *orders_ = nullptr;
+};
+
+// Sum over accumulators in order, and over the lanes where `lanewise`.
+template <class T> T total(const T *accumulators, int64_t stride, int64_t count) {
+  T sum = T(0);
+  for (int64_t a = 0; a < count; ++a)
+    sum += accumulators[a * stride];
+  return sum;
+}
+template <class T> T total_lanes(const T *accumulators, int64_t stride, int64_t count) {
+  T sum = T(0);
+  for (int64_t a = 0; a < count; ++a)
+    for (int l = 0; l < block_size<T>; ++l)
+      sum += accumulators[a * stride + l];
+  return sum;
+}
+
+template <class T>
+void Program<T>::reduce(const ProgramBackwardJob<T> &job, int64_t index, const T *accumulators, int64_t count,
+                        bool add) const {
+  const ProgramLayer &l = p_.layers[index];
+  const int64_t stride = padded(p_.gradient_size), dim = p_.dim;
+  const bool inverse = l.inverted != job_.inverse;
+  const auto gradient = [&](const ParameterRef &r) -> T * {
+    return r.present() && job.grads[r.tensor] != nullptr ? job.grads[r.tensor] + r.offset : nullptr;
+  };
+  const auto put = [&](T *to, T value) { *to = add ? *to + value : value; };
+  const T *const from = accumulators + l.gradient;
+  if (l.kind == LayerKind::coupling) {
+    for (int64_t k = 0; k < l.step_count; ++k) {
+      const ProgramStep &s = l.steps[k];
+      if (s.kind != StepKind::dense)
+        continue;
+      const int64_t lda = padded(s.in);
+      if (T *const to = gradient(s.weight)) {
+        for (int64_t o = 0; o < s.out; ++o) {
+          T *const row = to + o * s.in;
+          const T *const first = accumulators + s.weight_gradient + o * lda;
+          if (s.mask.present()) {
+            for (int64_t i = 0; i < s.in; ++i)
+              put(row + i, mask_at(s.mask, o * s.in + i) ? total(first + i, stride, count) : T(0));
+            continue;
+          }
+          for (int64_t a = 0; a < count; ++a) {
+            const T *const part = first + a * stride;
+            const bool store = a == 0 && !add;
+#pragma omp simd
+            for (int64_t i = 0; i < s.in; ++i)
+              row[i] = store ? part[i] : row[i] + part[i];
+          }
+        }
+      }
+      if (T *const to = gradient(s.bias))
+        for (int64_t o = 0; o < s.out; ++o)
+          put(to + o, total_lanes(accumulators + s.bias_gradient + o * 16, stride, count));
+    }
+  } else if (l.kind == LayerKind::affine) {
+    const T *const scale = packed_ + l.packed, *const raw = parameter(l.scale);
+    if (T *const to = gradient(l.shift))
+      for (int64_t j = 0; j < dim; ++j)
+        put(to + j, total_lanes(from + j * 16, stride, count));
+    if (T *const to = gradient(l.scale)) {
+      const T logdet = total_lanes(from + padded(2 * dim * 16), stride, count);
+      for (int64_t j = 0; j < dim; ++j)
+        put(to + j, (total_lanes(from + (dim + j) * 16, stride, count) + logdet / scale[j]) *
+                        scale_derivative(l.form, raw[j], scale[j]));
+    }
+  } else if (l.kind == LayerKind::linear) {
+    const int64_t lda = padded(dim);
+    const T sign = inverse ? T(-1) : T(1);
+    const T *const of_upper = from + dim * lda, *const of_bias = of_upper + dim * lda;
+    const T *const upper = packed_ + l.packed + padded(dim * dim);
+    const T *const raw = parameter(l.storage == 0 ? l.scale : l.lower);
+    const T logdet = total_lanes(of_bias + dim * 16, stride, count);
+    T *const to_lower = gradient(l.lower), *const to_upper = gradient(l.storage == 0 ? l.upper : l.lower);
+    T *const to_diagonal = gradient(l.storage == 0 ? l.scale : l.lower);
+    int64_t below = 0, above = 0;
+    for (int64_t i = 0; i < dim; ++i)
+      for (int64_t j = 0; j < dim; ++j) {
+        const int64_t at = i * dim + j, place = i * lda + j;
+        if (j < i && to_lower != nullptr)
+          put(to_lower + (l.storage == 0 ? below++ : at), sign * total(from + place, stride, count));
+        else if (j > i && to_upper != nullptr)
+          put(to_upper + (l.storage == 0 ? above++ : at), sign * total(of_upper + place, stride, count));
+        else if (j == i && to_diagonal != nullptr)
+          put(to_diagonal + (l.storage == 0 ? i : at),
+              (sign * total(of_upper + place, stride, count) + logdet / upper[at]) *
+                  scale_derivative(l.form, raw[l.storage == 0 ? i : at], upper[at]));
+      }
+    if (T *const to = gradient(l.shift))
+      for (int64_t j = 0; j < dim; ++j)
+        put(to + j, sign * total_lanes(of_bias + j * 16, stride, count));
+  }
+}
+
+// How the workspace of a call is cut.
+template <class T> struct Memory {
+  T *packed, *orders, *accumulators, *threads;
+  int64_t thread_size, pieces;
+
+  Memory(const ProgramJob<T> &job, bool backward, int64_t &size) {
+    Pieces<T> pieces_of{job.workspace};
+    const ProgramView &p = job.program;
+    packed = pieces_of.take(p.packed_size);
+    orders = pieces_of.take(ceil_div(Program<T>(job).order_size() * (int64_t)sizeof(int32_t), sizeof(T)));
+    pieces = backward ? accumulator_count(job.batch) : smaller(tile_count(job.batch), larger(job.threads, 1));
+    accumulators = pieces_of.take(backward ? pieces * padded(p.gradient_size) : 0);
+    Pieces<T> one{nullptr};
+    const Keep tape = job.keep == Keep::nothing && backward ? Keep::all : Keep::inputs;
+    workspace_of(one, p, leading<T>(job.batch), tape, backward);
+    thread_size = one.used;
+    threads = pieces_of.take(pieces * thread_size);
+    size = pieces_of.used;
+  }
+};
+
+} // namespace
+
+template <class T> int64_t program_saved_size(const ProgramView &program, int64_t batch, Keep keep) {
+  return keep == Keep::nothing ? 0 : tile_count(batch) * TapeLayout{program, keep}.rows() * leading<T>(batch);
+}
+
+template <class T> int64_t program_workspace(const ProgramJob<T> &job, bool backward) {
+  int64_t size = 0;
+  Memory<T>(job, backward, size);
+  return size;
+}
+
+template <class T> int64_t program_forward(const ProgramJob<T> &job) {
+  int64_t size = 0;
+  const Memory<T> memory(job, false, size);
+  Program<T> program(job);
+  program.pack(memory.packed);
+  if (const int64_t unordered = program.order(reinterpret_cast<int32_t *>(memory.orders)); unordered >= 0)
+    return unordered;
+  struct Data {
+    const ProgramJob<T> &job;
+    const Memory<T> &memory;
+    const Program<T> &program;
+  } data{job, memory, program};
+  job.parallel(
+      memory.pieces,
+      [](int64_t begin, int64_t end, void *pointer) {
+        const Data &d = *static_cast<const Data *>(pointer);
+        const int64_t tiles = tile_count(d.job.batch);
+        for (int64_t piece = begin; piece < end; ++piece) {
+          Pieces<T> pieces{d.memory.threads + piece * d.memory.thread_size};
+          const Workspace<T> w = workspace_of(pieces, d.job.program, d.program.ld(), Keep::inputs, false);
+          for (int64_t tile = piece * tiles / d.memory.pieces; tile < (piece + 1) * tiles / d.memory.pieces; ++tile)
+            d.program.forward(tile, w, d.job.keep == Keep::nothing ? Keep::inputs : d.job.keep);
+        }
+      },
+      &data);
+  return -1;
+}
+
+template <class T> void program_backward(const ProgramBackwardJob<T> &whole) {
+  const ProgramJob<T> &job = whole.forward;
+  int64_t size = 0;
+  const Memory<T> memory(job, true, size);
+  Program<T> program(job);
+  program.pack(memory.packed);
+  program.order(reinterpret_cast<int32_t *>(memory.orders));
+  struct Data {
+    const ProgramBackwardJob<T> &whole;
+    const Memory<T> &memory;
+    const Program<T> &program;
+  } data{whole, memory, program};
+  job.parallel(
+      memory.pieces,
+      [](int64_t begin, int64_t end, void *pointer) {
+        const Data &d = *static_cast<const Data *>(pointer);
+        const ProgramJob<T> &job = d.whole.forward;
+        const int64_t tiles = tile_count(job.batch), stride = padded(job.program.gradient_size);
+        for (int64_t piece = begin; piece < end; ++piece) {
+          Pieces<T> pieces{d.memory.threads + piece * d.memory.thread_size};
+          const Workspace<T> w = workspace_of(pieces, job.program, d.program.ld(),
+                                              job.keep == Keep::nothing ? Keep::all : Keep::inputs, true);
+          const int64_t first = piece * tiles / d.memory.pieces;
+          for (int64_t tile = first; tile < (piece + 1) * tiles / d.memory.pieces; ++tile)
+            d.program.backward(d.whole, tile, w, d.memory.accumulators + piece * stride, tile > first);
+        }
+      },
+      &data);
+  if (job.program.shared) { // several layers add to one gradient
+    for (int64_t l = 0; l < job.program.layer_count; ++l)
+      program.reduce(whole, l, memory.accumulators, memory.pieces, true);
+    return;
+  }
+  job.parallel(
+      job.program.layer_count,
+      [](int64_t begin, int64_t end, void *pointer) {
+        const Data &d = *static_cast<const Data *>(pointer);
+        for (int64_t l = begin; l < end; ++l)
+          d.program.reduce(d.whole, l, d.memory.accumulators, d.memory.pieces, false);
+      },
+      &data);
+}
+
+#define IIN_FAST_INSTANTIATE(T)                                                                                        \
+  template int64_t program_saved_size<T>(const ProgramView &, int64_t, Keep);                                          \
+  template int64_t program_workspace<T>(const ProgramJob<T> &, bool);                                                  \
+  template int64_t program_forward<T>(const ProgramJob<T> &);                                                             \
+  template void program_backward<T>(const ProgramBackwardJob<T> &);
+IIN_FAST_INSTANTIATE(float)
+IIN_FAST_INSTANTIATE(double)
+
+} // namespace IIN_FAST_ISA
+} // namespace iin_fast

@@ -1,0 +1,53 @@
+// Flow programs on the CPU: what the glue (flow_program_cpu.cpp) hands to the loops (flow_program_loops.cpp). No torch
+// here.
+#pragma once
+
+#include "common/isa.h"
+#include "flow_program/flow_program.h"
+
+namespace iin_fast {
+
+// Runs body(begin, end, data) on pieces of [0, count), on several threads.
+using ParallelPieces = void (*)(int64_t count, void (*body)(int64_t, int64_t, void *), void *data);
+
+// What is kept from forward for backward.
+enum class Keep : int64_t {
+  nothing, // backward walks a tile forward again
+  inputs,  // the input of every layer: backward computes a net again just before its gradients
+  all,     // every value of every net
+};
+
+template <class T> struct ProgramJob {
+  ProgramView program;
+  bool inverse, base;
+  Keep keep;
+  int64_t batch;
+  const T *x;                   // [batch, dim], the input of the direction that runs
+  const T *context;             // [batch, context]
+  const void *const *parameters; // [tensors]
+  const uint8_t *bool_mask;     // [tensors]: whether a mask is of bool
+  T *y;                         // [batch, dim]
+  T *logdet;                    // [batch]
+  T *saved;                     // program_saved_size elements
+  T *workspace;                 // program_workspace elements, aligned to 64 bytes
+  int64_t threads;
+  ParallelPieces parallel;
+};
+
+template <class T> struct ProgramBackwardJob {
+  ProgramJob<T> forward; // y and logdet are not used
+  const T *grad_y;       // [batch, dim]
+  const T *grad_logdet;  // [batch]
+  T *grad_x;             // [batch, dim]
+  T *grad_context;       // [batch, context], or null
+  T *const *grads;       // [tensors], null where not wanted; zero where no layer reads
+};
+
+IIN_FAST_DECLARE_LOOPS(template <class T> int64_t program_saved_size(const ProgramView &program, int64_t batch,
+                                                                     Keep keep);
+                       template <class T> int64_t program_workspace(const ProgramJob<T> &job, bool backward);
+                       // the first layer whose masks are not autoregressive, or -1
+                       template <class T> int64_t program_forward(const ProgramJob<T> &job);
+                       template <class T> void program_backward(const ProgramBackwardJob<T> &job);)
+
+} // namespace iin_fast

@@ -1,0 +1,273 @@
+// The matrix products of a tile, whose rows of the batch lie in lanes: a value is [features, ld], ld a multiple of a
+// cache line. Weights are read where torch keeps them, [out, in]:
+//
+//   multiply   C[rows, ld] = start + sum_k W[row, k] A[k, ld]: a dense layer, and with the strides of W exchanged its
+//              transpose. An element of W is broadcast, a vector of A serves all rows of a register tile.
+//   outer      dW[out, in] (+)= sum_r D[out, r] A^T[r, in] from A turned by `transpose`.
+//
+// Register tiles are R rows x C vectors, for 16 or 32 vector registers.
+#pragma once
+
+#include "common/simd.h"
+
+namespace iin_fast {
+namespace IIN_FAST_ISA {
+namespace {
+
+template <class T> struct Multiply {
+  const T *w; // element (row, k) at w[row * row_stride + k * k_stride]
+  int64_t row_stride, k_stride, k;
+  const T *a;     // [k, ld]
+  T *c;           // [rows, ld]
+  int64_t ld;
+  const T *start; // [rows], or null for 0
+  bool add;       // to what c holds, instead of start
+};
+
+constexpr int most_vectors = vector_registers == 32 ? 4 : 4;
+constexpr int most_rows(int vectors) {
+  return vector_registers == 32 ? (vectors == 4 ? 6 : vectors == 3 ? 8 : 12)
+                                : (vectors == 4 ? 3 : vectors == 3 ? 4 : vectors == 2 ? 6 : 9);
+}
+
+template <class T, int R, int C> void multiply_tile(const Multiply<T> &p) {
+  constexpr int n = lanes<T>;
+  vec<T> sum[R][C];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c)
+      sum[r][c] = p.add ? load(p.c + r * p.ld + c * n) : broadcast(p.start ? p.start[r] : T(0));
+  // three rows to a pointer: few enough for the address registers
+  constexpr int groups = (R + 2) / 3;
+  const T *w[groups];
+#pragma GCC unroll 4
+  for (int g = 0; g < groups; ++g)
+    w[g] = p.w + 3 * g * p.row_stride;
+  const T *a = p.a;
+  const int64_t ld = p.ld, row_stride = p.row_stride, k_stride = p.k_stride;
+  for (int64_t k = p.k; k > 0; --k) {
+    vec<T> b[C];
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c)
+      b[c] = load(a + c * n);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const vec<T> value = broadcast(w[r / 3][(r % 3) * row_stride]);
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c)
+        sum[r][c] += value * b[c];
+    }
+#pragma GCC unroll 4
+    for (int g = 0; g < groups; ++g)
+      w[g] += k_stride;
+    a += ld;
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c)
+      store(p.c + r * p.ld + c * n, sum[r][c]);
+}
+
+template <class T> using MultiplyTile = void (*)(const Multiply<T> &);
+
+template <class T, int C, int... R> MultiplyTile<T> multiply_of(int64_t rows, std::integer_sequence<int, R...>) {
+  static constexpr MultiplyTile<T> tiles[] = {multiply_tile<T, R + 1, C>...};
+  return tiles[rows - 1];
+}
+
+template <class T, int C = most_vectors> MultiplyTile<T> multiply_with(int64_t rows, int64_t vectors) {
+  if constexpr (C > 1)
+    if (vectors < C)
+      return multiply_with<T, C - 1>(rows, vectors);
+  return multiply_of<T, C>(rows, std::make_integer_sequence<int, most_rows(C)>());
+}
+
+template <class T> void multiply(const Multiply<T> &whole, int64_t rows) {
+  const int64_t vectors = whole.ld / lanes<T>, parts = ceil_div(vectors, most_vectors);
+  for (int64_t part = 0, vector = 0; part < parts; ++part) {
+    const int64_t next = (part + 1) * vectors / parts, width = next - vector;
+    const int64_t tiles = ceil_div(rows, most_rows(width));
+    Multiply<T> p = whole;
+    p.a += vector * lanes<T>;
+    p.c += vector * lanes<T>;
+    for (int64_t tile = 0, row = 0; tile < tiles; ++tile) {
+      const int64_t end = (tile + 1) * rows / tiles; // tiles of nearly equal height
+      multiply_with<T>(end - row, width)(p);
+      p.w += (end - row) * p.row_stride;
+      p.c += (end - row) * p.ld;
+      if (p.start != nullptr)
+        p.start += end - row;
+      row = end;
+    }
+    vector = next;
+  }
+}
+
+// Single rows of a dense layer, wherever they lie.
+template <class T> struct MultiplyRows {
+  const T *w; // [out, k]
+  const T *bias;
+  int64_t k;
+  const T *a; // [k, ld]
+  T *c;       // [out, ld]
+  int64_t ld;
+};
+
+template <class T, int R, int C> void multiply_rows_tile(const MultiplyRows<T> &p, const int64_t *rows) {
+  constexpr int n = lanes<T>;
+  vec<T> sum[R][C];
+  const T *w[R];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+    w[r] = p.w + rows[r] * p.k;
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c)
+      sum[r][c] = broadcast(p.bias ? p.bias[rows[r]] : T(0));
+  }
+  const T *a = p.a;
+  for (int64_t k = 0; k < p.k; ++k) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const vec<T> value = broadcast(w[r][k]);
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c)
+        sum[r][c] += value * load(a + c * n);
+    }
+    a += p.ld;
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c)
+      store(p.c + rows[r] * p.ld + c * n, sum[r][c]);
+}
+
+template <class T, int R> void multiply_rows_of(MultiplyRows<T> p, const int64_t *rows) {
+  const int64_t vectors = p.ld / lanes<T>;
+  for (int64_t vector = 0; vector < vectors;) {
+    const int64_t left = vectors - vector;
+    if (left >= 4)
+      multiply_rows_tile<T, R, 4>(p, rows);
+    else if (left >= 2)
+      multiply_rows_tile<T, R, 2>(p, rows);
+    else
+      multiply_rows_tile<T, R, 1>(p, rows);
+    const int64_t done = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+    p.a += done * lanes<T>, p.c += done * lanes<T>, vector += done;
+  }
+}
+
+template <class T> void multiply_rows(const MultiplyRows<T> &p, const int64_t *rows, int64_t count) {
+  for (; count >= 3; count -= 3, rows += 3)
+    multiply_rows_of<T, 3>(p, rows);
+  if (count == 2)
+    multiply_rows_of<T, 2>(p, rows);
+  else if (count == 1)
+    multiply_rows_of<T, 1>(p, rows);
+}
+
+template <class T> struct Outer {
+  const T *d; // [out, ld]
+  int64_t ld;
+  const T *a; // [rows, lda]: the activations, turned
+  int64_t lda, rows;
+  T *w; // [out, lda]
+  bool add;
+};
+
+constexpr int outer_vectors = vector_registers == 32 ? 4 : 2;
+constexpr int outer_rows(int vectors) {
+  return vector_registers == 32 ? (vectors == 4 ? 6 : vectors == 3 ? 8 : 12) : (vectors == 2 ? 6 : 12);
+}
+
+template <class T, int R, int C> void outer_tile(const Outer<T> &p) {
+  constexpr int n = lanes<T>;
+  vec<T> sum[R][C];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c)
+      sum[r][c] = p.add ? load(p.w + r * p.lda + c * n) : vec<T>{};
+  constexpr int groups = (R + 2) / 3;
+  const T *d[groups];
+#pragma GCC unroll 4
+  for (int g = 0; g < groups; ++g)
+    d[g] = p.d + 3 * g * p.ld;
+  const T *a = p.a;
+  const int64_t ld = p.ld, lda = p.lda;
+  for (int64_t row = 0; row < p.rows; ++row) {
+    vec<T> b[C];
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c)
+      b[c] = load(a + c * n);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      const vec<T> value = broadcast(d[r / 3][(r % 3) * ld]);
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c)
+        sum[r][c] += value * b[c];
+    }
+#pragma GCC unroll 4
+    for (int g = 0; g < groups; ++g)
+      ++d[g];
+    a += lda;
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c)
+      store(p.w + r * p.lda + c * n, sum[r][c]);
+}
+
+template <class T> using OuterTile = void (*)(const Outer<T> &);
+
+template <class T, int C, int... R> OuterTile<T> outer_of(int64_t rows, std::integer_sequence<int, R...>) {
+  static constexpr OuterTile<T> tiles[] = {outer_tile<T, R + 1, C>...};
+  return tiles[rows - 1];
+}
+
+template <class T, int C = outer_vectors> OuterTile<T> outer_with(int64_t rows, int64_t vectors) {
+  if constexpr (C > 1)
+    if (vectors < C)
+      return outer_with<T, C - 1>(rows, vectors);
+  return outer_of<T, C>(rows, std::make_integer_sequence<int, outer_rows(C)>());
+}
+
+// lda is padded to whole vectors; of the padding, what lies in the last vector of `in` is written.
+template <class T> void outer(const Outer<T> &whole, int64_t out, int64_t in) {
+  const int64_t vectors = ceil_div(in, lanes<T>), parts = ceil_div(vectors, outer_vectors);
+  for (int64_t part = 0, vector = 0; part < parts; ++part) {
+    const int64_t next = (part + 1) * vectors / parts, width = next - vector;
+    const int64_t tiles = ceil_div(out, outer_rows(width));
+    Outer<T> p = whole;
+    p.a += vector * lanes<T>;
+    p.w += vector * lanes<T>;
+    for (int64_t tile = 0, row = 0; tile < tiles; ++tile) {
+      const int64_t end = (tile + 1) * out / tiles;
+      outer_with<T>(end - row, width)(p);
+      p.d += (end - row) * p.ld;
+      p.w += (end - row) * p.lda;
+      row = end;
+    }
+    vector = next;
+  }
+}
+
+// to[r, i] = from[i, r] for i < count, r < ld; `to` has rows of `stride`, whose padding up to a whole vector becomes 0.
+template <class T> void transpose(const T *from, int64_t count, int64_t ld, T *to, int64_t stride) {
+  constexpr int n = lanes<T>;
+  int64_t i = 0;
+  for (; i + n <= count; i += n)
+    for (int64_t r = 0; r < ld; r += n)
+      transpose_square(from + i * ld + r, ld, to + r * stride + i, stride);
+  if (i < count)
+    for (int64_t r = 0; r < ld; ++r)
+      for (int64_t j = i; j < i + n; ++j)
+        to[r * stride + j] = j < count ? from[j * ld + r] : T(0);
+}
+
+} // namespace
+} // namespace IIN_FAST_ISA
+} // namespace iin_fast

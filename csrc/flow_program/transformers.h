@@ -1,0 +1,102 @@
+// The transformers of a coupling on a tile: one feature, its rows in lanes, ld of them.
+#pragma once
+
+#include "affine_coupling/affine_coupling.h"
+#include "common/simd.h"
+#include "flow_program/flow_program.h"
+#include "flow_program/steps.h"
+#include "spline_coupling/spline_block.h"
+
+namespace iin_fast {
+namespace IIN_FAST_ISA {
+namespace {
+
+// Feature i of the transformed ones. raw: [raw rows, ld].
+template <class T>
+void affine_transform(const AffineTransformer &t, bool inverse, const T *raw, int64_t i, int64_t ld, const T *x, T *y,
+                      T *logdet, T *lost) {
+  const T clamp = static_cast<T>(t.clamp), gain = static_cast<T>(t.gain);
+  const T *const shift = raw + (t.shift_at + i * t.shift_step) * ld;
+  const T *const scale = t.scale_at < 0 ? shift : raw + (t.scale_at + i * t.scale_step) * ld;
+  with_constants(static_cast<Squash>(t.squash), inverse, [&](auto squash, auto backwards) {
+#pragma omp simd
+    for (int64_t l = 0; l < ld; ++l) {
+      T term;
+      y[l] = couple<decltype(squash)::value, decltype(backwards)::value>(x[l], gain * scale[l], gain * shift[l], clamp,
+                                                                         term);
+      if constexpr (decltype(squash)::value != Squash::none)
+        logdet[l] = iin_fast::add(logdet[l], term, lost[l]);
+    }
+  });
+}
+
+// value: the input of the forward map, the output of the inverse map.
+template <class T>
+void affine_transform_backward(const AffineTransformer &t, bool inverse, const T *raw, T *grad_raw, int64_t i, int64_t ld,
+                               const T *value, const T *g, const T *grad_logdet, T *gx) {
+  const T clamp = static_cast<T>(t.clamp), gain = static_cast<T>(t.gain);
+  const int64_t shift_at = (t.shift_at + i * t.shift_step) * ld;
+  const int64_t scale_at = t.scale_at < 0 ? shift_at : (t.scale_at + i * t.scale_step) * ld;
+  with_constants(static_cast<Squash>(t.squash), inverse, [&](auto squash, auto backwards) {
+#pragma omp simd
+    for (int64_t l = 0; l < ld; ++l) {
+      const auto e = couple_backward<decltype(squash)::value, decltype(backwards)::value>(
+          value[l], gain * raw[scale_at + l], clamp, g[l], grad_logdet[l]);
+      gx[l] = e.x;
+      grad_raw[shift_at + l] += gain * e.shift;
+      if constexpr (decltype(squash)::value != Squash::none)
+        grad_raw[scale_at + l] += gain * e.raw;
+    }
+  });
+}
+
+// Elements of scratch that a spline needs for a block, in blocks.
+inline int64_t spline_work(const SplineTransformer &t) { return t.count + 4 * t.bins; }
+
+template <class F> void with_spline_form(int64_t form, bool inverse, F &&f) {
+  using N = std::integral_constant<Parameterization, Parameterization::nflows>;
+  using Z = std::integral_constant<Parameterization, Parameterization::zuko>;
+  if (form == static_cast<int64_t>(Parameterization::nflows))
+    inverse ? f(N(), std::true_type()) : f(N(), std::false_type());
+  else
+    inverse ? f(Z(), std::true_type()) : f(Z(), std::false_type());
+}
+
+// Raw widths and heights of a feature times their gain. The gradient takes the same way.
+template <class T> void scale_sizes(const SplineTransformer &t, T *raw, int64_t ld) {
+  const T gain = static_cast<T>(t.gain);
+  if (gain != T(1))
+    each(raw, raw, 2 * t.bins * ld, [=](T v) { return gain * v; });
+}
+
+// raw: [count, ld], those of this feature.
+template <class T>
+void spline_transform(const SplineTransformer &t, bool inverse, const T *raw, int64_t ld, const T *x, T *y, T *logdet,
+                      T *lost, T *work) {
+  const SplineShape<T> shape = spline_shape<T>(t.bins, static_cast<Tails>(t.tails), t.limits);
+  with_spline_form(t.form, inverse, [&](auto form, auto backwards) {
+    for (int64_t r = 0; r < ld; r += block_size<T>) {
+      alignas(64) T terms[block_size<T>];
+      spline_block_forward<decltype(form)::value, decltype(backwards)::value>(shape, raw + r, ld, x + r, y + r, terms,
+                                                                              work);
+      for (int l = 0; l < block_size<T>; ++l)
+        logdet[r + l] = iin_fast::add(logdet[r + l], terms[l], lost[r + l]);
+    }
+  });
+}
+
+template <class T>
+void spline_transform_backward(const SplineTransformer &t, bool inverse, const T *raw, T *grad_raw, int64_t ld,
+                               const T *x, const T *g, const T *grad_logdet, T *gx, T *work) {
+  const SplineShape<T> shape = spline_shape<T>(t.bins, static_cast<Tails>(t.tails), t.limits);
+  with_spline_form(t.form, inverse, [&](auto form, auto backwards) {
+    for (int64_t r = 0; r < ld; r += block_size<T>)
+      spline_block_backward<decltype(form)::value, decltype(backwards)::value>(
+          shape, raw + r, ld, x + r, g + r, grad_logdet + r, grad_raw + r, ld, gx + r, work);
+  });
+  scale_sizes(t, grad_raw, ld);
+}
+
+} // namespace
+} // namespace IIN_FAST_ISA
+} // namespace iin_fast
