@@ -16,6 +16,7 @@ __all__ = [
     "ABSENT",
     "ACTS",
     "FORMS",
+    "MOST",
     "ORDERS",
     "SQUASHES",
     "STORAGES",
@@ -64,6 +65,9 @@ class Ref(NamedTuple):
 
 ABSENT = Ref(-1, 0)
 """No parameter."""
+
+MOST = 2**24
+"""The largest size in a program: products of two fit 64 bits."""
 
 
 class Read(NamedTuple):
@@ -202,15 +206,16 @@ class Net:
             try:
                 for source in step.sources:
                     _defined(source, sizes)
-                sizes.append(step.size(sizes))
+                size = step.size(sizes)
+                _expect(size <= MOST, f"{size} features, expected at most {MOST}")
+                sizes.append(size)
             except ValueError as error:
                 raise ValueError(f"step {number} ({kind(step)}): {error}") from None
         _expect(len(self.outputs) > 0, "the net has no outputs")
         for output in self.outputs:
-            try:
-                _defined(output, sizes)
-            except ValueError as error:
-                raise ValueError(f"outputs of the net: {error}") from None
+            made = 2 <= output < len(sizes)
+            _expect(made, f"the net gives out value {output}, expected one that a step makes: 2 … {len(sizes) - 1}")
+        _expect(len(set(self.outputs)) == len(self.outputs), "the net gives out a value twice, expected each once")
         return sizes
 
     def reads(self, sizes: Sequence[int]) -> Iterator[Read]:
@@ -262,7 +267,7 @@ class AffineTransformer:
         parts = ("shift",) if additive else ("scale", "shift")
         for name in parts:
             step: int = getattr(self, f"{name}_step")
-            _expect(step >= 1, f"{name}_step is {step}, expected at least 1")
+            _expect(1 <= step <= MOST, f"{name}_step is {step}, expected 1 … {MOST}")
             first: int = getattr(self, f"{name}_at")
             last = first + (features - 1) * step
             _expect(0 <= first and last < raw, f"the {name}s lie at {first} … {last}, expected within 0 … {raw - 1}")
@@ -305,7 +310,7 @@ class SplineTransformer:
     def check(self, features: int, raw: int) -> None:
         _expect_name("tails", self.tails, tuple(TAILS))
         _expect_name("form", self.form, tuple(PARAMETERIZATIONS))
-        _expect(self.bins >= 1, f"bins is {self.bins}, expected at least 1")
+        _expect(1 <= self.bins <= MOST, f"bins is {self.bins}, expected 1 … {MOST}")
         for field in fields(self)[3:]:
             _expect_number(field.name, getattr(self, field.name), "a finite number", True)
         if self.tails != "none":

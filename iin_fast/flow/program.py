@@ -52,8 +52,8 @@ class FlowProgram:
     def __post_init__(self) -> None:
         for name, least in (("dim", 1), ("context", 0), ("tensors", 0)):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise ValueError(f"FlowProgram: {name} is {value!r}, expected an integer of at least {least}")
+            if not isinstance(value, int) or not least <= value <= L.MOST:
+                raise ValueError(f"FlowProgram: {name} is {value!r}, expected an integer of {least} … {L.MOST}")
         reads = []
         for number, layer in enumerate(self.layers):
             try:
@@ -75,8 +75,8 @@ class FlowProgram:
         tensor, offset = read.ref
         if not 0 <= tensor < self.tensors:
             raise ValueError(f"{read.name} is in tensor {tensor}, but the program has {self.tensors} tensors")
-        if offset < 0:
-            raise ValueError(f"{read.name} starts at element {offset} of tensor {tensor}, expected at least 0")
+        if not 0 <= offset < 2**48:
+            raise ValueError(f"{read.name} starts at element {offset} of tensor {tensor}, expected 0 … 2^48")
 
     def __hash__(self) -> int:
         return hash(self.text)
