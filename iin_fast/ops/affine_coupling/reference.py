@@ -1,6 +1,7 @@
 """Affine coupling in plain torch: the executable definition that every backend is tested against."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ["affine_coupling", "log_scale"]
@@ -16,6 +17,10 @@ def log_scale(raw: Tensor, squash: str, clamp: float) -> Tensor:
         return clamp * 0.636 * torch.atan(raw)
     if squash == "sigmoid":
         return torch.log(torch.sigmoid(raw + 2) + 1e-3)
+    if squash == "softplus":  # of flow programs, as softclip
+        return torch.log(clamp - F.logsigmoid(-raw))  # torch's softplus has a step at its threshold
+    if squash == "softclip":
+        return raw / (1 + raw.abs() / clamp)
     raise ValueError(f"affine_coupling: squash {squash!r} has no scale")
 
 

@@ -1,0 +1,155 @@
+"""The op ``flow_program``: any flow, given as a program, in one call. Argument checks, choice of the backend, autograd.
+
+Files: reference.py (plain torch, the definition), checks.py, engine.py (autograd and fake kernels of the compiled op), and
+csrc/flow_program (CPU). On GPUs, and with Triton, a program runs layer by layer through the ops of couplings and splines.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ... import backends
+from ...backends import chosen, register_library, register_triton
+from ...flow import FlowProgram
+from ...flow import layers as L
+from ..affine_coupling import SQUASHES
+from ..affine_coupling import affine_coupling as fused_affine
+from ..affine_coupling.reference import affine_coupling
+from ..checks import FLOATING, autocast_enabled
+from ..spline_coupling import spline_coupling as fused_spline
+from . import engine, reference
+from .checks import check_data, check_parameters, check_rows
+
+__all__ = ["flow_program"]
+
+ENGINE_TYPES = (torch.float32, torch.float64)
+
+register_library("flow_program")
+register_triton("flow_program")
+
+
+def flow_program(
+    x: Tensor,
+    context: Tensor | None,
+    parameters: Sequence[Tensor],
+    program: FlowProgram,
+    *,
+    inverse: bool = False,
+    base: bool = False,
+    memory: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    r"""A whole flow, forward or inverse, with its log-determinant, in one call.
+
+    reference.py is the definition of every layer.
+
+    Args:
+        x: ``[batch, dim]``, float32 or float64, any strides; batch may be 0. On GPUs, and with the backends triton and
+            reference, also bfloat16 or float16.
+        context: ``[batch, context]`` like ``x``, or None for a program without one.
+        parameters: the tensors that the program names, each contiguous or copied; masks are bool or like ``x``, all others like ``x``.
+        program: what to compute.
+        inverse: compute x from y.
+        base: add the log-density of a standard normal at the result, so that the second result of the forward direction
+            is the log-likelihood in nats.
+        memory: what is kept for backward. "save": the activations of all layers; "checkpoint": x alone, and backward
+            computes the flow again; "auto": the library chooses.
+
+    Returns:
+        The mapped ``[batch, dim]`` and the log-determinant ``[batch]``, in nats, of the map that was computed, in
+        float32 for inputs of 16 bits. Both are differentiable, to any order; masks have no gradient.
+
+    Raises:
+        TypeError: a dtype that the backend does not take, or dtypes that differ.
+        ValueError: shapes or devices that don't fit; a context that is missing or not wanted; masks that let a feature
+            depend on itself; a plain scale that holds 0; an unknown ``memory``. The message names the layer by number and kind.
+
+    Example:
+        >>> import torch
+        >>> from iin_fast.flow import FlowProgram
+        >>> program = FlowProgram.parse("flow 1 2 0 1 2 affine 0 1 0.0 0 0 0 2 permute 1 0")
+        >>> x, parameters = torch.randn(5, 2), [torch.tensor([0.0, 1.0, 0.5, -0.5])]
+        >>> y, logdet = flow_program(x, None, parameters, program)
+        >>> back, _ = flow_program(y, None, parameters, program, inverse=True)
+        >>> torch.allclose(back, x, atol=1e-6)
+        True
+    """
+    if memory not in ("auto", "save", "checkpoint"):
+        raise ValueError(f"flow_program: memory is {memory!r}, expected auto, save or checkpoint")
+    if isinstance(x, Tensor) and autocast_enabled(x):  # a density is no place for products of 8 bits of precision
+        x, context = engine.in_float32(x), engine.in_float32(context)
+        parameters = [engine.in_float32(p) for p in parameters]
+        with torch.autocast(x.device.type, enabled=False):
+            return flow_program(x, context, parameters, program, inverse=inverse, base=base, memory=memory)
+    backend = chosen("flow_program", x)
+    if backend == "cpp" and x.device.type == "cpu" and engine.AVAILABLE:
+        check_rows(x, context, program, ENGINE_TYPES)
+        return _run(x, context, parameters, program, inverse, base, memory == "save")
+    check_rows(x, context, program, FLOATING)
+    check_parameters(x, parameters, program)
+    if engine.has_values(x):
+        check_data(parameters, program)
+    plain = backend == "reference" and (backends.needs_definition() or backends._forced == "reference")
+    return reference.flow_program(
+        x, context, parameters, program, inverse, base, reference.DEFINITION if plain else LAYER_BY_LAYER
+    )
+
+
+# Programs and parameters that were checked: a repeated call pays for one look at the identities of its parameters. What
+# changes in place after that is caught by the compiled op itself, and then looked at closely.
+_checked: set[tuple[object, ...]] = set()
+_MOST_CHECKED = 64
+
+
+def _run(
+    x: Tensor,
+    context: Tensor | None,
+    parameters: Sequence[Tensor],
+    program: FlowProgram,
+    inverse: bool,
+    base: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    if not engine.has_values(x):  # traced or mapped: the fake kernel checks
+        return engine.call(x, context, parameters, program, inverse, base, save)
+    key = (program, x.dtype, *map(id, parameters))
+    if key not in _checked:
+        check_parameters(x, parameters, program)
+        check_data(parameters, program)
+        if len(_checked) >= _MOST_CHECKED:
+            _checked.clear()
+        _checked.add(key)
+    try:
+        return engine.call(x, context, parameters, program, inverse, base, save)
+    except RuntimeError:
+        check_parameters(x, parameters, program)  # a better message, if the parameters are to blame
+        raise
+
+
+def _affine(
+    x: Tensor, raw: Tensor | None, shift: Tensor, squash: str, clamp: float, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    if squash not in SQUASHES:  # softplus and softclip, which the fused op does not have
+        return affine_coupling(x, raw, shift, squash, clamp, inverse)
+    bound = clamp if squash in ("tanh", "atan") else None
+    return fused_affine(x, raw, shift, squash=squash, clamp=bound, inverse=inverse)
+
+
+def _spline(x: Tensor, raw: Tensor, t: L.SplineTransformer, inverse: bool) -> tuple[Tensor, Tensor]:
+    tails, box = (None, t.box) if t.tails == "none" else (t.tails, None)
+    return fused_spline(
+        x,
+        raw,
+        bins=t.bins,
+        inverse=inverse,
+        tails=tails,
+        tail_bound=1.0 if box else t.right,
+        box=box,
+        min_bin_width=t.min_width,
+        min_bin_height=t.min_height,
+        min_derivative=t.min_derivative,
+        parameterization=t.form,
+    )
+
+
+LAYER_BY_LAYER = reference.Maps(_affine, _spline)

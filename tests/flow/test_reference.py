@@ -1,0 +1,64 @@
+"""The definition of flow programs: its inverse, its log-determinant, and its gradients."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from flow.programs import KINDS, Drawn, programs
+from iin_fast.ops.flow_program.reference import flow_program
+
+SETTINGS = settings(max_examples=60, deadline=None)
+
+
+def run(drawn: Drawn, x: Tensor, **options: bool) -> tuple[Tensor, Tensor]:
+    return flow_program(x, drawn.context, drawn.parameters, drawn.program, **options)
+
+
+@SETTINGS
+@given(programs())
+def test_inverse_undoes_forward(drawn: Drawn) -> None:
+    y, logdet = run(drawn, drawn.x)
+    back, back_logdet = run(drawn, y, inverse=True)
+    assert y.shape == drawn.x.shape and logdet.shape == drawn.x.shape[:1]
+    torch.testing.assert_close(back, drawn.x, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(back_logdet, -logdet, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_logdet_is_that_of_the_jacobian(kind: str, data: st.DataObject) -> None:
+    drawn = data.draw(programs(kinds=(kind,), dims=(1, 6), batches=(1, 3), layers=(1, 2)))
+    for inverse in (False, True):
+        _, logdet = run(drawn, drawn.x, inverse=inverse)
+        jacobian = torch.autograd.functional.jacobian(lambda x: run(drawn, x, inverse=inverse)[0].sum(0), drawn.x)  # noqa: B023
+        torch.testing.assert_close(logdet, jacobian.transpose(0, 1).det().abs().log(), rtol=1e-7, atol=1e-7)
+
+
+@settings(max_examples=25, deadline=None)
+@given(programs(dims=(1, 4), batches=(1, 2), layers=(1, 3)))
+def test_gradients(drawn: Drawn) -> None:
+    inputs = drawn.inputs()
+
+    def call(*given: Tensor) -> tuple[Tensor, Tensor]:
+        values = dict(zip(map(id, inputs), given, strict=True))
+        x, context = values[id(drawn.x)], None if drawn.context is None else values[id(drawn.context)]
+        parameters = [values.get(id(p), p) for p in drawn.parameters]
+        return flow_program(x, context, parameters, drawn.program, base=True)
+
+    assert torch.autograd.gradcheck(call, inputs, fast_mode=True, atol=1e-4, eps=1e-7)
+    assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True, atol=1e-3, eps=1e-7)
+
+
+@SETTINGS
+@given(programs(batches=(0, 9)))
+def test_base_is_a_standard_normal_of_the_result(drawn: Drawn) -> None:
+    y, logdet = run(drawn, drawn.x)
+    same, total = run(drawn, drawn.x, base=True)
+    density = -0.5 * (y * y).sum(1) - 0.5 * drawn.program.dim * math.log(2 * math.pi)
+    assert torch.equal(y, same)
+    torch.testing.assert_close(total - logdet, density)
