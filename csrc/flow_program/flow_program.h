@@ -75,7 +75,8 @@ struct ProgramLayer {
   const ProgramStep *steps = nullptr;
   const ProgramValue *values = nullptr;
   int64_t step_count = 0;
-  int64_t raw_at = 0, raw_rows = 0; // the raw values in the net's part of the tape
+  int64_t output_at = 0, raw_rows = 0; // what the net makes, in its part of the tape
+  int64_t raw_at = 0;                  // what the transformer reads: a copy where it is scaled and still needed as it was
   int64_t net_rows = 0;             // of the net's part of the tape
   TransformerKind transformer = TransformerKind::affine;
   AffineTransformer affine;

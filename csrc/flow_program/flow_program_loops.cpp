@@ -515,9 +515,19 @@ private:
       }
       }
     }
-    if (layer.transformer == TransformerKind::spline)
-      for (int64_t i = 0; i < layer.transformed_count; ++i)
-        scale_sizes(layer.spline, net + (layer.raw_at + i * layer.spline.count) * ld_, ld_);
+    for (int64_t i = 0; i < layer.transformed_count; ++i)
+      scale_raw(layer, i, net);
+  }
+
+  // The raw values of feature i as the transformer reads them.
+  void scale_raw(const ProgramLayer &layer, int64_t i, T *net) const {
+    if (layer.transformer != TransformerKind::spline)
+      return;
+    const int64_t at = i * layer.spline.count;
+    T *const raw = net + (layer.raw_at + at) * ld_;
+    if (layer.raw_at != layer.output_at)
+      copy(net + (layer.output_at + at) * ld_, raw, layer.spline.count * ld_);
+    scale_sizes(layer.spline, raw, ld_);
   }
 
   const T *value(const ProgramLayer &layer, const T *net, const Workspace<T> &w, int64_t id) const {
@@ -539,14 +549,18 @@ private:
                           const T *g, T *gx, const Workspace<T> &w) const {
     const int64_t at = layer.transformed[i] * ld_;
     const T *const raw = net + layer.raw_at * ld_;
-    T *const gradients = w.net_gradients + layer.raw_at * ld_;
-    if (layer.transformer == TransformerKind::affine)
+    T *const gradients = w.net_gradients + layer.output_at * ld_;
+    if (layer.transformer == TransformerKind::affine) {
       affine_transform_backward(layer.affine, inverse, raw, gradients, i, ld_, inverse ? y + at : x + at, g + at,
                                 w.grad_logdet, gx + at);
-    else
-      spline_transform_backward(layer.spline, inverse, raw + i * layer.spline.count * ld_,
-                                gradients + i * layer.spline.count * ld_, ld_, x + at, g + at, w.grad_logdet, gx + at,
-                                w.spline);
+      return;
+    }
+    const int64_t first = i * layer.spline.count * ld_;
+    T *const stored = w.net_gradients + layer.raw_at * ld_ + first;
+    spline_transform_backward(layer.spline, inverse, raw + first, stored, ld_, x + at, g + at, w.grad_logdet, gx + at,
+                              w.spline);
+    if (layer.raw_at != layer.output_at)
+      pass_gradient(stored, gradients + first, layer.spline.count * ld_, true);
   }
 
   void layer_backward(const ProgramLayer &layer, const T *x, const T *y, const T *net, const T *g, T *gx,
@@ -570,9 +584,7 @@ private:
         return sequential_backward(layer, x, y, net, g, gx, w, accumulator, add, rows, context_grad);
       for (int64_t i = 0; i < layer.passed_count; ++i)
         copy(g + layer.passed[i] * ld_, gx + layer.passed[i] * ld_, ld_);
-      T *const raw_gradients = w.net_gradients + layer.raw_at * ld_;
-      for (int64_t i = 0; i < layer.raw_rows * ld_; ++i)
-        raw_gradients[i] = T(0);
+      begin(w.net_gradients + layer.output_at * ld_, layer.raw_rows * ld_, false);
       for (int64_t i = 0; i < layer.transformed_count; ++i)
         transform_backward(layer, i, inverse, net, x, y, g, gx, w);
       return net_backward(layer, net, gx, w, accumulator, add, rows, context_grad);
@@ -610,7 +622,7 @@ private:
       small[i] = false;
     if (2 + layer.step_count > most) { // then all are added
       for (int64_t i = 0; i < layer.net_rows * ld_; ++i)
-        if (i < layer.raw_at * ld_ || i >= (layer.raw_at + layer.raw_rows) * ld_)
+        if (i < layer.output_at * ld_ || i >= (layer.output_at + layer.raw_rows) * ld_)
           gradients[i] = T(0);
     }
     const auto seen = [&](int64_t id) {
@@ -624,7 +636,7 @@ private:
     small[1] = true; // the context has gradients of other layers
     for (int64_t k = 0; k < layer.step_count; ++k) {
       const int64_t at = layer.values[2 + k].at; // outputs come with theirs
-      if (2 + k < most && at >= layer.raw_at && at < layer.raw_at + layer.raw_rows)
+      if (2 + k < most && at >= layer.output_at && at < layer.output_at + layer.raw_rows)
         small[2 + k] = true;
     }
     int64_t turned = -1;
@@ -751,8 +763,8 @@ private:
     const auto known = [&](int64_t raw) {
       for (int64_t k = 0; k < layer.step_count; ++k) {
         const ProgramValue &v = layer.values[2 + k];
-        const int64_t row = layer.raw_at + raw - v.at;
-        if (row >= 0 && row < v.rows && v.at >= layer.raw_at && v.at < layer.raw_at + layer.raw_rows)
+        const int64_t row = layer.output_at + raw - v.at;
+        if (row >= 0 && row < v.rows && v.at >= layer.output_at && v.at < layer.output_at + layer.raw_rows)
           return orders[order_of(layer, 2 + k) + row] <= step;
       }
       return false;
@@ -779,8 +791,7 @@ private:
         sequential_step(layer, k, step, orders, net, w);
       for (int64_t j = 0; j < p_.dim; ++j)
         if (orders[j] == step) {
-          if (layer.transformer == TransformerKind::spline)
-            scale_sizes(layer.spline, net + (layer.raw_at + j * layer.spline.count) * ld_, ld_);
+          scale_raw(layer, j, net);
           transform(layer, j, true, net, x + j * ld_, y + j * ld_, w);
         }
     }

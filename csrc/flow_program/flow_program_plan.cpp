@@ -245,6 +245,7 @@ private:
       check(made <= most, "a value is too wide");
       plan_.view.widest = std::max(plan_.view.widest, made);
     }
+    reread_ = false;
     const int64_t output_count = integer(1, count + 2);
     std::vector<int64_t> outputs(output_count);
     std::vector<bool> is_output(rows.size());
@@ -253,15 +254,17 @@ private:
       check(!is_output[id], "value ", id, " is an output twice");
       is_output[id] = true;
     }
-    // Where the values lie: outputs side by side, an activation in the place of what it reads where nobody else reads
-    // it and its derivative can be had from its result.
+    // Where the values lie: outputs side by side, an activation in the place of what it reads where nobody else needs
+    // that and its derivative can be had from its result.
     std::vector<ProgramValue> values(rows.size());
     const auto place = [&](int64_t id) { values[id] = {rows[id], l.net_rows}, l.net_rows += rows[id]; };
     place(0);
-    l.raw_at = l.net_rows;
-    for (int64_t id : outputs)
+    l.output_at = l.raw_at = l.net_rows;
+    for (int64_t id : outputs) {
       place(id);
-    l.raw_rows = l.net_rows - l.raw_at;
+      reread_ = reread_ || readers[id] > 0 || steps[id - 2].kind == StepKind::act;
+    }
+    l.raw_rows = l.net_rows - l.output_at;
     for (int64_t k = 0; k < count; ++k) {
       const ProgramStep &s = steps[k];
       const int64_t id = 2 + k;
@@ -269,7 +272,7 @@ private:
         continue;
       const bool from_result = s.kind == StepKind::act && s.activation != Activation::silu &&
                                s.activation != Activation::gelu;
-      if (from_result && s.a >= 2 && readers[s.a] == 1 && !is_output[s.a])
+      if (from_result && s.a >= 2 && readers[s.a] == 1 && !is_output[s.a] && steps[s.a - 2].kind != StepKind::act)
         values[id] = values[s.a];
       else
         place(id);
@@ -308,12 +311,15 @@ private:
       t.count = 2 * t.bins + derivative_count(static_cast<Tails>(t.tails), t.bins);
       check((last + 1) * t.count == l.raw_rows, "the net makes ", l.raw_rows, " raw values, expected ",
             (last + 1) * t.count);
+      if (reread_ && (t.gain != 1 || l.autoregressive))
+        l.raw_at = l.net_rows, l.net_rows += l.raw_rows;
     }
   }
 
   const char *at_, *end_;
   Plan &plan_;
   int64_t layer_ = -1;
+  bool reread_ = false; // backward reads an output of this net as the net made it
 };
 
 } // namespace
