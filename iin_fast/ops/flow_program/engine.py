@@ -52,16 +52,15 @@ def call(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     """Run the compiled op."""
-    learns = torch.is_grad_enabled() and torch._C._any_requires_grad(x, context, *parameters)
-    if not _followed():
-        if learns:
-            return _Function.apply(x, context, program, inverse, base, save, *parameters)  # type: ignore[no-any-return]
-        with torch._C._AutoDispatchBelowAutograd():
-            y, logdet, _ = torch.ops.iin_fast.flow_program(x, context, parameters, program.text, inverse, base, False)
-        return y, logdet
-    y, logdet, _ = torch.ops.iin_fast.flow_program(
-        x, context, list(parameters), program.text, inverse, base, save and learns
-    )
+    if _followed():
+        tensors = (x, *parameters) if context is None else (x, context, *parameters)
+        save = save and torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        found = torch.ops.iin_fast.flow_program(x, context, list(parameters), program.text, inverse, base, save)
+        return found[0], found[1]
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(x, context, *parameters):
+        return _Function.apply(x, context, program, inverse, base, save, *parameters)  # type: ignore[no-any-return]
+    with torch._C._AutoDispatchBelowAutograd():
+        y, logdet, _ = torch.ops.iin_fast.flow_program(x, context, parameters, program.text, inverse, base, False)
     return y, logdet
 
 
