@@ -72,7 +72,7 @@ def test_layer_by_layer_equals_the_definition(drawn: Drawn, inverse: bool) -> No
         assert relative_error(found, wanted) < 1e-9
 
 
-@pytest.mark.parametrize("memory", ["auto", "save", "checkpoint"])
+@pytest.mark.parametrize("memory", ["auto", "save", "checkpoint", "recompute"])
 @pytest.mark.parametrize("inverse", [False, True])
 def test_equals_the_definition(inverse: bool, memory: str) -> None:
     drawn = example()
@@ -287,7 +287,7 @@ def test_a_parameter_that_changed_in_place_is_refused() -> None:
 
 
 def test_memory_is_checked() -> None:
-    with pytest.raises(ValueError, match="memory is 'invert', expected auto, save or checkpoint"):
+    with pytest.raises(ValueError, match="memory is 'invert', expected one of auto, recompute"):
         run(example(), memory="invert")
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from flow.programs import KINDS, Drawn, programs, tame
+from iin_fast.flow import FlowProgram
 from iin_fast.ops.flow_program.reference import flow_program
 
 SETTINGS = settings(max_examples=60, deadline=None)
@@ -68,3 +69,18 @@ def test_base_is_a_standard_normal_of_the_result(drawn: Drawn) -> None:
     density = -0.5 * (y * y).sum(1) - 0.5 * drawn.program.dim * math.log(2 * math.pi)
     assert torch.equal(y, same)
     torch.testing.assert_close(total - logdet, density)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_activation(dtype: torch.dtype) -> None:
+    """With the slope in the precision of x, not in that of a Python number's default type."""
+    program = FlowProgram.parse("flow 1 3 0 0 1 activation 0.1 1")
+    x = torch.tensor([[-2.0, 0.0, 3.0], [-1.0, -1.0, 1.0]], dtype=dtype)
+    slope = torch.tensor(0.1, dtype=dtype)
+    y, logdet = flow_program(x, None, [], program)
+    assert torch.equal(y, torch.where(x < 0, slope * x, x)) and y.dtype == dtype
+    torch.testing.assert_close(
+        logdet, slope.log() * torch.tensor([1, 2]), rtol=1e-7 if dtype == torch.float32 else 1e-15, atol=0
+    )
+    uncounted = FlowProgram.parse("flow 1 3 0 0 1 activation 0.1 0")
+    assert torch.equal(flow_program(x, None, [], uncounted)[1], torch.zeros(2, dtype=dtype))

@@ -83,7 +83,7 @@ def _layer(layer: L.Layer, x: Tensor, context: Tensor | None, read: Read, maps: 
     if isinstance(layer, L.Linear):
         return _linear(layer, x, read, inverse)
     if isinstance(layer, L.Activation):
-        slopes = torch.where(x < 0, layer.slope, 1.0).to(x.dtype)
+        slopes = torch.where(x < 0, torch.full_like(x, layer.slope), torch.ones_like(x))
         logdet = slopes.log().sum(1) if layer.exact else x.new_zeros(x.shape[0])
         return (x / slopes, -logdet) if inverse else (x * slopes, logdet)
     if isinstance(layer, L.Coupling):
