@@ -89,7 +89,7 @@ def flow_program(
     check_rows(x, context, program, FLOATING)
     check_parameters(x, parameters, program)
     if engine.has_values(x):
-        check_data(parameters, program)
+        _check_once(x, parameters, program)
     plain = backend == "reference" and (backends.needs_definition() or backends._forced == "reference")
     return reference.flow_program(
         x, context, parameters, program, inverse, base, reference.DEFINITION if plain else LAYER_BY_LAYER
@@ -100,6 +100,17 @@ def flow_program(
 # changes in place after that is caught by the compiled op itself, and then looked at closely.
 _checked: set[tuple[object, ...]] = set()
 _MOST_CHECKED = 64
+
+
+def _check_once(x: Tensor, parameters: Sequence[Tensor], program: FlowProgram) -> None:
+    """Look at sizes and values of parameters when they come for the first time."""
+    key = (program, x.dtype, *map(id, parameters))
+    if key not in _checked:
+        check_parameters(x, parameters, program)
+        check_data(parameters, program)
+        if len(_checked) >= _MOST_CHECKED:
+            _checked.clear()
+        _checked.add(key)
 
 
 def _run(
@@ -113,13 +124,7 @@ def _run(
 ) -> tuple[Tensor, Tensor]:
     if not engine.has_values(x):  # traced or mapped: the fake kernel checks
         return engine.call(x, context, parameters, program, inverse, base, keep)
-    key = (program, x.dtype, *map(id, parameters))
-    if key not in _checked:
-        check_parameters(x, parameters, program)
-        check_data(parameters, program)
-        if len(_checked) >= _MOST_CHECKED:
-            _checked.clear()
-        _checked.add(key)
+    _check_once(x, parameters, program)
     try:
         return engine.call(x, context, parameters, program, inverse, base, keep)
     except RuntimeError:

@@ -232,7 +232,7 @@ def _vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
     """Rows of x and context go into one batch; programs with several sets of parameters run one by one."""
     (x, context, parameters, *rest), (x_dim, context_dim, parameter_dims, *_), size = args, in_dims, info.batch_size
     op = torch.ops.iin_fast.flow_program
-    if size == 0 or any(dim is not None for dim in parameter_dims or ()):
+    if any(dim is not None for dim in parameter_dims or ()):
         return _one_by_one(op, info, in_dims, *args)
     batch = front(x, x_dim, size).shape[1]
     context = None if context is None else front(context, context_dim, size).flatten(0, 1)
