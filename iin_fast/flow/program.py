@@ -9,7 +9,7 @@ from . import text as _text
 __all__ = ["FlowProgram"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FlowProgram:
     """A stack of flow layers as immutable, hashable data.
 
@@ -45,9 +45,9 @@ class FlowProgram:
     context: int
     tensors: int
     layers: tuple[L.Layer, ...]
-    text: str = field(init=False, compare=False, repr=False)
-    reads: tuple[tuple[L.Read, ...], ...] = field(init=False, compare=False, repr=False)
-    differentiable: tuple[bool, ...] = field(init=False, compare=False, repr=False)
+    text: str = field(init=False, repr=False)
+    reads: tuple[tuple[L.Read, ...], ...] = field(init=False, repr=False)
+    differentiable: tuple[bool, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name, least in (("dim", 1), ("context", 0), ("tensors", 0)):
@@ -77,6 +77,9 @@ class FlowProgram:
             raise ValueError(f"{read.name} is in tensor {tensor}, but the program has {self.tensors} tensors")
         if not 0 <= offset < 2**48:
             raise ValueError(f"{read.name} starts at element {offset} of tensor {tensor}, expected 0 … 2^48")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, FlowProgram) and self.text == other.text
 
     def __hash__(self) -> int:
         return hash(self.text)

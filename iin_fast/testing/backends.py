@@ -9,10 +9,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from ..backends import NAMES, BackendUnavailable, backend
+from ..flow import NetBuilder, ProgramBuilder, Weights, affine, mlp, spline
 from ..functional import affine_coupling, pair_nll, spline_coupling
 from ..nn import Flow
 from ..ops.affine_coupling import SQUASHES
 from ..ops.flow import flow as flow_op
+from ..ops.flow_program import flow_program
 from ..ops.spline_coupling import parameter_count
 
 __all__ = ["Comparison", "Row", "check_ops", "compare_backends"]
@@ -220,6 +222,44 @@ def _flow_cases(dtype: torch.dtype, device: str) -> Iterator[tuple[str, Callable
                 yield label, call, inputs
 
 
+def _flow_program_cases(dtype: torch.dtype, device: str) -> Iterator[tuple[str, Callable[..., Any], list[Any]]]:
+    """Each kind of layer once, under a context."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64) / 2
+
+    for batch, dim, hidden in [(0, 3, 8), (1, 2, 5), (7, 5, 17), (70, 8, 64)]:
+        builder = ProgramBuilder(dim, 2)
+
+        def weights(inputs: int, out: int, mask: Tensor | None = None, b: ProgramBuilder = builder) -> Weights:
+            return Weights(out, b.ref(normal(out, inputs) * inputs**-0.5), b.ref(normal(out)), b.ref(mask))
+
+        half = dim // 2
+        builder.affine(builder.ref(normal(dim)), builder.ref(normal(dim)), form="exp")
+        net = mlp([weights(half + 2, hidden), weights(hidden, (dim - half) * 11)], context=True)
+        builder.coupling(range(half), range(half, dim), net, spline(4, tail_bound=2.0))
+        builder.permute(reversed(range(dim)))
+        builder.linear(builder.ref(normal(dim, dim) / dim), bias=builder.ref(normal(dim)), storage="square")
+        steps = NetBuilder()
+        first = steps.dense(0, weights(dim, dim, torch.ones(dim, dim, dtype=torch.bool).tril()))
+        sum_ = steps.add(steps.act(first, "tanh"), steps.dense(1, weights(2, dim)))
+        last = steps.dense(sum_, weights(dim, 2 * dim, torch.ones(dim, dim, dtype=torch.bool).tril(-1).repeat(2, 1)))
+        builder.autoregressive(steps.build(last), affine(dim, "tanh"))
+        builder.activation(0.9)
+        program = builder.build()
+        parameters = [t if t.dtype == torch.bool else t.to(dtype) for t in builder.tensors]
+        inputs = [t.to(device) for t in (normal(batch, dim).to(dtype), normal(batch, 2).to(dtype), *parameters)]
+        for inverse in (False, True):
+
+            def call(
+                x: Tensor, context: Tensor, *given: Tensor, program: Any = program, inverse: bool = inverse
+            ) -> tuple[Tensor, Tensor]:
+                return flow_program(x, context, given, program, inverse=inverse, base=True)
+
+            yield f"[{batch}, {dim}] nets of {hidden}{' inverse' if inverse else ''}", call, inputs
+
+
 HALF = (torch.bfloat16, torch.float16)
 CASES = {
     "affine_coupling": (_affine_coupling_cases, HALF + (torch.float32, torch.float64), 1),
@@ -228,13 +268,14 @@ CASES = {
     "spline_coupling": (_spline_coupling_cases, HALF + (torch.float32, torch.float64), 10),
     # many layers deep: rounding grows on the way
     "flow": (_flow_cases, HALF + (torch.float32, torch.float64), 20),
+    "flow_program": (_flow_program_cases, HALF + (torch.float32, torch.float64), 20),
 }
 
 
 def dtypes_of(op: str, device: str) -> tuple[torch.dtype, ...]:
-    """The types that an op takes on a device: the flow of the CPU takes none of 16 bits."""
+    """The types that an op takes on a device: whole flows on the CPU take none of 16 bits."""
     dtypes = CASES[op][1]
-    return tuple(d for d in dtypes if d not in HALF) if op == "flow" and device == "cpu" else dtypes
+    return tuple(d for d in dtypes if d not in HALF) if op in ("flow", "flow_program") and device == "cpu" else dtypes
 
 
 def check_ops(device: str = "cpu") -> Comparison:

@@ -15,8 +15,10 @@ from iin_fast import IIN, FactorLoss, Factors
 from iin_fast import functional as F
 from iin_fast.compat import iin as published_iin
 from iin_fast.compat import net2net
+from iin_fast.flow import ProgramBuilder, Weights, affine, mlp, spline
 from iin_fast.nn import ActNorm, AffineCoupling, Flow, LULinear, NeuralSplineFlow, Permutation, SplineCoupling
 from iin_fast.ops.flow import flow as flow_op
+from iin_fast.ops.flow_program import flow_program
 
 __all__ = ["CASES", "DIM", "MODULES", "OPS", "Case", "same", "seeded", "tensors"]
 
@@ -128,6 +130,43 @@ def flow_parameters() -> list[Tensor]:
     return [getattr(module, name).detach() for name in names]
 
 
+def program(inverse: bool = False, base: bool = False, context: int = 0) -> nn.Module:
+    """A program of an affine layer, an autoregressive layer, an LU mixing and a spline coupling; its parameters are inputs."""
+    builder = program_builder(context)
+    built = builder.build()
+
+    def run(x: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
+        given, parameters = (rest[0], rest[1:]) if context else (None, rest)
+        return flow_program(x, given, parameters, built, inverse=inverse, base=base)
+
+    return Call(run)
+
+
+def program_builder(context: int) -> ProgramBuilder:
+    builder, seeds = ProgramBuilder(DIM, context), iter(range(10, 100))
+
+    def weights(inputs: int, out: int, mask: Tensor | None = None) -> Weights:
+        return Weights(
+            out,
+            builder.ref(0.3 * normal(next(seeds), out, inputs)),
+            builder.ref(0.3 * normal(next(seeds), out)),
+            builder.ref(mask),
+        )
+
+    builder.affine(builder.ref(normal(next(seeds), DIM)), builder.ref(0.3 * normal(next(seeds), DIM)), form="exp")
+    below = torch.ones(DIM, DIM).tril(-1)
+    builder.autoregressive(mlp([weights(DIM, 2 * DIM, below.repeat(2, 1))]), affine(DIM, "tanh"))
+    builder.linear(builder.ref(0.1 * normal(next(seeds), DIM, DIM)), storage="square")
+    net = mlp([weights(3 + context, 8), weights(8, 3 * 11)], activation="silu", context=context > 0)
+    builder.coupling(range(3), range(3, DIM), net, spline(4, tail_bound=3.0))
+    return builder
+
+
+def program_inputs(n: int, context: int = 0) -> Inputs:
+    rows = (normal(1, n, DIM), normal(2, n, context)) if context else (normal(1, n, DIM),)
+    return (*rows, *program_builder(context).tensors)
+
+
 def pair(n: int) -> Inputs:
     shared = torch.rand(n, 3, generator=seeded(6)) < 0.5
     return normal(1, n, DIM), normal(2, n, DIM), normal(3, n), normal(4, n), shared
@@ -158,6 +197,9 @@ OPS = [
     Case("rational_quadratic_spline", lambda: Call(F.rational_quadratic_spline), lambda n: (normal(1, n, DIM), normal(2, n, DIM, 4), normal(3, n, DIM, 4), normal(4, n, DIM, 3)), 4),
     Case("pair_nll", lambda: Call(F.pair_nll, sizes=[3, 2, 1], rho=0.9), pair, 5),
     Case("flow", lambda: Call(lambda x, *p: flow_op(x, None, *p)), lambda n: (normal(1, n, DIM), *flow_parameters()), 1),
+    Case("flow_program", program, program_inputs),
+    Case("flow_program inverse", lambda: program(inverse=True), program_inputs),
+    Case("flow_program context", lambda: program(base=True, context=2), lambda n: program_inputs(n, 2), 2),
     Case("flow invert", lambda: Call(lambda x, *p: flow_op(x, None, *p, memory="invert")), lambda n: (normal(1, n, DIM), *flow_parameters()), 1),
 ]  # fmt: skip
 

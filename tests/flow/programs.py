@@ -23,7 +23,7 @@ from iin_fast.flow import (
 )
 from iin_fast.flow.layers import ACTS, FORMS, ORDERS, SQUASHES, Net, SplineTransformer, Transformer
 
-__all__ = ["KINDS", "Drawn", "masks", "programs"]
+__all__ = ["KINDS", "Drawn", "masks", "programs", "tame"]
 
 KINDS = ("affine", "permute", "linear", "coupling", "autoregressive", "activation")
 # From the tables of the library: what is added there is drawn here.
@@ -59,6 +59,11 @@ class Drawn:
         """All that gradients are taken for."""
         tensors = [self.x, *self.parameters] + ([] if self.context is None else [self.context])
         return [t for t in tensors if t.requires_grad]
+
+
+def tame(*tensors: Tensor, most: float = 1e4) -> bool:
+    """Whether all values are moderate. Deep stacks of exponentials overflow, and then nothing can be compared."""
+    return all(bool((t.abs() < most).all()) for t in tensors)  # False for NaN
 
 
 def masks(order: list[int], hidden: list[int], outputs: list[int]) -> list[Tensor]:

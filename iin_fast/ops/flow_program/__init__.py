@@ -52,8 +52,9 @@ def flow_program(
         inverse: compute x from y.
         base: add the log-density of a standard normal at the result, so that the second result of the forward direction
             is the log-likelihood in nats.
-        memory: what is kept for backward. "save": the activations of all layers; "checkpoint": x alone, and backward
-            computes the flow again; "auto": the library chooses.
+        memory: what is kept for backward. "save": all values of all nets; "checkpoint": the input of every layer, and
+            backward computes a net again before its gradients; "recompute": x alone, and backward computes the flow
+            again; "auto": the library chooses. Gradients are the same, and exact. Only the compiled op can choose.
 
     Returns:
         The mapped ``[batch, dim]`` and the log-determinant ``[batch]``, in nats, of the map that was computed, in
@@ -74,8 +75,8 @@ def flow_program(
         >>> torch.allclose(back, x, atol=1e-6)
         True
     """
-    if memory not in ("auto", "save", "checkpoint"):
-        raise ValueError(f"flow_program: memory is {memory!r}, expected auto, save or checkpoint")
+    if memory not in engine.KEEP:
+        raise ValueError(f"flow_program: memory is {memory!r}, expected one of {', '.join(engine.KEEP)}")
     if isinstance(x, Tensor) and autocast_enabled(x):  # a density is no place for products of 8 bits of precision
         x, context = engine.in_float32(x), engine.in_float32(context)
         parameters = [engine.in_float32(p) for p in parameters]
@@ -84,11 +85,11 @@ def flow_program(
     backend = chosen("flow_program", x)
     if backend == "cpp" and x.device.type == "cpu" and engine.AVAILABLE:
         check_rows(x, context, program, ENGINE_TYPES)
-        return _run(x, context, parameters, program, inverse, base, memory == "save")
+        return _run(x, context, parameters, program, inverse, base, engine.KEEP[memory])
     check_rows(x, context, program, FLOATING)
     check_parameters(x, parameters, program)
     if engine.has_values(x):
-        check_data(parameters, program)
+        _check_once(x, parameters, program)
     plain = backend == "reference" and (backends.needs_definition() or backends._forced == "reference")
     return reference.flow_program(
         x, context, parameters, program, inverse, base, reference.DEFINITION if plain else LAYER_BY_LAYER
@@ -101,17 +102,8 @@ _checked: set[tuple[object, ...]] = set()
 _MOST_CHECKED = 64
 
 
-def _run(
-    x: Tensor,
-    context: Tensor | None,
-    parameters: Sequence[Tensor],
-    program: FlowProgram,
-    inverse: bool,
-    base: bool,
-    save: bool,
-) -> tuple[Tensor, Tensor]:
-    if not engine.has_values(x):  # traced or mapped: the fake kernel checks
-        return engine.call(x, context, parameters, program, inverse, base, save)
+def _check_once(x: Tensor, parameters: Sequence[Tensor], program: FlowProgram) -> None:
+    """Look at sizes and values of parameters when they come for the first time."""
     key = (program, x.dtype, *map(id, parameters))
     if key not in _checked:
         check_parameters(x, parameters, program)
@@ -119,8 +111,22 @@ def _run(
         if len(_checked) >= _MOST_CHECKED:
             _checked.clear()
         _checked.add(key)
+
+
+def _run(
+    x: Tensor,
+    context: Tensor | None,
+    parameters: Sequence[Tensor],
+    program: FlowProgram,
+    inverse: bool,
+    base: bool,
+    keep: int,
+) -> tuple[Tensor, Tensor]:
+    if not engine.has_values(x):  # traced or mapped: the fake kernel checks
+        return engine.call(x, context, parameters, program, inverse, base, keep)
+    _check_once(x, parameters, program)
     try:
-        return engine.call(x, context, parameters, program, inverse, base, save)
+        return engine.call(x, context, parameters, program, inverse, base, keep)
     except RuntimeError:
         check_parameters(x, parameters, program)  # a better message, if the parameters are to blame
         raise

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,10 +15,13 @@ from ..vmap import front, mapped_by_autograd
 from . import reference
 from .checks import check_parameters
 
-__all__ = ["AVAILABLE", "call", "has_values", "in_float32"]
+__all__ = ["AVAILABLE", "KEEP", "call", "has_values", "in_float32"]
 
 NAME = "iin_fast::flow_program"
 AVAILABLE = hasattr(torch.ops.iin_fast, "flow_program")
+
+# What forward keeps for backward: codes of csrc/flow_program/flow_program_loops.h.
+KEEP = {"auto": 0, "recompute": 0, "checkpoint": 1, "save": 2}
 
 
 def in_float32(value: Any) -> Any:
@@ -49,19 +52,19 @@ def call(
     program: FlowProgram,
     inverse: bool,
     base: bool,
-    save: bool,
+    keep: int,
 ) -> tuple[Tensor, Tensor]:
     """Run the compiled op."""
-    learns = torch.is_grad_enabled() and torch._C._any_requires_grad(x, context, *parameters)
-    if not _followed():
-        if learns:
-            return _Function.apply(x, context, program, inverse, base, save, *parameters)  # type: ignore[no-any-return]
-        with torch._C._AutoDispatchBelowAutograd():
-            y, logdet, _ = torch.ops.iin_fast.flow_program(x, context, parameters, program.text, inverse, base, False)
-        return y, logdet
-    y, logdet, _ = torch.ops.iin_fast.flow_program(
-        x, context, list(parameters), program.text, inverse, base, save and learns
-    )
+    op = torch.ops.iin_fast.flow_program.default
+    if _followed():
+        tensors = (x, *parameters) if context is None else (x, context, *parameters)
+        learns = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        found = op(x, context, list(parameters), program.text, inverse, base, keep if learns else 0)
+        return found[0], found[1]
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(x, context, *parameters):
+        return _Function.apply(x, context, program, inverse, base, keep, *parameters)  # type: ignore[no-any-return]
+    with torch._C._AutoDispatchBelowAutograd():
+        y, logdet, _ = op(x, context, parameters, program.text, inverse, base, 0)
     return y, logdet
 
 
@@ -74,10 +77,17 @@ def _wanted(program: FlowProgram, needed: tuple[bool, ...]) -> str:
     return "".join("1" if n and d else "0" for n, d in zip(needed, program.differentiable, strict=True))
 
 
+class _Options(NamedTuple):
+    """What an op was called with beside its tensors."""
+
+    program: FlowProgram
+    inverse: bool
+    base: bool
+    keep: int
+
+
 def _gradients(
-    program: FlowProgram,
-    inverse: bool,
-    base: bool,
+    options: _Options,
     grads: tuple[Tensor | None, ...],  # of y and of the log-det
     x: Tensor,
     saved: Tensor,
@@ -88,16 +98,17 @@ def _gradients(
     """Gradients of x, context and each parameter; None where none is needed."""
     grad_y, grad_logdet = grads
     need_x, need_context, need_parameters = needed
+    program, inverse, base, keep = options
     wanted = _wanted(program, need_parameters)
     if grad_y is None and grad_logdet is None:
         return None, None, [None] * len(parameters)
     # create_graph=True: derivatives of derivatives come from the definition itself
     if torch.is_grad_enabled() or mapped_by_autograd(grad_y, grad_logdet):
-        return _by_definition(program, inverse, base, grads, x, context, parameters, need_x, need_context, wanted)
+        return _by_definition(options, grads, x, context, parameters, need_x, need_context, wanted)
     grad_y = x.new_zeros(x.shape) if grad_y is None else grad_y
     grad_logdet = x.new_zeros(x.shape[0]) if grad_logdet is None else grad_logdet
-    grad_x, grad_context, found = torch.ops.iin_fast.flow_program_backward(
-        grad_y, grad_logdet, x, saved, context, parameters, program.text, inverse, base, need_context, wanted
+    grad_x, grad_context, found = torch.ops.iin_fast.flow_program_backward.default(
+        grad_y, grad_logdet, x, saved, context, parameters, program.text, inverse, base, keep, need_context, wanted
     )
     return (
         grad_x if need_x else None,
@@ -107,9 +118,7 @@ def _gradients(
 
 
 def _by_definition(
-    program: FlowProgram,
-    inverse: bool,
-    base: bool,
+    options: _Options,
     grads: tuple[Tensor | None, ...],  # of y and of the log-det
     x: Tensor,
     context: Tensor | None,
@@ -123,7 +132,7 @@ def _by_definition(
         x = x.view_as(x)
         context = None if context is None else context.view_as(context)
         parameters = [p.view_as(p) for p in parameters]
-        outputs = reference.flow_program(x, context, parameters, program, inverse, base)
+        outputs = reference.flow_program(x, context, parameters, options.program, options.inverse, options.base)
     inputs = [x] if need_x else []
     inputs += [context] if need_context and context is not None else []
     inputs += [p for p, w in zip(parameters, wanted, strict=True) if w == "1"]
@@ -146,14 +155,14 @@ class _Function(torch.autograd.Function):
         program: FlowProgram,
         inverse: bool,
         base: bool,
-        save: bool,
+        keep: int,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
-            y, logdet, saved = torch.ops.iin_fast.flow_program(
-                x, context, parameters, program.text, inverse, base, save
+            y, logdet, saved = torch.ops.iin_fast.flow_program.default(
+                x, context, parameters, program.text, inverse, base, keep
             )
-        ctx.options = program, inverse, base
+        ctx.options = _Options(program, inverse, base, keep)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, saved, context, *parameters)
         return y, logdet
@@ -162,15 +171,14 @@ class _Function(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         x, saved, context, *parameters = ctx.saved_tensors
         needed = ctx.needs_input_grad
-        program, inverse, base = ctx.options
         by_input = needed[0], needed[1], needed[6:]
-        found = _gradients(program, inverse, base, grads, x, saved, context, parameters, by_input)
+        found = _gradients(ctx.options, grads, x, saved, context, parameters, by_input)
         return found[0], found[1], None, None, None, None, *found[2]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, context, parameters, text, inverse, base, _ = inputs
-    ctx.options = FlowProgram.parse(text), inverse, base
+    x, context, parameters, text, inverse, base, keep = inputs
+    ctx.options = _Options(FlowProgram.parse(text), inverse, base, keep)
     ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, output[2], context, *parameters)
@@ -180,8 +188,7 @@ def _backward(ctx: Any, grad_y: Tensor | None, grad_logdet: Tensor | None, _: An
     x, saved, context, *parameters = ctx.saved_tensors
     need_x, need_context, need_parameters, *_ = ctx.needs_input_grad
     needed = need_x, need_context, tuple(need_parameters)
-    program, inverse, base = ctx.options
-    found = _gradients(program, inverse, base, (grad_y, grad_logdet), x, saved, context, parameters, needed)
+    found = _gradients(ctx.options, (grad_y, grad_logdet), x, saved, context, parameters, needed)
     return *found, None, None, None, None
 
 
@@ -195,10 +202,10 @@ def _fake(
     program: str,
     inverse: bool,
     base: bool,
-    save: bool,
+    keep: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_parameters(x, parameters, FlowProgram.parse(program))
-    size = torch.library.get_ctx().new_dynamic_size() if save else 0  # what is kept is the business of the engine
+    size = torch.library.get_ctx().new_dynamic_size() if keep else 0  # what is kept is the business of the engine
     return x.new_empty(x.shape), x.new_empty(x.shape[:1]), x.new_empty(size)
 
 
@@ -212,6 +219,7 @@ def _fake_backward(
     program: str,
     inverse: bool,
     base: bool,
+    keep: int,
     context_grad: bool,
     wanted: str,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -224,7 +232,7 @@ def _vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
     """Rows of x and context go into one batch; programs with several sets of parameters run one by one."""
     (x, context, parameters, *rest), (x_dim, context_dim, parameter_dims, *_), size = args, in_dims, info.batch_size
     op = torch.ops.iin_fast.flow_program
-    if size == 0 or any(dim is not None for dim in parameter_dims or ()):
+    if any(dim is not None for dim in parameter_dims or ()):
         return _one_by_one(op, info, in_dims, *args)
     batch = front(x, x_dim, size).shape[1]
     context = None if context is None else front(context, context_dim, size).flatten(0, 1)

@@ -1,0 +1,171 @@
+"""The compiled op against the definition: values, log-dets and all gradients, on every instruction set, over random programs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import iin_fast
+from flow.programs import Drawn, programs, tame
+from flow.test_program import corrupted
+from iin_fast.flow import FlowProgram
+from iin_fast.ops.flow_program import engine, flow_program
+from iin_fast.testing.backends import relative_error
+
+pytestmark = pytest.mark.skipif(not engine.AVAILABLE, reason="the compiled library has no engine for programs")
+
+MEMORY = st.sampled_from(sorted(engine.KEEP))
+EDGES = (1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129)  # of tiles of 16, 32 and 64 rows
+
+
+def results(drawn: Drawn, backend: str, **options) -> list[Tensor]:
+    """Outputs, and the gradients of a number that weights all of them differently."""
+    with iin_fast.backend(backend):
+        outputs = flow_program(drawn.x, drawn.context, drawn.parameters, drawn.program, **options)
+        score = sum((t * torch.linspace(0.5, 1.5, t.numel(), dtype=t.dtype).reshape(t.shape)).sum() for t in outputs)
+        grads = torch.autograd.grad(score, drawn.inputs(), allow_unused=True)
+    zeros = [torch.zeros_like(t) if g is None else g for t, g in zip(drawn.inputs(), grads, strict=True)]
+    return [*(t.detach() for t in outputs), *zeros]
+
+
+def check(drawn: Drawn, **options) -> None:
+    """float64: equal. float32: as near to the truth as the definition in float32 is."""
+    options.setdefault("memory", "auto")
+    wanted = results(drawn, "reference", **options)
+    assume(tame(*wanted))
+    found = results(drawn, "cpp", **options)
+    for place, (ours, truth) in enumerate(zip(found, wanted, strict=True)):
+        assert ours.shape == truth.shape and ours.dtype == truth.dtype
+        assert relative_error(ours, truth) < 1e-9, f"result {place} in float64"
+    rounded = drawn.to(torch.float32)
+    truth = results(rounded.to(torch.float64), "reference", **options)
+    plain, ours = (results(rounded, backend, **options) for backend in ("reference", "cpp"))
+    for place, (o, p, t) in enumerate(zip(ours, plain, truth, strict=True)):
+        assert o.dtype == torch.float32
+        assert relative_error(o, t) <= 8 * relative_error(p, t) + 1e-5, f"result {place} in float32"
+
+
+@settings(max_examples=int(os.environ.get("IIN_FAST_EXAMPLES", 100)), deadline=None)
+@given(programs(), st.booleans(), st.booleans(), MEMORY)
+def test_equals_the_definition(drawn: Drawn, inverse: bool, base: bool, memory: str) -> None:
+    check(drawn, inverse=inverse, base=base, memory=memory)
+
+
+@settings(max_examples=int(os.environ.get("IIN_FAST_EXAMPLES", 40)), deadline=None)
+@given(st.data(), st.sampled_from(EDGES), st.booleans(), MEMORY)
+def test_edges_of_tiles(data: st.DataObject, batch: int, inverse: bool, memory: str) -> None:
+    check(data.draw(programs(batches=(batch, batch), dims=(1, 8))), inverse=inverse, memory=memory)
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
+def test_every_instruction_set(isa: str) -> None:
+    """The two tests above in a process of its own; a machine without it runs the best that it has."""
+    environment = {**os.environ, "IIN_FAST_CPU": isa, "IIN_FAST_EXAMPLES": "40", "IIN_FAST_BACKEND": ""}
+    names = [f"{Path(__file__)}::{test.__name__}" for test in (test_equals_the_definition, test_edges_of_tiles)]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *names]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert "2 passed" in done.stdout
+
+
+@settings(max_examples=30, deadline=None)
+@given(programs(batches=(65, 300)), st.booleans(), MEMORY)
+def test_same_bits_with_any_number_of_threads(drawn: Drawn, inverse: bool, memory: str) -> None:
+    drawn = drawn.to(torch.float32)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = results(drawn, "cpp", inverse=inverse, memory=memory)
+        assume(tame(*alone))
+        for threads in (2, 5):
+            torch.set_num_threads(threads)
+            for ours, wanted in zip(results(drawn, "cpp", inverse=inverse, memory=memory), alone, strict=True):
+                assert torch.equal(ours, wanted)
+    finally:
+        torch.set_num_threads(before)
+
+
+@settings(max_examples=200, deadline=None)
+@given(programs(batches=(3, 3), dims=(1, 6)), st.integers(0, 2**20), st.booleans())
+def test_a_corrupted_text_is_an_error_or_a_program(drawn: Drawn, seed: int, inverse: bool) -> None:
+    """Given to the library itself, past the checks of Python: it refuses what it cannot read, and never reads out of bounds."""
+    text = corrupted(drawn.program.text, seed)
+    x, context, parameters = drawn.x.detach(), drawn.context, [p.detach() for p in drawn.parameters]
+    context = None if context is None else context.detach()
+    try:
+        y, logdet, saved = torch.ops.iin_fast.flow_program(x, context, parameters, text, inverse, False, 2)
+    except RuntimeError as error:
+        assert "flow_program" in str(error)
+        return
+    assert y.shape == x.shape and logdet.shape == x.shape[:1]
+    wanted = "1" * len(parameters)
+    grads = torch.ones_like(y), torch.ones_like(logdet)
+    arguments = x, saved, context, parameters, text, inverse, False, 2, context is not None, wanted
+    if all(p.dtype != torch.bool for p in parameters):
+        torch.ops.iin_fast.flow_program_backward(*grads, *arguments)
+
+
+@settings(max_examples=100, deadline=None)
+@given(programs(batches=(3, 3), dims=(1, 6)), st.data())
+def test_a_tensor_of_another_size_or_type_is_an_error(drawn: Drawn, data: st.DataObject) -> None:
+    """Given to the library itself, as after the checks of Python."""
+    assume(any(p.is_floating_point() for p in drawn.parameters))
+    used = sorted({read.ref.tensor for reads in drawn.program.reads for read in reads})
+    place = data.draw(st.sampled_from(used))
+    ends = [
+        r.ref.offset + torch.Size(r.shape).numel()
+        for reads in drawn.program.reads
+        for r in reads
+        if r.ref.tensor == place
+    ]
+    assume(max(ends) > 0)
+    parameters = [p.detach() for p in drawn.parameters]
+    value = parameters[place]
+    parameters[place] = data.draw(
+        st.sampled_from(
+            [
+                value.flatten()[: max(ends) - 1],
+                value.float() if value.is_floating_point() else value.int(),
+                value.to("meta"),
+            ]
+        )
+    )
+    context = None if drawn.context is None else drawn.context.detach()
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        torch.ops.iin_fast.flow_program(drawn.x.detach(), context, parameters, drawn.program.text, False, False, 0)
+
+
+def test_masks_without_an_order_are_an_error() -> None:
+    """Where Python did not look: sampling would never know a first feature."""
+    text = "flow 1 2 0 2 1 autoregressive net 1 dense 0 2 0 0 -1 0 1 0 1 2 affine 4 1.0 1.0 -1 1 0 1"
+    FlowProgram.parse(text)
+    parameters = [torch.ones(2, 2), torch.ones(2, 2)]
+    with pytest.raises(RuntimeError, match="layer 0: its masks leave no order"):
+        torch.ops.iin_fast.flow_program(torch.zeros(3, 2), None, parameters, text, True, False, 0)
+
+
+@pytest.mark.parametrize("place", ["x", "parameter"])
+@settings(max_examples=40, deadline=None)
+@given(
+    drawn=programs(batches=(1, 40), dims=(1, 6)),
+    inverse=st.booleans(),
+    value=st.sampled_from([float("nan"), float("inf")]),
+)
+def test_what_is_not_finite_stays_so(place: str, drawn: Drawn, inverse: bool, value: float) -> None:
+    """Where the definition gives a value that is not finite, so does the engine."""
+    tensor = drawn.x if place == "x" else next((p for p in drawn.parameters if p.requires_grad and p.numel()), drawn.x)
+    assume(tensor.numel() > 0)
+    with torch.no_grad():
+        tensor.view(-1)[0] = value
+        arguments = drawn.x, drawn.context, drawn.parameters, drawn.program
+        with iin_fast.backend("reference"):
+            wanted = flow_program(*arguments, inverse=inverse)
+        found = flow_program(*arguments, inverse=inverse)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert not (ours.isfinite() & ~theirs.isfinite()).any()
