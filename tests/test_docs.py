@@ -127,7 +127,16 @@ def test_site_has_every_page(site: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["iin_fast", "iin_fast.nn", "iin_fast.functional", "iin_fast.evaluate", "iin_fast.train", "iin_fast.runs"]
+    "module",
+    [
+        "iin_fast",
+        "iin_fast.nn",
+        "iin_fast.flow",
+        "iin_fast.functional",
+        "iin_fast.evaluate",
+        "iin_fast.train",
+        "iin_fast.runs",
+    ],
 )
 def test_reference_is_complete(site: Path, module: str) -> None:
     """Every public name has its entry, but modules and the version."""
