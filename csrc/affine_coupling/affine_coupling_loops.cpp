@@ -5,6 +5,8 @@
 // functions within it. Rows are the unit of parallel work; a row is summed in one thread, in one order.
 #include "affine_coupling/affine_coupling_loops.h"
 
+#include "common/sum.h"
+
 namespace iin_fast {
 namespace IIN_FAST_ISA {
 namespace {
@@ -15,7 +17,7 @@ void forward_rows(const CouplingForward<Storage> &job, int64_t begin, int64_t en
   const T clamp = static_cast<T>(job.clamp);
   T x_block[buffer_elements<Storage>], raw_block[buffer_elements<Storage>], shift_block[buffer_elements<Storage>];
   for (int64_t row = begin; row < end; ++row) {
-    T sum = 0;
+    CompensatedSum<double> sum;
     for (int64_t start = 0; start < job.features; start += block_elements<Storage>) {
       const int64_t rest = job.features - start,
                     count = rest < block_elements<Storage> ? rest : block_elements<Storage>;
@@ -24,15 +26,14 @@ void forward_rows(const CouplingForward<Storage> &job, int64_t begin, int64_t en
       const T *raw = squash == Squash::none ? x : load(job.raw[row] + start, raw_block, count);
       const T *shift = load(job.shift[row] + start, shift_block, count);
       T *y = output(y_row, x_block);
-#pragma omp simd reduction(+ : sum)
-      for (int64_t i = 0; i < count; ++i) {
+      add_terms<T>(sum, count, [&](int64_t i) __attribute__((always_inline)) {
         T logdet;
         y[i] = couple<squash, inverse>(x[i], raw[i], shift[i], clamp, logdet);
-        sum += logdet;
-      }
+        return logdet;
+      });
       store(y, y_row, count);
     }
-    job.logdet[row] = sum;
+    job.logdet[row] = static_cast<T>(sum.total());
   }
 }
 

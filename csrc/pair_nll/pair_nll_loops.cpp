@@ -4,6 +4,8 @@
 // the unit of parallel work; a pair is summed in one thread, in one order.
 #include "pair_nll/pair_nll_loops.h"
 
+#include "common/sum.h"
+
 namespace iin_fast {
 namespace IIN_FAST_ISA {
 

@@ -16,10 +16,12 @@ from torch import Tensor
 __all__ = [
     "INTERPRETED",
     "CompileCase",
+    "add_term",
     "atan",
     "autotuned",
     "bucket",
     "ceil_div",
+    "compensated",
     "compile_case",
     "launch",
     "on_device",
@@ -248,17 +250,32 @@ def atan(x):
     return tl.where(x < 0, -result, result)
 
 
+@triton.jit
+def add_term(total, lost, term):
+    """total + term, and ``lost`` with the rounding error of that addition: CompensatedSum of csrc/common/sum.h."""
+    result = total + term
+    added = result - total
+    return result, lost + ((total - (result - added)) + (term - added))
+
+
+@triton.jit
+def compensated(total, lost):
+    """The sum that :func:`add_term` made. Of an infinite one ``lost`` is NaN."""
+    return tl.where(tl.abs(total) < float("inf"), total + lost, total)
+
+
 @triton.jit(do_not_specialize=["batch"])
 def _sum_parts(parts, out, batch, count, WIDE: tl.constexpr, BLOCK: tl.constexpr):
     """out[row] = parts[0, row] + ... + parts[count - 1, row], always in this order."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     valid = row < batch
     total = tl.zeros([BLOCK], WIDE)
+    lost = tl.zeros([BLOCK], WIDE)
     at = parts + row
     for _ in range(count):
-        total += tl.load(at, mask=valid, other=0.0)
+        total, lost = add_term(total, lost, tl.load(at, mask=valid, other=0.0))
         at += batch
-    tl.store(out + row, total, mask=valid)
+    tl.store(out + row, compensated(total, lost), mask=valid)
 
 
 def sum_parts(parts: Tensor, out: Tensor) -> None:

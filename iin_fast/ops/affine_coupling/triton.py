@@ -17,10 +17,12 @@ from torch import Tensor
 
 from ..triton_common import (
     CompileCase,
+    add_term,
     atan,
     autotuned,
     bucket,
     ceil_div,
+    compensated,
     launch,
     on_device,
     power_of_two,
@@ -89,6 +91,7 @@ def _forward(
     start = tl.program_id(1) * part
     long_row = row.to(tl.int64)[:, None]
     total = tl.zeros([BLOCK_R, BLOCK_N], WIDE)
+    lost = tl.zeros([BLOCK_R, BLOCK_N], WIDE)
     for first in range(start, tl.minimum(start + part, width), BLOCK_N):
         column = first + tl.arange(0, BLOCK_N)[None, :]
         valid = (row < batch)[:, None] & (column < width)
@@ -99,9 +102,9 @@ def _forward(
         else:
             s, _ = log_scale(tl.load(raw + long_row * raw_row + column, mask=valid, other=0.0).to(WIDE), SQUASH, CLAMP)
             result = (v - t) * tl.exp(-s) if INVERSE else v * tl.exp(s) + t
-            total += tl.where(valid, s, 0.0)
+            total, lost = add_term(total, lost, tl.where(valid, s, 0.0))
         tl.store(y + long_row * width + column, result.to(y.dtype.element_ty), mask=valid)
-    summed = tl.sum(total, 1)
+    summed = tl.sum(compensated(total, lost), 1)
     tl.store(logdet + tl.program_id(1).to(tl.int64) * batch + row, -summed if INVERSE else summed, mask=row < batch)
 
 
