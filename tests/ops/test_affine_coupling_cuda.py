@@ -5,6 +5,7 @@ import ctypes
 import pytest
 import torch
 from cuda_emulator import LaunchPlan, call, data, load, matrix, type_name
+from numerics import check_sums, long_terms
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -102,6 +103,15 @@ def test_wide_rows(dtype: torch.dtype) -> None:
     for shape in WIDE:
         check(inputs(shape, dtype, "tanh"), "tanh", inverse=False)
         check(inputs(shape, dtype, "none"), "none", inverse=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_logdets_of_long_rows(dtype: torch.dtype) -> None:
+    for raw in long_terms(dtype, most=200_000):
+        for multiprocessors in (1, 108):  # a block a row, and many
+            zeros = torch.zeros_like(raw)
+            _, logdet = forward(zeros, raw, zeros, "identity", 1.0, True, LaunchPlan(multiprocessors=multiprocessors))
+            check_sums(-logdet, raw)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
