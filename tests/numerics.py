@@ -1,12 +1,22 @@
 """Hard inputs for all backends of an op, and how far from the truth their results may lie."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-__all__ = ["RHOS", "SIZES", "check_near_one", "check_sums", "long_terms", "pairs_near_one"]
+__all__ = [
+    "at_the_edge_of_overflow",
+    "check_not_finite",
+    "spoiled",
+    "RHOS",
+    "SIZES",
+    "check_near_one",
+    "check_sums",
+    "long_terms",
+    "pairs_near_one",
+]
 
 
 def long_terms(dtype: torch.dtype, *, most: int = 1_000_000) -> Iterator[Tensor]:
@@ -57,3 +67,35 @@ def check_near_one(
     assert ((loss - terms.sum(1)).abs() <= 4 * eps * terms.abs().sum(1)).all()
     assert ((grad_b - pull).abs() <= 4 * eps * pull.abs().amax()).all()
     assert ((grad_a - (a - m * rho * pull)).abs() <= 4 * eps * pull.abs().amax()).all()
+
+
+def spoiled(tensors: Sequence[Tensor | None]) -> Iterator[tuple[str, list[Tensor | None]]]:
+    """The floating tensors with NaN, inf or -inf at random places of one of them, and of all."""
+    generator = torch.Generator().manual_seed(0)
+    given = [i for i, t in enumerate(tensors) if t is not None and t.is_floating_point() and t.numel() > 0]
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        for places in (*([i] for i in given), given):
+            changed = list(tensors)
+            for i in places:
+                changed[i] = tensors[i].clone()  # type: ignore[union-attr]
+                few = 1 + torch.randint(2, (), generator=generator).item() if len(places) == 1 else 1
+                at = torch.randperm(changed[i].numel(), generator=generator)[:few]
+                changed[i].view(-1)[at] = bad
+            yield f"{bad} in {places}", changed
+
+
+def check_not_finite(got: Tensor, want: Tensor, label: object, kinds: bool = True) -> None:
+    """NaN and each infinity stand where the definition has them; without ``kinds``, any of the three."""
+    for what in (torch.isnan, torch.isposinf, torch.isneginf) if kinds else (torch.isfinite,):
+        assert torch.equal(what(got), what(want)), (label, what.__name__, got, want)
+
+
+def at_the_edge_of_overflow() -> tuple[list[Tensor], list[Tensor]]:
+    """x, raw and shift of float32 couplings with squash "identity", the gradient of y, and the gradients in float64.
+
+    The gradient times exp(s) is infinite, times x exp(s) it is not.
+    """
+    x, raw, grad = torch.tensor([[1e-20, -1e-25]]), torch.tensor([[80.0, 88.0]]), torch.tensor([[1e10, -1e8]])
+    slope = raw.double().exp()
+    truths = [grad * slope, grad * x.double() * slope, grad.double()]
+    return [x, raw, torch.zeros(1, 2), grad], truths

@@ -5,7 +5,7 @@ import ctypes
 import pytest
 import torch
 from cuda_emulator import LaunchPlan, call, data, load, matrix, type_name
-from numerics import RHOS, SIZES, check_near_one, check_sums, long_terms, pairs_near_one
+from numerics import RHOS, SIZES, check_near_one, check_not_finite, check_sums, long_terms, pairs_near_one, spoiled
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -157,3 +157,17 @@ def test_correlations_next_to_one(rho: float) -> None:
     loss = forward(*given, shared, SIZES, rho, True, LaunchPlan())
     grads = backward(torch.ones(len(loss)), *given[:2], shared, SIZES, rho, LaunchPlan())
     check_near_one(loss, *grads, *given[:2], shared, rho)
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_what_is_not_finite(normalized: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    samples, logdets = torch.randn(2, 4, 40, generator=generator), torch.randn(2, 4, generator=generator)
+    shared, sizes = torch.rand(4, 3, generator=generator) < 0.5, [3, 20, 17]
+    for _, (*given, grad) in spoiled([*samples.clone(), *logdets.clone(), torch.ones(4)]):
+        leaves = [t.clone().requires_grad_() for t in given]
+        truth = reference.pair_nll(*leaves, shared, sizes, 0.9, normalized)
+        truths = torch.autograd.grad(truth, leaves[:2], grad)
+        check_not_finite(forward(*given, shared, sizes, 0.9, normalized, LaunchPlan()), truth, "loss")
+        for got, want in zip(backward(grad, *given[:2], shared, sizes, 0.9, LaunchPlan()), truths, strict=True):
+            check_not_finite(got, want, "gradient", kinds=False)
