@@ -117,20 +117,23 @@ template <class T> struct CouplingGradient {
   T x, raw, shift;
 };
 
-// `value` is what multiplies ds: the input x of the forward map, the output of the inverse map.
+// `value` is what multiplies ds: the input x of the forward map, the output of the inverse map. dy/ds = x exp(s) is
+// formed before the gradient joins: it is as large as y, so it overflows only where y does.
 template <Squash squash, bool inverse, class T>
 IIN_FAST_HD CouplingGradient<T> couple_backward(T value, T raw, T clamp, T grad_y, T grad_logdet) {
-  T derivative, grad_x;
+  T derivative, slope, grad_x; // slope: what multiplies x in the forward map
   const T sign = inverse ? T(-1) : T(1);
   if constexpr (makes_scale<squash>) {
     const T scale = scale_of<squash>(raw, clamp, derivative);
+    slope = scale;
     grad_x = inverse ? grad_y / scale : grad_y * scale;
   } else {
     const T s = log_scale<squash>(raw, clamp, derivative);
-    grad_x = squash == Squash::none ? grad_y : grad_y * math::exp(sign * s);
+    slope = squash == Squash::none ? T(1) : math::exp(sign * s);
+    grad_x = squash == Squash::none ? grad_y : grad_y * slope;
   }
   const T grad_shift = inverse ? -grad_x : grad_y;
-  const T grad_s = sign * ((inverse ? grad_y : grad_x) * value + grad_logdet);
+  const T grad_s = sign * (grad_y * (inverse ? value : slope * value) + grad_logdet);
   return {grad_x, grad_s * derivative, grad_shift};
 }
 

@@ -14,6 +14,7 @@
 
 #include "affine_coupling/affine_coupling.h"
 #include "common/rows.cuh"
+#include "common/sum.h"
 
 namespace iin_fast {
 
@@ -51,7 +52,7 @@ __global__ void __launch_bounds__(row_threads)
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * rows_per_block; first < job.rows; first += rows_per_grid) {
     const int64_t row = first + (threadIdx.x >> log_lanes);
     const bool valid = row < job.rows; // all threads stay to the sum, whether they have a row or not
-    T sum = 0;
+    CompensatedSum<T> sum;
     if (valid) {
       const Storage *const x_row = job.x[row], *const raw_row = job.raw[row], *const shift_row = job.shift[row];
       Storage *const y_row = job.y + row * job.features;
@@ -66,15 +67,15 @@ __global__ void __launch_bounds__(row_threads)
           for (int i = 0; i < vector; ++i) {
             T logdet;
             x[i] = couple<decltype(squash)::value, decltype(inverse)::value>(x[i], raw[i], shift[i], clamp, logdet);
-            sum += logdet;
+            sum.add(logdet);
           }
         });
         store_vector<vector>(x, y_row + at);
       }
     }
-    sum = sum_over_lanes(sum, lanes, warp_sums);
+    const T total = sum_over_lanes(sum.total(), lanes, warp_sums);
     if (valid && lane == 0)
-      sums[row * gridDim.y + blockIdx.y] = sum;
+      sums[row * gridDim.y + blockIdx.y] = total;
   }
 }
 

@@ -224,7 +224,7 @@ __device__ __forceinline__ void backward_tile(const FlowBackwardWalk<typename Ti
         const T gy = g[row * walk.dim() + j], st = s[row * transformed + j], vt = v.data[row * v.row + j];
         const T gl = back.grad_logdet[row];
         if (net == 0)
-          return (walk.inverse ? -(gy * vt + gl) : gy * math::exp(st) * vt + gl) * (T(1) - st * st);
+          return (walk.inverse ? -(gy * vt + gl) : gy * (math::exp(st) * vt) + gl) * (T(1) - st * st);
         return walk.inverse ? -gy * math::exp(-st) : gy;
       });
     else {

@@ -19,6 +19,7 @@
 #include <cooperative_groups.h>
 
 #include "common/math.h"
+#include "common/sum.h"
 #include "common/tile.cuh"
 #include "flow/flow.h"
 
@@ -184,9 +185,10 @@ __device__ __forceinline__ void enter_rows(const FlowWalk<Storage> &walk, bool i
   const Way way = inverse ? Way{Move::table, last, Pass::keep, 0} : Way{Move::keep, 0, Pass::normalize, 0};
   T *const target = walk.stage(inverse ? walk.steps() - 1 : 0);
   for (int64_t row = first_warp; row < walk.sizes.batch; row += warps) {
-    T gained = 0;
+    CompensatedSum<T> sum;
     for (int column = lane; column < walk.dim(); column += warp_lanes)
-      gained += carry<Storage>(walk, way, target, nullptr, row, column, widen(walk.x[row * walk.x_row + column]));
+      sum.add(carry<Storage>(walk, way, target, nullptr, row, column, widen(walk.x[row * walk.x_row + column])));
+    T gained = sum.total();
     for (int offset = warp_lanes / 2; offset > 0; offset /= 2)
       gained += __shfl_xor_sync(whole_warp, gained, offset);
     if (lane == 0 && walk.parts != nullptr)
@@ -201,10 +203,10 @@ __device__ __forceinline__ void finish_rows(const FlowWalk<Storage> &walk, unsig
   using T = compute_t<Storage>;
   T *const sums = reinterpret_cast<T *>(shared);
   const int64_t scales = walk.sizes.n_flows * walk.sizes.dim;
-  T sum = 0;
+  CompensatedSum<T> sum;
   for (int64_t at = threadIdx.x; at < scales; at += tile_threads)
-    sum += math::log(math::abs(widen(__ldg(walk.weights.scale + at))));
-  sums[threadIdx.x] = sum;
+    sum.add(math::log(math::abs(widen(__ldg(walk.weights.scale + at)))));
+  sums[threadIdx.x] = sum.total();
   for (int half = tile_threads / 2; half > 0; half /= 2) {
     __syncthreads();
     if (static_cast<int>(threadIdx.x) < half)
@@ -213,10 +215,11 @@ __device__ __forceinline__ void finish_rows(const FlowWalk<Storage> &walk, unsig
   __syncthreads();
   const int count = 1 + walk.steps() * walk.tiles;
   for (int64_t row = first; row < walk.sizes.batch; row += threads) {
-    T total = sums[0];
+    CompensatedSum<T> total;
+    total.add(sums[0]);
     for (int part = 0; part < count; ++part)
-      total += walk.parts[part * walk.sizes.batch + row];
-    walk.logdet[row] = walk.inverse ? -total : total;
+      total.add(walk.parts[part * walk.sizes.batch + row]);
+    walk.logdet[row] = walk.inverse ? -total.total() : total.total();
   }
 }
 

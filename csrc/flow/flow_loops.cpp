@@ -16,6 +16,7 @@
 #include <cmath>
 
 #include "common/math.h"
+#include "common/sum.h"
 #include "flow/conditioner.h"
 
 namespace iin_fast {
@@ -54,10 +55,10 @@ template <class T> Saved<T> saved_of(T *saved, const Widths<T> &w, int64_t batch
 template <class T> struct Rows {
   const FlowJob<T> &job;
   Widths<T> w;
-  T log_slope; // what the log-det gains per feature that the activation scaled
+  double log_slope; // what the log-det gains per feature that the activation scaled
 
   explicit Rows(const FlowJob<T> &j)
-      : job(j), w(j.sizes), log_slope(j.exact_logdet ? static_cast<T>(std::log(double(j.activation_slope))) : T(0)) {}
+      : job(j), w(j.sizes), log_slope(j.exact_logdet ? std::log(double(j.activation_slope)) : 0) {}
 
   const T *context(int64_t block, int64_t row) const {
     if (w.context == 0)
@@ -115,7 +116,7 @@ template <class T> struct Rows {
   }
 
   // h = activation(scale * (x + loc)); returns what the activation adds to the log-det
-  T normalize(int64_t block, const T *x, T *h) const {
+  double normalize(int64_t block, const T *x, T *h) const {
     const T *loc = job.weights.loc + block * w.dim, *scale = job.weights.scale + block * w.dim;
     T negatives = 0;
     const T slope = job.activation_slope;
@@ -125,10 +126,10 @@ template <class T> struct Rows {
       h[j] = v < T(0) ? slope * v : v;
       negatives += v < T(0) ? T(1) : T(0);
     }
-    return slope == T(1) ? T(0) : negatives * log_slope;
+    return slope == T(1) ? 0 : negatives * log_slope;
   }
 
-  T denormalize(int64_t block, const T *h, T *x) const {
+  double denormalize(int64_t block, const T *h, T *x) const {
     const T *loc = job.weights.loc + block * w.dim, *scale = job.weights.scale + block * w.dim;
     T negatives = 0;
     const T slope = job.activation_slope;
@@ -138,38 +139,33 @@ template <class T> struct Rows {
       x[j] = v / scale[j] - loc[j];
       negatives += h[j] < T(0) ? T(1) : T(0);
     }
-    return slope == T(1) ? T(0) : negatives * log_slope;
+    return slope == T(1) ? 0 : negatives * log_slope;
   }
 
-  // The transformed part v of a stage, forward or back; s = tanh(raw). Returns the sum of s.
-  T couple(T *v, const T *raw, const T *shift, T *s, bool inverse) const {
-    T sum = 0;
-    if (inverse) {
-#pragma omp simd reduction(+ : sum)
-      for (int64_t j = 0; j < w.transformed; ++j) {
+  // The transformed part v of a stage, forward or back; s = tanh(raw), which is added to `sum`.
+  void couple(T *v, const T *raw, const T *shift, T *s, bool inverse, CompensatedSum<double> &sum) const {
+    if (inverse)
+      add_terms<T>(sum, w.transformed, [&](int64_t j) __attribute__((always_inline)) {
         const T value = math::tanh(raw[j]);
         s[j] = value;
         v[j] = (v[j] - shift[j]) * math::exp(-value);
-        sum += value;
-      }
-    } else {
-#pragma omp simd reduction(+ : sum)
-      for (int64_t j = 0; j < w.transformed; ++j) {
+        return value;
+      });
+    else
+      add_terms<T>(sum, w.transformed, [&](int64_t j) __attribute__((always_inline)) {
         const T value = math::tanh(raw[j]);
         s[j] = value;
         v[j] = v[j] * math::exp(value) + shift[j];
-        sum += value;
-      }
-    }
-    return sum;
+        return value;
+      });
   }
 };
 
-template <class T> T actnorm_logdet(const FlowJob<T> &job) {
-  double sum = 0;
+template <class T> double actnorm_logdet(const FlowJob<T> &job) {
+  CompensatedSum<double> sum;
   for (int64_t i = 0; i < job.sizes.n_flows * job.sizes.dim; ++i)
-    sum += std::log(std::fabs(double(job.weights.scale[i])));
-  return static_cast<T>(sum);
+    sum.add(std::log(std::fabs(double(job.weights.scale[i]))));
+  return sum.total();
 }
 
 // How threads share a call.
@@ -211,19 +207,22 @@ template <class F> void over_rows(const Team &team, int64_t from, int64_t to, in
 
 template <class T> struct ForwardSpace {
   T *stage, *activations, *raw, *row; // row: 3 rows per thread of the team
+  CompensatedSum<double> *logdets;    // of the map from the rows' x to their y, or of its inverse
   ForwardSpace(Pieces<T> &pieces, const Widths<T> &w, int64_t batch, int64_t threads, bool save) {
     const int64_t chunk = smaller(batch, chunk_rows);
     stage = save ? nullptr : pieces.take(batch * w.ld_row);
     activations = save ? nullptr : pieces.take(2 * 2 * chunk * w.ld_hidden);
     raw = pieces.take(2 * chunk * w.ld_out);
     row = pieces.take(threads * 3 * w.ld_dim);
+    logdets = reinterpret_cast<CompensatedSum<double> *>(
+        pieces.take(batch * static_cast<int64_t>(sizeof(CompensatedSum<double>) / sizeof(T))));
   }
 };
 
-// Rows [from, to) through all blocks. space.stage is indexed from `from`.
+// Rows [from, to) through all blocks. space.stage and logdets are indexed from `from`.
 template <class T>
 void walk_forward(const FlowJob<T> &job, const Rows<T> &rows, const Team &team, const ForwardSpace<T> &space,
-                  int64_t from, int64_t to, T constant) {
+                  int64_t from, int64_t to, double constant) {
   const Widths<T> &w = rows.w;
   const int64_t batch = job.sizes.batch, n = job.sizes.n_flows, steps = 2 * n;
   // the stage of a step (block, half) = step / 2, step % 2, at row r
@@ -234,12 +233,13 @@ void walk_forward(const FlowJob<T> &job, const Rows<T> &rows, const Team &team, 
   over_rows(team, from, to, w.dim, [&](int64_t begin, int64_t end, int64_t group) {
     T *z = space.row + group * 3 * w.ld_dim;
     for (int64_t r = begin; r < end; ++r) {
+      CompensatedSum<double> &logdet = space.logdets[r - from] = {};
+      logdet.add(constant);
       if (job.inverse) {
         rows.unpermute(n - 1, job.x + r * w.dim, z);
-        job.logdet[r] = -constant;
         rows.put(n - 1, r, z, stage_of(steps - 1, r));
       } else {
-        job.logdet[r] = constant + rows.normalize(0, job.x + r * w.dim, z);
+        logdet.add(rows.normalize(0, job.x + r * w.dim, z));
         rows.put(0, r, z, stage_of(0, r));
       }
     }
@@ -266,7 +266,8 @@ void walk_forward(const FlowJob<T> &job, const Rows<T> &rows, const Team &team, 
           T *s = job.saved != nullptr ? saved_of(job.saved, w, batch, step).s + r * w.ld_out : raw;
           T *stage = stage_of(step, r);
           rows.get(stage, z);
-          T logdet = rows.couple(z + w.conditioning, raw, shift, s, job.inverse);
+          CompensatedSum<double> &logdet = space.logdets[r - from];
+          rows.couple(z + w.conditioning, raw, shift, s, job.inverse, logdet);
           for (int64_t j = w.transformed; j < w.ld_out; ++j)
             s[j] = T(0);
           if (!job.inverse) {
@@ -277,7 +278,7 @@ void walk_forward(const FlowJob<T> &job, const Rows<T> &rows, const Team &team, 
               rows.permute(block, z, job.y + r * w.dim);
             } else {
               rows.permute(block, z, next);
-              logdet += rows.normalize(block + 1, next, work);
+              logdet.add(rows.normalize(block + 1, next, work));
               rows.put(block + 1, r, work, stage_of(step + 1, r));
             }
           } else {
@@ -288,14 +289,15 @@ void walk_forward(const FlowJob<T> &job, const Rows<T> &rows, const Team &team, 
               rows.put(block, r, next, stage_of(step - 1, r));
             } else {
               T *x = block == 0 ? job.y + r * w.dim : next;
-              logdet += rows.denormalize(block, z, x);
+              logdet.add(rows.denormalize(block, z, x));
               if (block > 0) {
                 rows.unpermute(block - 1, x, work);
                 rows.put(block - 1, r, work, stage_of(step - 1, r));
               }
             }
           }
-          job.logdet[r] += job.inverse ? -logdet : logdet;
+          if (walked == steps - 1)
+            job.logdet[r] = static_cast<T>(job.inverse ? -logdet.total() : logdet.total());
         }
       });
     }
@@ -396,17 +398,19 @@ void walk_backward(const FlowBackwardJob<T> &whole, const Rows<T> &rows, const T
           const T gl = whole.grad_logdet[r];
           T *s = saved ? saved_of(job.saved, w, batch, step).s + r * w.ld_out : space.raw + (r - chunk) * w.ld_out;
           const T *shift = space.raw + raw_stride + (r - chunk) * w.ld_out;
-          if (!saved && !job.inverse)
-            rows.couple(v, s, shift, s, true);
+          if (!saved && !job.inverse) {
+            CompensatedSum<double> not_wanted;
+            rows.couple(v, s, shift, s, true, not_wanted);
+          }
           if (!saved && job.inverse)
             for (int64_t j = 0; j < w.transformed; ++j)
               s[j] = math::tanh(s[j]);
           const T sign = job.inverse ? T(-1) : T(1);
 #pragma omp simd
           for (int64_t j = 0; j < w.transformed; ++j) {
-            const T gx = g[j] * math::exp(sign * s[j]);
+            const T scale = math::exp(sign * s[j]), gx = g[j] * scale;
             d_shift[j] = job.inverse ? -gx : g[j];
-            d_raw[j] = sign * ((job.inverse ? g[j] : gx) * v[j] + gl) * (T(1) - s[j] * s[j]);
+            d_raw[j] = sign * (g[j] * (job.inverse ? v[j] : scale * v[j]) + gl) * (T(1) - s[j] * s[j]);
             g[j] = gx;
           }
           if (!saved && job.inverse) // on to what the inverse map had before this half
@@ -569,7 +573,7 @@ template <class T> void flow_forward(const FlowJob<T> &job) {
   const Rows<T> rows(job);
   const Plan plan = plan_of<T>(job.sizes, job.threads);
   const int64_t batch = job.sizes.batch, threads = plan.threads;
-  const T constant = actnorm_logdet(job);
+  const double constant = actnorm_logdet(job);
   const bool save = job.saved != nullptr;
   Pieces<T> pieces{job.workspace};
   if (!plan.tall) {

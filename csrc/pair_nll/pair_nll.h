@@ -9,24 +9,34 @@
 
 namespace iin_fast {
 
-// What a factor contributes per element depends on whether it is shared, through these two numbers only.
+// What a factor contributes per element depends on whether it is shared, through these numbers only. The defaults are
+// those of a factor that is not.
 template <class T> struct FactorWeights {
-  T correlation; // m ρ
-  T precision;   // 1 / (1 - m ρ²)
+  T m = 0;
+  T correlation = 0; // m ρ
+  T rest = 0;        // m (1 - ρ)
+  T precision = 1;   // 1 / (1 - m ρ²)
 };
 
-template <class T> IIN_FAST_HD FactorWeights<T> factor_weights(bool shared, T rho) {
-  return {shared ? rho : T(0), shared ? T(1) / (T(1) - rho * rho) : T(1)};
+// Those of a shared factor. In float32 ρ and 1 would be the same number for ρ next to 1.
+template <class T> IIN_FAST_HD FactorWeights<T> shared_weights(double rho) {
+  return {T(1), T(rho), T(1 - rho), T(1 / ((1 - rho) * (1 + rho)))};
 }
 
+// ½ log (1 - ρ²)
+IIN_FAST_HD double half_log_variance(double rho) { return 0.5 * std::log((1 - rho) * (1 + rho)); }
+
+// b - m ρ a, whose first difference is exact where b is near a.
+template <class T> IIN_FAST_HD T pair_difference(T a, T b, FactorWeights<T> w) { return (b - w.m * a) + w.rest * a; }
+
 template <class T> IIN_FAST_HD T pair_energy(T a, T b, FactorWeights<T> w) {
-  const T difference = b - w.correlation * a;
+  const T difference = pair_difference(a, b, w);
   return T(0.5) * (a * a + difference * difference * w.precision);
 }
 
 // Gradients of the energy, times `grad`.
 template <class T> IIN_FAST_HD void pair_energy_backward(T a, T b, FactorWeights<T> w, T grad, T &grad_a, T &grad_b) {
-  const T pull = (b - w.correlation * a) * w.precision;
+  const T pull = pair_difference(a, b, w) * w.precision;
   grad_b = grad * pull;
   grad_a = grad * (a - w.correlation * pull);
 }

@@ -12,6 +12,7 @@
 #pragma once
 
 #include "common/rows.cuh"
+#include "common/sum.h"
 #include "pair_nll/pair_nll.h"
 
 namespace iin_fast {
@@ -48,20 +49,20 @@ template <class Storage> struct DevicePairNllBackward {
 template <class T> struct FactorWalk {
   const FactorRange &range;
   const bool *const shared; // of this row
-  const T rho;
+  const FactorWeights<T> when_shared;
   int k;
   int64_t end; // where the present factor ends
   FactorWeights<T> weights;
 
-  __device__ FactorWalk(const FactorRange &range, const bool *shared, T rho)
-      : range(range), shared(shared + range.first), rho(rho), k(-1), end(range.begin), weights() {}
+  __device__ FactorWalk(const FactorRange &range, const bool *shared, FactorWeights<T> when_shared)
+      : range(range), shared(shared + range.first), when_shared(when_shared), k(-1), end(range.begin), weights() {}
 
   __device__ __forceinline__ void go_to(int64_t element) {
     if (element >= end) {
       do
         end = range.end[++k];
       while (element >= end); // past factors of size 0 too
-      weights = factor_weights(shared[k], rho);
+      weights = shared[k] ? when_shared : FactorWeights<T>();
     }
   }
 
@@ -85,48 +86,47 @@ template <class T> struct FactorWalk {
 template <class Storage, int vector>
 __global__ void __launch_bounds__(row_threads)
     pair_nll_kernel(const DevicePairNll<Storage> job, const __grid_constant__ FactorRange range,
-                    const compute_t<Storage> half_log_variance, const int log_lanes) {
+                    const FactorWeights<compute_t<Storage>> when_shared, const compute_t<Storage> log_variance,
+                    const int log_lanes) {
   using T = compute_t<Storage>;
   __shared__ T warp_sums[row_threads / warp_lanes];
   constexpr T log_two_pi = T(1.8378770664093454836);
-  const T rho = static_cast<T>(job.rho);
   const int lanes = 1 << log_lanes, lane = threadIdx.x & (lanes - 1), rows_per_block = row_threads >> log_lanes;
   const int64_t rows_per_grid = static_cast<int64_t>(gridDim.x) * rows_per_block;
   const int64_t step = static_cast<int64_t>(lanes) * vector, stop = range.end[range.count - 1];
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * rows_per_block; first < job.rows; first += rows_per_grid) {
     const int64_t row = first + (threadIdx.x >> log_lanes);
     const bool valid = row < job.rows; // all threads stay to the sum, whether they have a row or not
-    T sum = 0;
+    CompensatedSum<T> sum;
     if (valid) {
       const Storage *const a_row = job.za[row], *const b_row = job.zb[row];
       const bool *const shared = job.shared + row * job.factors;
-      FactorWalk<T> walk(range, shared, rho);
+      FactorWalk<T> walk(range, shared, when_shared);
       for (int64_t at = range.begin + lane * vector; at < stop; at += step) {
         T a[vector], b[vector];
         load_vector<vector>(a_row + at, a);
         load_vector<vector>(b_row + at, b);
         walk.template for_vector<vector>(
-            at, [&](int i, FactorWeights<T> weights) { sum += pair_energy(a[i], b[i], weights); });
+            at, [&](int i, FactorWeights<T> weights) { sum.add(pair_energy(a[i], b[i], weights)); });
       }
       if (job.normalized)
         for (int k = lane; k < range.count; k += lanes) {
           const T size = static_cast<T>(range.end[k] - (k > 0 ? range.end[k - 1] : range.begin));
           // a range without a factor has size 0 and no entry in `shared`
-          sum += size * (log_two_pi + (size > T(0) && shared[range.first + k] ? half_log_variance : T(0)));
+          sum.add(size * (log_two_pi + (size > T(0) && shared[range.first + k] ? log_variance : T(0))));
         }
     }
-    sum = sum_over_lanes(sum, lanes, warp_sums);
+    const T total = sum_over_lanes(sum.total(), lanes, warp_sums);
     if (valid && lane == 0) // the launch of the first factors brings the log-dets, later ones add to its loss
-      job.loss[row] = range.first == 0 ? sum - job.logdet_a[row] - job.logdet_b[row] : job.loss[row] + sum;
+      job.loss[row] = range.first == 0 ? total - job.logdet_a[row] - job.logdet_b[row] : job.loss[row] + total;
   }
 }
 
 template <class Storage, int vector>
 __global__ void __launch_bounds__(row_threads)
     pair_nll_backward_kernel(const DevicePairNllBackward<Storage> job, const __grid_constant__ FactorRange range,
-                             const int log_lanes) {
+                             const FactorWeights<compute_t<Storage>> when_shared, const int log_lanes) {
   using T = compute_t<Storage>;
-  const T rho = static_cast<T>(job.rho);
   const int lanes = 1 << log_lanes, lane = threadIdx.x & (lanes - 1), rows_per_block = row_threads >> log_lanes;
   const int64_t rows_per_grid = static_cast<int64_t>(gridDim.x) * rows_per_block;
   const int64_t step = static_cast<int64_t>(gridDim.y) * lanes * vector, stop = range.end[range.count - 1];
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(row_threads)
     const T grad = __ldg(job.grad + row);
     const Storage *const a_row = job.za[row], *const b_row = job.zb[row];
     const int64_t out = row * job.dim;
-    FactorWalk<T> walk(range, job.shared + row * job.factors, rho);
+    FactorWalk<T> walk(range, job.shared + row * job.factors, when_shared);
     for (int64_t at = range.begin + (static_cast<int64_t>(blockIdx.y) * lanes + lane) * vector; at < stop; at += step) {
       T a[vector], b[vector];
       load_vector<vector>(a_row + at, a);
@@ -187,9 +187,11 @@ void launch_pair_nll(const DevicePairNll<Storage> &job, const int64_t *sizes, co
   if (job.rows == 0)
     return;
   const auto kernel = plan.vector > 1 ? pair_nll_kernel<Storage, wide_vector<Storage>> : pair_nll_kernel<Storage, 1>;
-  const auto half_log_variance = static_cast<compute_t<Storage>>(0.5 * std::log(1 - job.rho * job.rho));
+  using T = compute_t<Storage>;
+  const FactorWeights<T> when_shared = shared_weights<T>(job.rho);
+  const auto log_variance = static_cast<T>(half_log_variance(job.rho));
   for_each_factor_range(sizes, job.factors, [&](const FactorRange &range) {
-    launch(kernel, dim3(plan.blocks), dim3(row_threads), job, range, half_log_variance, plan.log_lanes);
+    launch(kernel, dim3(plan.blocks), dim3(row_threads), job, range, when_shared, log_variance, plan.log_lanes);
   });
 }
 
@@ -200,8 +202,9 @@ void launch_pair_nll_backward(const DevicePairNllBackward<Storage> &job, const i
     return;
   const auto kernel =
       plan.vector > 1 ? pair_nll_backward_kernel<Storage, wide_vector<Storage>> : pair_nll_backward_kernel<Storage, 1>;
+  const auto when_shared = shared_weights<compute_t<Storage>>(job.rho);
   for_each_factor_range(sizes, job.factors, [&](const FactorRange &range) {
-    launch(kernel, dim3(plan.blocks, plan.parts), dim3(row_threads), job, range, plan.log_lanes);
+    launch(kernel, dim3(plan.blocks, plan.parts), dim3(row_threads), job, range, when_shared, plan.log_lanes);
   });
 }
 

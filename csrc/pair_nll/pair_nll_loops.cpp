@@ -11,36 +11,37 @@ namespace IIN_FAST_ISA {
 
 template <class Storage> void pair_nll(const PairNll<Storage> &job, int64_t begin, int64_t end) {
   using T = compute_t<Storage>;
-  constexpr T log_two_pi = T(1.8378770664093454836);
-  const T rho = static_cast<T>(job.rho), log_variance = math::log(T(1) - rho * rho);
+  constexpr double log_two_pi = 1.8378770664093454836;
+  const FactorWeights<T> unshared, when_shared = shared_weights<T>(job.rho);
+  const double log_variance = half_log_variance(job.rho);
   T a_block[buffer_elements<Storage>], b_block[buffer_elements<Storage>];
   for (int64_t row = begin; row < end; ++row) {
-    T sum = job.normalized ? T(job.dim) * log_two_pi : T(0);
+    CompensatedSum<double> sum;
     for (int64_t k = 0, start = 0; k < job.factors; start += job.sizes[k++]) {
       const bool shared = job.shared[row * job.factors + k];
-      const FactorWeights<T> w = factor_weights(shared, rho);
+      const FactorWeights<T> w = shared ? when_shared : unshared;
       for (int64_t at = row * job.dim + start, end = at + job.sizes[k]; at < end; at += block_elements<Storage>) {
         const int64_t count = end - at < block_elements<Storage> ? end - at : block_elements<Storage>;
         const T *a = load(job.za + at, a_block, count), *b = load(job.zb + at, b_block, count);
-#pragma omp simd reduction(+ : sum)
-        for (int64_t i = 0; i < count; ++i)
-          sum += pair_energy(a[i], b[i], w);
+        add_terms<T>(sum, count, [&](int64_t i) __attribute__((always_inline)) { return pair_energy(a[i], b[i], w); });
       }
-      if (job.normalized && shared)
-        sum += T(0.5) * T(job.sizes[k]) * log_variance;
+      if (job.normalized)
+        sum.add(double(job.sizes[k]) * (log_two_pi + (shared ? log_variance : 0.0)));
     }
-    job.loss[row] = sum - job.logdet_a[row] - job.logdet_b[row];
+    sum.add(-double(job.logdet_a[row]));
+    sum.add(-double(job.logdet_b[row]));
+    job.loss[row] = static_cast<T>(sum.total());
   }
 }
 
 template <class Storage> void pair_nll_backward(const PairNllBackward<Storage> &job, int64_t begin, int64_t end) {
   using T = compute_t<Storage>;
-  const T rho = static_cast<T>(job.rho);
+  const FactorWeights<T> unshared, when_shared = shared_weights<T>(job.rho);
   T a_block[buffer_elements<Storage>], b_block[buffer_elements<Storage>];
   for (int64_t row = begin; row < end; ++row) {
     const T grad = job.grad[row];
     for (int64_t k = 0, start = 0; k < job.factors; start += job.sizes[k++]) {
-      const FactorWeights<T> w = factor_weights(job.shared[row * job.factors + k], rho);
+      const FactorWeights<T> w = job.shared[row * job.factors + k] ? when_shared : unshared;
       for (int64_t at = row * job.dim + start, end = at + job.sizes[k]; at < end; at += block_elements<Storage>) {
         const int64_t count = end - at < block_elements<Storage> ? end - at : block_elements<Storage>;
         const T *a = load(job.za + at, a_block, count), *b = load(job.zb + at, b_block, count);

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from numerics import RHOS, SIZES, check_near_one, check_sums, long_terms, pairs_near_one
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
@@ -41,6 +42,29 @@ def test_long_rows_are_shared_and_summed_in_order() -> None:
                 pair_nll(x, raw, shift[:, 0], shift[:, 1], shared, sizes, 0.9, normalized=True),
             )
     assert_close(results["triton"], results["reference"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_long_rows_are_summed_to_rounding(dtype: torch.dtype) -> None:
+    shared = torch.tensor([[True, False]] * 2)
+    for terms in long_terms(dtype, most=80_000):
+        zeros = torch.zeros_like(terms)
+        with iin_fast.backend("triton"):
+            _, logdet = affine_coupling(zeros, terms, zeros, squash="identity")
+            loss = pair_nll(terms, zeros, zeros[:, 0], zeros[:, 0], shared, [0, terms.shape[1]], 0.9)
+        # the interpreter adds a tile's columns as numpy does, 16 of them one by one
+        check_sums(logdet, terms, units=4)
+        check_sums(loss, terms * terms * 0.5, units=4)
+
+
+@pytest.mark.parametrize("rho", RHOS)
+def test_correlations_next_to_one(rho: float) -> None:
+    given, shared = pairs_near_one(rho)
+    leaves = [t.requires_grad_() for t in given]
+    with iin_fast.backend("triton"):
+        loss = pair_nll(*leaves, shared, SIZES, rho, normalized=True)
+        grads = torch.autograd.grad(loss.sum(), leaves[:2])
+    check_near_one(loss.detach(), *grads, *(t.detach() for t in leaves[:2]), shared, rho)
 
 
 def test_strides_are_followed() -> None:

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from numerics import at_the_edge_of_overflow
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
@@ -167,6 +168,14 @@ def test_extreme_scales_stay_finite_where_the_definition_does(squash: str, inver
     raw = torch.tensor([[-1e4, -90.0, 0.0, 90.0, 1e4]] * 2)
     y, logdet = affine_coupling(x, raw, shift, squash=squash, inverse=inverse)
     assert y.isfinite().all() and logdet.isfinite().all()
+
+
+def test_gradients_at_the_edge_of_overflow() -> None:
+    (*arguments, grad), truths = at_the_edge_of_overflow()
+    leaves = [a.requires_grad_() for a in arguments]
+    y, _ = affine_coupling(*leaves, squash="identity")
+    for got, want in zip(torch.autograd.grad(y, leaves, grad), truths, strict=True):
+        assert_close(got, want.float(), rtol=1e-5, atol=0)
 
 
 class TestBadInput:

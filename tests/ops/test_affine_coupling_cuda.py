@@ -5,6 +5,7 @@ import ctypes
 import pytest
 import torch
 from cuda_emulator import LaunchPlan, call, data, load, matrix, type_name
+from numerics import at_the_edge_of_overflow, check_not_finite, check_sums, long_terms, spoiled
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -102,6 +103,39 @@ def test_wide_rows(dtype: torch.dtype) -> None:
     for shape in WIDE:
         check(inputs(shape, dtype, "tanh"), "tanh", inverse=False)
         check(inputs(shape, dtype, "none"), "none", inverse=True)
+
+
+@pytest.mark.parametrize("squash", SQUASHES)
+@pytest.mark.parametrize("inverse", [False, True])
+def test_what_is_not_finite(squash: str, inverse: bool) -> None:
+    for _, (x, raw, shift, grad_y, grad_logdet) in spoiled(
+        [*inputs((4, 37), torch.float32, squash), torch.ones(4, 37), torch.ones(4)]
+    ):
+        leaves = [None if t is None else t.clone().requires_grad_() for t in (x, raw, shift)]
+        truth, truth_logdet = reference.affine_coupling(*leaves, squash, 1.5, inverse)
+        pairs = [(o, g) for o, g in ((truth, grad_y), (truth_logdet, grad_logdet)) if o.requires_grad]
+        wanted = [leaf for leaf in leaves if leaf is not None]
+        truths = torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs])
+        y, logdet = forward(x, raw, shift, squash, 1.5, inverse, LaunchPlan())
+        grads = backward(y if inverse else x, raw, grad_y, grad_logdet, squash, 1.5, inverse, LaunchPlan())
+        for i, (got, want) in enumerate(zip([y, logdet, *grads], [truth, truth_logdet, *truths], strict=True)):
+            check_not_finite(got, want, (squash, inverse, i))
+
+
+def test_gradients_at_the_edge_of_overflow() -> None:
+    (x, raw, _, grad), truths = at_the_edge_of_overflow()
+    grads = backward(x, raw, grad, torch.zeros(1), "identity", 1.0, False, LaunchPlan())
+    for got, want in zip(grads, truths, strict=True):
+        assert_close(got, want.float(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_logdets_of_long_rows(dtype: torch.dtype) -> None:
+    for raw in long_terms(dtype, most=200_000):
+        for multiprocessors in (1, 108):  # a block a row, and many
+            zeros = torch.zeros_like(raw)
+            _, logdet = forward(zeros, raw, zeros, "identity", 1.0, True, LaunchPlan(multiprocessors=multiprocessors))
+            check_sums(-logdet, raw)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

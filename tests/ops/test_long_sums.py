@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from long_sums import check_sums, long_terms
+from numerics import check_sums, long_terms
 
-from iin_fast.functional import affine_coupling
+from iin_fast.functional import affine_coupling, pair_nll
 
 DTYPES = [torch.float32, torch.float64]
 
@@ -24,3 +24,12 @@ def test_logdets_of_couplings(dtype: torch.dtype, inverse: bool) -> None:
         zeros = torch.zeros_like(raw)
         _, logdet = affine_coupling(zeros, raw, zeros, squash="identity", inverse=inverse)
         check_sums(-logdet if inverse else logdet, raw)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_losses_of_pairs(dtype: torch.dtype) -> None:
+    for terms in long_terms(dtype):
+        zeros = torch.zeros_like(terms)
+        shared = torch.tensor([[True, False]] * 2)
+        loss = pair_nll(terms, zeros, zeros[:, 0], zeros[:, 0], shared, [0, terms.shape[1]], 0.9)
+        check_sums(loss, terms * terms * 0.5)

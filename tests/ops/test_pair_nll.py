@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from numerics import RHOS, SIZES, check_near_one, pairs_near_one
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
@@ -71,6 +72,19 @@ def test_first_and_second_derivatives() -> None:
     for normalized in (False, True):
         assert gradcheck(lambda *a, n=normalized: pair_nll(*a, shared, [2, 1, 2], 0.9, normalized=n), leaves)
         assert gradgradcheck(lambda *a, n=normalized: pair_nll(*a, shared, [2, 1, 2], 0.9, normalized=n), leaves)
+
+
+@pytest.mark.parametrize("rho", RHOS)
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_correlations_next_to_one(rho: float, backend: str) -> None:
+    given, shared = pairs_near_one(rho)
+    leaves = [t.requires_grad_() for t in given]
+    with iin_fast.backend(backend):
+        loss = pair_nll(*leaves, shared, SIZES, rho, normalized=True)
+        grads = torch.autograd.grad(loss.sum(), leaves[:2], retain_graph=True)
+        with_graph = torch.autograd.grad(loss.sum(), leaves[:2], create_graph=True)
+    for found in (grads, with_graph):
+        check_near_one(loss.detach(), *(t.detach() for t in (*found, *leaves[:2])), shared, rho)
 
 
 def test_strides_of_every_kind() -> None:

@@ -151,8 +151,9 @@ def _backward(
             gx = g * tl.exp(-s)
             gs = -(g * v + gl)
         else:
-            gx = g * tl.exp(s)
-            gs = gx * v + gl
+            e = tl.exp(s)
+            gx = g * e
+            gs = g * (e * v) + gl  # e v is as large as y: it overflows only where y does
         tl.store(grad_raw + out, (gs * derivative).to(grad_raw.dtype.element_ty), mask=valid)
     tl.store(grad_x + out, gx.to(grad_x.dtype.element_ty), mask=valid)
     tl.store(grad_shift + out, (-gx if INVERSE else g).to(grad_shift.dtype.element_ty), mask=valid)

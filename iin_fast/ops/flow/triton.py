@@ -47,15 +47,13 @@ PENDING_BYTES = 64 * 2**20
 """Gradients of activations that backward holds until it computes weight gradients of several steps at once."""
 
 
-def _precision(dtype: torch.dtype, tf32: bool | None) -> str:
+def _precision(dtype: torch.dtype, tf32: bool) -> str:
     """How float32 products are computed: three TF32 products (about float32) unless the user allows one.
 
     Plain float32 on AMD GPUs: for most of them Triton compiles no TF32.
     """
     if dtype != torch.float32 or torch.version.hip is not None:
         return "ieee"
-    if tf32 is None:
-        tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "tf32x3"
 
 
@@ -64,7 +62,7 @@ class _Walk:
 
     def __init__(
         self, x: Tensor, context: Tensor | None, parameters: tuple[Tensor, ...], slopes: tuple[float, float],
-        exact_logdet: bool, tf32: bool | None, saved: Tensor | None, inverse: bool, keep: bool,
+        exact_logdet: bool, tf32: bool, saved: Tensor | None, inverse: bool, keep: bool,
     ) -> None:  # fmt: skip
         self.loc, self.scale, *weights, self.permutation = (p.contiguous() for p in parameters)
         self.weight_in, self.bias_in, self.weight_hidden, self.bias_hidden, self.weight_out, self.bias_out = weights
@@ -226,7 +224,7 @@ def flow(
     exact_logdet: bool,
     inverse: bool,
     save: bool,
-    tf32: bool | None = None,
+    tf32: bool = False,  # torch leaves an argument out that is the schema's default
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As torch.ops.iin_fast.flow: y, logdet, and what is saved for backward."""
     parameters = (loc, scale, weight_in, bias_in, weight_hidden, bias_hidden, weight_out, bias_out, permutation)
@@ -283,7 +281,7 @@ def flow_backward(
     inverse: bool,
     context_grad: bool,
     weight_grads: bool,
-    tf32: bool | None = None,
+    tf32: bool = False,  # torch leaves an argument out that is the schema's default
 ) -> tuple[Tensor | None, ...]:
     """As torch.ops.iin_fast.flow_backward. ``saved`` may be empty: then the map is walked back from ``y``."""
     parameters = (loc, scale, weight_in, bias_in, weight_hidden, bias_hidden, weight_out, bias_out, permutation)

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..triton_common import INTERPRETED, autotuned, tanh
+from ..triton_common import INTERPRETED, add_term, autotuned, compensated, tanh
 
 __all__ = [
     "DENORMALIZE",
@@ -384,14 +384,18 @@ def finish_logdet(
     """logdet = the parts in order + the sum of log|scale|, negated for the inverse map."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     logs = tl.zeros([BLOCK], WIDE)
+    lost = tl.zeros([BLOCK], WIDE)
     for first in range(0, scales, BLOCK):
         at = first + tl.arange(0, BLOCK)
-        logs += tl.log(tl.abs(tl.load(scale + at, mask=at < scales, other=1.0).to(WIDE)))
-    total = tl.zeros([BLOCK], WIDE) + tl.sum(logs, 0)
+        log = tl.log(tl.abs(tl.load(scale + at, mask=at < scales, other=1.0).to(WIDE)))
+        logs, lost = add_term(logs, lost, log)
+    total = tl.zeros([BLOCK], WIDE) + tl.sum(compensated(logs, lost), 0)
+    lost = tl.zeros([BLOCK], WIDE)
     at_part = parts + row
     for _ in range(count):
-        total += tl.load(at_part, mask=row < batch, other=0.0)
+        total, lost = add_term(total, lost, tl.load(at_part, mask=row < batch, other=0.0))
         at_part += batch
+    total = compensated(total, lost)
     tl.store(logdet + row, -total if INVERSE else total, mask=row < batch)
 
 
@@ -409,7 +413,7 @@ def _output_gradient(
         d_s = -(gy * vt + gl)
     else:
         d_shift = gy
-        d_s = gy * tl.exp(st) * vt + gl
+        d_s = gy * (tl.exp(st) * vt) + gl
     return tl.where(valid, tl.where(net == 0, d_s * (1 - st * st), d_shift), 0.0)
 
 

@@ -122,7 +122,8 @@ def _backward(backend: str, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]
         rho, wide = ctx.rho, grad.dtype
         m = shared.to(wide).repeat_interleave(torch.tensor(ctx.sizes, device=za.device), 1)
         a, b = za.to(wide), zb.to(wide)
-        pull = (b - m * rho * a) / (1 - m * rho**2)
+        difference, precision = reference.difference_and_precision(a, b, m, rho)
+        pull = difference * precision
         grad_a, grad_b = grad[:, None] * (a - m * rho * pull), grad[:, None] * pull
         return grad_a.to(za.dtype), grad_b.to(zb.dtype), -grad, -grad, None, None, None, None
     grad_a, grad_b = ops(backend).pair_nll_backward(grad, za, zb, shared, ctx.sizes, ctx.rho)

@@ -6,7 +6,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["pair_nll"]
+__all__ = ["difference_and_precision", "pair_nll"]
+
+
+def difference_and_precision(a: Tensor, b: Tensor, m: Tensor, rho: float) -> tuple[Tensor, Tensor]:
+    """b - m ρ a, and 1 / (1 - m ρ²); m is 1 where an element is shared, else 0.
+
+    In float32 ρ and 1 would be the same number for ρ next to 1, so 1 - ρ is computed before it is rounded.
+    """
+    rest = 1 - rho
+    return (b - m * a) + m * rest * a, m * (1 / (rest * (1 + rho))) + (1 - m)
 
 
 def pair_nll(
@@ -23,9 +32,9 @@ def pair_nll(
     a, b = za.to(wide), zb.to(wide)
     loss = 0.5 * a.square().sum(1) - logdet_a - logdet_b
     for k, (a_k, b_k) in enumerate(zip(a.split(list(sizes), 1), b.split(list(sizes), 1), strict=True)):
-        m = shared[:, k, None].to(wide)
-        loss = loss + 0.5 * ((b_k - m * rho * a_k).square() / (1 - m * rho**2)).sum(1)
+        difference, precision = difference_and_precision(a_k, b_k, shared[:, k, None].to(wide), rho)
+        loss = loss + 0.5 * (difference.square() * precision).sum(1)
     if normalized:
         count = shared.to(wide) @ torch.tensor(list(sizes), dtype=wide, device=za.device)
-        loss = loss + za.shape[1] * math.log(2 * math.pi) + 0.5 * count * math.log(1 - rho**2)
+        loss = loss + za.shape[1] * math.log(2 * math.pi) + 0.5 * count * math.log((1 - rho) * (1 + rho))
     return loss

@@ -19,9 +19,11 @@ from torch import Tensor
 
 from ..triton_common import (
     CompileCase,
+    add_term,
     autotuned,
     bucket,
     ceil_div,
+    compensated,
     launch,
     on_device,
     power_of_two,
@@ -60,6 +62,12 @@ def _shared(shared, ends, long_row, column, factors, valid, WIDE: tl.constexpr):
     return tl.load(shared + long_row * factors + k, mask=valid, other=0).to(WIDE)
 
 
+@triton.jit
+def _difference_and_precision(a, b, m, REST: tl.constexpr, PRECISION: tl.constexpr):
+    """b - m rho a, whose first difference is exact where b is near a, and 1 / (1 - m rho²)."""
+    return (b - m * a) + m * REST * a, m * PRECISION + (1 - m)
+
+
 @autotuned(_CONFIGS, key=["width", "batch_bucket"], fitting=_fitting)
 @triton.jit(do_not_specialize=["batch", "batch_bucket", "factors"])
 def _forward(
@@ -79,7 +87,8 @@ def _forward(
     factors,
     part,  # columns of a part
     batch_bucket,
-    RHO: tl.constexpr,
+    REST: tl.constexpr,  # 1 - rho, and 1 / (1 - rho²)
+    PRECISION: tl.constexpr,
     PER_ELEMENT: tl.constexpr,  # constants of an element, and of an element of a shared factor
     PER_SHARED: tl.constexpr,
     LOGDETS: tl.constexpr,  # whether this launch brings them
@@ -92,16 +101,17 @@ def _forward(
     start = tl.program_id(1) * part
     long_row = row.to(tl.int64)[:, None]
     total = tl.zeros([BLOCK_R, BLOCK_N], WIDE)
+    lost = tl.zeros([BLOCK_R, BLOCK_N], WIDE)
     for first in range(start, tl.minimum(start + part, width), BLOCK_N):
         column = first + tl.arange(0, BLOCK_N)[None, :]
         valid = (row < batch)[:, None] & (column < width)
         a = tl.load(za + long_row * za_row + column, mask=valid, other=0.0).to(WIDE)
         b = tl.load(zb + long_row * zb_row + column, mask=valid, other=0.0).to(WIDE)
         m = _shared(shared, ends, long_row, column, factors, valid, WIDE)
-        difference = b - m * RHO * a
-        energy = 0.5 * (a * a + difference * difference / (1 - m * (RHO * RHO))) + (PER_ELEMENT + m * PER_SHARED)
-        total += tl.where(valid, energy, 0.0)
-    result = tl.sum(total, 1)
+        difference, precision = _difference_and_precision(a, b, m, REST, PRECISION)
+        energy = 0.5 * (a * a + difference * difference * precision) + (PER_ELEMENT + m * PER_SHARED)
+        total, lost = add_term(total, lost, tl.where(valid, energy, 0.0))
+    result = tl.sum(compensated(total, lost), 1)
     if LOGDETS and tl.program_id(1) == 0:
         at = row.to(tl.int64)
         result -= tl.load(logdet_a + at * logdet_a_row, mask=row < batch, other=0.0).to(WIDE)
@@ -128,6 +138,8 @@ def _backward(
     factors,
     batch_bucket,
     RHO: tl.constexpr,
+    REST: tl.constexpr,  # 1 - rho, and 1 / (1 - rho²)
+    PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TILE: tl.constexpr,
@@ -142,10 +154,16 @@ def _backward(
     a = tl.load(za + long_row * za_row + column, mask=valid, other=0.0).to(WIDE)
     b = tl.load(zb + long_row * zb_row + column, mask=valid, other=0.0).to(WIDE)
     m = _shared(shared, ends, long_row, column, factors, valid, WIDE)
-    pull = (b - m * RHO * a) / (1 - m * (RHO * RHO))
+    difference, precision = _difference_and_precision(a, b, m, REST, PRECISION)
+    pull = difference * precision
     out = long_row * out_row + column
     tl.store(grad_a + out, (g * (a - m * RHO * pull)).to(grad_a.dtype.element_ty), mask=valid)
     tl.store(grad_b + out, (g * pull).to(grad_b.dtype.element_ty), mask=valid)
+
+
+def _near_one(rho: float) -> tuple[float, float]:
+    """1 - rho and 1 - rho², before they are rounded to float32, where rho next to 1 would be 1."""
+    return 1 - rho, (1 - rho) * (1 + rho)
 
 
 def _groups(sizes: Sequence[int]) -> Iterator[tuple[slice, slice, tuple[int, ...]]]:
@@ -176,7 +194,8 @@ def pair_nll(
     if width == 0:
         return torch.sub(-logdet_a, logdet_b, out=loss)
     a, b = rows(za, batch, width), rows(zb, batch, width)
-    per_element, per_shared = (math.log(2 * math.pi), 0.5 * math.log(1 - rho**2)) if normalized else (0.0, 0.0)
+    rest, variance = _near_one(rho)
+    per_element, per_shared = (math.log(2 * math.pi), 0.5 * math.log(variance)) if normalized else (0.0, 0.0)
     mask = shared.contiguous().view(torch.uint8)
     plans = []  # columns, factors, ends, tile, columns of a part, parts
     for columns, factors, ends in _groups(sizes):
@@ -195,8 +214,8 @@ def pair_nll(
                 *(a[:, columns], b[:, columns], logdet_a, logdet_b, mask[:, factors], ends, sums[at:]),
                 *(batch, ends[-1], a.stride(0), b.stride(0), logdet_a.stride(0), logdet_b.stride(0), len(sizes)),
                 *(part, bucket(batch)),
-                **dict(RHO=rho, PER_ELEMENT=per_element, PER_SHARED=per_shared, LOGDETS=at == 0),
-                **dict(WIDE=tl_dtype(loss.dtype), BLOCK_N=block),
+                **dict(REST=rest, PRECISION=1 / variance, PER_ELEMENT=per_element, PER_SHARED=per_shared),
+                **dict(LOGDETS=at == 0, WIDE=tl_dtype(loss.dtype), BLOCK_N=block),
             )
             at += parts
         if total > 1:
@@ -214,6 +233,7 @@ def pair_nll_backward(
         return grad_a, grad_b
     a, b = rows(za, batch, width), rows(zb, batch, width)
     mask = shared.contiguous().view(torch.uint8)
+    rest, variance = _near_one(rho)
     with on_device(za):
         for columns, factors, ends in _groups(sizes):
             block = min(power_of_two(ends[-1]), _WIDEST)
@@ -222,7 +242,7 @@ def pair_nll_backward(
                 tiles(batch, ends[-1], block),
                 *(grad, a[:, columns], b[:, columns], mask[:, factors], ends, grad_a[:, columns], grad_b[:, columns]),
                 *(batch, ends[-1], grad.stride(0), a.stride(0), b.stride(0), width, len(sizes), bucket(batch)),
-                **dict(RHO=rho, WIDE=tl_dtype(za.dtype), BLOCK_N=block),
+                **dict(RHO=rho, REST=rest, PRECISION=1 / variance, WIDE=tl_dtype(za.dtype), BLOCK_N=block),
             )
     return grad_a, grad_b
 

@@ -1,0 +1,101 @@
+"""Hard inputs for all backends of an op, and how far from the truth their results may lie."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "at_the_edge_of_overflow",
+    "check_not_finite",
+    "spoiled",
+    "RHOS",
+    "SIZES",
+    "check_near_one",
+    "check_sums",
+    "long_terms",
+    "pairs_near_one",
+]
+
+
+def long_terms(dtype: torch.dtype, *, most: int = 1_000_000) -> Iterator[Tensor]:
+    """Terms [2, n], equal and random, with and without cancellation."""
+    generator = torch.Generator().manual_seed(0)
+    for n in (70_001, 196_608, 999_983, 1_000_000):
+        if n > most:
+            continue
+        equal = torch.tensor([[-1.7779], [0.1]], dtype=torch.float64).expand(2, n)
+        random = torch.randn(2, n, generator=generator, dtype=torch.float64)
+        for terms in (equal, random, random.abs()):
+            yield terms.to(dtype).contiguous()
+
+
+def check_sums(got: Tensor, terms: Tensor, units: int = 1) -> None:
+    """At most twice the error of torch.sum, or ``units`` of the last place of the result or of its largest parts."""
+    truth = [math.fsum(row) for row in terms.tolist()]
+    eps = torch.finfo(got.dtype).eps
+    for ours, torchs, true, row in zip(got.tolist(), terms.sum(1).tolist(), truth, terms.double(), strict=True):
+        bound = max(2 * abs(torchs - true), units * eps * max(abs(true), row.norm().item()))
+        assert abs(ours - true) <= bound, f"{row.numel()} terms: {ours!r} for {true!r}, torch {torchs!r}"
+
+
+RHOS = [0.3, 0.975, 0.999999, 1 - 1e-8]
+SIZES = [3, 5, 40]
+
+
+def pairs_near_one(rho: float) -> tuple[list[Tensor], Tensor]:
+    """za, zb, logdet_a and logdet_b in float32, and shared; shared factors are drawn with that correlation."""
+    generator = torch.Generator().manual_seed(0)
+    a, noise = torch.randn(2, 20, sum(SIZES), generator=generator, dtype=torch.float64)
+    shared = torch.rand(20, len(SIZES), generator=generator) < 0.7
+    m = shared.repeat_interleave(torch.tensor(SIZES), 1)
+    b = torch.where(m, rho * a + math.sqrt((1 - rho) * (1 + rho)) * noise, noise)
+    return [a.float(), b.float(), torch.zeros(20), torch.zeros(20)], shared
+
+
+def check_near_one(
+    loss: Tensor, grad_a: Tensor, grad_b: Tensor, za: Tensor, zb: Tensor, shared: Tensor, rho: float
+) -> None:
+    """The normalized loss of SIZES, and its gradients for a gradient of 1, are right to rounding."""
+    a, b = za.double(), zb.double()
+    m = shared.repeat_interleave(torch.tensor(SIZES), 1).double()
+    variance = m * (1 - rho) * (1 + rho) + (1 - m)
+    pull = (b - m * rho * a) / variance
+    terms = 0.5 * (a.square() + (b - m * rho * a) * pull + variance.log()) + math.log(2 * math.pi)
+    eps = torch.finfo(loss.dtype).eps
+    assert ((loss - terms.sum(1)).abs() <= 4 * eps * terms.abs().sum(1)).all()
+    assert ((grad_b - pull).abs() <= 4 * eps * pull.abs().amax()).all()
+    assert ((grad_a - (a - m * rho * pull)).abs() <= 4 * eps * pull.abs().amax()).all()
+
+
+def spoiled(tensors: Sequence[Tensor | None]) -> Iterator[tuple[str, list[Tensor | None]]]:
+    """The floating tensors with NaN, inf or -inf at random places of one of them, and of all."""
+    generator = torch.Generator().manual_seed(0)
+    given = [i for i, t in enumerate(tensors) if t is not None and t.is_floating_point() and t.numel() > 0]
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        for places in (*([i] for i in given), given):
+            changed = list(tensors)
+            for i in places:
+                changed[i] = tensors[i].clone()  # type: ignore[union-attr]
+                few = 1 + torch.randint(2, (), generator=generator).item() if len(places) == 1 else 1
+                at = torch.randperm(changed[i].numel(), generator=generator)[:few]
+                changed[i].view(-1)[at] = bad
+            yield f"{bad} in {places}", changed
+
+
+def check_not_finite(got: Tensor, want: Tensor, label: object, kinds: bool = True) -> None:
+    """NaN and each infinity stand where the definition has them; without ``kinds``, any of the three."""
+    for what in (torch.isnan, torch.isposinf, torch.isneginf) if kinds else (torch.isfinite,):
+        assert torch.equal(what(got), what(want)), (label, what.__name__, got, want)
+
+
+def at_the_edge_of_overflow() -> tuple[list[Tensor], list[Tensor]]:
+    """x, raw and shift of float32 couplings with squash "identity", the gradient of y, and the gradients in float64.
+
+    The gradient times exp(s) is infinite, times x exp(s) it is not.
+    """
+    x, raw, grad = torch.tensor([[1e-20, -1e-25]]), torch.tensor([[80.0, 88.0]]), torch.tensor([[1e10, -1e8]])
+    slope = raw.double().exp()
+    truths = [grad * slope, grad * x.double() * slope, grad.double()]
+    return [x, raw, torch.zeros(1, 2), grad], truths
