@@ -125,12 +125,14 @@ template <class T> IIN_FAST_HD T expm1_bounded(T x) {
 
 template <class T> IIN_FAST_HD T abs(T x) { return select(x < T(0), -x, x); }
 
-// On the host in float64 for float32 too, as it is the standard function of C.
-template <class T> IIN_FAST_HD auto sqrt(T x) {
+template <class T> IIN_FAST_HD T sqrt(T x) {
 #if defined(__CUDA_ARCH__)
   return ::sqrt(x);
 #else
-  return __builtin_sqrt(x);
+  if constexpr (sizeof(T) == 4)
+    return __builtin_sqrtf(x);
+  else
+    return __builtin_sqrt(x);
 #endif
 }
 

@@ -30,7 +30,7 @@ template <class T> SplineShape<T> spline_shape(int64_t bins, Tails tails, const 
 
 // What is known of each element of a block.
 template <class T> struct SplineBlock {
-  alignas(64) T x[block_size<T>], excess[block_size<T>], inside[block_size<T>];
+  alignas(64) T x[block_size<T>]; // its coordinate, held at the edges of the box
   alignas(64) T sx[block_size<T>], width[block_size<T>], sy[block_size<T>], height[block_size<T>],
       slope0[block_size<T>], slope1[block_size<T>];
   alignas(64) T raw0[block_size<T>], raw1[block_size<T>];       // raw derivatives at both ends
@@ -38,6 +38,7 @@ template <class T> struct SplineBlock {
   alignas(64) T mass_w[block_size<T>], mass_h[block_size<T>];   // softmax mass left of the bin
   alignas(64) T share_w[block_size<T>], share_h[block_size<T>]; // and in it
   alignas(64) T over_w[block_size<T>], over_h[block_size<T>];   // 1 / sum of exponentials
+  alignas(64) T used[block_size<T>];                            // backward: whether its raw values count, 1 or 0
 
   IIN_FAST_INLINE Segment<T> segment(int l) const { return {sx[l], width[l], sy[l], height[l], slope0[l], slope1[l]}; }
 };
@@ -143,20 +144,13 @@ IIN_FAST_INLINE void find_bins(const SplineShape<T> &shape, const T *widths /* e
     }
 }
 
-// Coordinates of a block, what of them lies beyond the box, their bins. Leaves the softmax numerators in `work`.
+// Coordinates of a block and their bins. Leaves the softmax numerators in `work`.
 template <Parameterization form, bool by_image, class T>
 IIN_FAST_INLINE void locate(const SplineShape<T> &shape, const T *raw, int64_t stride, const T *x, T *work,
                             SplineBlock<T> &b) {
   const SplineLimits<T> &limits = shape.limits;
-  const T low = by_image ? limits.bottom : limits.left, high = by_image ? limits.top : limits.right;
-  IIN_FAST_LANES {
-    const T all = x[l];
-    const bool inside = (all >= low) & (all <= high);
-    const T within = math::select(all > high, high, math::select(all < low, low, all)); // NaN stays NaN
-    b.inside[l] = math::select(inside, T(1), T(0));
-    b.excess[l] = all - within;
-    b.x[l] = within;
-  }
+  const Sides<T> sides = sides_of<by_image>(limits);
+  IIN_FAST_LANES b.x[l] = hold(x[l], sides.low, sides.high);
   exponentials<form>(shape, raw, stride, work, b);
   find_bins<form, by_image>(shape, work, raw + 2 * shape.bins * stride, stride, b);
 }
@@ -167,19 +161,23 @@ template <Parameterization form, bool inverse, class T>
 IIN_FAST_INLINE void spline_block_forward(const SplineShape<T> &shape, const T *raw, int64_t stride, const T *x, T *y,
                                           T *logdet, T *work) {
   const bool identity = shape.tails != Tails::none; // outside the box
+  const Sides<T> sides = sides_of<inverse>(shape.limits);
   SplineBlock<T> b;
   locate<form, inverse>(shape, raw, stride, x, work, b);
   IIN_FAST_LANES {
     const Segment<T> s = b.segment(l);
-    const T theta = held_position(inverse ? position_of_image(s, b.x[l]) : position(s, b.x[l]), b.excess[l]);
+    const T value = x[l], within = b.x[l];
+    T rest;
+    const T theta = position<inverse>(s, within, sides.high, rest);
     T slope_log;
-    const T mapped = image(s, theta, slope_log);
-    const T slope = math::exp(inverse ? -slope_log : slope_log);
-    const T result = inverse ? s.x + s.width * theta : mapped;
-    const bool outside = b.inside[l] == T(0);
-    const bool same = outside & identity;
-    y[l] = math::select(same, b.x[l] + b.excess[l], math::select(outside, result + b.excess[l] * slope, result));
+    const T mapped = image(s, theta, rest, slope_log);
+    const T result =
+        held(inverse ? s.x + s.width * theta : mapped, within >= sides.high, sides.image_low, sides.image_high);
+    const T edge = math::select(value > within, s.slope1, s.slope0);
+    const T beyond = result + (value - within) * (inverse ? T(1) / edge : edge);
+    const bool outside = (value > within) | (value < within), same = outside & identity;
     logdet[l] = math::select(same, T(0), inverse ? -slope_log : slope_log);
+    y[l] = math::select(same, value, math::select(outside, beyond, result));
   }
 }
 
@@ -198,7 +196,7 @@ IIN_FAST_INLINE void softmax_backward(const SplineShape<T> &shape, const T *nume
         squeeze<form>(raw[k * stride + l], shape.limits, step);
         g *= step;
       }
-      grad_raw[k * grad_stride + l] = g;
+      grad_raw[k * grad_stride + l] = math::select(b.used[l] == T(0), T(0), g);
     }
 }
 
@@ -211,6 +209,7 @@ IIN_FAST_INLINE void spline_block_backward(const SplineShape<T> &shape, const T 
   constexpr int block = block_size<T>;
   const SplineLimits<T> &limits = shape.limits;
   const bool identity = shape.tails != Tails::none;
+  const Sides<T> sides = sides_of<inverse>(shape.limits);
   const int64_t bins = shape.bins, derivatives = derivative_count(shape.tails, bins);
   SplineBlock<T> b;
   alignas(64) T corner_x[block], size_x[block], corner_y[block], size_y[block], at0[block], at1[block];
@@ -221,36 +220,38 @@ IIN_FAST_INLINE void spline_block_backward(const SplineShape<T> &shape, const T 
   locate<form, inverse>(shape, raw, stride, x, work, b);
   IIN_FAST_LANES {
     const Segment<T> s = b.segment(l);
-    const T theta = held_position(inverse ? position_of_image(s, b.x[l]) : position(s, b.x[l]), b.excess[l]);
-    const bool outside = b.inside[l] == T(0), same = outside & identity;
+    const T value = x[l], within = b.x[l];
+    T rest;
+    const T theta = position<inverse>(s, within, sides.high, rest), excess = value - within;
+    const bool above = value > within, outside = above | (value < within), same = outside & identity;
     T slope_log;
-    image(s, theta, slope_log);
-    const T slope = math::exp(slope_log);
+    image(s, theta, rest, slope_log);
+    const T slope = math::select(outside, math::select(above, s.slope1, s.slope0), math::exp(slope_log));
     T from_y = grad_y[l], from_logdet = grad_logdet[l], result = T(0);
     if constexpr (inverse) {
       // x = f^-1(y): dx = (dy - f_p dp) / f_x, log-det = -log f_x; at fixed x the log-det moves x as well
-      const SegmentGradient<T> curve = image_backward(s, theta, T(0), T(1));
+      const SegmentGradient<T> curve = image_backward(s, theta, rest, T(0), T(1));
       const T curvature = math::select(outside, T(0), curve.theta / s.width);
       result = (grad_y[l] - grad_logdet[l] * curvature) / slope;
       from_y = -result;
       from_logdet = -grad_logdet[l];
     }
-    SegmentGradient<T> g = image_backward(s, theta, from_y, from_logdet);
+    SegmentGradient<T> g = image_backward(s, theta, rest, from_y, from_logdet);
     if constexpr (!inverse)
       result = math::select(outside, from_y * slope, g.theta / s.width);
     // beyond the box the coordinate is held at its edge, and a straight line of the outer slope goes on from there
-    const T beyond = from_y * (inverse ? b.excess[l] / slope : b.excess[l]);
+    const T beyond = from_y * (inverse ? excess / slope : excess);
     const T edge = g.theta / s.width;
     // where nothing of the spline counts, a product with 0 would let an overflow through as NaN
     corner_x[l] = math::select(outside, T(0), g.x);
     size_x[l] = math::select(same, T(0), math::select(outside, g.width + edge * theta, g.width));
     corner_y[l] = math::select(same, T(0), g.y);
     size_y[l] = math::select(same, T(0), g.height);
-    const bool above = b.excess[l] > T(0);
     g.slope0 += math::select(outside & !above, beyond, T(0));
-    g.slope1 += math::select(outside & above, beyond, T(0));
-    at0[l] = math::select(same, T(0), g.slope0) * knot_slope_derivative<form>(b.raw0[l], b.slope0[l], limits);
-    at1[l] = math::select(same, T(0), g.slope1) * knot_slope_derivative<form>(b.raw1[l], b.slope1[l], limits);
+    g.slope1 += math::select(above, beyond, T(0));
+    at0[l] = math::select(same, T(0), g.slope0 * knot_slope_derivative<form>(b.raw0[l], b.slope0[l], limits));
+    at1[l] = math::select(same, T(0), g.slope1 * knot_slope_derivative<form>(b.raw1[l], b.slope1[l], limits));
+    b.used[l] = math::select(same, T(0), T(1));
     grad_x[l] = math::select(same, grad_y[l], result);
   }
   softmax_backward<form>(shape, work, scale_x, raw, stride, b, b.over_w, corner_x, size_x, b.mass_w, b.share_w,

@@ -46,6 +46,17 @@ template <class T> struct SplineLimits {
   T softness;                              // zuko: 1 / log(slope)
 };
 
+// The sides of the box along which a coordinate and its image lie.
+template <class T> struct Sides {
+  T low, high, image_low, image_high;
+};
+template <bool inverse, class T> IIN_FAST_HD Sides<T> sides_of(const SplineLimits<T> &l) {
+  if constexpr (inverse)
+    return {l.bottom, l.top, l.left, l.right};
+  else
+    return {l.left, l.right, l.bottom, l.top};
+}
+
 // A raw width or height as it enters the softmax; `derivative` is that of this step.
 template <Parameterization form, class T> IIN_FAST_HD T squeeze(T raw, const SplineLimits<T> &limits, T &derivative) {
   if constexpr (form == Parameterization::nflows) {
@@ -63,10 +74,10 @@ template <Parameterization form, class T> IIN_FAST_HD T squeeze(T raw, const Spl
   return squeeze<form>(raw, limits, derivative);
 }
 
-// The slope at a knot.
+// The slope at a knot. That of an infinite raw value is NaN, so that no map comes out finite.
 template <Parameterization form, class T> IIN_FAST_HD T knot_slope(T raw, const SplineLimits<T> &limits) {
   if constexpr (form == Parameterization::nflows)
-    return limits.min_derivative + math::softplus(raw);
+    return limits.min_derivative + (math::softplus(raw) + T(0) * raw);
   else
     return math::exp(raw / (T(1) + math::abs(raw * limits.softness)));
 }
@@ -87,35 +98,45 @@ template <class T> struct Segment {
   T x, width, y, height, slope0, slope1;
 };
 
-// Position in the bin, in [0, 1], of a coordinate x.
-template <class T> IIN_FAST_HD T unit(T value) {
-  value = math::select(value > T(0), value, T(0));
-  return math::select(value < T(1), value, T(1));
+// A coordinate, held at the edges of the box. NaN stays NaN, and does not lie outside.
+template <class T> IIN_FAST_HD T hold(T value, T low, T high) {
+  return math::select(value > high, high, math::select(value < low, low, value));
 }
 
-template <class T> IIN_FAST_HD T position(const Segment<T> &s, T x) { return unit((x - s.x) / s.width); }
-
-// Position of a coordinate y: the stable root of the quadratic (Eq. 29-32 of the paper's appendix).
-template <class T> IIN_FAST_HD T position_of_image(const Segment<T> &s, T y) {
-  const T delta = s.height / s.width, rise = y - s.y, bend = s.slope0 + s.slope1 - T(2) * delta;
-  const T a = rise * bend + s.height * (delta - s.slope0);
-  const T b = s.height * s.slope0 - rise * bend;
-  const T c = -delta * rise;
-  T discriminant = b * b - T(4) * a * c;
-  discriminant = math::select(discriminant > T(0), discriminant, T(0));
-  const T divisor = -b - math::sqrt(discriminant);
-  return unit(T(2) * c / math::select(divisor == T(0), T(-1), divisor));
+// The position in a bin whose image lies at `share` of its height: the root of Eq. 29-32 of the paper's appendix, made
+// of sums of positive terms, so that no rounding takes it out of [0, 1]. `rest`: 1 - position, as exact where it is
+// small.
+template <class T> IIN_FAST_HD T root(const Segment<T> &s, T share, T &rest) {
+  const T other = T(1) - share;
+  const T half = (s.slope0 * other - s.slope1 * share) * s.width / (T(2) * s.height);
+  const bool rising = half >= T(0);
+  const T far = math::abs(half) + math::sqrt(half * half + share * other);
+  const T before = math::select(rising, share, far), after = math::select(rising, far, other);
+  const T sum = math::select(before + after == T(0), T(1), before + after); // 0: slopes of 0, at a knot
+  rest = after / sum;
+  return before / sum;
 }
 
-// The position of a coordinate held at an edge of the box is exactly 0 or 1: what a quotient rounds away from it, the
-// bend of a narrow bin multiplies.
-template <class T> IIN_FAST_HD T held_position(T theta, T excess) {
-  return math::select(excess > T(0), T(1), math::select(excess < T(0), T(0), theta));
+// Where in its bin a coordinate lies, in [0, 1], and 1 - that. At the upper edge of the box it is exactly 1: what a
+// quotient rounds away from it, the bend of a narrow bin multiplies. (The lower edge is the first knot.) NaN stays NaN.
+template <bool inverse, class T> IIN_FAST_HD T position(const Segment<T> &s, T within, T high, T &rest) {
+  T share = inverse ? (within - s.y) / s.height : (within - s.x) / s.width;
+  share = hold(share, T(0), T(1));
+  share = math::select((within >= high) & (share >= T(0)), T(1), share);
+  if constexpr (inverse)
+    return root(s, share, rest);
+  rest = T(1) - share;
+  return share;
+}
+
+// What the map gives, held in the box; that of the upper edge is the upper edge. NaN stays NaN.
+template <class T> IIN_FAST_HD T held(T result, bool at_end, T low, T high) {
+  return math::select(at_end & (result >= low), high, hold(result, low, high));
 }
 
 // y and log dy/dx at a position.
-template <class T> IIN_FAST_HD T image(const Segment<T> &s, T theta, T &logdet) {
-  const T delta = s.height / s.width, rest = T(1) - theta, mixed = theta * rest;
+template <class T> IIN_FAST_HD T image(const Segment<T> &s, T theta, T rest, T &logdet) {
+  const T delta = s.height / s.width, mixed = theta * rest;
   const T denominator = delta + (s.slope0 + s.slope1 - T(2) * delta) * mixed;
   const T numerator = s.slope1 * theta * theta + T(2) * delta * mixed + s.slope0 * rest * rest;
   const T ratio = delta / denominator;
@@ -129,18 +150,17 @@ template <class T> struct SegmentGradient {
 
 // Gradients of grad_y * y + grad_logdet * logdet by the bin, x held fixed.
 template <class T>
-IIN_FAST_HD SegmentGradient<T> image_backward(const Segment<T> &s, T theta, T grad_y, T grad_logdet) {
-  const T delta = s.height / s.width, rest = T(1) - theta, mixed = theta * rest, square = theta * theta;
+IIN_FAST_HD SegmentGradient<T> image_backward(const Segment<T> &s, T theta, T rest, T grad_y, T grad_logdet) {
+  const T delta = s.height / s.width, mixed = theta * rest, square = theta * theta;
   const T bend = s.slope0 + s.slope1 - T(2) * delta;
   const T denominator = delta + bend * mixed, over = T(1) / denominator;
   const T numerator = s.slope1 * square + T(2) * delta * mixed + s.slope0 * rest * rest, below = T(1) / numerator;
   const T rational = (delta * square + s.slope0 * mixed) * over;
   const T grad_rational = grad_y * s.height;
   SegmentGradient<T> g;
-  g.theta =
-      grad_rational * delta * numerator * over * over +
-      grad_logdet * ((T(2) * s.slope1 * theta + T(2) * delta * (T(1) - T(2) * theta) - T(2) * s.slope0 * rest) * below -
-                     T(2) * bend * (T(1) - T(2) * theta) * over);
+  g.theta = grad_rational * delta * numerator * over * over +
+            grad_logdet * ((T(2) * s.slope1 * theta + T(2) * delta * (rest - theta) - T(2) * s.slope0 * rest) * below -
+                           T(2) * bend * (rest - theta) * over);
   const T grad_delta = grad_rational * (square - rational * (T(1) - T(2) * mixed)) * over +
                        grad_logdet * (T(2) / delta + T(2) * mixed * below - T(2) * (T(1) - T(2) * mixed) * over);
   g.slope0 =
@@ -154,64 +174,56 @@ IIN_FAST_HD SegmentGradient<T> image_backward(const Segment<T> &s, T theta, T gr
   return g;
 }
 
-// A coordinate held at the edges of the box, and how far it lay beyond. NaN stays NaN, and lies outside.
-template <class T> struct Coordinate {
-  T within, excess;
-  bool outside;
-};
-
-template <class T> IIN_FAST_HD Coordinate<T> hold(T value, T low, T high) {
-  const bool inside = (value >= low) & (value <= high);
-  const T within = math::select(value > high, high, math::select(value < low, low, value));
-  return {within, value - within, !inside};
-}
-
 // The element's value and its term of the log-det. `identity`: outside the box nothing changes; else a straight line of
 // the outer slope goes on from its edge.
 template <bool inverse, class T>
-IIN_FAST_HD T map_element(const Segment<T> &s, const Coordinate<T> &c, bool identity, T &logdet) {
-  const T theta = held_position(inverse ? position_of_image(s, c.within) : position(s, c.within), c.excess);
+IIN_FAST_HD T map_element(const Segment<T> &s, const Sides<T> &sides, T value, T within, bool identity, T &logdet) {
+  T rest;
+  const T theta = position<inverse>(s, within, sides.high, rest);
   T slope_log;
-  const T mapped = image(s, theta, slope_log);
-  const T slope = math::exp(inverse ? -slope_log : slope_log);
-  const T result = inverse ? s.x + s.width * theta : mapped;
-  const bool outside = c.outside, same = outside & identity;
-  const T y = math::select(same, c.within + c.excess, math::select(outside, result + c.excess * slope, result));
+  const T mapped = image(s, theta, rest, slope_log);
+  const T result =
+      held(inverse ? s.x + s.width * theta : mapped, within >= sides.high, sides.image_low, sides.image_high);
+  const T edge = math::select(value > within, s.slope1, s.slope0);
+  const T beyond = result + (value - within) * (inverse ? T(1) / edge : edge);
+  const bool outside = (value > within) | (value < within), same = outside & identity;
   logdet = math::select(same, T(0), inverse ? -slope_log : slope_log);
-  return y;
+  return math::select(same, value, math::select(outside, beyond, result));
 }
 
 // Gradients of an element by its coordinate, by the lower left corner of its bin, its size, and the slopes at its ends.
+// `same`: the element is the identity, and its raw values have no gradient, finite or not.
 template <class T> struct ElementGradient {
   T x, corner_x, size_x, corner_y, size_y, slope0, slope1;
+  bool same;
 };
 
 template <bool inverse, class T>
-IIN_FAST_HD ElementGradient<T> map_element_backward(const Segment<T> &s, const Coordinate<T> &c, bool identity,
-                                                    T grad_y, T grad_logdet) {
-  const T theta = held_position(inverse ? position_of_image(s, c.within) : position(s, c.within), c.excess);
-  const bool outside = c.outside, same = outside & identity;
+IIN_FAST_HD ElementGradient<T> map_element_backward(const Segment<T> &s, const Sides<T> &sides, T value, T within,
+                                                    bool identity, T grad_y, T grad_logdet) {
+  T rest;
+  const T theta = position<inverse>(s, within, sides.high, rest), excess = value - within;
+  const bool above = value > within, outside = above | (value < within), same = outside & identity;
   T slope_log;
-  image(s, theta, slope_log);
-  const T slope = math::exp(slope_log);
+  image(s, theta, rest, slope_log);
+  const T slope = math::select(outside, math::select(above, s.slope1, s.slope0), math::exp(slope_log));
   T from_y = grad_y, from_logdet = grad_logdet, result = T(0);
   if constexpr (inverse) {
     // x = f^-1(y): dx = (dy - f_p dp) / f_x, log-det = -log f_x; at fixed x the log-det moves x as well
-    const SegmentGradient<T> curve = image_backward(s, theta, T(0), T(1));
+    const SegmentGradient<T> curve = image_backward(s, theta, rest, T(0), T(1));
     const T curvature = math::select(outside, T(0), curve.theta / s.width);
     result = (grad_y - grad_logdet * curvature) / slope;
     from_y = -result;
     from_logdet = -grad_logdet;
   }
-  SegmentGradient<T> g = image_backward(s, theta, from_y, from_logdet);
+  SegmentGradient<T> g = image_backward(s, theta, rest, from_y, from_logdet);
   if constexpr (!inverse)
     result = math::select(outside, from_y * slope, g.theta / s.width);
   // beyond the box the coordinate is held at its edge, and a straight line of the outer slope goes on from there
-  const T beyond = from_y * (inverse ? c.excess / slope : c.excess);
+  const T beyond = from_y * (inverse ? excess / slope : excess);
   const T edge = g.theta / s.width;
-  const bool above = c.excess > T(0);
   g.slope0 += math::select(outside & !above, beyond, T(0));
-  g.slope1 += math::select(outside & above, beyond, T(0));
+  g.slope1 += math::select(above, beyond, T(0));
   // where nothing of the spline counts, a product with 0 would let an overflow through as NaN
   ElementGradient<T> e;
   e.corner_x = math::select(outside, T(0), g.x);
@@ -221,6 +233,7 @@ IIN_FAST_HD ElementGradient<T> map_element_backward(const Segment<T> &s, const C
   e.slope0 = math::select(same, T(0), g.slope0);
   e.slope1 = math::select(same, T(0), g.slope1);
   e.x = math::select(same, grad_y, result);
+  e.same = same;
   return e;
 }
 

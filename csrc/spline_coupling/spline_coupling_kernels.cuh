@@ -224,8 +224,8 @@ template <class Storage, Parameterization form, bool in_place> struct SplineSoft
   }
 
   // Gradients of the raw values, from those by the corner and the size of bin `number`; `rest`: the size of all shares
-  // together. They may take the place of the values.
-  __device__ __forceinline__ void backward(T rest, int number, T corner, T size, T mass, T own_share,
+  // together; `none`: they are 0, whatever the values. They may take the place of the values.
+  __device__ __forceinline__ void backward(T rest, int number, T corner, T size, T mass, T own_share, bool none,
                                            Storage *out) const {
     const T common = corner * mass + size * own_share;
 #pragma unroll 4
@@ -237,7 +237,7 @@ template <class Storage, Parameterization form, bool in_place> struct SplineSoft
         squeeze<form>(widen(values[k]), limits, step);
         g *= step;
       }
-      narrow(g, out[k]);
+      narrow(none ? T(0) : g, out[k]);
     }
   }
 };
@@ -301,11 +301,6 @@ find_bin(const DeviceSpline<Storage> &spline, const SplineSoftmax<Storage, form,
   return b;
 }
 
-// A coordinate of the map, held in the box.
-template <bool inverse, class T> __device__ __forceinline__ Coordinate<T> held(const SplineLimits<T> &limits, T value) {
-  return inverse ? hold(value, limits.bottom, limits.top) : hold(value, limits.left, limits.right);
-}
-
 // f(form, inverse) as constants: the same for the whole launch, so a jump that all threads take together.
 template <class F> __device__ __forceinline__ void with_spline(Parameterization form, bool inverse, F &&f) {
   using N = std::integral_constant<Parameterization, Parameterization::nflows>;
@@ -355,11 +350,13 @@ __global__ void __launch_bounds__(spline_threads, sizeof(Storage) == 8 ? 2 : 3)
       constexpr Parameterization f = decltype(form)::value;
       constexpr bool backwards = decltype(inverse)::value;
       constexpr bool in_place = staged && std::is_same<Storage, T>::value;
-      const Coordinate<T> c = held<backwards>(spline.limits, value);
+      const Sides<T> sides = sides_of<backwards>(spline.limits);
+      const T within = hold(value, sides.low, sides.high);
       const SplineSoftmax<Storage, f, in_place> widths(raw, spline.bins, spline.limits);
       const SplineSoftmax<Storage, f, in_place> heights(raw + spline.bins, spline.bins, spline.limits);
-      const SplineBin<T> b = find_bin<backwards>(spline, widths, heights, raw, c.within);
-      narrow(map_element<backwards>(b.segment, c, spline.tails != Tails::none, logdet), job.y[tile.first + thread]);
+      const SplineBin<T> b = find_bin<backwards>(spline, widths, heights, raw, within);
+      narrow(map_element<backwards>(b.segment, sides, value, within, spline.tails != Tails::none, logdet),
+             job.y[tile.first + thread]);
     });
 
   sums[thread] = logdet;
@@ -369,10 +366,11 @@ __global__ void __launch_bounds__(spline_threads, sizeof(Storage) == 8 ? 2 : 3)
   const int together = static_cast<int>(blockDim.x) >> plan.log_sum_lanes; // rows that are summed at once
   for (int first = 0; first < tile.rows; first += together) {              // all threads stay to the shuffles
     const int r = first + (thread >> plan.log_sum_lanes);
-    T total = 0;
+    CompensatedSum<T> sum;
     if (r < tile.rows)
       for (int i = lane; i < plan.tile_features; i += lanes)
-        total += sums[r * plan.tile_features + i];
+        sum.add(sums[r * plan.tile_features + i]);
+    T total = sum.total();
     for (int offset = lanes / 2; offset > 0; offset /= 2)
       total += __shfl_xor_sync(whole_warp, total, offset);
     if (r < tile.rows && lane == 0)
@@ -411,17 +409,18 @@ __global__ void __launch_bounds__(spline_threads, sizeof(Storage) == 8 ? 2 : 3)
       constexpr bool backwards = decltype(inverse)::value;
       constexpr bool in_place = staged && std::is_same<Storage, T>::value && f == Parameterization::nflows;
       const SplineLimits<T> &limits = spline.limits;
-      const Coordinate<T> c = held<backwards>(limits, value);
+      const Sides<T> sides = sides_of<backwards>(limits);
+      const T within = hold(value, sides.low, sides.high);
       const SplineSoftmax<Storage, f, in_place> widths(raw, spline.bins, limits);
       const SplineSoftmax<Storage, f, in_place> heights(raw + spline.bins, spline.bins, limits);
-      const SplineBin<T> b = find_bin<backwards>(spline, widths, heights, raw, c.within);
-      const ElementGradient<T> g =
-          map_element_backward<backwards>(b.segment, c, spline.tails != Tails::none, grad_y, grad_logdet);
+      const SplineBin<T> b = find_bin<backwards>(spline, widths, heights, raw, within);
+      const ElementGradient<T> g = map_element_backward<backwards>(b.segment, sides, value, within,
+                                                                   spline.tails != Tails::none, grad_y, grad_logdet);
       narrow(g.x, job.grad_x[tile.first + thread]);
-      const T slope0 = g.slope0 * knot_slope_derivative<f>(b.raw0, b.segment.slope0, limits);
-      const T slope1 = g.slope1 * knot_slope_derivative<f>(b.raw1, b.segment.slope1, limits);
-      widths.backward(b.rest_w, b.number, g.corner_x, g.size_x, b.mass_w, b.share_w, out);
-      heights.backward(b.rest_h, b.number, g.corner_y, g.size_y, b.mass_h, b.share_h, out + spline.bins);
+      const T slope0 = g.same ? T(0) : g.slope0 * knot_slope_derivative<f>(b.raw0, b.segment.slope0, limits);
+      const T slope1 = g.same ? T(0) : g.slope1 * knot_slope_derivative<f>(b.raw1, b.segment.slope1, limits);
+      widths.backward(b.rest_w, b.number, g.corner_x, g.size_x, b.mass_w, b.share_w, g.same, out);
+      heights.backward(b.rest_h, b.number, g.corner_y, g.size_y, b.mass_h, b.share_h, g.same, out + spline.bins);
       Storage *const slopes = out + 2 * spline.bins;
 #pragma unroll 4
       for (int d = 0; d < spline.count - 2 * spline.bins; ++d)

@@ -8,6 +8,7 @@
 #include "spline_coupling/spline_coupling_loops.h"
 
 #include "common/simd.h"
+#include "common/sum.h"
 #include "spline_coupling/spline_block.h"
 
 namespace iin_fast {
@@ -117,20 +118,27 @@ void forward_rows(const SplineForward<Storage> &job, int64_t begin, int64_t end,
   T *const buffer = raw + p.count * block, *const work = buffer + p.count * block;
   alignas(64) T x[block], y[block], logdet[block];
   const int64_t features = job.features, stop = end * features;
-  for (int64_t row = begin; row < end; ++row)
-    job.logdet[row] = T(0);
+  if (features == 0)
+    for (int64_t row = begin; row < end; ++row)
+      job.logdet[row] = T(0);
+  int64_t row = begin, feature = 0; // of the next term of the log-det
+  CompensatedSum<double> sum;
   for (int64_t element = begin * features; element < stop; element += block) {
     const int valid = stop - element < block ? static_cast<int>(stop - element) : block;
-    int64_t row = element / features, feature = element % features;
     gather(p, row, feature, features, valid, raw, buffer);
     take(job.x, element, valid, x);
     spline_block_forward<form, inverse>(shape, raw, block, x, y, logdet, work);
-    for (int l = 0; l < valid; ++l) {
+    for (int l = 0; l < valid; ++l)
       narrow(y[l], job.y + element + l);
-      job.logdet[row] += logdet[l];
-      if (++feature == features) {
+    for (int l = 0; l < valid;) {
+      const int count = static_cast<int>(smaller(valid - l, features - feature));
+      add_terms<T>(sum, count, [&](int64_t i) __attribute__((always_inline)) { return logdet[l + i]; });
+      l += count;
+      feature += count;
+      if (feature == features) {
+        job.logdet[row++] = static_cast<T>(sum.total());
+        sum = {};
         feature = 0;
-        ++row;
       }
     }
   }

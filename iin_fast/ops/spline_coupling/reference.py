@@ -13,11 +13,27 @@ from torch import Tensor
 __all__ = ["spline_coupling"]
 
 
+def _with_value(t: Tensor, value: Tensor) -> Tensor:
+    """``value``, with the derivatives of ``t``."""
+    return t - t.detach() + value.detach()
+
+
 def _knots(raw: Tensor, low: float, high: float, minimum: float) -> Tensor:  # [..., bins] -> [..., bins + 1]
     sizes = minimum + (1 - minimum * raw.shape[-1]) * torch.softmax(raw, -1)
-    inner = low + (high - low) * sizes.cumsum(-1)[..., :-1]
-    ends = raw.new_full(raw.shape[:-1] + (1,), low), raw.new_full(raw.shape[:-1] + (1,), high)
-    return torch.cat([ends[0], inner, ends[1]], -1)
+    knots = low + (high - low) * F.pad(sizes.cumsum(-1), (1, 0))
+    last = knots[..., -1:]  # exactly high, but NaN where the sizes are
+    return torch.cat([knots[..., :-1], high + (last - last.detach())], -1)
+
+
+def _root(share: Tensor, slope0: Tensor, slope1: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """The position in a bin whose image lies at ``share`` of its height: the root of Eq. 29-32 of the paper's appendix,
+    made of sums of positive terms, so that no rounding takes it out of [0, 1]; and 1 - that, as exact where it is small."""
+    other = 1 - share
+    half = (slope0 * other - slope1 * share) / (2 * delta)
+    rising = half >= 0
+    far = torch.where(rising, half, -half) + (half * half + share * other).sqrt()
+    before, after = torch.where(rising, share, far), torch.where(rising, far, other)
+    return before / (before + after), after / (before + after)
 
 
 def spline_coupling(
@@ -37,51 +53,63 @@ def spline_coupling(
     if dtype.itemsize == 2:
         x, parameters = x.float(), parameters.float()
     left, right, bottom, top = box
+    low, high = (bottom, top) if inverse else (left, right)
+    above = x > high
+    outside = above | (x < low)  # NaN is not
+    within = torch.where(outside, x.detach().clamp(low, high), x)
+    at_end = within >= high
+    if tails != "none":  # the identity owes nothing to the parameters
+        parameters = parameters.masked_fill(outside[..., None], 0.0)
+
     widths, heights, raw = parameters.split([bins, bins, parameters.shape[-1] - 2 * bins], -1)
+    log_slope = math.log(min_derivative) if parameterization == "zuko" else 0.0
     if parameterization == "zuko":
-        log_slope = math.log(min_derivative)
         widths, heights = (w / (1 + (2 * w / log_slope).abs()) for w in (widths, heights))
         min_width = min_height = 0.0
-        slopes = torch.exp(raw / (1 + (raw / log_slope).abs()))
-    else:
-        slopes = min_derivative + F.softplus(raw, threshold=1e9)
-    if tails == "linear":
-        slopes = F.pad(slopes, (1, 1), value=1.0)
-    elif tails == "circular":
-        slopes = torch.cat([slopes, slopes[..., :1]], -1)
     knots_x, knots_y = _knots(widths, left, right, min_width), _knots(heights, bottom, top, min_height)
+    if tails == "linear":
+        raw = F.pad(raw, (1, 1))
+    elif tails == "circular":
+        raw = torch.cat([raw, raw[..., :1]], -1)
 
-    low, high = (bottom, top) if inverse else (left, right)
-    inside = (x >= low) & (x <= high)
-    within = x.clamp(low, high)
-    position = (knots_y if inverse else knots_x)[..., 1:-1].detach()
-    k = (within[..., None] >= position).sum(-1, keepdim=True)
+    k = (within[..., None] >= (knots_y if inverse else knots_x)[..., 1:-1].detach()).sum(-1, keepdim=True)
 
     def at(values: Tensor, index: Tensor) -> Tensor:
         return values.gather(-1, index).squeeze(-1)
 
+    def slope(raw: Tensor) -> Tensor:
+        if parameterization == "zuko":
+            return torch.exp(raw / (1 + (raw / log_slope).abs()))
+        # beyond 40 a softplus is its argument to rounding, and below its derivatives don't overflow; an infinite raw value is NaN
+        return min_derivative + (F.softplus(raw, threshold=40.0) + 0 * raw.detach())
+
+    slope0, slope1 = slope(at(raw, k)), slope(at(raw, k + 1))
+    if tails == "linear":
+        slope0 = slope0.masked_fill(k[..., 0] == 0, 1.0)
+        slope1 = slope1.masked_fill(k[..., 0] == bins - 1, 1.0)
     x0, y0 = at(knots_x, k), at(knots_y, k)
     width, height = at(knots_x, k + 1) - x0, at(knots_y, k + 1) - y0
-    slope0, slope1 = at(slopes, k), at(slopes, k + 1)
     delta = height / width
-    bend = slope0 + slope1 - 2 * delta
+    share = (within - y0) / height if inverse else (within - x0) / width
+    share = _with_value(share, share.clamp(0, 1))
+    theta, rest = _root(share, slope0, slope1, delta) if inverse else (share, 1 - share)
+    theta, rest = (torch.where(outside, t.detach(), t) for t in (theta, rest))
+    denominator = delta + (slope0 + slope1 - 2 * delta) * theta * rest
+    numerator = slope1 * theta**2 + 2 * delta * theta * rest + slope0 * rest**2
+    logdet = numerator.log() + 2 * (delta / denominator).log()
     if inverse:
-        rise = within - y0
-        a, b, c = rise * bend + height * (delta - slope0), height * slope0 - rise * bend, -delta * rise
-        theta = 2 * c / (-b - (b * b - 4 * a * c).clamp_min(0).sqrt())
-        mapped = x0 + width * theta
+        logdet, mapped, low, high = -logdet, x0 + width * theta, left, right
     else:
-        theta = (within - x0) / width
-        mapped = y0 + height * (delta * theta**2 + slope0 * theta * (1 - theta)) / (delta + bend * theta * (1 - theta))
-    numerator = slope1 * theta**2 + 2 * delta * theta * (1 - theta) + slope0 * (1 - theta) ** 2
-    logdet = numerator.log() + 2 * (delta / (delta + bend * theta * (1 - theta))).log()
-    logdet = -logdet if inverse else logdet
+        mapped = y0 + height * (delta * theta**2 + slope0 * theta * rest) / denominator
+        low, high = bottom, top
+    # nothing leaves the box, and its ends are exact; NaN stays NaN
+    held = mapped.detach().clamp(low, high)
+    mapped = _with_value(mapped, held.masked_fill(at_end & ~held.isnan(), high))
 
     if tails == "none":
-        edge = torch.where(x > high, slopes[..., -1], slopes[..., 0])
-        slope = 1 / edge if inverse else edge
-        outside, outside_logdet = mapped.detach() + (x - within.detach()) * slope, slope.log()
+        edge = torch.where(above, slope1, slope0)
+        beyond = mapped.detach() + (x - within) * (1 / edge if inverse else edge)
+        y = torch.where(outside, beyond, mapped)
     else:
-        outside, outside_logdet = x, torch.zeros_like(x)
-    y, logdet = torch.where(inside, mapped, outside), torch.where(inside, logdet, outside_logdet)
+        y, logdet = torch.where(outside, x, mapped), logdet.masked_fill(outside, 0.0)
     return y.to(dtype), logdet.sum(1)

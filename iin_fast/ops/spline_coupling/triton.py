@@ -20,9 +20,11 @@ from torch import Tensor
 
 from ..triton_common import (
     CompileCase,
+    add_term,
     autotuned,
     bucket,
     ceil_div,
+    compensated,
     launch,
     on_device,
     power_of_two,
@@ -71,7 +73,7 @@ def _pick(values, chosen):
 
 @triton.jit
 def _slope(raw, ZUKO: tl.constexpr, SOFTNESS: tl.constexpr, MIN_D: tl.constexpr):
-    """The slope at a knot and its derivative by the raw value."""
+    """The slope at a knot and its derivative by the raw value. The slope of an infinite raw value is NaN."""
     if ZUKO:
         shrink = 1 / (1 + tl.abs(raw * SOFTNESS))
         slope = tl.exp(raw * shrink)
@@ -80,7 +82,7 @@ def _slope(raw, ZUKO: tl.constexpr, SOFTNESS: tl.constexpr, MIN_D: tl.constexpr)
         e = tl.exp(-tl.abs(raw))
         u = 1 + e
         log1p = tl.log(u) - ((u - 1) - e) / u  # what rounding took from u comes back
-        return MIN_D + tl.maximum(raw, 0.0) + log1p, tl.where(raw >= 0, 1 / u, e / u)
+        return MIN_D + (tl.maximum(raw, 0.0) + log1p + 0 * raw), tl.where(raw >= 0, 1 / u, e / u)
 
 
 @triton.jit
@@ -142,32 +144,40 @@ def _clamp(value, LOW: tl.constexpr, HIGH: tl.constexpr):
 
 
 @triton.jit
-def _position(x, excess, sx, width, sy, height, slope0, slope1, INVERSE: tl.constexpr, WIDE: tl.constexpr):
-    """Where in its bin a coordinate lies, in [0, 1]; for the inverse the stable root of the quadratic. Of one held at an edge
-    of the box exactly 0 or 1."""
-    if INVERSE:
-        delta = height / width
-        rise = x - sy
-        bend = slope0 + slope1 - 2 * delta
-        a = rise * bend + height * (delta - slope0)
-        b = height * slope0 - rise * bend
-        c = -delta * rise
-        square = b * b - 4 * a * c
-        square = tl.where(square > 0, square, 0.0)
-        root = tl.sqrt(square) if WIDE == tl.float64 else tl.sqrt_rn(square)
-        divisor = -b - root
-        theta = 2 * c / tl.where(divisor == 0, -1.0, divisor)
-    else:
-        theta = (x - sx) / width
-    theta = _clamp(theta, 0.0, 1.0)
-    return tl.where(excess > 0, 1.0, tl.where(excess < 0, 0.0, theta))
+def _held(mapped, at_end, LOW: tl.constexpr, HIGH: tl.constexpr):
+    """What the map gives, held in the box; that of the upper edge is the upper edge. NaN stays NaN."""
+    return tl.where(at_end & (mapped >= LOW), tl.zeros_like(mapped) + HIGH, _clamp(mapped, LOW, HIGH))
 
 
 @triton.jit
-def _image(theta, sy, width, height, slope0, slope1):
+def _root(share, width, height, slope0, slope1, WIDE: tl.constexpr):
+    """The position in a bin whose image lies at `share` of its height, and 1 - that; csrc/spline_coupling has the same."""
+    other = 1 - share
+    half = (slope0 * other - slope1 * share) * width / (2 * height)
+    square = half * half + share * other
+    far = tl.abs(half) + (tl.sqrt(square) if WIDE == tl.float64 else tl.sqrt_rn(square))
+    rising = half >= 0
+    before = tl.where(rising, share, far)
+    after = tl.where(rising, far, other)
+    total = tl.where(before + after == 0, 1.0, before + after)
+    return before / total, after / total
+
+
+@triton.jit
+def _position(x, sx, width, sy, height, slope0, slope1, HIGH: tl.constexpr, INVERSE: tl.constexpr, WIDE: tl.constexpr):
+    """Where in its bin a coordinate lies, in [0, 1], and 1 - that; at the upper edge of the box exactly 1 and 0. NaN stays NaN."""
+    share = _clamp((x - sy) / height if INVERSE else (x - sx) / width, 0.0, 1.0)
+    share = tl.where((x >= HIGH) & (share >= 0), 1.0, share)
+    if INVERSE:
+        return _root(share, width, height, slope0, slope1, WIDE)
+    else:
+        return share, 1 - share
+
+
+@triton.jit
+def _image(theta, rest, sy, width, height, slope0, slope1):
     """y and log dy/dx."""
     delta = height / width
-    rest = 1 - theta
     mixed = theta * rest
     denominator = delta + (slope0 + slope1 - 2 * delta) * mixed
     numerator = slope1 * theta * theta + 2 * delta * mixed + slope0 * rest * rest
@@ -176,10 +186,9 @@ def _image(theta, sy, width, height, slope0, slope1):
 
 
 @triton.jit
-def _image_backward(theta, width, height, slope0, slope1, grad_y, grad_logdet):
+def _image_backward(theta, rest, width, height, slope0, slope1, grad_y, grad_logdet):
     """Gradients of grad_y y + grad_logdet logdet by theta, width, height and slopes; csrc/spline_coupling has the same."""
     delta = height / width
-    rest = 1 - theta
     mixed = theta * rest
     square = theta * theta
     bend = slope0 + slope1 - 2 * delta
@@ -188,7 +197,7 @@ def _image_backward(theta, width, height, slope0, slope1, grad_y, grad_logdet):
     below = 1 / numerator
     rational = (delta * square + slope0 * mixed) * over
     g = grad_y * height
-    turn = 1 - 2 * theta
+    turn = rest - theta
     by_theta = g * delta * numerator * over * over + grad_logdet * (
         (2 * slope1 * theta + 2 * delta * turn - 2 * slope0 * rest) * below - 2 * bend * turn * over
     )
@@ -240,6 +249,7 @@ def _forward(
     LOW: tl.constexpr = BOTTOM if INVERSE else LEFT
     HIGH: tl.constexpr = TOP if INVERSE else RIGHT
     total = tl.zeros([BLOCK_R, BLOCK_F], WIDE)
+    lost = tl.zeros([BLOCK_R, BLOCK_F], WIDE)
     for begin in range(start, tl.minimum(start + part, features), BLOCK_F):
         feature = begin + tl.arange(0, BLOCK_F)[None, :]
         valid = (row < batch)[:, None] & (feature < features)
@@ -249,33 +259,49 @@ def _forward(
             within, parameters, long_row, row_stride, feature_stride, feature, valid, BINS, TAILS, ZUKO, SOFTNESS,
             LEFT, RIGHT, BOTTOM, TOP, MIN_W, MIN_H, MIN_D, INVERSE, WIDE, BLOCK_K,
         )  # fmt: skip
-        excess = value - within
-        theta = _position(within, excess, sx, width, sy, height, slope0, slope1, INVERSE, WIDE)
-        mapped, gained = _image(theta, sy, width, height, slope0, slope1)
+        theta, rest = _position(within, sx, width, sy, height, slope0, slope1, HIGH, INVERSE, WIDE)
+        mapped, gained = _image(theta, rest, sy, width, height, slope0, slope1)
         if INVERSE:
             mapped = sx + width * theta
             gained = -gained
-        if TAILS == 1:  # straight on; where nothing exceeds, nothing is added
-            mapped += tl.where(excess == 0, 0.0, excess * tl.exp(gained))
+        mapped = _held(mapped, within >= HIGH, LEFT if INVERSE else BOTTOM, RIGHT if INVERSE else TOP)
+        outside = (value < within) | (value > within)
+        if TAILS == 1:  # straight on
+            edge = tl.where(value > within, slope1, slope0)
+            excess = value - within
+            mapped = tl.where(outside, mapped + (excess / edge if INVERSE else excess * edge), mapped)
         else:
-            mapped = tl.where(excess == 0, mapped, value)
-            gained = tl.where(excess == 0, gained, 0.0)
+            mapped = tl.where(outside, value, mapped)
+            gained = tl.where(outside, 0.0, gained)
         tl.store(y + long_row * features + feature, mapped.to(y.dtype.element_ty), mask=valid)
-        total += tl.where(valid, gained, 0.0)
-    tl.store(logdet + tl.program_id(1).to(tl.int64) * batch + row, tl.sum(total, 1), mask=row < batch)
+        total, lost = add_term(total, lost, tl.where(valid, gained, 0.0))
+    tl.store(
+        logdet + tl.program_id(1).to(tl.int64) * batch + row, tl.sum(compensated(total, lost), 1), mask=row < batch
+    )
 
 
 @triton.jit
 def _share_gradient(
-    to, corner, size, share, mass, step, number, valid, SCALE: tl.constexpr, BINS: tl.constexpr, BLOCK_K: tl.constexpr
+    to,
+    corner,
+    size,
+    share,
+    mass,
+    step,
+    number,
+    none,
+    valid,
+    SCALE: tl.constexpr,
+    BINS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):
-    """Through the softmax: gradients of raw widths or heights from those by the bin's corner and size."""
+    """Through the softmax: gradients of raw widths or heights from those by the bin's corner and size; 0 where `none`."""
     k = tl.arange(0, BLOCK_K)[None, None, :]
     n = number[:, :, None]
     here = k == n
     common = corner * _pick(mass, here) + size * _pick(share, here)
     own = tl.where(k < n, corner[:, :, None], tl.where(here, size[:, :, None], 0.0))
-    gradient = SCALE * share * (own - common[:, :, None]) * step
+    gradient = tl.where(none[:, :, None], 0.0, SCALE * share * (own - common[:, :, None]) * step)
     tl.store(to[:, :, None] + k, gradient.to(to.dtype.element_ty), mask=valid[:, :, None] & (k < BINS))
 
 
@@ -334,55 +360,62 @@ def _backward(
         )
     )  # fmt: skip
     excess = value - within
-    theta = _position(within, excess, sx, width, sy, height, slope0, slope1, INVERSE, WIDE)
-    outside = excess != 0
-    _, slope_log = _image(theta, sy, width, height, slope0, slope1)
-    slope = tl.exp(slope_log)
+    theta, rest = _position(within, sx, width, sy, height, slope0, slope1, HIGH, INVERSE, WIDE)
+    outside = (value < within) | (value > within)
+    _, slope_log = _image(theta, rest, sy, width, height, slope0, slope1)
+    slope = tl.where(outside, tl.where(value > within, slope1, slope0), tl.exp(slope_log))
     from_y = gy
     from_logdet = tl.zeros_like(gy) + gl
     result = gy
     if INVERSE:
         # x = f^-1(y): dx = (dy - f_p dp) / f_x, log-det = -log f_x; at fixed parameters the log-det moves with x
-        curve, _c0, _c1, _c2, _c3 = _image_backward(theta, width, height, slope0, slope1, gy * 0, from_logdet * 0 + 1)
+        curve, _c0, _c1, _c2, _c3 = _image_backward(
+            theta, rest, width, height, slope0, slope1, gy * 0, from_logdet * 0 + 1
+        )
         result = (gy - gl * tl.where(outside, 0.0, curve / width)) / slope
         from_y = -result
         from_logdet = -from_logdet
     by_theta, by_width, by_height, by_slope0, by_slope1 = _image_backward(
-        theta, width, height, slope0, slope1, from_y, from_logdet
+        theta, rest, width, height, slope0, slope1, from_y, from_logdet
     )
     edge = by_theta / width
     if not INVERSE:
         result = tl.where(outside, gy * slope, edge)
     corner_x = -edge
     corner_y = from_y
+    by_raw0 = by_slope0 * step0
+    by_raw1 = by_slope1 * step1
+    same = outside & (TAILS != 1)
     if TAILS == 1:
         # beyond the box the coordinate is held at its edge, and a line of the outer slope goes on from there
-        beyond = tl.where(outside, from_y * (excess / slope if INVERSE else excess), 0.0)
-        by_slope0 += tl.where(excess < 0, beyond, 0.0)
-        by_slope1 += tl.where(excess > 0, beyond, 0.0)
+        beyond = from_y * (excess / slope if INVERSE else excess)
+        by_raw0 += tl.where(value < within, beyond * step0, 0.0)
+        by_raw1 += tl.where(value > within, beyond * step1, 0.0)
         by_width = tl.where(outside, by_width + edge * theta, by_width)
         corner_x = tl.where(outside, 0.0, corner_x)
-    else:
+    else:  # the identity: nothing of the spline counts, finite or not
         result = tl.where(outside, gy, result)
         corner_x = tl.where(outside, 0.0, corner_x)
         corner_y = tl.where(outside, 0.0, corner_y)
         by_width = tl.where(outside, 0.0, by_width)
         by_height = tl.where(outside, 0.0, by_height)
-        by_slope0 = tl.where(outside, 0.0, by_slope0)
-        by_slope1 = tl.where(outside, 0.0, by_slope1)
+        by_raw0 = tl.where(outside, 0.0, by_raw0)
+        by_raw1 = tl.where(outside, 0.0, by_raw1)
     tl.store(grad_x + long_row * features + feature, result.to(grad_x.dtype.element_ty), mask=valid)
     to = grad_parameters + (long_row * features + feature) * (2 * BINS + DERIVATIVES)
     SCALE_W: tl.constexpr = (RIGHT - LEFT) * (1 - MIN_W * BINS)
     SCALE_H: tl.constexpr = (TOP - BOTTOM) * (1 - MIN_H * BINS)
-    _share_gradient(to, corner_x, by_width, share_w, mass_w, step_w, number, valid, SCALE_W, BINS, BLOCK_K)
-    _share_gradient(to + BINS, corner_y, by_height, share_h, mass_h, step_h, number, valid, SCALE_H, BINS, BLOCK_K)
+    _share_gradient(to, corner_x, by_width, share_w, mass_w, step_w, number, same, valid, SCALE_W, BINS, BLOCK_K)
+    _share_gradient(
+        to + BINS, corner_y, by_height, share_h, mass_h, step_h, number, same, valid, SCALE_H, BINS, BLOCK_K
+    )
     if DERIVATIVES > 0:
         d = tl.arange(0, BLOCK_D)[None, None, :]
         knot = d + 1 if TAILS == 0 else d  # the left end of bin `knot`, the right end of the one before
         before = tl.where(knot == 0, BINS, knot) - 1 if TAILS == 2 else knot - 1
         n = number[:, :, None]
-        gradient = tl.where(n == knot, (by_slope0 * step0)[:, :, None], 0.0)
-        gradient += tl.where(n == before, (by_slope1 * step1)[:, :, None], 0.0)
+        gradient = tl.where(n == knot, by_raw0[:, :, None], 0.0)
+        gradient += tl.where(n == before, by_raw1[:, :, None], 0.0)
         at = to[:, :, None] + 2 * BINS + d
         tl.store(at, gradient.to(to.dtype.element_ty), mask=valid[:, :, None] & (d < DERIVATIVES))
 
