@@ -10,7 +10,8 @@ Those five lines are an adapter. :func:`from_layer` makes one of a layer of any 
 Hugging Face encoder; :func:`pool_features` and :func:`unpool_features` lead from a spatial feature map to latents and back.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -136,8 +137,7 @@ class LayerAdapter:
             near = [name for name in names if name and str(layer).split(".")[-1] in name] or names[1:]
             raise ValueError(f"from_layer: layer is {layer!r}, expected one of {', '.join(near[:12])}")
         _check_pool("from_layer", pool, channels)
-        self.module = module.eval()
-        self.layer, self.pool, self.channels = layer, pool, channels
+        self.module, self.layer, self.pool, self.channels = module, layer, pool, channels
         if decode is not None:
             self.decode = decode
 
@@ -147,11 +147,12 @@ class LayerAdapter:
     @torch.no_grad()
     def features(self, x: Any) -> Tensor:
         """What the layer puts out for ``x``, before pooling."""
-        return self._run(x, None)[0]
+        return self._run(x, torch.clone, None)[0]
 
+    @torch.no_grad()
     def encode(self, x: Any) -> Tensor:
         """Latents ``[batch, dim]`` of ``x``: a tensor, a tuple of arguments, or a mapping of keyword arguments."""
-        return pool_features(self.features(x), self.pool, self.channels)
+        return self._run(x, lambda features: pool_features(features, self.pool, self.channels).clone(), None)[0]
 
     @torch.no_grad()
     def resume(self, x: Any, z: Tensor) -> Any:
@@ -161,9 +162,13 @@ class LayerAdapter:
             x: the input, as for :meth:`encode`; what the layer does not see of it goes on as it is.
             z: edited latents, in place of ``encode(x)``; see :func:`unpool_features`.
         """
-        return self._run(x, z)[1]
+        return self._run(x, lambda features: features, z)[1]
 
-    def _run(self, x: Any, z: Tensor | None) -> tuple[Tensor, Any]:
+    def _run(self, x: Any, take: Callable[[Tensor], Tensor], z: Tensor | None) -> tuple[Tensor, Any]:
+        """What ``take`` makes of the layer's output, and the network's own.
+
+        A later layer may overwrite the layer's output, so ``take`` copies what it keeps, and z is copied too.
+        """
         found: list[Tensor] = []
 
         def hook(_: nn.Module, __: Any, output: Any) -> Any:
@@ -173,18 +178,19 @@ class LayerAdapter:
                 raise TypeError(
                     f"from_layer: layer {self.layer!r} gives a {kind}, expected a tensor or a tuple that starts with one"
                 )
-            found.append(features)
+            found.append(take(features))
             if z is None:
                 return None
-            edited = unpool_features(z, features, self.pool, self.channels)
+            edited = unpool_features(z.clone() if isinstance(z, Tensor) else z, features, self.pool, self.channels)
             return type(output)([edited, *output[1:]]) if isinstance(output, tuple | list) else edited
 
         handle = self.module.get_submodule(self.layer).register_forward_hook(hook)
         try:
-            if isinstance(x, Mapping):
-                result = self.module(**x)
-            else:
-                result = self.module(*x) if isinstance(x, tuple) else self.module(x)
+            with _in_evaluation(self.module):
+                if isinstance(x, Mapping):
+                    result = self.module(**x)
+                else:
+                    result = self.module(*x) if isinstance(x, tuple) else self.module(x)
         finally:
             handle.remove()
         if len(found) != 1:
@@ -202,8 +208,10 @@ def from_layer(
 ) -> LayerAdapter:
     """Creates an adapter of a layer of any network, through a forward hook; the network itself stays as it is.
 
+    Latents carry no gradients, and are the layer's own values even where a later layer overwrites them in place.
+
     Args:
-        module: the network. It is put into evaluation mode.
+        module: the network. It runs in evaluation mode, and after each call its modules are in the modes they had before.
         layer: name of the layer, as in ``module.named_modules()``; ``""`` for the network's own output.
         pool, channels: what becomes of a feature map; see :func:`pool_features`.
         decode: gives x for z, where the network has a part that does.
@@ -244,7 +252,7 @@ class HuggingFaceAdapter:
         if layer is not None:
             if isinstance(layer, bool) or not isinstance(layer, int):
                 raise TypeError(f"from_huggingface: layer is {layer!r}, expected an integer or None")
-        self.model, self.tokenizer, self.pool, self.layer = model.eval(), tokenizer, pool, layer
+        self.model, self.tokenizer, self.pool, self.layer = model, tokenizer, pool, layer
 
     def __repr__(self) -> str:
         return f"HuggingFaceAdapter({type(self.model).__name__}, pool={self.pool!r})"
@@ -266,10 +274,13 @@ class HuggingFaceAdapter:
             )
         device = next(self.model.parameters()).device
         inputs = {name: value.to(device) for name, value in x.items()}
+        more = {} if self.layer is None else {"output_hidden_states": True}
+        with _in_evaluation(self.model):
+            output = self.model(**inputs, **more)
         if self.layer is None:
-            states = self.model(**inputs).last_hidden_state
+            states = output.last_hidden_state
         else:
-            all_states = self.model(**inputs, output_hidden_states=True).hidden_states
+            all_states = output.hidden_states
             if not -len(all_states) <= self.layer < len(all_states):
                 raise ValueError(
                     f"from_huggingface: layer is {self.layer}, expected {-len(all_states)} to {len(all_states) - 1}"
@@ -290,7 +301,7 @@ def from_huggingface(
 
     Args:
         model: what ``AutoModel.from_pretrained`` gives, or any module whose output has ``last_hidden_state``
-            ``[batch, tokens, dim]``. It is put into evaluation mode.
+            ``[batch, tokens, dim]``. It runs in evaluation mode, and has its own modes back after each call.
         tokenizer: what ``AutoTokenizer.from_pretrained`` gives; None for a model of pictures, whose ``encode`` takes pixel
             values or a mapping of inputs.
         pool: ``"mean"`` or ``"max"`` over the tokens, ``"first"`` (the class token) or ``"last"`` (for models that read
@@ -326,6 +337,22 @@ def encode_all(adapter: Adapter, x: Tensor | Sequence[Any], batch: int = 256) ->
         raise ValueError("encode_all: x is empty, expected at least one input")
     with torch.no_grad():
         return torch.cat([adapter.encode(x[start : start + batch]).cpu() for start in range(0, len(x), batch)])
+
+
+@contextmanager
+def _in_evaluation(module: nn.Module) -> Iterator[None]:
+    """All modules of ``module`` in evaluation mode, then in their own again, which may differ from module to module.
+
+    Only the flags change: a class may have an ``eval`` of its own that changes more.
+    """
+    changed = [part for part in module.modules() if part.training]
+    try:
+        for part in changed:
+            part.training = False
+        yield
+    finally:
+        for part in changed:
+            part.training = True
 
 
 def _check_pool(where: str, pool: str, channels: str | None) -> None:

@@ -69,7 +69,7 @@ class Pair(nn.Module):
 @pytest.fixture
 def net() -> Net:
     torch.manual_seed(0)
-    return Net()
+    return Net().eval()
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def images() -> torch.Tensor:
 
 def test_a_vector_layer(net, images):
     adapter = from_layer(net, "neck")
-    assert isinstance(adapter, Adapter) and not net.training
+    assert isinstance(adapter, Adapter)
     expected = net.neck(2 * net.body(images).mean((2, 3)))
     z = adapter.encode(images)
     torch.testing.assert_close(z, expected)
@@ -117,6 +117,83 @@ def test_the_rest_of_a_classifier_reads_a_swap(net, images):
         own, all_of_it = iin.swap(z, z, "a"), iin.swap(z, z.flip(0), ["a", "residual"])
     torch.testing.assert_close(adapter.resume(images, own), net(images), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(adapter.resume(images, all_of_it), net(images).flip(0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def overwriting() -> nn.Sequential:
+    """The second layer's output is overwritten by the third; the fifth's, a vector, by the sixth."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(144, 5)
+    return nn.Sequential(*layers, nn.ReLU(inplace=True), nn.Linear(5, 2)).eval()
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("pool", ["mean", "max", "first", "flatten", "positions"])
+@pytest.mark.parametrize("last", [1, 4])
+def test_a_layer_whose_output_is_overwritten(overwriting, images, last, pool, inference):
+    with torch.inference_mode(inference):
+        expected = overwriting[: last + 1](images)
+        assert (expected < 0).any()  # which ReLU overwrites
+        adapter = from_layer(overwriting, str(last), pool=pool)
+        assert torch.equal(adapter.features(images), expected)
+        z = adapter.encode(images)
+        assert torch.equal(z, pool_features(expected, pool))
+        if pool != "max":
+            kept = z.clone()
+            torch.testing.assert_close(adapter.resume(images, z), overwriting(images))
+            assert torch.equal(z, kept)
+
+
+class Failing(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("out of order")
+
+
+@pytest.mark.parametrize("use", ["encode", "features", "resume", "an exception", "a wrong layer"])
+def test_the_network_leaves_as_it_came(net, images, use):
+    """Its modes, which may differ by module, its statistics and hooks."""
+    net.body.append(nn.BatchNorm2d(6))
+    net.train()
+    net.neck.eval()
+    calls = []
+    net.neck.register_forward_hook(lambda *_: calls.append("hook"))
+    modes = [module.training for module in net.modules()]
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    adapter = from_layer(net, "unused" if use == "a wrong layer" else "neck")
+    assert [module.training for module in net.modules()] == modes
+    if use == "an exception":
+        net.head = Failing()
+        with pytest.raises(RuntimeError, match="out of order"):
+            adapter.encode(images)
+    elif use == "a wrong layer":
+        with pytest.raises(ValueError, match="ran 0 times"):
+            adapter.encode(images)
+    elif use == "resume":
+        adapter.resume(images, torch.zeros(5, 5))
+    else:
+        found = getattr(adapter, use)(images)
+        assert torch.equal(found, getattr(adapter, use)(images))  # dropout and batch statistics are off
+    assert [module.training for module in net.modules()] == modes
+    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+    assert all(len(module._forward_hooks) == (module is net.neck) for module in net.modules())
+    assert set(calls) == {"hook"}
+
+
+def test_encode_in_the_middle_of_a_training_step(net, images):
+    """The gradients of the step are those without it."""
+    net.train()
+
+    def gradients(between):
+        torch.manual_seed(3)
+        loss = net(images).square().sum()
+        between()
+        found = torch.autograd.grad(loss, list(net.body.parameters()))
+        return found
+
+    expected = gradients(lambda: None)
+    adapter = from_layer(net, "body.0", pool="flatten")
+    for got, want in zip(gradients(lambda: adapter.encode(images)), expected, strict=True):
+        assert torch.equal(got, want)
 
 
 def test_ways_to_call(net, images):
@@ -219,10 +296,12 @@ def test_huggingface_texts(pool):
     config = transformers.BertConfig(
         vocab_size=8, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
     )
-    model = transformers.BertModel(config)
+    model = transformers.BertModel(config).train()
     adapter = from_huggingface(model, Tokenizer(), pool=pool)
     z = adapter.encode(TEXTS)
     assert z.shape == (4, 16) and isinstance(adapter, Adapter)
+    assert all(module.training for module in model.modules())
+    model.eval()
     with torch.no_grad():
         for row, text in enumerate(TEXTS):  # one by one there is no padding
             states = model(**Tokenizer()([text], True, True, "pt")).last_hidden_state[0]
@@ -243,7 +322,7 @@ def test_huggingface_pictures(images):
     config = transformers.ViTConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4
     )
-    model = transformers.ViTModel(config)
+    model = transformers.ViTModel(config).eval()
     z = from_huggingface(model, pool="first").encode(images)
     with torch.no_grad():
         expected = model(pixel_values=images).last_hidden_state[:, 0]

@@ -77,14 +77,14 @@ Workspace<T> workspace_of(Pieces<T> &pieces, const ProgramView &p, int64_t ld, K
   int64_t splines = 0;
   for (int64_t l = 0; l < p.layer_count; ++l)
     if (p.layers[l].transformer == TransformerKind::spline)
-      splines = larger(splines, spline_work(p.layers[l].spline));
+      splines = larger(splines, spline_work<T>(p.layers[l].spline.bins));
   Workspace<T> w{};
   w.tape = pieces.take(TapeLayout{p, tape}.rows() * ld);
   w.net = pieces.take(p.net_rows * ld);
   w.context = pieces.take(p.context * ld);
   w.logdet = pieces.take(ld), w.lost = pieces.take(ld);
   w.temporary = pieces.take(2 * p.dim * ld);
-  w.spline = pieces.take(splines * block_size<T>);
+  w.spline = pieces.take(splines);
   if (backward) {
     for (T *&g : w.gradients)
       g = pieces.take(p.dim * ld);
@@ -150,7 +150,7 @@ public:
     const T *const y = tape + TapeLayout{p_, keep}.input(p_.layer_count) * ld_;
     write(y, p_.dim, first, rows, job_.y);
     for (int64_t r = 0; r < rows; ++r)
-      job_.logdet[first + r] = w.logdet[r] - w.lost[r];
+      job_.logdet[first + r] = CompensatedSum<T>{w.logdet[r], w.lost[r]}.total();
   }
 
   void backward(const ProgramBackwardJob<T> &job, int64_t tile, const Workspace<T> &w, T *accumulator,
@@ -257,19 +257,21 @@ private:
   // [dim] scales, and behind them the log-det.
   void pack_affine(const ProgramLayer &l) {
     const T *const raw = parameter(l.scale);
-    T *const scale = packed_ + l.packed, total = T(0), lost = T(0);
+    T *const scale = packed_ + l.packed;
+    T total = T(0), lost = T(0);
     for (int64_t j = 0; j < p_.dim; ++j) {
       scale[j] = raw == nullptr ? T(1) : scale_of(l.form, raw[j], l.eps);
       if (raw != nullptr)
-        total = iin_fast::add(total, math::log(math::abs(scale[j])), lost);
+        add_term(total, lost, math::log(math::abs(scale[j])));
     }
-    scale[padded(p_.dim)] = total;
+    scale[padded(p_.dim)] = CompensatedSum<T>{total, lost}.total();
   }
 
   // L with its unit diagonal, U with its diagonal, [dim, dim] each, and the log-det.
   void pack_linear(const ProgramLayer &l) {
     const int64_t dim = p_.dim;
-    T *const lower = packed_ + l.packed, *const upper = lower + padded(dim * dim), total = T(0), lost = T(0);
+    T *const lower = packed_ + l.packed, *const upper = lower + padded(dim * dim);
+    T total = T(0), lost = T(0);
     const T *const a = parameter(l.lower), *const b = parameter(l.upper), *const d = parameter(l.scale);
     int64_t below = 0, above = 0;
     for (int64_t i = 0; i < dim; ++i)
@@ -279,14 +281,14 @@ private:
         upper[at] = j < i ? T(0) : j > i ? (l.storage == 0 ? b[above++] : a[at])
                                          : scale_of(l.form, l.storage == 0 ? d[i] : a[at], l.eps);
         if (i == j)
-          total = iin_fast::add(total, math::log(math::abs(upper[at])), lost);
+          add_term(total, lost, math::log(math::abs(upper[at])));
       }
-    upper[padded(dim * dim)] = total;
+    upper[padded(dim * dim)] = CompensatedSum<T>{total, lost}.total();
   }
 
   void add_logdet(const Workspace<T> &w, T value) const {
     for (int64_t l = 0; l < ld_; ++l)
-      w.logdet[l] = iin_fast::add(w.logdet[l], value, w.lost[l]);
+      add_term(w.logdet[l], w.lost[l], value);
   }
 
   // All layers of a tile, from tape's first input on. `keep`: what the tape has room for.
@@ -311,7 +313,7 @@ private:
     for (int64_t j = 0; j < p_.dim; ++j)
       for (int64_t l = 0; l < ld_; ++l) {
         const T value = y[j * ld_ + l];
-        w.logdet[l] = iin_fast::add(w.logdet[l], T(-0.5) * value * value - T(0.91893853320467274178), w.lost[l]);
+        add_term(w.logdet[l], w.lost[l], T(-0.5) * value * value - T(0.91893853320467274178));
       }
   }
   void base_backward(const T *y, const T *grad_logdet, T *g) const {
@@ -477,7 +479,7 @@ private:
         const T value = x[j * ld_ + i];
         y[j * ld_ + i] = value < T(0) ? slope * value : value;
         if (l.exact)
-          w.logdet[i] = iin_fast::add(w.logdet[i], value < T(0) ? gain : T(0), w.lost[i]);
+          add_term(w.logdet[i], w.lost[i], value < T(0) ? gain : T(0));
       }
   }
   void activation_backward(const ProgramLayer &l, bool inverse, const T *x, const T *g, T *gx) const {

@@ -6,6 +6,7 @@
 
 #include "common/math.h"
 #include "common/simd.h"
+#include "common/sum.h"
 #include "flow_program/flow_program.h"
 
 namespace iin_fast {
@@ -14,6 +15,13 @@ namespace {
 
 template <class T> IIN_FAST_INLINE void copy(const T *from, T *to, int64_t count) {
   __builtin_memcpy(to, from, count * sizeof(T));
+}
+
+// sum + lost += term, compensated.
+template <class T> IIN_FAST_INLINE void add_term(T &sum, T &lost, T term) {
+  CompensatedSum<T> s{sum, lost};
+  s.add(term);
+  sum = s.value, lost = s.lost;
 }
 
 // An accumulator before its first term.

@@ -25,7 +25,7 @@ void affine_transform(const AffineTransformer &t, bool inverse, const T *raw, in
       y[l] = couple<decltype(squash)::value, decltype(backwards)::value>(x[l], gain * scale[l], gain * shift[l], clamp,
                                                                          term);
       if constexpr (decltype(squash)::value != Squash::none)
-        logdet[l] = iin_fast::add(logdet[l], term, lost[l]);
+        add_term(logdet[l], lost[l], term);
     }
   });
 }
@@ -49,9 +49,6 @@ void affine_transform_backward(const AffineTransformer &t, bool inverse, const T
     }
   });
 }
-
-// Elements of scratch that a spline needs for a block, in blocks.
-inline int64_t spline_work(const SplineTransformer &t) { return t.count + 4 * t.bins; }
 
 template <class F> void with_spline_form(int64_t form, bool inverse, F &&f) {
   using N = std::integral_constant<Parameterization, Parameterization::nflows>;
@@ -80,7 +77,7 @@ void spline_transform(const SplineTransformer &t, bool inverse, const T *raw, in
       spline_block_forward<decltype(form)::value, decltype(backwards)::value>(shape, raw + r, ld, x + r, y + r, terms,
                                                                               work);
       for (int l = 0; l < block_size<T>; ++l)
-        logdet[r + l] = iin_fast::add(logdet[r + l], terms[l], lost[r + l]);
+        add_term(logdet[r + l], lost[r + l], terms[l]);
     }
   });
 }

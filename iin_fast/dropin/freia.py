@@ -139,14 +139,19 @@ def _spline(net: str, length: str) -> Callable[..., Any]:
         slopes = p["deltas"] + SOFTPLUS_ONE
         if "total_width" in base.parameter_counts:
             width = base.clamp_domain(base.default_width * F.softplus(p["total_width"] + SOFTPLUS_ONE))
+            width = width.clamp_min(
+                torch.finfo(x.dtype).tiny ** (1 / 3)
+            )  # second derivatives divide by its third power
+            for name in ("widths", "heights"):  # FrEIA's box has no place where one of its sizes is NaN
+                width = width + 0 * p[name].detach().amax(-1, keepdim=True)
             raw, height = [p["widths"], p["heights"], slopes], width
             left = bottom = -width / 2
         else:
             p = base.constrain_parameters(p)
             width, height = (p[name].sum(-1, keepdim=True) for name in ("widths", "heights"))
-            slopes = F.softplus(slopes) * (width / height)
-            slopes = slopes + torch.log(-torch.expm1(-slopes))  # the inverse of softplus
-            raw, left, bottom = [p["widths"].log(), p["heights"].log(), slopes], p["left"], p["bottom"]
+            smallest = torch.finfo(x.dtype).tiny ** 0.5  # second derivatives of the logarithm divide by its square
+            raw = [p[name].clamp_min(smallest).log() for name in ("widths", "heights")]
+            raw, left, bottom = [*raw, _scaled_slope(slopes, width / height)], p["left"], p["bottom"]
         width, height, left, bottom = (value.squeeze(-1) for value in (width, height, left, bottom))
         if rev:
             width, height, left, bottom = height, width, bottom, left
@@ -162,12 +167,28 @@ def _spline(net: str, length: str) -> Callable[..., Any]:
         y = (y + 1) / 2 * height + bottom
         if "total_width" not in base.parameter_counts:
             logdet = logdet + (height / width).log().flatten(1).sum(1)
+        else:  # that of a NaN beyond the box is 0 in the op
+            logdet = logdet + 0 * width.detach().flatten(1).sum(1)
         return y.movedim(-1, 1), logdet
 
     return coupling
 
 
 SOFTPLUS_ONE = math.log(math.e - 1)  # softplus of it is 1
+LOW = -40.0  # below it softplus is exp to float64 rounding
+
+
+def _scaled_slope(raw: Tensor, scale: Tensor) -> Tensor:
+    """The raw slope whose softplus is ``scale * softplus(raw)``.
+
+    Where softplus underflows its logarithm and that of ``expm1`` have no gradient, so there the sum of logarithms is taken.
+    """
+    slope = F.softplus(raw)
+    low = raw < LOW
+    log = torch.where(low, raw, slope.masked_fill(low, 1).log()) + scale.log()
+    low = log < LOW
+    slope = (slope * scale).masked_fill(low, 1)
+    return torch.where(low, log, slope + torch.log(-torch.expm1(-slope)))
 
 
 def _two_sided(name: str, make: Callable[..., Any], nets1: tuple[str, ...], nets2: tuple[str, ...]) -> Known:

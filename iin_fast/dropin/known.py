@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends import chosen
 from .sources import SOURCES
 
 __all__ = ["Known", "fits", "fingerprint", "large", "lookup", "qualified"]
@@ -135,10 +136,16 @@ def _source(function: FunctionType) -> str | None:
     return "\n".join(lines)
 
 
+@torch.compiler.assume_constant_result  # else torch.compile, which one of the exporters uses, takes it for False
+def _in_onnx_export() -> bool:
+    return torch.onnx.is_in_onnx_export()
+
+
 def fits(*tensors: Any) -> bool:
     """Whether the ops take these: float32 or float64, all alike, on a CPU or an NVIDIA GPU.
 
-    Under torch.func transforms and forward-mode differentiation the library's own code runs.
+    Under torch.func transforms and forward-mode differentiation the library's own code runs. So it does in an export to
+    ONNX, which knows none of the ops, unless the definition in plain torch is forced.
     """
     first = tensors[0]
     if not isinstance(first, Tensor) or first.dtype not in (torch.float32, torch.float64):
@@ -148,6 +155,8 @@ def fits(*tensors: Any) -> bool:
     for tensor in tensors:
         if not isinstance(tensor, Tensor) or tensor.dtype != first.dtype or tensor.device != first.device:
             return False
+    if (torch.compiler.is_compiling() or torch.jit.is_tracing()) and _in_onnx_export():
+        return chosen("spline_coupling", first) == "reference"
     if torch.compiler.is_compiling():
         return True
     if torch.autograd.forward_ad._current_level >= 0:

@@ -39,7 +39,8 @@ def factor_label_information(
     with Euclidean distances between standardised dimensions. A class with one sample is left out. In many dimensions
     neighbours are far and the estimate is low: compare factors of similar size, or read it with the leak test.
     ``estimator="bins"`` cuts each dimension into bins of equal counts, for factors of one dimension; it is biased up by
-    about (bins - 1)(classes - 1) / 2n nats.
+    about (bins - 1)(classes - 1) / 2n nats. A value that alone fills a bin (zeros behind a ReLU) gets one for itself,
+    and the other values share the rest of the bins.
 
     Range: 0 (independent) to the label's entropy (the factor tells the label); estimates are cut to it. A concept's
     own factor should be high, all others 0.
@@ -138,14 +139,31 @@ def _by_neighbours(part: Array, codes: Codes, k: int, random: np.random.Generato
 
 
 def _in_bins(values: Array, column: Codes, bins: int) -> float:
-    """Plug-in estimate between ``values``, cut into bins of equal counts, and the known labels."""
+    """Plug-in estimate between ``values``, cut into bins, and the known labels."""
     known = column != MISSING
     values, label = values[known], dense(column[known])
-    edges = np.unique(np.quantile(values, np.linspace(0, 1, bins + 1)[1:-1]))
-    place = np.searchsorted(edges, values, side="right")
-    table = np.zeros((len(edges) + 1, label.max() + 1))
+    place = _places(values, bins)
+    table = np.zeros((place.max() + 1, label.max() + 1))
     np.add.at(table, (place, label), 1.0)
     table /= len(values)
     independent = table.sum(1, keepdims=True) * table.sum(0, keepdims=True)
     filled = table > 0
     return float((table[filled] * np.log(table[filled] / independent[filled])).sum())
+
+
+def _places(values: Array, bins: int) -> Codes:  # [n], [n]
+    """The bin of each value: of about equal counts, where a value as frequent as a bin has one for itself."""
+    _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
+    alone = np.zeros(len(counts), dtype=bool)
+    while True:  # the more rows are in bins of their own, the smaller the other bins
+        left, rows = bins - alone.sum(), counts[~alone].sum()
+        frequent = ~alone & (counts * left >= rows)
+        if not frequent.any():
+            break
+        alone |= frequent
+    place = np.empty(len(counts), dtype=np.int64)
+    place[alone] = np.arange(alone.sum())
+    others = counts[~alone]
+    middle = others.cumsum() - (others + 1) // 2  # the row in the middle of each value's rows
+    place[~alone] = alone.sum() + middle * left // max(1, rows)
+    return place[index]

@@ -5,6 +5,7 @@ import pytest
 from known_latents import NAMES, draw_labels, mixed_factors, noise_factors, perfect_factors
 
 from iin_fast.evaluate import factor_label_information, label_entropy, mig
+from iin_fast.evaluate.information import _places
 
 
 def information(x, y, **settings):
@@ -13,7 +14,9 @@ def information(x, y, **settings):
 
 
 @pytest.mark.parametrize("estimator", ["neighbours", "bins"])
-@pytest.mark.parametrize("shares", [[0.5, 0.5], [0.7, 0.2, 0.1], [0.25] * 4])
+@pytest.mark.parametrize(
+    "shares", [[0.5, 0.5], [0.7, 0.2, 0.1], [0.25] * 4, [0.96, 0.04], [0.96, 0.02, 0.02], [0.03, 0.97]]
+)
 def test_the_label_itself_has_the_labels_entropy(estimator, shares):
     y = np.repeat(np.arange(len(shares)), np.round(1000 * np.array(shares)).astype(int))
     entropy = -sum(share * np.log(share) for share in shares)
@@ -33,6 +36,25 @@ def test_overlapping_intervals_have_half_a_bit(estimator, more):
     y = random.integers(2, size=2000)
     x = np.column_stack([random.random(2000) + 0.5 * y, random.random((2000, more))])
     assert information(x, y, estimator=estimator) == pytest.approx(0.5 * np.log(2), abs=0.05)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("estimator", ["neighbours", "bins"])
+def test_a_feature_that_is_mostly_zero_tells_what_its_other_values_tell(estimator, order):
+    # 95 % of the rows are 0; the sign of the others is the label of those rows, which is a fair coin elsewhere.
+    random = np.random.default_rng(4)
+    y = random.integers(2, size=2000)
+    x = np.where(np.arange(2000) < 1900, 0, (2 * y - 1) * random.uniform(1, 2, 2000))
+    assert information(order * x[:, None], y, estimator=estimator) == pytest.approx(0.05 * np.log(2), abs=0.01)
+
+
+@pytest.mark.parametrize("values", [1, 7, 20, 25, 400])
+def test_bins_hold_equal_values_together_and_are_not_more_than_asked_for(values):
+    x = np.random.default_rng(5).permutation(np.arange(2000) % values).astype(float)
+    place = _places(x, 20)
+    assert len(np.unique(place)) == min(values, 20)
+    assert all(len(np.unique(place[x == value])) == 1 for value in range(values))
+    assert np.bincount(place).max() <= 2 * 2000 / min(values, 20)
 
 
 @pytest.mark.parametrize("size", [1, 5])
