@@ -199,7 +199,7 @@ OPS = [
     Case("flow", lambda: Call(lambda x, *p: flow_op(x, None, *p)), lambda n: (normal(1, n, DIM), *flow_parameters()), 1),
     Case("flow_program", program, program_inputs),
     Case("flow_program inverse", lambda: program(inverse=True), program_inputs),
-    Case("flow_program context", lambda: program(base=True, context=2), lambda n: program_inputs(n, 2), 2),
+    Case("flow_program context", lambda: program(base=True, context=3), lambda n: program_inputs(n, 3), 2),
     Case("flow invert", lambda: Call(lambda x, *p: flow_op(x, None, *p, memory="invert")), lambda n: (normal(1, n, DIM), *flow_parameters()), 1),
 ]  # fmt: skip
 

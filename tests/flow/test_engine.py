@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import iin_fast
-from flow.programs import Drawn, programs, tame
+from flow.programs import KINDS, Drawn, programs, tame
 from flow.test_program import corrupted
 from iin_fast.flow import FlowProgram
 from iin_fast.ops.flow_program import engine, flow_program
@@ -34,23 +34,37 @@ def results(drawn: Drawn, backend: str, **options) -> list[Tensor]:
     return [*(t.detach() for t in outputs), *zeros]
 
 
+def differences(found: list[Tensor], wanted: list[Tensor]) -> list[float]:
+    """The largest difference of each result."""
+    return [relative_error(f, w) * float(w.abs().max() if w.numel() else 0) for f, w in zip(found, wanted, strict=True)]
+
+
+def sizes(wanted: list[Tensor]) -> list[tuple[float, float]]:
+    """Of each result its own largest entry, and that of its like: of all gradients, which have one loss.
+
+    A gradient behind a saturated activation is a difference of numbers of the latter size.
+    """
+    own = [float(w.abs().max()) if w.numel() else 0.0 for w in wanted]
+    return [(size, size if place < 2 else max(own[2:])) for place, size in enumerate(own)]
+
+
 def check(drawn: Drawn, **options) -> None:
     """float64: equal. float32: as near to the truth as the definition in float32 is."""
-    options.setdefault("memory", "auto")
     wanted = results(drawn, "reference", **options)
     assume(tame(*wanted))
     nudged = results(drawn.nudged(), "reference", **options)
     assume(all(relative_error(n, w) < 1e-10 for n, w in zip(nudged, wanted, strict=True)))
     found = results(drawn, "cpp", **options)
-    for place, (ours, truth) in enumerate(zip(found, wanted, strict=True)):
-        assert ours.shape == truth.shape and ours.dtype == truth.dtype
-        assert relative_error(ours, truth) < 1e-9, f"result {place} in float64"
+    assert [(t.shape, t.dtype) for t in found] == [(t.shape, t.dtype) for t in wanted]
+    for place, (error, (own, like)) in enumerate(zip(differences(found, wanted), sizes(wanted), strict=True)):
+        assert error <= 1e-9 * own + 1e-13 * like, f"result {place} in float64"
     rounded = drawn.to(torch.float32)
     truth = results(rounded.to(torch.float64), "reference", **options)
     plain, ours = (results(rounded, backend, **options) for backend in ("reference", "cpp"))
-    for place, (o, p, t) in enumerate(zip(ours, plain, truth, strict=True)):
-        assert o.dtype == torch.float32
-        assert relative_error(o, t) <= 8 * relative_error(p, t) + 1e-5, f"result {place} in float32"
+    assert all(t.dtype == torch.float32 for t in ours)
+    errors = differences(ours, truth), differences(plain, truth)
+    for place, (error, least, (own, like)) in enumerate(zip(*errors, sizes(truth), strict=True)):
+        assert error <= 8 * least + 1e-5 * own + 1e-6 * like, f"result {place} in float32"
 
 
 @settings(max_examples=int(os.environ.get("IIN_FAST_EXAMPLES", 100)), deadline=None)
@@ -152,22 +166,23 @@ def test_masks_without_an_order_are_an_error() -> None:
         torch.ops.iin_fast.flow_program(torch.zeros(3, 2), None, parameters, text, True, False, 0)
 
 
+WITHOUT_MASKS = tuple(kind for kind in KINDS if kind != "autoregressive")  # a mask may hide a parameter
+
+
 @pytest.mark.parametrize("place", ["x", "parameter"])
 @settings(max_examples=40, deadline=None)
-@given(
-    drawn=programs(batches=(1, 40), dims=(1, 6)),
-    inverse=st.booleans(),
-    value=st.sampled_from([float("nan"), float("inf")]),
-)
-def test_what_is_not_finite_stays_so(place: str, drawn: Drawn, inverse: bool, value: float) -> None:
-    """Where the definition gives a value that is not finite, so does the engine."""
-    tensor = drawn.x if place == "x" else next((p for p in drawn.parameters if p.requires_grad and p.numel()), drawn.x)
-    assume(tensor.numel() > 0)
+@given(data=st.data(), inverse=st.booleans(), value=st.sampled_from([float("nan"), float("inf")]))
+def test_what_is_not_finite_stays_so(place: str, data: st.DataObject, inverse: bool, value: float) -> None:
+    """A row that the definition cannot compute has no finite result in the engine."""
+    kinds = KINDS if place == "x" else WITHOUT_MASKS
+    drawn = data.draw(programs(batches=(1, 40), dims=(1, 6), kinds=kinds))
+    parameters = [p for p in drawn.parameters if p.requires_grad and p.numel()]
+    tensor = drawn.x if place == "x" or not parameters else data.draw(st.sampled_from(parameters))
     with torch.no_grad():
         tensor.view(-1)[0] = value
         arguments = drawn.x, drawn.context, drawn.parameters, drawn.program
         with iin_fast.backend("reference"):
-            wanted = flow_program(*arguments, inverse=inverse)
-        found = flow_program(*arguments, inverse=inverse)
-    for ours, theirs in zip(found, wanted, strict=True):
-        assert not (ours.isfinite() & ~theirs.isfinite()).any()
+            y, logdet = flow_program(*arguments, inverse=inverse)
+        lost = ~(y.isfinite().all(1) & logdet.isfinite())
+        y, logdet = flow_program(*arguments, inverse=inverse)
+    assert not (y.isfinite().all(1) & logdet.isfinite())[lost].any()
