@@ -30,7 +30,7 @@ struct ProgramStep {
   double slope = 0;
   int64_t in = 0, out = 0; // dense
   ParameterRef weight, bias, mask;
-  int64_t packed = -1;                         // dense with a mask: where the masked weight lies in Packed
+  int64_t packed = -1;                            // dense with a mask: where the masked weight lies in Packed
   int64_t weight_gradient = 0, bias_gradient = 0; // in an accumulator
 };
 
@@ -63,10 +63,10 @@ struct ProgramLayer {
   int64_t order = 0, storage = 0;
   ScaleForm form = ScaleForm::plain;
   double eps = 0;
-  ParameterRef shift, scale;                  // affine; linear: shift is the bias, scale the diagonal
-  ParameterRef lower, upper;                  // linear
-  int64_t packed = 0;                         // affine: scale, log|det|; linear: L, U, diagonal, log|det|
-  int64_t gradient = 0;                       // in an accumulator
+  ParameterRef shift, scale; // affine; linear: shift is the bias, scale the diagonal
+  ParameterRef lower, upper; // linear
+  int64_t packed = 0;        // affine: scale, log|det|; linear: L, U, diagonal, log|det|
+  int64_t gradient = 0;      // in an accumulator
   // permute: index; coupling: what conditions, what is transformed, what passes
   const int64_t *index = nullptr, *transformed = nullptr, *passed = nullptr;
   int64_t index_count = 0, transformed_count = 0, passed_count = 0;
@@ -76,8 +76,8 @@ struct ProgramLayer {
   const ProgramValue *values = nullptr;
   int64_t step_count = 0;
   int64_t output_at = 0, raw_rows = 0; // what the net makes, in its part of the tape
-  int64_t raw_at = 0;                  // what the transformer reads: a copy where it is scaled and still needed as it was
-  int64_t net_rows = 0;             // of the net's part of the tape
+  int64_t raw_at = 0;   // what the transformer reads: a copy where it is scaled and still needed as it was
+  int64_t net_rows = 0; // of the net's part of the tape
   TransformerKind transformer = TransformerKind::affine;
   AffineTransformer affine;
   SplineTransformer spline;

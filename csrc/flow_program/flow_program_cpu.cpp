@@ -95,8 +95,7 @@ std::tuple<Tensor, Tensor, Tensor> flow_program(const Tensor &x,                
   with_type(in.x.scalar_type(), [&](auto type) {
     using T = decltype(type);
     ProgramJob<T> job = job_of<T>(*plan, in, inverse, base, keep);
-    const int64_t size =
-        job.batch == 0 ? 0 : IIN_FAST_LOOP(program_saved_size<T>)(plan->view, job.batch, job.keep);
+    const int64_t size = job.batch == 0 ? 0 : IIN_FAST_LOOP(program_saved_size<T>)(plan->view, job.batch, job.keep);
     saved = new_empty(in.x, {size});
     if (job.batch == 0)
       return;
@@ -138,7 +137,8 @@ flow_program_backward(const Tensor &grad_y,      // [batch, dim]
     const Tensor &t = in.parameters[i];
     const bool fresh = batch == 0 || plan->view.shared || plan->read[i] != t.numel();
     grads.push_back(wanted[i] != '1' ? new_empty(in.x, {0})
-                                     : fresh ? new_zeros(t, t.sizes()) : new_empty(t, t.sizes()));
+                    : fresh          ? new_zeros(t, t.sizes())
+                                     : new_empty(t, t.sizes()));
   }
   with_type(scalar, [&](auto type) {
     using T = decltype(type);
@@ -146,8 +146,7 @@ flow_program_backward(const Tensor &grad_y,      // [batch, dim]
       return;
     ProgramBackwardJob<T> job{};
     job.forward = job_of<T>(*plan, in, inverse, base, keep);
-    STD_TORCH_CHECK(saved.numel() ==
-                        IIN_FAST_LOOP(program_saved_size<T>)(plan->view, batch, job.forward.keep),
+    STD_TORCH_CHECK(saved.numel() == IIN_FAST_LOOP(program_saved_size<T>)(plan->view, batch, job.forward.keep),
                     "flow_program: saved is not of this program and batch");
     const Tensor kept = contiguous(saved);
     const Tensor workspace = new_empty(in.x, {IIN_FAST_LOOP(program_workspace<T>)(job.forward, true) + 64});

@@ -1,12 +1,13 @@
 // Any flow on the CPU: a thread takes a tile of rows and walks it through all layers.
 //
 // A tile is 16 to 64 rows. Its rows lie in lanes: every value is [features, ld], ld the rows of the tile up to a whole
-// cache line, so that features need no padding, weights are read as torch keeps them, and the raw values of a spline are
-// where its loops want them. Rows beyond the batch repeat its last one; their gradients are 0. Tiles are cut by the size
-// of the batch alone, and so are the accumulators of weight gradients: results don't depend on the number of threads.
+// cache line, so that features need no padding, weights are read as torch keeps them, and the raw values of a spline
+// are where its loops want them. Rows beyond the batch repeat its last one; their gradients are 0. Tiles are cut by the
+// size of the batch alone, and so are the accumulators of weight gradients: results don't depend on the number of
+// threads.
 //
-// Bytes: x, y and log-det once; weights once a tile, from the second cache. Backward walks a tile forward again, with all
-// its values on a tape in the thread's workspace (or reads what forward kept, see Keep), then back, at 4/3 of the
+// Bytes: x, y and log-det once; weights once a tile, from the second cache. Backward walks a tile forward again, with
+// all its values on a tape in the thread's workspace (or reads what forward kept, see Keep), then back, at 4/3 of the
 // arithmetic; weight gradients are read and written once a tile in the accumulator, and added up at the end.
 #include "flow_program/flow_program_loops.h"
 
@@ -21,7 +22,8 @@ namespace iin_fast {
 namespace IIN_FAST_ISA {
 namespace {
 
-// Rows of a tile: few for small batches, so that threads share them; more for large ones, which read weights less often.
+// Rows of a tile: few for small batches, so that threads share them; more for large ones, which read weights less
+// often.
 int64_t tile_rows(int64_t batch) { return batch <= 32 ? 16 : batch <= 1024 ? 32 : 64; }
 int64_t tile_count(int64_t batch) { return ceil_div(batch, tile_rows(batch)); }
 
@@ -68,7 +70,7 @@ struct TapeLayout {
 
 // The memory of one thread.
 template <class T> struct Workspace {
-  T *tape, *net, *context, *logdet, *lost, *temporary, *spline;            // both passes
+  T *tape, *net, *context, *logdet, *lost, *temporary, *spline;               // both passes
   T *gradients[2], *net_gradients, *context_gradients, *grad_logdet, *turned; // backward
 };
 
@@ -142,7 +144,8 @@ public:
   // Rows [first, first + rows) of the batch.
   void forward(int64_t tile, const Workspace<T> &w, Keep keep) const {
     const int64_t first = first_row(tile), rows = first_row(tile + 1) - first;
-    T *const tape = job_.saved && keep != Keep::nothing ? job_.saved + tile * TapeLayout{p_, keep}.rows() * ld_ : w.tape;
+    T *const tape =
+        job_.saved && keep != Keep::nothing ? job_.saved + tile * TapeLayout{p_, keep}.rows() * ld_ : w.tape;
     read(job_.x, p_.dim, first, rows, tape);
     if (p_.context)
       read(job_.context, p_.context, first, rows, w.context);
@@ -153,8 +156,7 @@ public:
       job_.logdet[first + r] = CompensatedSum<T>{w.logdet[r], w.lost[r]}.total();
   }
 
-  void backward(const ProgramBackwardJob<T> &job, int64_t tile, const Workspace<T> &w, T *accumulator,
-                bool add) const {
+  void backward(const ProgramBackwardJob<T> &job, int64_t tile, const Workspace<T> &w, T *accumulator, bool add) const {
     const int64_t first = first_row(tile), rows = first_row(tile + 1) - first;
     const Keep kept = job_.keep, keep = kept == Keep::nothing ? Keep::all : kept;
     const TapeLayout layout{p_, keep};
@@ -278,8 +280,9 @@ private:
       for (int64_t j = 0; j < dim; ++j) {
         const int64_t at = i * dim + j;
         lower[at] = i == j ? T(1) : j > i ? T(0) : l.storage == 0 ? a[below++] : a[at];
-        upper[at] = j < i ? T(0) : j > i ? (l.storage == 0 ? b[above++] : a[at])
-                                         : scale_of(l.form, l.storage == 0 ? d[i] : a[at], l.eps);
+        upper[at] = j < i   ? T(0)
+                    : j > i ? (l.storage == 0 ? b[above++] : a[at])
+                            : scale_of(l.form, l.storage == 0 ? d[i] : a[at], l.eps);
         if (i == j)
           add_term(total, lost, math::log(math::abs(upper[at])));
       }
@@ -410,7 +413,7 @@ private:
       for (int64_t i = 0; i < dim; ++i)
         for (int64_t r = 0; r < ld_; ++r)
           h[i * ld_ + r] = x[i * ld_ + r] - (bias == nullptr ? T(0) : bias[i]);
-      solve(lower, dim, 1, true, h);  // L h = x - bias
+      solve(lower, dim, 1, true, h); // L h = x - bias
       copy(h, y, dim * ld_);
       solve(upper, dim, 1, false, y); // U y = h
     } else {
@@ -535,7 +538,9 @@ private:
   const T *value(const ProgramLayer &layer, const T *net, const Workspace<T> &w, int64_t id) const {
     return id == 1 ? w.context : net + layer.values[id].at * ld_;
   }
-  int64_t value_rows(const ProgramLayer &layer, int64_t id) const { return id == 1 ? p_.context : layer.values[id].rows; }
+  int64_t value_rows(const ProgramLayer &layer, int64_t id) const {
+    return id == 1 ? p_.context : layer.values[id].rows;
+  }
 
   void transform(const ProgramLayer &layer, int64_t i, bool inverse, const T *net, const T *x, T *y,
                  const Workspace<T> &w) const {
@@ -543,7 +548,8 @@ private:
     if (layer.transformer == TransformerKind::affine)
       affine_transform(layer.affine, inverse, raw, i, ld_, x, y, w.logdet, w.lost);
     else
-      spline_transform(layer.spline, inverse, raw + i * layer.spline.count * ld_, ld_, x, y, w.logdet, w.lost, w.spline);
+      spline_transform(layer.spline, inverse, raw + i * layer.spline.count * ld_, ld_, x, y, w.logdet, w.lost,
+                       w.spline);
   }
 
   // Gradients of the raw values of feature i, added to w.net_gradients, and of its coordinate.
@@ -1111,7 +1117,7 @@ template <class T> void program_backward(const ProgramBackwardJob<T> &whole) {
 #define IIN_FAST_INSTANTIATE(T)                                                                                        \
   template int64_t program_saved_size<T>(const ProgramView &, int64_t, Keep);                                          \
   template int64_t program_workspace<T>(const ProgramJob<T> &, bool);                                                  \
-  template int64_t program_forward<T>(const ProgramJob<T> &);                                                             \
+  template int64_t program_forward<T>(const ProgramJob<T> &);                                                          \
   template void program_backward<T>(const ProgramBackwardJob<T> &);
 IIN_FAST_INSTANTIATE(float)
 IIN_FAST_INSTANTIATE(double)

@@ -22,14 +22,14 @@ template <class T> struct ProgramJob {
   bool inverse, base;
   Keep keep;
   int64_t batch;
-  const T *x;                   // [batch, dim], the input of the direction that runs
-  const T *context;             // [batch, context]
+  const T *x;                    // [batch, dim], the input of the direction that runs
+  const T *context;              // [batch, context]
   const void *const *parameters; // [tensors]
-  const uint8_t *bool_mask;     // [tensors]: whether a mask is of bool
-  T *y;                         // [batch, dim]
-  T *logdet;                    // [batch]
-  T *saved;                     // program_saved_size elements
-  T *workspace;                 // program_workspace elements, aligned to 64 bytes
+  const uint8_t *bool_mask;      // [tensors]: whether a mask is of bool
+  T *y;                          // [batch, dim]
+  T *logdet;                     // [batch]
+  T *saved;                      // program_saved_size elements
+  T *workspace;                  // program_workspace elements, aligned to 64 bytes
   int64_t threads;
   ParallelPieces parallel;
 };
@@ -43,8 +43,8 @@ template <class T> struct ProgramBackwardJob {
   T *const *grads;       // [tensors], null where not wanted; zero where no layer reads
 };
 
-IIN_FAST_DECLARE_LOOPS(template <class T> int64_t program_saved_size(const ProgramView &program, int64_t batch,
-                                                                     Keep keep);
+IIN_FAST_DECLARE_LOOPS(template <class T>
+                       int64_t program_saved_size(const ProgramView &program, int64_t batch, Keep keep);
                        template <class T> int64_t program_workspace(const ProgramJob<T> &job, bool backward);
                        // the first layer whose masks are not autoregressive, or -1
                        template <class T> int64_t program_forward(const ProgramJob<T> &job);

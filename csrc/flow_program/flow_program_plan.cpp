@@ -270,8 +270,8 @@ private:
       const int64_t id = 2 + k;
       if (is_output[id])
         continue;
-      const bool from_result = s.kind == StepKind::act && s.activation != Activation::silu &&
-                               s.activation != Activation::gelu;
+      const bool from_result =
+          s.kind == StepKind::act && s.activation != Activation::silu && s.activation != Activation::gelu;
       if (from_result && s.a >= 2 && readers[s.a] == 1 && !is_output[s.a] && steps[s.a - 2].kind != StepKind::act)
         values[id] = values[s.a];
       else

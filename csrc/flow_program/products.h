@@ -17,8 +17,8 @@ namespace {
 template <class T> struct Multiply {
   const T *w; // element (row, k) at w[row * row_stride + k * k_stride]
   int64_t row_stride, k_stride, k;
-  const T *a;     // [k, ld]
-  T *c;           // [rows, ld]
+  const T *a; // [k, ld]
+  T *c;       // [rows, ld]
   int64_t ld;
   const T *start; // [rows], or null for 0
   bool add;       // to what c holds, instead of start
@@ -26,8 +26,13 @@ template <class T> struct Multiply {
 
 constexpr int most_vectors = vector_registers == 32 ? 4 : 4;
 constexpr int most_rows(int vectors) {
-  return vector_registers == 32 ? (vectors == 4 ? 6 : vectors == 3 ? 8 : 12)
-                                : (vectors == 4 ? 3 : vectors == 3 ? 4 : vectors == 2 ? 6 : 9);
+  return vector_registers == 32 ? (vectors == 4   ? 6
+                                   : vectors == 3 ? 8
+                                                  : 12)
+                                : (vectors == 4   ? 3
+                                   : vectors == 3 ? 4
+                                   : vectors == 2 ? 6
+                                                  : 9);
 }
 
 template <class T, int R, int C> void multiply_tile(const Multiply<T> &p) {

@@ -1,5 +1,5 @@
-// The elementwise steps of a net on a tile, and their gradients. `count` elements; a gradient is stored, or added to what
-// is there.
+// The elementwise steps of a net on a tile, and their gradients. `count` elements; a gradient is stored, or added to
+// what is there.
 #pragma once
 
 #include <cmath>

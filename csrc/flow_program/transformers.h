@@ -32,8 +32,8 @@ void affine_transform(const AffineTransformer &t, bool inverse, const T *raw, in
 
 // value: the input of the forward map, the output of the inverse map.
 template <class T>
-void affine_transform_backward(const AffineTransformer &t, bool inverse, const T *raw, T *grad_raw, int64_t i, int64_t ld,
-                               const T *value, const T *g, const T *grad_logdet, T *gx) {
+void affine_transform_backward(const AffineTransformer &t, bool inverse, const T *raw, T *grad_raw, int64_t i,
+                               int64_t ld, const T *value, const T *g, const T *grad_logdet, T *gx) {
   const T clamp = static_cast<T>(t.clamp), gain = static_cast<T>(t.gain);
   const int64_t shift_at = (t.shift_at + i * t.shift_step) * ld;
   const int64_t scale_at = t.scale_at < 0 ? shift_at : (t.scale_at + i * t.scale_step) * ld;

@@ -83,7 +83,7 @@ def flow_program(
         with torch.autocast(x.device.type, enabled=False):
             return flow_program(x, context, parameters, program, inverse=inverse, base=base, memory=memory)
     backend = chosen("flow_program", x)
-    if backend == "cpp" and x.device.type == "cpu" and engine.AVAILABLE:
+    if backend == "cpp" and x.device.type == "cpu":
         check_rows(x, context, program, ENGINE_TYPES)
         return _run(x, context, parameters, program, inverse, base, engine.KEEP[memory])
     check_rows(x, context, program, FLOATING)

@@ -15,10 +15,9 @@ from ..vmap import front, mapped_by_autograd
 from . import reference
 from .checks import check_parameters
 
-__all__ = ["AVAILABLE", "KEEP", "call", "has_values", "in_float32"]
+__all__ = ["KEEP", "call", "has_values", "in_float32"]
 
 NAME = "iin_fast::flow_program"
-AVAILABLE = hasattr(torch.ops.iin_fast, "flow_program")
 
 # What forward keeps for backward: codes of csrc/flow_program/flow_program_loops.h.
 KEEP = {"auto": 0, "recompute": 0, "checkpoint": 1, "save": 2}
@@ -263,10 +262,9 @@ def _vmap_backward(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
     return _one_by_one(torch.ops.iin_fast.flow_program_backward, info, in_dims, *args)
 
 
-if AVAILABLE:
-    torch.library.register_fake(NAME, _fake)
-    torch.library.register_fake(f"{NAME}_backward", _fake_backward)
-    torch.library.register_autograd(NAME, _backward, setup_context=_setup)
-    torch.library.register_vmap(NAME, _vmap)
-    torch.library.register_vmap(f"{NAME}_backward", _vmap_backward)
-    autocast_to_float32(NAME)
+torch.library.register_fake(NAME, _fake)
+torch.library.register_fake(f"{NAME}_backward", _fake_backward)
+torch.library.register_autograd(NAME, _backward, setup_context=_setup)
+torch.library.register_vmap(NAME, _vmap)
+torch.library.register_vmap(f"{NAME}_backward", _vmap_backward)
+autocast_to_float32(NAME)
