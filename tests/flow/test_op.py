@@ -12,7 +12,6 @@ import iin_fast
 from flow.programs import Drawn, programs, tame
 from iin_fast.flow import ABSENT, FlowProgram, NetBuilder, ProgramBuilder, Ref, Weights, affine, mlp, spline
 from iin_fast.ops.flow_program import LAYER_BY_LAYER, flow_program, reference
-from iin_fast.testing.backends import relative_error
 
 DIM, CONTEXT = 4, 2
 
