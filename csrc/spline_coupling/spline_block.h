@@ -167,9 +167,10 @@ IIN_FAST_INLINE void spline_block_forward(const SplineShape<T> &shape, const T *
   IIN_FAST_LANES {
     const Segment<T> s = b.segment(l);
     const T value = x[l], within = b.x[l];
-    const T theta = position<inverse>(s, within, sides.high);
+    T rest;
+    const T theta = position<inverse>(s, within, sides.high, rest);
     T slope_log;
-    const T mapped = image(s, theta, slope_log);
+    const T mapped = image(s, theta, rest, slope_log);
     const T result =
         held(inverse ? s.x + s.width * theta : mapped, within >= sides.high, sides.image_low, sides.image_high);
     const T edge = math::select(value > within, s.slope1, s.slope0);
@@ -220,21 +221,22 @@ IIN_FAST_INLINE void spline_block_backward(const SplineShape<T> &shape, const T 
   IIN_FAST_LANES {
     const Segment<T> s = b.segment(l);
     const T value = x[l], within = b.x[l];
-    const T theta = position<inverse>(s, within, sides.high), excess = value - within;
+    T rest;
+    const T theta = position<inverse>(s, within, sides.high, rest), excess = value - within;
     const bool above = value > within, outside = above | (value < within), same = outside & identity;
     T slope_log;
-    image(s, theta, slope_log);
+    image(s, theta, rest, slope_log);
     const T slope = math::select(outside, math::select(above, s.slope1, s.slope0), math::exp(slope_log));
     T from_y = grad_y[l], from_logdet = grad_logdet[l], result = T(0);
     if constexpr (inverse) {
       // x = f^-1(y): dx = (dy - f_p dp) / f_x, log-det = -log f_x; at fixed x the log-det moves x as well
-      const SegmentGradient<T> curve = image_backward(s, theta, T(0), T(1));
+      const SegmentGradient<T> curve = image_backward(s, theta, rest, T(0), T(1));
       const T curvature = math::select(outside, T(0), curve.theta / s.width);
       result = (grad_y[l] - grad_logdet[l] * curvature) / slope;
       from_y = -result;
       from_logdet = -grad_logdet[l];
     }
-    SegmentGradient<T> g = image_backward(s, theta, from_y, from_logdet);
+    SegmentGradient<T> g = image_backward(s, theta, rest, from_y, from_logdet);
     if constexpr (!inverse)
       result = math::select(outside, from_y * slope, g.theta / s.width);
     // beyond the box the coordinate is held at its edge, and a straight line of the outer slope goes on from there

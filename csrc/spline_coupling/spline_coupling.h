@@ -104,23 +104,29 @@ template <class T> IIN_FAST_HD T hold(T value, T low, T high) {
 }
 
 // The position in a bin whose image lies at `share` of its height: the root of Eq. 29-32 of the paper's appendix, made
-// of sums of positive terms, so that no rounding takes it out of [0, 1].
-template <class T> IIN_FAST_HD T root(const Segment<T> &s, T share) {
-  const T rest = T(1) - share;
-  const T half = (s.slope0 * rest - s.slope1 * share) * s.width / (T(2) * s.height);
+// of sums of positive terms, so that no rounding takes it out of [0, 1]. `rest`: 1 - position, as exact where it is
+// small.
+template <class T> IIN_FAST_HD T root(const Segment<T> &s, T share, T &rest) {
+  const T other = T(1) - share;
+  const T half = (s.slope0 * other - s.slope1 * share) * s.width / (T(2) * s.height);
   const bool rising = half >= T(0);
-  const T far = math::abs(half) + math::sqrt(half * half + share * rest);
-  const T before = math::select(rising, share, far), sum = before + math::select(rising, far, rest);
-  return before / math::select(sum == T(0), T(1), sum); // 0: slopes of 0, at a knot
+  const T far = math::abs(half) + math::sqrt(half * half + share * other);
+  const T before = math::select(rising, share, far), after = math::select(rising, far, other);
+  const T sum = math::select(before + after == T(0), T(1), before + after); // 0: slopes of 0, at a knot
+  rest = after / sum;
+  return before / sum;
 }
 
-// Where in its bin a coordinate lies, in [0, 1]. At the upper edge of the box it is exactly 1: what a quotient rounds
-// away from it, the bend of a narrow bin multiplies. (The lower edge is the first knot.) NaN stays NaN.
-template <bool inverse, class T> IIN_FAST_HD T position(const Segment<T> &s, T within, T high) {
+// Where in its bin a coordinate lies, in [0, 1], and 1 - that. At the upper edge of the box it is exactly 1: what a
+// quotient rounds away from it, the bend of a narrow bin multiplies. (The lower edge is the first knot.) NaN stays NaN.
+template <bool inverse, class T> IIN_FAST_HD T position(const Segment<T> &s, T within, T high, T &rest) {
   T share = inverse ? (within - s.y) / s.height : (within - s.x) / s.width;
   share = hold(share, T(0), T(1));
   share = math::select((within >= high) & (share >= T(0)), T(1), share);
-  return inverse ? root(s, share) : share;
+  if constexpr (inverse)
+    return root(s, share, rest);
+  rest = T(1) - share;
+  return share;
 }
 
 // What the map gives, held in the box; that of the upper edge is the upper edge. NaN stays NaN.
@@ -129,8 +135,8 @@ template <class T> IIN_FAST_HD T held(T result, bool at_end, T low, T high) {
 }
 
 // y and log dy/dx at a position.
-template <class T> IIN_FAST_HD T image(const Segment<T> &s, T theta, T &logdet) {
-  const T delta = s.height / s.width, rest = T(1) - theta, mixed = theta * rest;
+template <class T> IIN_FAST_HD T image(const Segment<T> &s, T theta, T rest, T &logdet) {
+  const T delta = s.height / s.width, mixed = theta * rest;
   const T denominator = delta + (s.slope0 + s.slope1 - T(2) * delta) * mixed;
   const T numerator = s.slope1 * theta * theta + T(2) * delta * mixed + s.slope0 * rest * rest;
   const T ratio = delta / denominator;
@@ -144,18 +150,17 @@ template <class T> struct SegmentGradient {
 
 // Gradients of grad_y * y + grad_logdet * logdet by the bin, x held fixed.
 template <class T>
-IIN_FAST_HD SegmentGradient<T> image_backward(const Segment<T> &s, T theta, T grad_y, T grad_logdet) {
-  const T delta = s.height / s.width, rest = T(1) - theta, mixed = theta * rest, square = theta * theta;
+IIN_FAST_HD SegmentGradient<T> image_backward(const Segment<T> &s, T theta, T rest, T grad_y, T grad_logdet) {
+  const T delta = s.height / s.width, mixed = theta * rest, square = theta * theta;
   const T bend = s.slope0 + s.slope1 - T(2) * delta;
   const T denominator = delta + bend * mixed, over = T(1) / denominator;
   const T numerator = s.slope1 * square + T(2) * delta * mixed + s.slope0 * rest * rest, below = T(1) / numerator;
   const T rational = (delta * square + s.slope0 * mixed) * over;
   const T grad_rational = grad_y * s.height;
   SegmentGradient<T> g;
-  g.theta =
-      grad_rational * delta * numerator * over * over +
-      grad_logdet * ((T(2) * s.slope1 * theta + T(2) * delta * (T(1) - T(2) * theta) - T(2) * s.slope0 * rest) * below -
-                     T(2) * bend * (T(1) - T(2) * theta) * over);
+  g.theta = grad_rational * delta * numerator * over * over +
+            grad_logdet * ((T(2) * s.slope1 * theta + T(2) * delta * (rest - theta) - T(2) * s.slope0 * rest) * below -
+                           T(2) * bend * (rest - theta) * over);
   const T grad_delta = grad_rational * (square - rational * (T(1) - T(2) * mixed)) * over +
                        grad_logdet * (T(2) / delta + T(2) * mixed * below - T(2) * (T(1) - T(2) * mixed) * over);
   g.slope0 =
@@ -173,9 +178,10 @@ IIN_FAST_HD SegmentGradient<T> image_backward(const Segment<T> &s, T theta, T gr
 // the outer slope goes on from its edge.
 template <bool inverse, class T>
 IIN_FAST_HD T map_element(const Segment<T> &s, const Sides<T> &sides, T value, T within, bool identity, T &logdet) {
-  const T theta = position<inverse>(s, within, sides.high);
+  T rest;
+  const T theta = position<inverse>(s, within, sides.high, rest);
   T slope_log;
-  const T mapped = image(s, theta, slope_log);
+  const T mapped = image(s, theta, rest, slope_log);
   const T result =
       held(inverse ? s.x + s.width * theta : mapped, within >= sides.high, sides.image_low, sides.image_high);
   const T edge = math::select(value > within, s.slope1, s.slope0);
@@ -195,21 +201,22 @@ template <class T> struct ElementGradient {
 template <bool inverse, class T>
 IIN_FAST_HD ElementGradient<T> map_element_backward(const Segment<T> &s, const Sides<T> &sides, T value, T within,
                                                     bool identity, T grad_y, T grad_logdet) {
-  const T theta = position<inverse>(s, within, sides.high), excess = value - within;
+  T rest;
+  const T theta = position<inverse>(s, within, sides.high, rest), excess = value - within;
   const bool above = value > within, outside = above | (value < within), same = outside & identity;
   T slope_log;
-  image(s, theta, slope_log);
+  image(s, theta, rest, slope_log);
   const T slope = math::select(outside, math::select(above, s.slope1, s.slope0), math::exp(slope_log));
   T from_y = grad_y, from_logdet = grad_logdet, result = T(0);
   if constexpr (inverse) {
     // x = f^-1(y): dx = (dy - f_p dp) / f_x, log-det = -log f_x; at fixed x the log-det moves x as well
-    const SegmentGradient<T> curve = image_backward(s, theta, T(0), T(1));
+    const SegmentGradient<T> curve = image_backward(s, theta, rest, T(0), T(1));
     const T curvature = math::select(outside, T(0), curve.theta / s.width);
     result = (grad_y - grad_logdet * curvature) / slope;
     from_y = -result;
     from_logdet = -grad_logdet;
   }
-  SegmentGradient<T> g = image_backward(s, theta, from_y, from_logdet);
+  SegmentGradient<T> g = image_backward(s, theta, rest, from_y, from_logdet);
   if constexpr (!inverse)
     result = math::select(outside, from_y * slope, g.theta / s.width);
   // beyond the box the coordinate is held at its edge, and a straight line of the outer slope goes on from there

@@ -3,6 +3,7 @@
 Files: reference.py (plain torch, the definition), csrc/spline_coupling (CPU and CUDA) and triton.py.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -266,9 +267,20 @@ def check_options(
     return tails or "none", (left, right, bottom, top, min_bin_width, min_bin_height, min_derivative)
 
 
+def _edges_in(dtype: torch.dtype, edges: tuple[float, ...]) -> tuple[float, ...]:
+    """left, right, bottom, top as x of 16 bits can have them, so that they map to each other. A box between two neighbours
+    stays as it is."""
+    digits, least = (8, -133) if dtype == torch.bfloat16 else (11, -24)
+    units = [max(math.frexp(edge)[1] - digits, least) for edge in edges]
+    left, right, bottom, top = (math.ldexp(round(math.ldexp(e, -u)), u) for e, u in zip(edges, units, strict=True))
+    return (left, right, bottom, top) if left < right and bottom < top else edges
+
+
 def _run(
     x: Tensor, parameters: Tensor, bins: int, tails: str, form: str, limits: tuple[float, ...], inverse: bool
 ) -> tuple[Tensor, Tensor]:
+    if x.dtype.itemsize == 2 and not autocast_enabled(x):
+        limits = (*_edges_in(x.dtype, limits[:4]), *limits[4:])
     backend = chosen("spline_coupling", x)
     if backend == "reference":
         left, right, bottom, top, width, height, slope = limits

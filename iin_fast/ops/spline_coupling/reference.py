@@ -25,15 +25,15 @@ def _knots(raw: Tensor, low: float, high: float, minimum: float) -> Tensor:  # [
     return torch.cat([knots[..., :-1], high + (last - last.detach())], -1)
 
 
-def _root(share: Tensor, slope0: Tensor, slope1: Tensor, delta: Tensor) -> Tensor:
+def _root(share: Tensor, slope0: Tensor, slope1: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     """The position in a bin whose image lies at ``share`` of its height: the root of Eq. 29-32 of the paper's appendix,
-    made of sums of positive terms, so that no rounding takes it out of [0, 1]."""
-    rest = 1 - share
-    half = (slope0 * rest - slope1 * share) / (2 * delta)
+    made of sums of positive terms, so that no rounding takes it out of [0, 1]; and 1 - that, as exact where it is small."""
+    other = 1 - share
+    half = (slope0 * other - slope1 * share) / (2 * delta)
     rising = half >= 0
-    far = torch.where(rising, half, -half) + (half * half + share * rest).sqrt()
-    before, after = torch.where(rising, share, far), torch.where(rising, far, rest)
-    return before / (before + after)
+    far = torch.where(rising, half, -half) + (half * half + share * other).sqrt()
+    before, after = torch.where(rising, share, far), torch.where(rising, far, other)
+    return before / (before + after), after / (before + after)
 
 
 def spline_coupling(
@@ -56,7 +56,7 @@ def spline_coupling(
     low, high = (bottom, top) if inverse else (left, right)
     above = x > high
     outside = above | (x < low)  # NaN is not
-    within = x.clamp(low, high)
+    within = torch.where(outside, x.detach().clamp(low, high), x)
     at_end = within >= high
     if tails != "none":  # the identity owes nothing to the parameters
         parameters = parameters.masked_fill(outside[..., None], 0.0)
@@ -81,7 +81,7 @@ def spline_coupling(
         if parameterization == "zuko":
             return torch.exp(raw / (1 + (raw / log_slope).abs()))
         # beyond 40 a softplus is its argument to rounding, and below its derivatives don't overflow; an infinite raw value is NaN
-        return min_derivative + (F.softplus(raw, threshold=40.0) + 0 * raw)
+        return min_derivative + (F.softplus(raw, threshold=40.0) + 0 * raw.detach())
 
     slope0, slope1 = slope(at(raw, k)), slope(at(raw, k + 1))
     if tails == "linear":
@@ -92,15 +92,15 @@ def spline_coupling(
     delta = height / width
     share = (within - y0) / height if inverse else (within - x0) / width
     share = _with_value(share, share.clamp(0, 1))
-    theta = _root(share, slope0, slope1, delta) if inverse else share
-    theta = torch.where(outside, theta.detach(), theta)
-    denominator = delta + (slope0 + slope1 - 2 * delta) * theta * (1 - theta)
-    numerator = slope1 * theta**2 + 2 * delta * theta * (1 - theta) + slope0 * (1 - theta) ** 2
+    theta, rest = _root(share, slope0, slope1, delta) if inverse else (share, 1 - share)
+    theta, rest = (torch.where(outside, t.detach(), t) for t in (theta, rest))
+    denominator = delta + (slope0 + slope1 - 2 * delta) * theta * rest
+    numerator = slope1 * theta**2 + 2 * delta * theta * rest + slope0 * rest**2
     logdet = numerator.log() + 2 * (delta / denominator).log()
     if inverse:
         logdet, mapped, low, high = -logdet, x0 + width * theta, left, right
     else:
-        mapped = y0 + height * (delta * theta**2 + slope0 * theta * (1 - theta)) / denominator
+        mapped = y0 + height * (delta * theta**2 + slope0 * theta * rest) / denominator
         low, high = bottom, top
     # nothing leaves the box, and its ends are exact; NaN stays NaN
     held = mapped.detach().clamp(low, high)
@@ -108,7 +108,7 @@ def spline_coupling(
 
     if tails == "none":
         edge = torch.where(above, slope1, slope0)
-        beyond = mapped.detach() + (x - within.detach()) * (1 / edge if inverse else edge)
+        beyond = mapped.detach() + (x - within) * (1 / edge if inverse else edge)
         y = torch.where(outside, beyond, mapped)
     else:
         y, logdet = torch.where(outside, x, mapped), logdet.masked_fill(outside, 0.0)

@@ -151,30 +151,33 @@ def _held(mapped, at_end, LOW: tl.constexpr, HIGH: tl.constexpr):
 
 @triton.jit
 def _root(share, width, height, slope0, slope1, WIDE: tl.constexpr):
-    """The position in a bin whose image lies at `share` of its height; csrc/spline_coupling has the same."""
-    rest = 1 - share
-    half = (slope0 * rest - slope1 * share) * width / (2 * height)
-    square = half * half + share * rest
+    """The position in a bin whose image lies at `share` of its height, and 1 - that; csrc/spline_coupling has the same."""
+    other = 1 - share
+    half = (slope0 * other - slope1 * share) * width / (2 * height)
+    square = half * half + share * other
     far = tl.abs(half) + (tl.sqrt(square) if WIDE == tl.float64 else tl.sqrt_rn(square))
     rising = half >= 0
     before = tl.where(rising, share, far)
-    total = before + tl.where(rising, far, rest)
-    return before / tl.where(total == 0, 1.0, total)
+    after = tl.where(rising, far, other)
+    total = tl.where(before + after == 0, 1.0, before + after)
+    return before / total, after / total
 
 
 @triton.jit
 def _position(x, sx, width, sy, height, slope0, slope1, HIGH: tl.constexpr, INVERSE: tl.constexpr, WIDE: tl.constexpr):
-    """Where in its bin a coordinate lies, in [0, 1]; at the upper edge of the box exactly 1. NaN stays NaN."""
+    """Where in its bin a coordinate lies, in [0, 1], and 1 - that; at the upper edge of the box exactly 1 and 0. NaN stays NaN."""
     share = _clamp((x - sy) / height if INVERSE else (x - sx) / width, 0.0, 1.0)
     share = tl.where((x >= HIGH) & (share >= 0), 1.0, share)
-    return _root(share, width, height, slope0, slope1, WIDE) if INVERSE else share
+    if INVERSE:
+        return _root(share, width, height, slope0, slope1, WIDE)
+    else:
+        return share, 1 - share
 
 
 @triton.jit
-def _image(theta, sy, width, height, slope0, slope1):
+def _image(theta, rest, sy, width, height, slope0, slope1):
     """y and log dy/dx."""
     delta = height / width
-    rest = 1 - theta
     mixed = theta * rest
     denominator = delta + (slope0 + slope1 - 2 * delta) * mixed
     numerator = slope1 * theta * theta + 2 * delta * mixed + slope0 * rest * rest
@@ -183,10 +186,9 @@ def _image(theta, sy, width, height, slope0, slope1):
 
 
 @triton.jit
-def _image_backward(theta, width, height, slope0, slope1, grad_y, grad_logdet):
+def _image_backward(theta, rest, width, height, slope0, slope1, grad_y, grad_logdet):
     """Gradients of grad_y y + grad_logdet logdet by theta, width, height and slopes; csrc/spline_coupling has the same."""
     delta = height / width
-    rest = 1 - theta
     mixed = theta * rest
     square = theta * theta
     bend = slope0 + slope1 - 2 * delta
@@ -195,7 +197,7 @@ def _image_backward(theta, width, height, slope0, slope1, grad_y, grad_logdet):
     below = 1 / numerator
     rational = (delta * square + slope0 * mixed) * over
     g = grad_y * height
-    turn = 1 - 2 * theta
+    turn = rest - theta
     by_theta = g * delta * numerator * over * over + grad_logdet * (
         (2 * slope1 * theta + 2 * delta * turn - 2 * slope0 * rest) * below - 2 * bend * turn * over
     )
@@ -257,8 +259,8 @@ def _forward(
             within, parameters, long_row, row_stride, feature_stride, feature, valid, BINS, TAILS, ZUKO, SOFTNESS,
             LEFT, RIGHT, BOTTOM, TOP, MIN_W, MIN_H, MIN_D, INVERSE, WIDE, BLOCK_K,
         )  # fmt: skip
-        theta = _position(within, sx, width, sy, height, slope0, slope1, HIGH, INVERSE, WIDE)
-        mapped, gained = _image(theta, sy, width, height, slope0, slope1)
+        theta, rest = _position(within, sx, width, sy, height, slope0, slope1, HIGH, INVERSE, WIDE)
+        mapped, gained = _image(theta, rest, sy, width, height, slope0, slope1)
         if INVERSE:
             mapped = sx + width * theta
             gained = -gained
@@ -358,21 +360,23 @@ def _backward(
         )
     )  # fmt: skip
     excess = value - within
-    theta = _position(within, sx, width, sy, height, slope0, slope1, HIGH, INVERSE, WIDE)
+    theta, rest = _position(within, sx, width, sy, height, slope0, slope1, HIGH, INVERSE, WIDE)
     outside = (value < within) | (value > within)
-    _, slope_log = _image(theta, sy, width, height, slope0, slope1)
+    _, slope_log = _image(theta, rest, sy, width, height, slope0, slope1)
     slope = tl.where(outside, tl.where(value > within, slope1, slope0), tl.exp(slope_log))
     from_y = gy
     from_logdet = tl.zeros_like(gy) + gl
     result = gy
     if INVERSE:
         # x = f^-1(y): dx = (dy - f_p dp) / f_x, log-det = -log f_x; at fixed parameters the log-det moves with x
-        curve, _c0, _c1, _c2, _c3 = _image_backward(theta, width, height, slope0, slope1, gy * 0, from_logdet * 0 + 1)
+        curve, _c0, _c1, _c2, _c3 = _image_backward(
+            theta, rest, width, height, slope0, slope1, gy * 0, from_logdet * 0 + 1
+        )
         result = (gy - gl * tl.where(outside, 0.0, curve / width)) / slope
         from_y = -result
         from_logdet = -from_logdet
     by_theta, by_width, by_height, by_slope0, by_slope1 = _image_backward(
-        theta, width, height, slope0, slope1, from_y, from_logdet
+        theta, rest, width, height, slope0, slope1, from_y, from_logdet
     )
     edge = by_theta / width
     if not INVERSE:
