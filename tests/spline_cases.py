@@ -120,3 +120,11 @@ def check_against_the_truth(found: list[Tensor], x: Tensor, raw: Tensor, *option
     assert (y >= values[0] - step).all() and (y <= values[-1] + step).all(), options  # the map is monotone
     room = 1e-3 + 4 * (logs.amax(0) - logs.amin(0))
     assert (logdet >= logs.amin(0) - room).all() and (logdet <= logs.amax(0) + room).all(), options
+
+
+def check_strong_values(run: Run, rows: int) -> None:
+    for form, inverse in itertools.product(FORMS, (False, True)):
+        x, raw = (t.float() for t in elements(rows, 8, "linear", 6.0, 3.0))
+        options = 8, "linear", form, (-3.0, 3.0, -3.0, 3.0), inverse
+        x.clamp_(-3, 3)
+        check_against_the_truth(run(x, raw, *options), x, raw, *options)

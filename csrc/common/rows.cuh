@@ -14,6 +14,7 @@
 #include <cuda_runtime.h>
 
 #include "common/half.h"
+#include "common/sum.h"
 
 namespace iin_fast {
 
@@ -146,9 +147,10 @@ __global__ void __launch_bounds__(row_threads) sum_parts_kernel(const T *partial
   const int64_t rows_per_grid = static_cast<int64_t>(gridDim.x) * (row_threads / warp_lanes);
   for (int64_t row = static_cast<int64_t>(blockIdx.x) * (row_threads / warp_lanes) + threadIdx.x / warp_lanes;
        row < rows; row += rows_per_grid) {
-    T sum = 0;
+    CompensatedSum<T> compensated;
     for (int part = lane; part < parts; part += warp_lanes)
-      sum += partial[row * parts + part];
+      compensated.add(partial[row * parts + part]);
+    T sum = compensated.total();
     for (int offset = warp_lanes / 2; offset > 0; offset /= 2)
       sum += __shfl_xor_sync(whole_warp, sum, offset);
     if (lane == 0)

@@ -25,7 +25,6 @@
 #pragma once
 
 #include "common/rows.cuh"
-#include "common/sum.h"
 #include "spline_coupling/spline_coupling.h"
 
 namespace iin_fast {

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import spline_cases
 import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
@@ -103,3 +104,42 @@ def test_derivatives_to_second_order(inverse: bool) -> None:
     with iin_fast.backend("triton"):
         assert gradcheck(function, (x, raw), fast_mode=True)
         assert gradgradcheck(function, (x, raw), fast_mode=True)
+
+
+def run(
+    x: Tensor, raw: Tensor, bins: int, tails: str, form: str, box: tuple[float, ...], inverse: bool
+) -> list[Tensor]:
+    """As the tests of every backend call it (spline_cases.py)."""
+    leaves = [t.detach().clone().requires_grad_() for t in (x, raw)]
+    where = {"tails": None, "box": box} if tails == "none" else {"tails": tails, "tail_bound": box[1]}
+    with iin_fast.backend("triton"):
+        results = spline_coupling(*leaves, bins=bins, inverse=inverse, parameterization=form, **where)
+    grads = torch.autograd.grad(results, leaves, spline_cases.weights(x, results[1].dtype))
+    return [t.detach() for t in (*results, *grads)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_ends_are_exact(dtype: torch.dtype) -> None:
+    spline_cases.check_ends(run, dtype)
+
+
+def test_what_is_not_finite_stays_so() -> None:
+    spline_cases.check_not_finite(run)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_outside_of_the_box_every_bit_stays(dtype: torch.dtype) -> None:
+    spline_cases.check_identity(run, dtype)
+
+
+def test_strong_raw_values_against_the_truth() -> None:
+    spline_cases.check_strong_values(run, 2000)
+
+
+def test_logdets_of_long_rows() -> None:
+    """Of rows that several programs share, each in many steps."""
+    x, raw = torch.full((1, 1), 0.3), torch.tensor([[[0.0, 0.0, 0.4, -1.1]]])
+    with iin_fast.backend("triton"):
+        term = spline_coupling(x, raw, bins=1, tails=None)[1]
+        found = spline_coupling(x.expand(1, 196_608), raw.expand(1, 196_608, 4), bins=1, tails=None)[1]
+    assert found.item() == pytest.approx(196_608 * term.double().item(), rel=1.2e-7)

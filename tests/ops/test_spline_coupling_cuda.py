@@ -5,8 +5,10 @@ import math
 from typing import Any
 
 import pytest
+import spline_cases
 import torch
 from cuda_emulator import call, data, load, matrix, type_name
+from long_sums import check_sums
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -301,3 +303,43 @@ def test_the_inverse_undoes_the_forward_map(tails: str, form: str) -> None:
     back, back_logdet = forward(y, raw, 8, tails, form, True, launch=SplineLaunch())
     assert_close(back, x, rtol=1e-9, atol=1e-9)
     assert_close(back_logdet, -logdet, rtol=1e-8, atol=1e-8)
+
+
+def run(x: Tensor, raw: Tensor, *options: Any) -> list[Tensor]:
+    """As the tests of every backend call it (spline_cases.py)."""
+    bins, tails, form, box, inverse = options
+    y, logdet = forward(x, raw, bins, tails, form, inverse, launch=SplineLaunch(), box=box)
+    grads = spline_cases.weights(x, logdet.dtype)
+    return [y, logdet, *backward(*grads, x, raw, bins, tails, form, inverse, launch=SplineLaunch(), box=box)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ends_are_exact(dtype: torch.dtype) -> None:
+    spline_cases.check_ends(run, dtype, bounds=(3.0,) if dtype.itemsize == 2 else (3.0, 0.7))
+
+
+def test_what_is_not_finite_stays_so() -> None:
+    spline_cases.check_not_finite(run)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_outside_of_the_box_every_bit_stays(dtype: torch.dtype) -> None:
+    spline_cases.check_identity(run, dtype)
+
+
+def test_strong_raw_values_against_the_truth() -> None:
+    spline_cases.check_strong_values(run, 2000)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_logdets_of_long_rows(dtype: torch.dtype) -> None:
+    """Of a row that many blocks share. Every term is the log of the slope of the first knot, of a size whose multiples round
+    to one side."""
+    slope = math.log(math.expm1(math.exp(0.618793) - 1e-3))
+    x, raw = torch.full((1, 1), -2.0, dtype=dtype), torch.tensor([[[0.0, 0.0, slope, 0.0]]], dtype=dtype)
+    options = 1, "none", "nflows", False
+    (term,) = forward(x, raw, *options, launch=SplineLaunch())[1]
+    features, launch = 196_608, SplineLaunch()
+    found = forward(x.repeat(1, features), raw.expand(1, features, 4), *options, launch=launch)[1]
+    assert launch.parts == 768
+    check_sums(found, term.expand(1, features))
