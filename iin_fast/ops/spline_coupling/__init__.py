@@ -60,7 +60,7 @@ def spline_coupling(
 
     The ends of the box map to its ends exactly, and nothing in the box is mapped out of it; a type of 16 bits has the box
     rounded to its numbers. A NaN or infinite raw value makes y and log-det NaN for every element that uses it, but for a
-    width or height of -inf, which is a bin of the smallest size. An element outside of the box uses none, unless tails are None.
+    width or height of -inf with "nflows", a bin of the smallest size. An element outside of the box uses none, unless tails are None.
 
     Args:
         x: ``[batch, ...]``, float32, float64, bfloat16 or float16, any strides; batch may be 0.
