@@ -150,3 +150,13 @@ def test_logdets_of_long_rows(dtype: torch.dtype, inverse: bool) -> None:
         options = {"bins": 1, "tails": None, "inverse": inverse}
         terms = spline_coupling(x.reshape(-1, 1), raw.reshape(-1, 1, 4), **options)[1].view(rows, features)
         check_sums(spline_coupling(x, raw, **options)[1], terms)
+
+
+def test_two_splines_of_nflows_in_a_row_keep_the_end() -> None:
+    transforms = pytest.importorskip("nflows.transforms")
+    torch.manual_seed(24)
+    spline = transforms.PiecewiseRationalQuadraticCDF
+    model = transforms.CompositeTransform([spline([1], num_bins=8, tails=None) for _ in range(2)])
+    report = iin_fast.accelerate(model)
+    assert "Spline" in str(report) or "Quadratic" in str(report), report
+    assert model(torch.ones(1, 1))[0].item() == model.inverse(torch.ones(1, 1))[0].item() == 1

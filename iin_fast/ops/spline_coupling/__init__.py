@@ -58,6 +58,10 @@ def spline_coupling(
 
     .. math:: y = y_k + h_k \frac{\delta\theta^2 + d_k\theta(1-\theta)}{\delta + (d_k + d_{k+1} - 2\delta)\theta(1-\theta)}.
 
+    The ends of the box map to its ends exactly, and nothing in the box is mapped out of it; a type of 16 bits has the box
+    rounded to its numbers. A NaN or infinite raw value makes y and log-det NaN for every element that uses it, but for a
+    width or height of -inf with "nflows", a bin of the smallest size. An element outside of the box uses none, unless tails are None.
+
     Args:
         x: ``[batch, ...]``, float32, float64, bfloat16 or float16, any strides; batch may be 0.
         parameters: ``[batch, ..., P]`` like ``x``: ``bins`` raw widths, ``bins`` raw heights and the raw derivatives of
