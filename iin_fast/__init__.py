@@ -7,11 +7,14 @@ from .backends import backend
 from .dropin import accelerate, patch, restore, unpatch
 from .iin import IIN, FactorLoss, Factors, PairSampler, concept_pairs, estimate_factor_dims
 from .memory import keep_freed_memory
+from .ops.flops import register_formulas
 
 try:
     __version__ = version("iin-fast")
 except PackageNotFoundError:  # a source tree on the path, not installed
     __version__ = "0+source"
+
+register_formulas()
 
 __all__ = [
     "IIN",

@@ -1,10 +1,12 @@
 """Hard inputs for all backends of an op, and how far from the truth their results may lie."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+
+import iin_fast
 
 __all__ = [
     "at_the_edge_of_overflow",
@@ -69,12 +71,15 @@ def check_near_one(
     assert ((grad_a - (a - m * rho * pull)).abs() <= 4 * eps * pull.abs().amax()).all()
 
 
-def spoiled(tensors: Sequence[Tensor | None]) -> Iterator[tuple[str, list[Tensor | None]]]:
-    """The floating tensors with NaN, inf or -inf at random places of one of them, and of all."""
+def spoiled(tensors: Sequence[Tensor | None], every: bool = True) -> Iterator[tuple[str, list[Tensor | None]]]:
+    """The floating tensors with NaN, inf or -inf at random places of one of them, and of all.
+
+    ``every``: each of them with each of the three; else they take turns.
+    """
     generator = torch.Generator().manual_seed(0)
     given = [i for i, t in enumerate(tensors) if t is not None and t.is_floating_point() and t.numel() > 0]
-    for bad in (torch.nan, torch.inf, -torch.inf):
-        for places in (*([i] for i in given), given):
+    for turn, bad in enumerate((torch.nan, torch.inf, -torch.inf)):
+        for places in (*([i] for i in given if every or i % 3 == turn), given):
             changed = list(tensors)
             for i in places:
                 changed[i] = tensors[i].clone()  # type: ignore[union-attr]
@@ -84,9 +89,15 @@ def spoiled(tensors: Sequence[Tensor | None]) -> Iterator[tuple[str, list[Tensor
             yield f"{bad} in {places}", changed
 
 
-def check_not_finite(got: Tensor, want: Tensor, label: object, kinds: bool = True) -> None:
-    """NaN and each infinity stand where the definition has them; without ``kinds``, any of the three."""
-    for what in (torch.isnan, torch.isposinf, torch.isneginf) if kinds else (torch.isfinite,):
+def check_not_finite(got: Tensor, want: Tensor, label: object, how: str = "kinds") -> None:
+    """NaN and each infinity stand where the definition ``want`` has them.
+
+    ``how``: "kinds"; "places": any of the three; "none lost": any of the three, and maybe elsewhere too.
+    """
+    if how == "none lost":
+        assert not (got.isfinite() & ~want.isfinite()).any(), (label, got, want)
+        return
+    for what in (torch.isnan, torch.isposinf, torch.isneginf) if how == "kinds" else (torch.isfinite,):
         assert torch.equal(what(got), what(want)), (label, what.__name__, got, want)
 
 
@@ -99,3 +110,32 @@ def at_the_edge_of_overflow() -> tuple[list[Tensor], list[Tensor]]:
     slope = raw.double().exp()
     truths = [grad * slope, grad * x.double() * slope, grad.double()]
     return [x, raw, torch.zeros(1, 2), grad], truths
+
+
+def compare_not_finite(
+    call: Callable[..., tuple[Tensor, ...]],
+    tensors: Sequence[Tensor | None],
+    *backends: str,
+    of_gradients: str = "kinds",
+    every: bool = True,
+) -> None:
+    """Outputs and gradients of ``call(*tensors)``; what is spoiled in turn are its tensors and the outputs' gradients.
+
+    ``of_gradients``: how gradients are checked. Where one is a sum of infinities, it may be of either kind.
+    """
+    generator = torch.Generator().manual_seed(1)
+    outputs = call(*tensors)
+    grads = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outputs]
+    for label, changed in spoiled([*tensors, *grads], every):
+        found = {}
+        for backend in ("reference", *backends):
+            leaves = [None if t is None else t.detach().requires_grad_() for t in changed[: len(tensors)]]
+            with iin_fast.backend(backend):
+                results = call(*leaves)
+            pairs = [(o, g) for o, g in zip(results, changed[len(tensors) :], strict=True) if o.requires_grad]
+            wanted = [t for t in leaves if t is not None]
+            gradients = torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs])
+            found[backend] = [t.detach() for t in (*results, *gradients)]
+        for backend in backends:
+            for i, (got, want) in enumerate(zip(found[backend], found["reference"], strict=True)):
+                check_not_finite(got, want, (label, backend, i), "kinds" if i < len(results) else of_gradients)

@@ -86,6 +86,27 @@ def test_code_of_dropin_runs() -> None:
         assert torch.equal(value, after)
 
 
+def test_weight_decay_groups_hold_weights_alone() -> None:
+    """Names, since dimensions mislead: those of the page's function, for each kind of model."""
+    groups_of = run_blocks("composition.md")["weight_decay_groups"]
+    for model, least in (
+        (iin_fast.nn.Flow(4, 2, 8, 1), 3),
+        (iin_fast.IIN(6, {"color": 2}, n_flows=2, hidden_dim=8), 3),
+        (iin_fast.nn.NeuralSplineFlow(4, n_flows=2, hidden_dim=8), 8),
+    ):
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        groups = groups_of(model, 0.1)
+        decayed, others = ({names[parameter] for parameter in group["params"]} for group in groups)
+        assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
+        assert decayed | others == set(names.values()) and not decayed & others
+        linear = {name for name in names.values() if "weight" in name.rpartition(".")[2]}
+        matrices = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, iin_fast.nn.LULinear)}
+        assert decayed == linear - matrices and len(decayed) >= least
+        assert any(
+            parameter.dim() > 1 for parameter, name in names.items() if name in others
+        )  # what the rule gets wrong
+
+
 def test_extras_in_the_text_exist() -> None:
     """Every ``iin-fast[...]`` and ``.[...]`` that a person is told to install names extras of pyproject.toml."""
     tomllib = pytest.importorskip("tomllib", reason="Python 3.11 reads pyproject.toml")

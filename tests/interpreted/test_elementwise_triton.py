@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from numerics import RHOS, SIZES, check_near_one, check_sums, long_terms, pairs_near_one
+from numerics import RHOS, SIZES, at_the_edge_of_overflow, check_near_one, check_sums, long_terms, pairs_near_one
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
@@ -65,6 +65,16 @@ def test_correlations_next_to_one(rho: float) -> None:
         loss = pair_nll(*leaves, shared, SIZES, rho, normalized=True)
         grads = torch.autograd.grad(loss.sum(), leaves[:2])
     check_near_one(loss.detach(), *grads, *(t.detach() for t in leaves[:2]), shared, rho)
+
+
+def test_gradients_at_the_edge_of_overflow() -> None:
+    (*arguments, grad), truths = at_the_edge_of_overflow()
+    leaves = [a.requires_grad_() for a in arguments]
+    with iin_fast.backend("triton"):
+        y, _ = affine_coupling(*leaves, squash="identity")
+        grads = torch.autograd.grad(y, leaves, grad)
+    for got, want in zip(grads, truths, strict=True):
+        assert_close(got, want.float(), rtol=1e-5, atol=0)
 
 
 def test_strides_are_followed() -> None:

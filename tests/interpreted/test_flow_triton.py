@@ -81,6 +81,33 @@ def test_other_types_judged_by_float64(dtype: torch.dtype, bound: float, inverse
     assert y.dtype == dtype and logdet.dtype == torch.float32
 
 
+@pytest.mark.parametrize("allowed", [False, True])
+def test_tf32_reaches_every_product_as_given(allowed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What forward was given holds in backward, whatever torch's setting is by then."""
+    from iin_fast.ops.flow import triton as module
+
+    seen = []
+    monkeypatch.setattr(module, "_precision", lambda dtype, tf32: seen.append(tf32) or "ieee")
+    given = arguments(3, 4, 1, 8, 1, 0, False, torch.float32)
+    x = given[0].clone().requires_grad_()
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        # on a CPU the flow never asks for TF32, so the setting of the moment alone could bring it
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if allowed else "ieee"
+        with iin_fast.backend("triton"):
+            y, logdet = flow_op(x, *given[1:])
+            (y.sum() + logdet.sum()).backward()
+        assert seen == [False, False]
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    seen.clear()
+    options = (0.01, 1.0, False, False, True)
+    y, logdet, saved = torch.ops.iin_fast_triton.flow(*given, *options, allowed)
+    rest = (0.01, 1.0, False, False, True)
+    torch.ops.iin_fast_triton.flow_backward(y, logdet, y, saved, *given[1:], *rest, allowed)
+    assert seen == [allowed, allowed]
+
+
 def test_weight_gradients_in_groups_of_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     from iin_fast.ops.flow import triton as module
 

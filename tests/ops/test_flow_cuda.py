@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_emulator import SANITIZE, call, data, load, type_name
+from numerics import check_not_finite, spoiled
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -342,6 +343,39 @@ def test_what_is_not_wanted_is_not_computed() -> None:
     together, c = backward(given, y, saved, grad_y, grad_logdet, weights=False, resident=5)
     assert c.launches == 1
     assert all(torch.equal(a, b) for a, b in zip(together, grads, strict=True) if a is not None)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_what_is_not_finite(dtype: torch.dtype, inverse: bool) -> None:
+    """In float32 a product of infinite factors is NaN, for each is split into two numbers. Backward of the inverse has
+    ActNorm's input as its output + loc, so nothing finite comes of a loc that is not."""
+    clean = arguments(3, 5, 1, 17, 1, 2, False, dtype)
+    clean[0] = clean[0].contiguous()
+    for label, (*tensors, grad_y, grad_logdet) in spoiled([*clean[:-1], clean[0], torch.ones(3, dtype=dtype)], False):
+        given = [*tensors, clean[-1]]
+        leaves = [t.clone().requires_grad_() for t in tensors]
+        truth = reference.flow(*leaves, clean[-1], 0.01, 0.8, False, inverse)
+        truths = torch.autograd.grad(truth, leaves, [grad_y, grad_logdet])
+        y, logdet, saved, _ = forward(given, 0.8, False, inverse, True)
+        grads, _ = backward(given, y, saved, grad_y, grad_logdet, 0.8, inverse)
+        for i, (got, want) in enumerate(zip([y, logdet, *grads], [*truth, *truths], strict=True)):
+            exact = (dtype == torch.float64 or "nan" in label) and (i < 2 or not inverse)
+            check_not_finite(got, want, (label, i), "kinds" if exact else "none lost")
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_logdets_of_many_parts(inverse: bool) -> None:
+    """The log of 0.9 for each of 1,600 features: alone, or with the slope of the activation below 0."""
+    dim, n = 100, 16
+    given = arguments(2, dim, n, 1, 0, 0, False, torch.float32)
+    given[0], given[2], given[3] = torch.full((2, dim), -1.0), torch.zeros(n, dim), torch.full((n, dim), 0.9)
+    given[4:-1] = [torch.zeros_like(t) for t in given[4:-1]]
+    for slope in (1.0, 0.9):
+        _, logdet, _, _ = forward(given, slope, True, inverse)
+        want = dim * n * (given[3][0, 0].double().log() + torch.tensor(slope, dtype=torch.float64).log())
+        want = -want if inverse else want
+        assert ((logdet.double() - want).abs() <= 2 * torch.finfo(torch.float32).eps * want.abs()).all()
 
 
 @pytest.mark.parametrize("inverse", [False, True])
