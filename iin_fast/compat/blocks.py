@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import checked_int
 from ..functional import affine_coupling
 from ..nn.actnorm import DataDependentStart, start_values
 
@@ -32,6 +33,12 @@ class FullyConnected(nn.Module):
         norms: Sequence[Callable[[int], nn.Module]],
     ) -> None:
         super().__init__()
+        where = type(self).__name__
+        dim, depth = checked_int(where, "dim", dim), checked_int(where, "depth", depth, least=0)
+        hidden_dim, out_dim = (
+            checked_int(where, "hidden_dim", hidden_dim),
+            checked_int(where, "out_dim", out_dim, least=0),
+        )
         layers: list[nn.Module] = []
         for i in range(depth + 1):
             layers.append(nn.Linear(hidden_dim if i else dim, hidden_dim))
@@ -85,6 +92,7 @@ class PublishedNorm(DataDependentStart):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
+        channels = checked_int(type(self).__name__, "the number of channels", channels)
         self.loc = nn.Parameter(torch.zeros(1, channels, 1, 1))
         self.scale = nn.Parameter(torch.ones(1, channels, 1, 1))
         self._register_start((), False, None)
@@ -128,7 +136,7 @@ class Shuffle(nn.Module):
 
     def __init__(self, in_channels: int, **kwargs: Any) -> None:
         super().__init__()
-        self.in_channels = in_channels
+        self.in_channels = in_channels = checked_int("Shuffle", "in_channels", in_channels)
         index = torch.randperm(in_channels)
         self.register_buffer("forward_shuffle_idx", index)
         self.register_buffer("backward_shuffle_idx", index.argsort())

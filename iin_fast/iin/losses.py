@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
-from ..ops.checks import check_device, check_floating, check_shape
-from ._checks import check_latents
+from ..checks import check_device, check_floating, check_latents, check_shape, checked_flag, checked_number
 from .factors import RESIDUAL, Factors
 from .model import IIN
 
@@ -35,6 +34,7 @@ class FactorLoss(nn.Module):
 
     Raises:
         ValueError: ``rho`` outside (0, 1).
+        TypeError: ``rho`` that is no number, ``normalized`` that is not True or False.
 
     References:
         Esser, Rombach, Ommer, CVPR 2020, Sec. 3.2; CompVis/iin, ``FactorLoss``.
@@ -52,12 +52,8 @@ class FactorLoss(nn.Module):
 
     def __init__(self, rho: float = 0.975, normalized: bool = False) -> None:
         super().__init__()
-        if isinstance(rho, bool) or not isinstance(rho, int | float):
-            raise TypeError(f"FactorLoss: rho is {rho!r}, expected a number between 0 and 1, both excluded")
-        if not 0.0 < rho < 1.0:
-            raise ValueError(f"FactorLoss: rho is {rho}, expected a number between 0 and 1, both excluded")
-        self.rho = float(rho)
-        self.normalized = bool(normalized)
+        self.rho = checked_number("FactorLoss", "rho", rho, above=0, below=1)
+        self.normalized = checked_flag("FactorLoss", "normalized", normalized)
 
     def extra_repr(self) -> str:
         return f"rho={self.rho}, normalized={self.normalized}"

@@ -8,10 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import (
+    autocast_enabled,
+    check_device,
+    check_dtype,
+    check_floating,
+    check_latents,
+    check_rank,
+    check_shape,
+    checked_choice,
+    checked_dtype,
+    checked_int,
+    checked_number,
+)
 from ..nn import Flow, NeuralSplineFlow
-from ..ops.checks import autocast_enabled, check_device, check_dtype, check_floating, check_rank, check_shape
 from . import checkpoint
-from ._checks import check_latents, checked_int
 from .factors import RESIDUAL, Factors, factor_sizes
 
 __all__ = ["IIN"]
@@ -50,8 +61,8 @@ class IIN(nn.Module):
         hidden_depth: hidden layers of the coupling networks beside the first; with splines, residual blocks.
         coupling: ``"affine"`` (published), or ``"spline"``: rational-quadratic splines in place of scale and shift, as in
             ``iin_fast.nn.NeuralSplineFlow``.
-        bins: of each spline.
-        tail_bound: half the width of the box in which splines bend.
+        bins: of each spline; 8 when left out. Only with ``coupling="spline"``.
+        tail_bound: half the width of the box in which splines bend; 3 when left out. Only with ``coupling="spline"``.
         context_dim: features of the context; 0 for none.
         generator: draws the start weights and permutations; by default torch's global one.
         device: where the parameters are made.
@@ -86,8 +97,8 @@ class IIN(nn.Module):
         hidden_depth: int = 2,
         *,
         coupling: str = "affine",
-        bins: int = 8,
-        tail_bound: float = 3.0,
+        bins: int | None = None,
+        tail_bound: float | None = None,
         context_dim: int = 0,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
@@ -97,14 +108,20 @@ class IIN(nn.Module):
         super().__init__()
         self.dim = checked_int("IIN", "dim", dim)
         self._sizes = factor_sizes(self.dim, factors, where="IIN")
-        if dtype is not None and not dtype.is_floating_point:
-            raise TypeError(f"IIN: dtype is {dtype}, expected a real floating-point type")
+        checked_dtype("IIN", dtype)
         n_flows = checked_int("IIN", "n_flows", n_flows)
         hidden_dim = checked_int("IIN", "hidden_dim", hidden_dim)
         hidden_depth = checked_int("IIN", "hidden_depth", hidden_depth, least=0)
         self.context_dim = checked_int("IIN", "context_dim", context_dim, least=0)
-        if coupling not in COUPLINGS:
-            raise ValueError(f"IIN: coupling is {coupling!r}, expected one of {', '.join(map(repr, COUPLINGS))}")
+        checked_choice("IIN", "coupling", coupling, COUPLINGS)
+        splines: dict[str, Any] = {}
+        if bins is not None:
+            splines["bins"] = checked_int("IIN", "bins", bins)
+        if tail_bound is not None:
+            splines["tail_bound"] = checked_number("IIN", "tail_bound", tail_bound, above=0)
+        if coupling == "affine" and splines:
+            name, value = splines.popitem()
+            raise ValueError(f"IIN: {name} is {value}, expected None with coupling 'affine'; take coupling='spline'")
         if coupling == "spline" and memory != "auto":
             raise ValueError(f"IIN: memory is {memory!r}, expected 'auto' with coupling 'spline'")
         self.coupling = coupling
@@ -119,11 +136,10 @@ class IIN(nn.Module):
                 self.dim,
                 self.context_dim,
                 n_flows=n_flows,
-                bins=checked_int("IIN", "bins", bins),
                 hidden_dim=hidden_dim,
                 hidden_depth=hidden_depth,
-                tail_bound=tail_bound,
                 mixing="permutation",
+                **splines,
                 **place,
             )
 

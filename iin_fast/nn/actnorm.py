@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checks import check_features
+from ..checks import check_features, checked_dtype, checked_int
 
 __all__ = ["ActNorm", "DataDependentStart", "start_values"]
 
@@ -134,7 +134,8 @@ class ActNorm(DataDependentStart):
 
     def __init__(self, dim: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        self.dim = dim
+        self.dim = checked_int("ActNorm", "dim", dim)
+        checked_dtype("ActNorm", dtype)
         self.loc = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype))
         self.scale = nn.Parameter(torch.ones(dim, device=device, dtype=dtype))
         self._register_start((), False, device)

@@ -6,17 +6,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.checks import check_device, check_floating
+from ..checks import (
+    check_device,
+    check_features,
+    check_floating,
+    checked_choice,
+    checked_dtype,
+    checked_flag,
+    checked_int,
+    checked_number,
+)
+from ..ops.flow import MEMORY
 from ..ops.flow import flow as flow_op
 from ..ops.flow.layout import pack
 from .actnorm import DataDependentStart, start_values
 from .border import Entry, export_tensors, import_tensors, is_sharded
-from .checks import check_features
 from .distribution import Density
 
 __all__ = ["Flow"]
-
-MEMORY = ("auto", "save", "invert")
 
 
 class Flow(DataDependentStart, Density):
@@ -64,6 +71,7 @@ class Flow(DataDependentStart, Density):
 
     Raises:
         ValueError: a size, slope or ``memory`` that makes no flow.
+        TypeError: a size that is no integer, a slope that is no number, a switch that is not True or False.
 
     Example:
         >>> flow = Flow(6, n_flows=2, hidden_dim=16, generator=torch.Generator().manual_seed(0))
@@ -97,26 +105,18 @@ class Flow(DataDependentStart, Density):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        sizes = {"dim": (dim, 2), "n_flows": (n_flows, 1), "hidden_dim": (hidden_dim, 1)}
-        sizes |= {"hidden_depth": (hidden_depth, 0), "context_dim": (context_dim, 0)}
-        for name, (size, least) in sizes.items():
-            if size < least:
-                raise ValueError(f"Flow: {name} is {size}, expected at least {least}")
-        if not activation_slope > 0:
-            raise ValueError(f"Flow: activation_slope is {activation_slope}, expected more than 0 to be invertible")
-        if memory not in MEMORY:
-            raise ValueError(f"Flow: memory is {memory!r}, expected one of {', '.join(map(repr, MEMORY))}")
-        self.dim = dim
-        self.n_flows = n_flows
-        self.hidden_dim = hidden_dim
-        self.hidden_depth = hidden_depth
-        self.context_dim = context_dim
-        self.leaky_slope = leaky_slope
-        self.activation_slope = activation_slope
-        self.exact_logdet = exact_logdet
-        self.actnorm = actnorm
-        self.permute = permute
-        self.memory = memory
+        self.dim = dim = checked_int("Flow", "dim", dim, least=2)
+        self.n_flows = n_flows = checked_int("Flow", "n_flows", n_flows)
+        self.hidden_dim = hidden_dim = checked_int("Flow", "hidden_dim", hidden_dim)
+        self.hidden_depth = hidden_depth = checked_int("Flow", "hidden_depth", hidden_depth, least=0)
+        self.context_dim = context_dim = checked_int("Flow", "context_dim", context_dim, least=0)
+        self.leaky_slope = checked_number("Flow", "leaky_slope", leaky_slope, least=0)
+        self.activation_slope = checked_number("Flow", "activation_slope", activation_slope, above=0)
+        self.exact_logdet = checked_flag("Flow", "exact_logdet", exact_logdet)
+        self.actnorm = checked_flag("Flow", "actnorm", actnorm)
+        self.permute = checked_flag("Flow", "permute", permute)
+        self.memory = checked_choice("Flow", "memory", memory, MEMORY)
+        checked_dtype("Flow", dtype)
 
         kept = dim - dim // 2  # c: features that condition
         self.matrices = {  # (out, in) of each layer; the hidden one repeats

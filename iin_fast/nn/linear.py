@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import check_features
+from ..checks import check_features, checked_dtype, checked_int, checked_number
 
 __all__ = ["LULinear"]
 
@@ -29,6 +29,7 @@ class LULinear(nn.Module):
 
     Raises:
         ValueError: dim below 1, min_diagonal out of range.
+        TypeError: dim that is no integer, min_diagonal that is no number.
 
     Example:
         >>> linear = LULinear(3)
@@ -47,12 +48,9 @@ class LULinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if dim < 1:
-            raise ValueError(f"LULinear: dim is {dim}, expected at least 1")
-        if not 0 <= min_diagonal < 1:
-            raise ValueError(f"LULinear: min_diagonal is {min_diagonal}, expected at least 0 and below 1")
-        self.dim = dim
-        self.min_diagonal = min_diagonal
+        self.dim = dim = checked_int("LULinear", "dim", dim)
+        self.min_diagonal = checked_number("LULinear", "min_diagonal", min_diagonal, least=0, below=1)
+        checked_dtype("LULinear", dtype)
         self.weight = nn.Parameter(torch.empty(dim, dim, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
         self.reset_parameters()

@@ -7,9 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from ..ops.checks import autocast_enabled, check_dtype, checked_int
+from ..checks import (
+    autocast_enabled,
+    check_dtype,
+    check_features,
+    checked_choice,
+    checked_dtype,
+    checked_int,
+    checked_number,
+)
 from .actnorm import ActNorm
-from .checks import check_features
 from .coupling import SplineCoupling
 from .distribution import Density
 from .linear import LULinear
@@ -79,7 +86,7 @@ class NeuralSplineFlow(nn.Module, Density):
 
     Raises:
         ValueError: a size or an option out of range.
-        TypeError: a size that is no integer, a tail_bound that is no number.
+        TypeError: a size that is no integer, a tail_bound or dropout that is no number.
 
     Example:
         >>> flow = NeuralSplineFlow(3, context=2, n_flows=2, hidden_dim=16)
@@ -114,8 +121,10 @@ class NeuralSplineFlow(nn.Module, Density):
         bins = checked_int("NeuralSplineFlow", "bins", bins)
         hidden_dim = checked_int("NeuralSplineFlow", "hidden_dim", hidden_dim)
         hidden_depth = checked_int("NeuralSplineFlow", "hidden_depth", hidden_depth, least=0)
-        if mixing not in MIXINGS:
-            raise ValueError(f"NeuralSplineFlow: mixing is {mixing!r}, expected one of {', '.join(map(repr, MIXINGS))}")
+        tail_bound = checked_number("NeuralSplineFlow", "tail_bound", tail_bound, above=0)
+        dropout = checked_number("NeuralSplineFlow", "dropout", dropout, least=0, below=1)
+        checked_choice("NeuralSplineFlow", "mixing", mixing, MIXINGS)
+        checked_dtype("NeuralSplineFlow", dtype)
         self.dim = dim
         self.context = context
         self.n_flows = n_flows

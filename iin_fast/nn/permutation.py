@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .checks import check_features
+from ..checks import check_features, checked_int
 
 __all__ = ["Permutation"]
 
@@ -22,6 +22,7 @@ class Permutation(nn.Module):
 
     Raises:
         ValueError: ``permutation`` is not a permutation of 0 … dim - 1.
+        TypeError: dim that is no integer, a ``permutation`` that is no tensor of integers.
 
     Example:
         >>> flip = Permutation(3, torch.tensor([2, 1, 0]))
@@ -40,9 +41,12 @@ class Permutation(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.dim = dim
+        self.dim = dim = checked_int("Permutation", "dim", dim)
         if permutation is None:
             permutation = torch.randperm(dim, generator=generator, device=generator.device if generator else None)
+        elif not isinstance(permutation, Tensor) or permutation.is_floating_point():
+            kind = permutation.dtype if isinstance(permutation, Tensor) else type(permutation).__name__
+            raise TypeError(f"Permutation: permutation is {kind}, expected an int64 tensor [{dim}]")
         elif permutation.shape != (dim,) or sorted(permutation.tolist()) != list(range(dim)):
             raise ValueError(
                 f"Permutation: permutation is {permutation.tolist()}, expected each of 0 … {dim - 1} exactly once"

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from ..ops.checks import checked_int
+from ..checks import checked_dtype, checked_int, checked_number
 
 __all__ = ["ResidualNet"]
 
@@ -26,7 +26,7 @@ class ResidualNet(nn.Module):
 
     Raises:
         ValueError: a size or a rate out of range.
-        TypeError: a size that is no integer.
+        TypeError: a size that is no integer, a rate that is no number.
 
     Example:
         >>> ResidualNet(3, 7, hidden_dim=16)(torch.randn(5, 3)).shape
@@ -46,10 +46,12 @@ class ResidualNet(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        in_features = checked_int("ResidualNet", "in_features", in_features)
+        out_features = checked_int("ResidualNet", "out_features", out_features)
         hidden_dim = checked_int("ResidualNet", "hidden_dim", hidden_dim)
         hidden_depth = checked_int("ResidualNet", "hidden_depth", hidden_depth, least=0)
-        if not 0 <= dropout < 1:
-            raise ValueError(f"ResidualNet: dropout is {dropout}, expected at least 0 and below 1")
+        dropout = checked_number("ResidualNet", "dropout", dropout, least=0, below=1)
+        checked_dtype("ResidualNet", dtype)
 
         def linear(inputs: int, outputs: int) -> nn.Module:
             return skip_init(nn.Linear, inputs, outputs, device=device or torch.get_default_device(), dtype=dtype)

@@ -12,15 +12,27 @@ import torch
 from torch import Tensor
 
 from ...backends import chosen, ops, register_library
+from ...checks import (
+    autocast_enabled,
+    check_device,
+    check_dtype,
+    check_floating,
+    check_rank,
+    check_shape,
+    checked_choice,
+    checked_flag,
+    checked_number,
+)
 from ..autograd import autocast_to_float32, differentiable
-from ..checks import autocast_enabled, check_device, check_dtype, check_floating, check_rank, check_shape
 from ..triton_ops import define_triton
 from ..vmap import front, mapped_by_autograd, one_by_one
 from . import reference
 from .layout import pack, unpack
 from .saved import saved_bytes
 
-__all__ = ["AUTO_SAVE_BYTES", "flow", "pack", "unpack"]
+__all__ = ["AUTO_SAVE_BYTES", "MEMORY", "flow", "pack", "unpack"]
+
+MEMORY = ("auto", "save", "invert")
 
 AUTO_SAVE_BYTES = 256 * 2**20
 """``memory="auto"`` saves activations up to this many bytes and inverts beyond (docs/performance.md)."""
@@ -100,12 +112,11 @@ def flow(
     """
     parameters = (loc, scale, weight_in, bias_in, weight_hidden, bias_hidden, weight_out, bias_out)
     backend = _check(x, context, parameters, permutation)
-    if memory not in ("auto", "save", "invert"):
-        raise ValueError(f"flow: memory is {memory!r}, expected auto, save or invert")
-    if not leaky_slope >= 0:
-        raise ValueError(f"flow: leaky_slope is {leaky_slope}, expected at least 0")
-    if not activation_slope > 0:
-        raise ValueError(f"flow: activation_slope is {activation_slope}, expected a number above 0")
+    memory = checked_choice("flow", "memory", memory, MEMORY)
+    leaky_slope = checked_number("flow", "leaky_slope", leaky_slope, least=0)
+    activation_slope = checked_number("flow", "activation_slope", activation_slope, above=0)
+    exact_logdet = checked_flag("flow", "exact_logdet", exact_logdet)
+    inverse = checked_flag("flow", "inverse", inverse)
     tensors = (x, context, *parameters, permutation)
     if backend == "reference":
         return reference.flow(*tensors, leaky_slope, activation_slope, exact_logdet, inverse)
@@ -114,8 +125,8 @@ def flow(
         size = _saved_size(x, bias_in.shape[-1], bias_hidden.shape[-2], context, loc.shape[0])
         save = size * x.element_size() <= AUTO_SAVE_BYTES
     options = (
-        float(leaky_slope),
-        float(activation_slope),
+        leaky_slope,
+        activation_slope,
         exact_logdet,
         inverse,
         save,
