@@ -97,13 +97,21 @@ class PublishedNorm(DataDependentStart):
         self.scale = nn.Parameter(torch.ones(1, channels, 1, 1))
         self._register_start((), False, None)
 
+    def reset_parameters(self) -> None:
+        """As before the first batch, which will start it anew."""
+        self._forget_start()
+
     @torch.no_grad()
     def initialize(self, input: Tensor) -> None:
-        """Start from ``[batch, channels(, height, width)]``, over batch and space; an empty one starts nothing."""
+        """Start from ``[batch, channels(, height, width)]``, over batch and space; an empty one starts nothing.
+
+        Raises:
+            ValueError: NaN or Inf in the batch; then nothing has changed.
+        """
         if input.numel() == 0:
             return
         rows = self._four(input).movedim(1, -1).flatten(0, -2)
-        loc, scale = start_values(rows)
+        loc, scale = start_values(type(self).__name__, rows, min_spread=0.0)  # as published
         self.loc.copy_(loc.view_as(self.loc))
         self.scale.copy_(scale.view_as(self.scale))
         self._finish_start()
@@ -137,9 +145,15 @@ class Shuffle(nn.Module):
     def __init__(self, in_channels: int, **kwargs: Any) -> None:
         super().__init__()
         self.in_channels = in_channels = checked_int("Shuffle", "in_channels", in_channels)
-        index = torch.randperm(in_channels)
-        self.register_buffer("forward_shuffle_idx", index)
-        self.register_buffer("backward_shuffle_idx", index.argsort())
+        for name in ("forward_shuffle_idx", "backward_shuffle_idx"):
+            self.register_buffer(name, torch.empty(in_channels, dtype=torch.int64))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the permutation anew, with torch's global generator."""
+        index = torch.randperm(self.in_channels, device=self.forward_shuffle_idx.device)
+        self.forward_shuffle_idx.copy_(index)
+        self.backward_shuffle_idx.copy_(index.argsort())
 
     def forward(self, x: Tensor, reverse: bool = False, conditioning: Any = None) -> Any:
         if reverse:

@@ -204,8 +204,14 @@ class InvParametricRelu(InvLeakyRelu):
 
     def __init__(self, alpha: float = 0.9, *, exact_logdet: bool = False) -> None:
         super().__init__(alpha, exact_logdet=exact_logdet)
+        self.start = self.alpha
         del self.alpha
-        self.alpha = nn.Parameter(torch.tensor(alpha))
+        self.alpha = nn.Parameter(torch.tensor(self.start))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Back to the slope that the constructor was given."""
+        self.alpha.fill_(self.start)
 
 
 class ConditionalDoubleVectorCouplingBlock(nn.Module):

@@ -22,6 +22,7 @@ from ..checks import (
     checked_number,
 )
 from ..nn import Flow, NeuralSplineFlow
+from ..nn.actnorm import MIN_SPREAD
 from . import checkpoint
 from .factors import RESIDUAL, Factors, factor_sizes
 
@@ -64,6 +65,8 @@ class IIN(nn.Module):
         bins: of each spline; 8 when left out. Only with ``coupling="spline"``.
         tail_bound: half the width of the box in which splines bend; 3 when left out. Only with ``coupling="spline"``.
         context_dim: features of the context; 0 for none.
+        min_spread: at the start of ActNorm, a feature with less than this share of the median standard deviation is
+            taken as constant; 0 is the published formula, in which a constant feature is scaled by 1e6.
         generator: draws the start weights and permutations; by default torch's global one.
         device: where the parameters are made.
         dtype: type of the parameters.
@@ -100,6 +103,7 @@ class IIN(nn.Module):
         bins: int | None = None,
         tail_bound: float | None = None,
         context_dim: int = 0,
+        min_spread: float = MIN_SPREAD,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -125,7 +129,8 @@ class IIN(nn.Module):
         if coupling == "spline" and memory != "auto":
             raise ValueError(f"IIN: memory is {memory!r}, expected 'auto' with coupling 'spline'")
         self.coupling = coupling
-        place: dict[str, Any] = {"generator": generator, "device": device, "dtype": dtype}
+        min_spread = checked_number("IIN", "min_spread", min_spread, least=0)
+        place: dict[str, Any] = {"min_spread": min_spread, "generator": generator, "device": device, "dtype": dtype}
         self.flow: Flow | NeuralSplineFlow
         if coupling == "affine":
             self.flow = Flow(
@@ -496,6 +501,8 @@ class IIN(nn.Module):
         }
         if isinstance(self.flow, NeuralSplineFlow):
             config |= {"bins": self.flow.bins, "tail_bound": self.flow.tail_bound}
+        if self.flow.min_spread != MIN_SPREAD:
+            config["min_spread"] = self.flow.min_spread
         return config
 
     def _check_context(self, where: str, name: str, context: Tensor | None, batch: int) -> None:

@@ -210,8 +210,9 @@ def test_feature_without_spread_starts_finite():
     flow = fresh(dtype=torch.float64)
     x = batch_of(flow)
     x[:, 2] = 4.0
-    z, logdet = flow(x)
-    torch.testing.assert_close(flow.scale[0, 2], torch.tensor(1e6, dtype=torch.float64))
+    with pytest.warns(UserWarning, match=r"Flow, block 0: 1 \(2\) of 6 features \(almost\) don't vary"):
+        z, logdet = flow(x)
+    assert 0.1 < flow.scale[0, 2] < 1
     assert z.isfinite().all() and logdet.isfinite().all()
 
 
