@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .. import functional
 from ..checks import check_device, check_floating, check_latents, check_shape, checked_flag, checked_number
 from .factors import RESIDUAL, Factors
-from .model import IIN
+from .model import IIN, unwrapped
 
 __all__ = ["FactorLoss"]
 
@@ -60,7 +60,7 @@ class FactorLoss(nn.Module):
 
     def forward(
         self,
-        model: IIN,
+        model: IIN | nn.Module,
         za: Tensor,
         zb: Tensor,
         shared: Tensor | str | Sequence[str],
@@ -70,7 +70,8 @@ class FactorLoss(nn.Module):
         """The mean loss over the batch, a scalar in nats. Both samples go through the flow as one batch.
 
         Args:
-            model: the IIN.
+            model: the IIN; or the IIN wrapped by torch.compile, DistributedDataParallel, AveragedModel or Fabric, which is
+                then what is called.
             za: first latents, ``[batch, dim]``.
             zb: second latents, ``[batch, dim]``.
             shared: what the pairs share: a boolean tensor ``[batch, concepts]`` in the order of ``model.concepts``, the
@@ -80,19 +81,18 @@ class FactorLoss(nn.Module):
         Raises:
             TypeError, ValueError: latents that don't fit the model or each other, an empty batch, an unknown factor.
         """
-        if not isinstance(model, IIN):
-            raise TypeError(f"FactorLoss: model is a {type(model).__name__}, expected an iin_fast.IIN")
-        check_latents("FactorLoss", (("za", za), ("zb", zb)), model.dim, model.like)
+        iin = unwrapped("FactorLoss", model, "; give what another model makes to FactorLoss.from_factors")
+        check_latents("FactorLoss", (("za", za), ("zb", zb)), iin.dim, iin.like)
         batch = za.shape[0]
         if batch == 0:
             raise ValueError("FactorLoss: za has no samples, expected at least one pair for a mean")
-        mask = self._mask(shared, model.sizes, batch, za.device)
+        mask = self._mask(shared, iin.sizes, batch, za.device)
         for name, context in (("context_a", context_a), ("context_b", context_b)):
-            model._check_context("FactorLoss", name, context, batch)
+            iin._check_context("FactorLoss", name, context, batch)
         contexts = None if context_a is None or context_b is None else torch.cat([context_a, context_b])
         factors, logdet = model(torch.cat([za, zb]), contexts)
         a, b = factors.tensor[:batch], factors.tensor[batch:]
-        return self._pair_nll(a, logdet[:batch], b, logdet[batch:], mask, model.sizes).mean()
+        return self._pair_nll(a, logdet[:batch], b, logdet[batch:], mask, iin.sizes).mean()
 
     def from_factors(
         self,

@@ -41,6 +41,24 @@ def outlier_share(where: str, own: Tensor, usual: Tensor) -> Tensor:
     return likelier.to(own.dtype) / (len(usual) + 1)
 
 
+def unwrapped(where: str, model: object, instead: str = "") -> "IIN":
+    """The IIN itself, which torch.compile, DistributedDataParallel, AveragedModel or Fabric may have wrapped.
+
+    Raises:
+        TypeError: no IIN; ``instead`` says what to do with other models.
+    """
+    inner: Any = model
+    while isinstance(inner, nn.Module) and not isinstance(inner, IIN):
+        wrapped = (getattr(inner, name, None) for name in ("_orig_mod", "_original_module", "module"))
+        inner = next((module for module in wrapped if isinstance(module, nn.Module)), None)
+    if not isinstance(inner, IIN):
+        raise TypeError(
+            f"{where}: model is a {type(model).__name__}, expected an iin_fast.IIN, or one that torch.compile, "
+            f"DistributedDataParallel, AveragedModel or Fabric wraps{instead}"
+        )
+    return inner
+
+
 class IIN(nn.Module):
     r"""Creates an invertible network T that translates latents z into factors, and back without loss.
 
