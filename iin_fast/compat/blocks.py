@@ -127,7 +127,7 @@ class PublishedNorm(DataDependentStart):
 
     def _logdet(self, input: Tensor) -> Tensor:  # [batch]
         batch, _, height, width = input.shape
-        return (height * width * self.scale.abs().log().sum()).expand(batch)
+        return (height * width * self.scale.abs().log().sum()).repeat(batch)
 
 
 class Shuffle(nn.Module):

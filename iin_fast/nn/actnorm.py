@@ -262,9 +262,9 @@ class ActNorm(DataDependentStart):
         check_features("ActNorm", "x", x, self.dim)
         if self._awaits_start():
             self.initialize(x)
-        return self.scale * (x + self.loc), self.scale.abs().log().sum().expand(x.shape[0])
+        return self.scale * (x + self.loc), self.scale.abs().log().sum().repeat(x.shape[0])
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Map ``z [batch, dim]`` back; the log-det is that of the inverse map. Raises like ``forward``."""
         check_features("ActNorm", "z", z, self.dim)
-        return z / self.scale - self.loc, -self.scale.abs().log().sum().expand(z.shape[0])
+        return z / self.scale - self.loc, -self.scale.abs().log().sum().repeat(z.shape[0])

@@ -84,7 +84,7 @@ class LULinear(nn.Module):
         x, exact = self._exact(x)
         with exact:
             lower, upper = self.factors()
-            return F.linear(x, lower @ upper, self.bias), self._logdet(upper).expand(x.shape[0])
+            return F.linear(x, lower @ upper, self.bias), self._logdet(upper).repeat(x.shape[0])
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Map ``z [batch, dim]`` back by two triangular solves. Raises like ``forward``."""
@@ -94,7 +94,7 @@ class LULinear(nn.Module):
             lower, upper = self.factors()
             half = torch.linalg.solve_triangular(lower, (z - self.bias).T, upper=False, unitriangular=True)
             x = torch.linalg.solve_triangular(upper, half, upper=True).T
-            return x, -self._logdet(upper).expand(z.shape[0])
+            return x, -self._logdet(upper).repeat(z.shape[0])
 
     def _exact(self, x: Tensor) -> tuple[Tensor, torch.autocast]:
         """The input, and a region without autocast: a density is no place for products of 8 bits of precision."""

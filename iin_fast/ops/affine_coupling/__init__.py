@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...backends import chosen, ops, register_library
 from ...checks import check_floating, check_like, checked_choice, checked_flag, checked_number
-from ..autograd import autocast_to_float32, differentiable
+from ..autograd import autocast_to_float32, differentiable, saved_tensors
 from ..triton_ops import define_triton
 from ..vmap import fold_rows, mapped_by_autograd
 from . import reference
@@ -67,7 +67,8 @@ def affine_coupling(
 
     Returns:
         ``y`` like ``x``, and the log-determinant ``[batch]`` in nats of the map that was computed, in float32 for
-        inputs of 16 bits. Both are differentiable, to any order.
+        inputs of 16 bits. Both are differentiable, to any order. The backward of the inverse reads its output: change a
+        copy of it, not itself.
 
     Raises:
         TypeError: a dtype that is not floating, or dtypes that differ; a clamp that is no number.
@@ -148,7 +149,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 
 def _backward(backend: str, ctx: Any, grad_y: Tensor, grad_logdet: Tensor) -> tuple[Tensor | None, ...]:
-    x, raw_scale, shift, y = ctx.saved_tensors
+    x, raw_scale, shift, y = saved_tensors(ctx, "affine_coupling", "")
     # create_graph=True: derivatives of derivatives come from the definition itself
     if torch.is_grad_enabled() or mapped_by_autograd(grad_y, grad_logdet):
         with torch.enable_grad():

@@ -23,7 +23,7 @@ from ...checks import (
     checked_flag,
     checked_number,
 )
-from ..autograd import autocast_to_float32, differentiable
+from ..autograd import autocast_to_float32, differentiable, saved_tensors
 from ..triton_ops import define_triton
 from ..vmap import front, mapped_by_autograd, one_by_one
 from . import reference
@@ -93,7 +93,8 @@ def flow(
         inverse: compute x from y.
         memory: what is kept for backward. "save": all activations; "invert": only the output, from which backward
             recomputes block by block, so that memory does not grow with depth, at about a third more time; "auto":
-            "save" up to ``AUTO_SAVE_BYTES`` of activations.
+            "save" up to ``AUTO_SAVE_BYTES`` of activations. Where backward starts from the output ("invert", and the
+            inverse on GPUs), change a copy of it, not itself.
 
     Returns:
         The mapped ``[batch, dim]`` and the log-determinant ``[batch]``, in nats, of the map that was computed, in
@@ -295,18 +296,22 @@ def _fake_backward(
     )
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _setup(backend: str, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.options, ctx.tf32 = inputs[11:15], inputs[16]
     y, _, saved = output
+    # Saved activations make the output needless, which a user may then change in place; a GPU's inverse reads it still.
+    inverse, save = inputs[14:16]
+    needless = save and not (inverse and (backend == "triton" or inputs[0].device.type != "cpu"))
     ctx.mark_non_differentiable(saved)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(y, saved, *inputs[:11])
+    ctx.save_for_backward(None if needless else y, saved, *inputs[:11])
 
 
 def _backward(
     backend: str, ctx: Any, grad_y: Tensor | None, grad_logdet: Tensor | None, _: Any
 ) -> tuple[Tensor | None, ...]:
-    y, saved, *tensors = ctx.saved_tensors
+    y, saved, *tensors = saved_tensors(ctx, "flow", ", or take memory='save'")
+    y = tensors[0] if y is None else y  # for its shape
     leaky_slope, activation_slope, _, inverse = ctx.options
     nothing = (None,) * 6
     if grad_y is None and grad_logdet is None:
@@ -379,7 +384,7 @@ def _vmap(backend: str, info: Any, in_dims: tuple[int | None, ...], *args: Any) 
 _calls: dict[str, Callable[..., Any]] = {}
 for _backend_name, _name in (("cpp", "iin_fast::flow"), ("triton", "iin_fast_triton::flow")):
     torch.library.register_fake(f"{_name}_backward", _fake_backward)
-    _calls[_backend_name] = differentiable(_name, _setup, partial(_backward, _backend_name))
+    _calls[_backend_name] = differentiable(_name, partial(_setup, _backend_name), partial(_backward, _backend_name))
     torch.library.register_vmap(_name, partial(_vmap, _backend_name))
     torch.library.register_vmap(f"{_name}_backward", one_by_one(ops(_backend_name).flow_backward))
     autocast_to_float32(_name)
