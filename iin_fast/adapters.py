@@ -17,8 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from .iin._checks import checked_int
-from .ops.checks import check_device, check_dtype, check_floating, check_shape
+from .checks import check_device, check_dtype, check_floating, check_shape, checked_int
 
 __all__ = [
     "Adapter",

@@ -1,6 +1,7 @@
 """Which implementation of an op runs: chosen by device, or forced by the user."""
 
 import os
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,9 +38,34 @@ def _checked(name: str, where: str) -> str:
     return name
 
 
-_forced: str | None = None
+_forced: str | None = None  # for the whole process
 if os.environ.get("IIN_FAST_BACKEND"):
     _forced = _checked(os.environ["IIN_FAST_BACKEND"], "IIN_FAST_BACKEND")
+
+
+class _Context:
+    """An open ``with backend(name)``, told from others of the same name."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+_of_all_threads: list[_Context] = []
+
+
+class _Thread(threading.local):
+    """The open contexts of one thread, the innermost last.
+
+    A thread that Python did not start, such as autograd's for a GPU, has no contexts of its own and runs the work of
+    others (activation checkpoints call modules there), so it follows the innermost context of the process.
+    """
+
+    def __init__(self) -> None:
+        started_elsewhere = isinstance(threading.current_thread(), threading._DummyThread)
+        self.contexts = _of_all_threads if started_elsewhere else []
+
+
+_thread = _Thread()
 
 _implemented: dict[str, set[tuple[str, str]]] = {}
 
@@ -131,24 +157,26 @@ def chosen(op: str, x: Tensor) -> str:
             torch.func and forward-mode AD, where only "reference" has one.
     """
     device = x.device.type
+    contexts = _thread.contexts
+    forced = contexts[-1].name if contexts else _forced
     if needs_definition():
-        if _forced not in (None, "reference"):
+        if forced not in (None, "reference"):
             raise BackendUnavailable(
-                f"{op}: backend {_forced!r} is forced, but under torch.func and forward-mode AD only 'reference' can "
+                f"{op}: backend {forced!r} is forced, but under torch.func and forward-mode AD only 'reference' can "
                 f"run it; use iin_fast.backend('reference') there, or torch.autograd"
             )
         return "reference"
-    if _forced is None and not PREFERRED and ("cpp", device) in _implemented.get(op, ()):  # the usual, in one look
+    if forced is None and not PREFERRED and ("cpp", device) in _implemented.get(op, ()):  # the usual, in one look
         if device != "cuda" or not _driver_is_too_old():
             return "cpp"
     have = available(op, device)
-    if _forced is not None:
-        if _forced not in have:
+    if forced is not None:
+        if forced not in have:
             raise BackendUnavailable(
-                f"{op}: backend {_forced!r} is forced, but on {device} only {', '.join(have)} can run it"
-                + _remedy(_forced, device)
+                f"{op}: backend {forced!r} is forced, but on {device} only {', '.join(have)} can run it"
+                + _remedy(forced, device)
             )
-        return _forced
+        return forced
     preferred = PREFERRED.get((op, device))
     if preferred in have:
         return preferred
@@ -171,11 +199,16 @@ def _remedy(name: str, device: str) -> str:
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Force a backend for all ops called in this context, in every thread of the process.
+    """Force a backend for all ops that this thread calls in this context.
+
+    Like ``torch.no_grad``, it holds for one thread: threads that run or start meanwhile choose for themselves. What was
+    computed in the context also runs its backward on that backend, wherever ``backward()`` is called. Contexts may
+    close in any order, as those in generators do; the innermost that is open counts.
 
     Args:
         name: "reference" (plain torch, the executable definition), "cpp" (the compiled library, CPU and CUDA) or
-            "triton" (GPUs; CPU tensors only with TRITON_INTERPRET=1 in the environment, for tests). The environment variable IIN_FAST_BACKEND does the same for a whole process.
+            "triton" (GPUs; CPU tensors only with TRITON_INTERPRET=1 in the environment, for tests). The environment
+            variable IIN_FAST_BACKEND does the same for a whole process, where no context is open.
 
     Raises:
         ValueError: the name is none of these.
@@ -185,12 +218,15 @@ def backend(name: str) -> Iterator[None]:
         >>> with iin_fast.backend("reference"):
         ...     pass
     """
-    global _forced
-    before, _forced = _forced, _checked(name, "backend")
+    context = _Context(_checked(name, "backend"))
+    lists = (_thread.contexts, _of_all_threads)
+    for contexts in lists:
+        contexts.append(context)
     try:
         yield
     finally:
-        _forced = before
+        for contexts in lists:
+            contexts.remove(context)
 
 
 def registered() -> dict[str, set[tuple[str, str]]]:

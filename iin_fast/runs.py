@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .checks import checked_int
 from .evaluate.likelihood import in_parts
 from .iin import IIN, Factors, checkpoint
-from .iin._checks import checked_int
 from .iin.model import outlier_share
 from .latents import Latents, class_context, load_latents
 

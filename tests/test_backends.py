@@ -1,8 +1,11 @@
 """The choice of a backend, and the instruction set of the CPU loops."""
 
+import _thread
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
@@ -37,6 +40,108 @@ def test_context_manager_forces_and_restores() -> None:
     with pytest.raises(RuntimeError, match="inside"), iin_fast.backend("reference"):
         raise RuntimeError("inside")
     assert backends.chosen("affine_coupling", x) == "cpp"
+
+
+def now() -> str:
+    return backends.chosen("affine_coupling", torch.zeros(1))
+
+
+def in_threads(*functions: Callable[[], None]) -> None:
+    threads = [threading.Thread(target=function) for function in functions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def test_threads_that_overlap_choose_for_themselves() -> None:
+    a_in, b_in, a_out = (threading.Event() for _ in range(3))
+    seen = {}
+
+    def a() -> None:
+        with iin_fast.backend("reference"):
+            a_in.set()
+            b_in.wait(30)
+            seen["a, beside b"] = now()
+        seen["a, after"] = now()
+        a_out.set()
+
+    def b() -> None:
+        a_in.wait(30)
+        seen["b, before"] = now()
+        with iin_fast.backend("cpp"), iin_fast.backend("reference"), iin_fast.backend("cpp"):
+            b_in.set()
+            a_out.wait(30)
+            seen["b, after a"] = now()
+
+    in_threads(a, b)
+    assert seen == {"a, beside b": "reference", "b, before": "cpp", "b, after a": "cpp", "a, after": "cpp"}
+    assert now() == "cpp" and backends._of_all_threads == []
+
+
+def test_contexts_close_in_any_order() -> None:
+    def generator(name: str) -> Iterator[None]:
+        with iin_fast.backend(name):
+            yield
+
+    first, second, third = (generator(name) for name in ("reference", "cpp", "reference"))
+    for one in (first, second, third):
+        next(one)
+    first.close()
+    assert now() == "reference"
+    third.close()
+    with iin_fast.backend("reference"):
+        second.close()
+        assert now() == "reference"
+    assert now() == "cpp"
+    fourth = generator("reference")
+    next(fourth)
+    in_threads(fourth.close)  # in another thread, as a garbage collector may
+    assert now() == "cpp" and backends._of_all_threads == []
+
+
+def test_a_thread_of_autograd_follows_the_process() -> None:
+    """Threads that Python did not start run backward on a GPU, with the modules that checkpoints call again."""
+    seen: list[str] = []
+    done = threading.Event()
+
+    def look() -> None:
+        seen.append(now())
+        with iin_fast.backend("cpp"):
+            seen.append(now())
+        seen.append(now())
+        done.set()
+
+    with iin_fast.backend("reference"):
+        _thread.start_new_thread(look, ())
+        assert done.wait(30)
+    assert seen == ["reference", "cpp", "reference"]
+
+
+def test_a_compiled_call_takes_the_backend_of_its_thread() -> None:
+    """One compiled function: each thread runs the graph of its own choice, in one graph."""
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(
+        lambda x: x - 1 if backends.chosen("affine_coupling", x) == "reference" else x + 1,
+        fullgraph=True,
+        backend="eager",
+    )
+    x, seen = torch.zeros(1), []
+    assert compiled(x) == 1
+    with iin_fast.backend("reference"):
+        assert compiled(x) == -1
+        in_threads(lambda: seen.append(compiled(x).item()))
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            assert compiled(x) == -1
+    assert seen == [1] and compiled(x) == 1
+
+
+def test_backward_runs_where_forward_ran() -> None:
+    x = torch.randn(2, 3, requires_grad=True)
+    y, _ = affine_coupling(x, x, x)
+    with torch.profiler.profile() as profile, iin_fast.backend("reference"):
+        y.sum().backward()
+    assert any("iin_fast::affine_coupling_backward" in event.key for event in profile.key_averages())
 
 
 def test_unknown_and_missing_backends_say_so() -> None:

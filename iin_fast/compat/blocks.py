@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import checked_int
 from ..functional import affine_coupling
 from ..nn.actnorm import DataDependentStart, start_values
 
@@ -32,6 +33,12 @@ class FullyConnected(nn.Module):
         norms: Sequence[Callable[[int], nn.Module]],
     ) -> None:
         super().__init__()
+        where = type(self).__name__
+        dim, depth = checked_int(where, "dim", dim), checked_int(where, "depth", depth, least=0)
+        hidden_dim, out_dim = (
+            checked_int(where, "hidden_dim", hidden_dim),
+            checked_int(where, "out_dim", out_dim, least=0),
+        )
         layers: list[nn.Module] = []
         for i in range(depth + 1):
             layers.append(nn.Linear(hidden_dim if i else dim, hidden_dim))
@@ -85,17 +92,26 @@ class PublishedNorm(DataDependentStart):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
+        channels = checked_int(type(self).__name__, "the number of channels", channels)
         self.loc = nn.Parameter(torch.zeros(1, channels, 1, 1))
         self.scale = nn.Parameter(torch.ones(1, channels, 1, 1))
         self._register_start((), False, None)
 
+    def reset_parameters(self) -> None:
+        """As before the first batch, which will start it anew."""
+        self._forget_start()
+
     @torch.no_grad()
     def initialize(self, input: Tensor) -> None:
-        """Start from ``[batch, channels(, height, width)]``, over batch and space; an empty one starts nothing."""
+        """Start from ``[batch, channels(, height, width)]``, over batch and space; an empty one starts nothing.
+
+        Raises:
+            ValueError: NaN or Inf in the batch; then nothing has changed.
+        """
         if input.numel() == 0:
             return
         rows = self._four(input).movedim(1, -1).flatten(0, -2)
-        loc, scale = start_values(rows)
+        loc, scale = start_values(type(self).__name__, rows, min_spread=0.0)  # as published
         self.loc.copy_(loc.view_as(self.loc))
         self.scale.copy_(scale.view_as(self.scale))
         self._finish_start()
@@ -111,7 +127,7 @@ class PublishedNorm(DataDependentStart):
 
     def _logdet(self, input: Tensor) -> Tensor:  # [batch]
         batch, _, height, width = input.shape
-        return (height * width * self.scale.abs().log().sum()).expand(batch)
+        return (height * width * self.scale.abs().log().sum()).repeat(batch)
 
 
 class Shuffle(nn.Module):
@@ -128,10 +144,16 @@ class Shuffle(nn.Module):
 
     def __init__(self, in_channels: int, **kwargs: Any) -> None:
         super().__init__()
-        self.in_channels = in_channels
-        index = torch.randperm(in_channels)
-        self.register_buffer("forward_shuffle_idx", index)
-        self.register_buffer("backward_shuffle_idx", index.argsort())
+        self.in_channels = in_channels = checked_int("Shuffle", "in_channels", in_channels)
+        for name in ("forward_shuffle_idx", "backward_shuffle_idx"):
+            self.register_buffer(name, torch.empty(in_channels, dtype=torch.int64))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the permutation anew, with torch's global generator."""
+        index = torch.randperm(self.in_channels, device=self.forward_shuffle_idx.device)
+        self.forward_shuffle_idx.copy_(index)
+        self.backward_shuffle_idx.copy_(index.argsort())
 
     def forward(self, x: Tensor, reverse: bool = False, conditioning: Any = None) -> Any:
         if reverse:

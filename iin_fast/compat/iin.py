@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..checks import checked_int, checked_ints, checked_number
 from ..functional import pair_nll
 from .blocks import Flow, FullyConnected, PublishedNorm, Shuffle, double_coupling, flat
 from .published import Names, PublishedFlow
@@ -109,7 +110,9 @@ class DoubleVectorCouplingBlock(nn.Module):
         self, in_channels: int, hidden_dim: int, depth: int = 2, use_hidden_bn: bool = False, n_blocks: int = 2
     ) -> None:
         super().__init__()
-        self.in_channels = in_channels
+        where = type(self).__name__
+        self.in_channels = in_channels = checked_int(where, "in_channels", in_channels)
+        n_blocks = checked_int(where, "n_blocks", n_blocks)
         kept = in_channels - in_channels // 2
 
         def nets(use_tanh: bool) -> nn.ModuleList:
@@ -179,7 +182,10 @@ class EfficientVRNVP(nn.Module):
         hidden_depth: int,
     ) -> None:
         super().__init__()
-        self.in_channels = in_channels
+        self.in_channels = in_channels = checked_int("EfficientVRNVP", "in_channels", in_channels)
+        n_flow = checked_int("EfficientVRNVP", "n_flow", n_flow)
+        hidden_dim = checked_int("EfficientVRNVP", "hidden_dim", hidden_dim)
+        hidden_depth = checked_int("EfficientVRNVP", "hidden_depth", hidden_depth, least=0)
         self.flow: PublishedFlow | nn.ModuleList
         if list(module_list) == [VectorActNorm, DoubleVectorCouplingBlock, Shuffle]:
             self.flow = PublishedFlow(NAMES, in_channels, n_flow, hidden_dim, hidden_depth)
@@ -215,6 +221,7 @@ class VectorTransformer(nn.Module):
 
     Raises:
         KeyError: the config lacks one of these.
+        TypeError, ValueError: one is no integer, or too small.
 
     Example:
         >>> config = {"Transformer": {"in_channel": 6, "n_flow": 2, "hidden_depth": 1, "hidden_dim": 16}}
@@ -227,12 +234,16 @@ class VectorTransformer(nn.Module):
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         self.config = config
-        self.in_channel: int = retrieve(config, "Transformer/in_channel")
-        self.n_flow: int = retrieve(config, "Transformer/n_flow")
-        self.depth_submodules: int = retrieve(config, "Transformer/hidden_depth")
-        self.hidden_dim: int = retrieve(config, "Transformer/hidden_dim")
+        self.in_channel = self._size("in_channel", least=2)
+        self.n_flow = self._size("n_flow")
+        self.depth_submodules = self._size("hidden_depth", least=0)
+        self.hidden_dim = self._size("hidden_dim")
         modules = [VectorActNorm, DoubleVectorCouplingBlock, Shuffle]
         self.realnvp = EfficientVRNVP(modules, self.in_channel, self.n_flow, self.hidden_dim, self.depth_submodules)
+
+    def _size(self, name: str, least: int = 1) -> int:
+        key = f"Transformer/{name}"
+        return checked_int(type(self).__name__, key, retrieve(self.config, key), least)
 
     def forward(self, input: Tensor, reverse: bool = False) -> Any:
         """Map ``[batch, in_channel(, 1, 1)]`` to (z ``[batch, in_channel, 1, 1]``, log-det ``[batch]``)."""
@@ -257,8 +268,10 @@ class FactorTransformer(VectorTransformer):
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__(config)
-        self.n_factors: int = retrieve(config, "Transformer/n_factors", default=2)
-        self.factor_config: Sequence[int] = retrieve(config, "Transformer/factor_config", default=[])
+        where, key = type(self).__name__, "Transformer/factor_config"
+        n_factors = retrieve(config, "Transformer/n_factors", default=2)
+        self.n_factors = checked_int(where, "Transformer/n_factors", n_factors)
+        self.factor_config = checked_ints(where, key, retrieve(config, key, default=[]))
         if self.factor_config and sum(self.factor_config) != self.in_channel:
             raise ValueError(
                 f"FactorTransformer: Transformer/factor_config {list(self.factor_config)} sums to "
@@ -344,9 +357,8 @@ class FactorLoss(nn.Module):
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         self.config = config
-        self.rho: float = retrieve(config, "Loss/rho", default=0.975)
-        if not 0 < self.rho < 1:
-            raise ValueError(f"FactorLoss: Loss/rho is {self.rho}, expected a correlation in (0, 1)")
+        rho = retrieve(config, "Loss/rho", default=0.975)
+        self.rho = checked_number("FactorLoss", "Loss/rho", rho, above=0, below=1)
 
     def forward(
         self,

@@ -29,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import checked_choice, checked_int, checked_number
 from .blocks import Flow, FullyConnected, PublishedNorm, Shuffle, double_coupling, flat
 from .published import Names, PublishedFlow
 
@@ -183,7 +184,7 @@ class InvLeakyRelu(nn.Module):
 
     def __init__(self, alpha: float = 0.9, *, exact_logdet: bool = False) -> None:
         super().__init__()
-        self.alpha = alpha
+        self.alpha = checked_number(type(self).__name__, "alpha", alpha, above=0)
         self.exact_logdet = exact_logdet
 
     def forward(self, input: Tensor, reverse: bool = False) -> Any:
@@ -203,8 +204,14 @@ class InvParametricRelu(InvLeakyRelu):
 
     def __init__(self, alpha: float = 0.9, *, exact_logdet: bool = False) -> None:
         super().__init__(alpha, exact_logdet=exact_logdet)
+        self.start = self.alpha
         del self.alpha
-        self.alpha = nn.Parameter(torch.tensor(alpha))
+        self.alpha = nn.Parameter(torch.tensor(self.start))
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Back to the slope that the constructor was given."""
+        self.alpha.fill_(self.start)
 
 
 class ConditionalDoubleVectorCouplingBlock(nn.Module):
@@ -219,8 +226,9 @@ class ConditionalDoubleVectorCouplingBlock(nn.Module):
 
     def __init__(self, in_channels: int, cond_channels: int, hidden_dim: int, depth: int = 2) -> None:
         super().__init__()
-        self.in_channels = in_channels
-        self.cond_channels = cond_channels
+        where = type(self).__name__
+        self.in_channels = in_channels = checked_int(where, "in_channels", in_channels)
+        self.cond_channels = cond_channels = checked_int(where, "cond_channels", cond_channels, least=0)
         kept = in_channels - in_channels // 2
 
         def nets(use_tanh: bool) -> nn.ModuleList:
@@ -370,10 +378,8 @@ class UnconditionalFlatCouplingFlow(NormalizingFlow):
 
     def __init__(self, in_channels: int, n_flows: int, hidden_dim: int, hidden_depth: int) -> None:
         super().__init__()
-        self.in_channels = in_channels
-        self.mid_channels = hidden_dim
-        self.num_blocks = hidden_depth
-        self.n_flows = n_flows
+        sizes = _checked_sizes(type(self).__name__, in_channels, hidden_dim, hidden_depth, n_flows)
+        self.in_channels, self.mid_channels, self.num_blocks, self.n_flows = sizes
         self.sub_layers = Net2NetFlow(NAMES, in_channels, n_flows, hidden_dim, hidden_depth)
 
     def forward(self, x: Tensor, reverse: bool = False) -> Any:
@@ -457,15 +463,11 @@ class ConditionalFlow(nn.Module):
         exact_logdet: bool,
     ) -> None:
         where = type(self).__name__
-        if conditioning_option.lower() not in CONDITIONING:
-            raise ValueError(
-                f"{where}: conditioning_option is {conditioning_option!r}, expected one of {', '.join(CONDITIONING)}"
-            )
-        self.in_channels = in_channels
-        self.cond_channels = embedding_dim
-        self.mid_channels = hidden_dim
-        self.num_blocks = hidden_depth
-        self.n_flows = n_flows
+        lower = conditioning_option.lower() if isinstance(conditioning_option, str) else conditioning_option
+        checked_choice(where, "conditioning_option", lower, CONDITIONING)
+        sizes = _checked_sizes(type(self).__name__, in_channels, hidden_dim, hidden_depth, n_flows)
+        self.in_channels, self.mid_channels, self.num_blocks, self.n_flows = sizes
+        self.cond_channels = embedding_dim = checked_int(where, "embedding_dim", embedding_dim)
         self.conditioning_option = conditioning_option
         layered = conditioning_option.lower() != "none"
         self.sub_layers = Net2NetFlow(
@@ -559,7 +561,7 @@ class ConditionalFlatCouplingFlow(ConditionalFlow):
         exact_logdet: bool = False,
     ) -> None:
         nn.Module.__init__(self)
-        self.conditioning_dim = conditioning_dim
+        self.conditioning_dim = checked_int(type(self).__name__, "conditioning_dim", conditioning_dim)
         self.embedder = BasicFullyConnectedNet(
             conditioning_dim,
             conditioning_depth,
@@ -618,7 +620,17 @@ class NLL(nn.Module):
         return loss, log
 
 
+def _checked_sizes(
+    where: str, in_channels: int, hidden_dim: int, hidden_depth: int, n_flows: int
+) -> tuple[int, int, int, int]:
+    """The sizes of a stack, in the order of the arguments."""
+    return (
+        checked_int(where, "in_channels", in_channels, least=2),
+        checked_int(where, "hidden_dim", hidden_dim),
+        checked_int(where, "hidden_depth", hidden_depth, least=0),
+        checked_int(where, "n_flows", n_flows),
+    )
+
+
 def _slope(where: str, activation: str) -> float:
-    if activation not in SLOPES:
-        raise ValueError(f"{where}: activation is {activation!r}, expected one of {', '.join(SLOPES)}")
-    return SLOPES[activation]
+    return SLOPES[checked_choice(where, "activation", activation, tuple(SLOPES))]

@@ -54,11 +54,11 @@ class PublishedFlow(Flow):
 
     Args:
         names: what the parts of a block are called.
-        *args, **kwargs: as :class:`iin_fast.nn.Flow`.
+        *args, **kwargs: as :class:`iin_fast.nn.Flow`. The start of ActNorm is the published one, ``min_spread=0``.
     """
 
     def __init__(self, names: Names, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, min_spread=0.0, **kwargs)
         self.names = names
 
     def entries(self) -> Iterator[Entry]:

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ..iin import IIN, checkpoint
+from ..iin.model import unwrapped
 from ._data import Array, Codes, checked_labels, checked_latents, halves, require_sklearn
 from .baselines import LinearFactors, MeanShift
 from .correlation import pair_correlation, shared_correlation
@@ -91,8 +92,7 @@ def evaluate(
     """
     require_sklearn("evaluate")
     where = "evaluate"
-    if not isinstance(model, IIN):
-        raise TypeError(f"{where}: model is a {type(model).__name__}, expected an iin_fast.IIN")
+    model = unwrapped(where, model)
     say = progress or (lambda what: None)
     names = list(names)
     x, codes = _data(where, "z", z, "labels", labels, names, concepts, model.dim)

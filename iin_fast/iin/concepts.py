@@ -6,8 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops.checks import check_dtype, check_floating, check_rank, check_shape
-from ._checks import checked_int
+from ..checks import check_dtype, check_floating, check_rank, check_shape, checked_int, checked_number
 from .factors import RESIDUAL
 
 __all__ = ["ConceptPairs", "concept_pairs"]
@@ -109,10 +108,8 @@ def concept_pairs(
             f"{where}: without has {len(without)} latents, expected {len(with_)} like with_: with a rest, with_[i] and "
             f"without[i] are the same but for the concept"
         )
-    if not 0 <= background_share < 1:
-        raise ValueError(f"{where}: background_share is {background_share}, expected a number from 0 below 1")
-    if not 0 <= noise < float("inf"):
-        raise ValueError(f"{where}: noise is {noise}, expected a finite number from 0")
+    background_share = checked_number(where, "background_share", background_share, least=0, below=1)
+    noise = checked_number(where, "noise", noise, least=0)
 
     random = torch.Generator().manual_seed(seed)
     spread = torch.cat([group for _, group in groups]).std(0)

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from ._checks import checked_int
+from ..checks import checked_int
 
 __all__ = ["estimate_factor_dims"]
 

@@ -7,7 +7,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from ._checks import checked_int
+from ..checks import checked_int
 
 __all__ = ["RESIDUAL", "Factors", "factor_sizes"]
 

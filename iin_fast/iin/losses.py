@@ -6,10 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
-from ..ops.checks import check_device, check_floating, check_shape
-from ._checks import check_latents
+from ..checks import check_device, check_floating, check_latents, check_shape, checked_flag, checked_number
 from .factors import RESIDUAL, Factors
-from .model import IIN
+from .model import IIN, unwrapped
 
 __all__ = ["FactorLoss"]
 
@@ -35,6 +34,7 @@ class FactorLoss(nn.Module):
 
     Raises:
         ValueError: ``rho`` outside (0, 1).
+        TypeError: ``rho`` that is no number, ``normalized`` that is not True or False.
 
     References:
         Esser, Rombach, Ommer, CVPR 2020, Sec. 3.2; CompVis/iin, ``FactorLoss``.
@@ -52,19 +52,15 @@ class FactorLoss(nn.Module):
 
     def __init__(self, rho: float = 0.975, normalized: bool = False) -> None:
         super().__init__()
-        if isinstance(rho, bool) or not isinstance(rho, int | float):
-            raise TypeError(f"FactorLoss: rho is {rho!r}, expected a number between 0 and 1, both excluded")
-        if not 0.0 < rho < 1.0:
-            raise ValueError(f"FactorLoss: rho is {rho}, expected a number between 0 and 1, both excluded")
-        self.rho = float(rho)
-        self.normalized = bool(normalized)
+        self.rho = checked_number("FactorLoss", "rho", rho, above=0, below=1)
+        self.normalized = checked_flag("FactorLoss", "normalized", normalized)
 
     def extra_repr(self) -> str:
         return f"rho={self.rho}, normalized={self.normalized}"
 
     def forward(
         self,
-        model: IIN,
+        model: IIN | nn.Module,
         za: Tensor,
         zb: Tensor,
         shared: Tensor | str | Sequence[str],
@@ -74,7 +70,8 @@ class FactorLoss(nn.Module):
         """The mean loss over the batch, a scalar in nats. Both samples go through the flow as one batch.
 
         Args:
-            model: the IIN.
+            model: the IIN; or the IIN wrapped by torch.compile, DistributedDataParallel, AveragedModel or Fabric, which is
+                then what is called.
             za: first latents, ``[batch, dim]``.
             zb: second latents, ``[batch, dim]``.
             shared: what the pairs share: a boolean tensor ``[batch, concepts]`` in the order of ``model.concepts``, the
@@ -84,19 +81,18 @@ class FactorLoss(nn.Module):
         Raises:
             TypeError, ValueError: latents that don't fit the model or each other, an empty batch, an unknown factor.
         """
-        if not isinstance(model, IIN):
-            raise TypeError(f"FactorLoss: model is a {type(model).__name__}, expected an iin_fast.IIN")
-        check_latents("FactorLoss", (("za", za), ("zb", zb)), model.dim, model.like)
+        iin = unwrapped("FactorLoss", model, "; give what another model makes to FactorLoss.from_factors")
+        check_latents("FactorLoss", (("za", za), ("zb", zb)), iin.dim, iin.like)
         batch = za.shape[0]
         if batch == 0:
             raise ValueError("FactorLoss: za has no samples, expected at least one pair for a mean")
-        mask = self._mask(shared, model.sizes, batch, za.device)
+        mask = self._mask(shared, iin.sizes, batch, za.device)
         for name, context in (("context_a", context_a), ("context_b", context_b)):
-            model._check_context("FactorLoss", name, context, batch)
+            iin._check_context("FactorLoss", name, context, batch)
         contexts = None if context_a is None or context_b is None else torch.cat([context_a, context_b])
         factors, logdet = model(torch.cat([za, zb]), contexts)
         a, b = factors.tensor[:batch], factors.tensor[batch:]
-        return self._pair_nll(a, logdet[:batch], b, logdet[batch:], mask, model.sizes).mean()
+        return self._pair_nll(a, logdet[:batch], b, logdet[batch:], mask, iin.sizes).mean()
 
     def from_factors(
         self,

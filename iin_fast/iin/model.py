@@ -8,10 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import (
+    autocast_enabled,
+    check_device,
+    check_dtype,
+    check_floating,
+    check_latents,
+    check_rank,
+    check_shape,
+    checked_choice,
+    checked_dtype,
+    checked_int,
+    checked_number,
+)
 from ..nn import Flow, NeuralSplineFlow
-from ..ops.checks import autocast_enabled, check_device, check_dtype, check_floating, check_rank, check_shape
+from ..nn.actnorm import MIN_SPREAD
 from . import checkpoint
-from ._checks import check_latents, checked_int
 from .factors import RESIDUAL, Factors, factor_sizes
 
 __all__ = ["IIN"]
@@ -27,6 +39,24 @@ def outlier_share(where: str, own: Tensor, usual: Tensor) -> Tensor:
     own = torch.where(own.isnan(), -torch.inf, own)
     likelier = len(usual) - torch.searchsorted(usual, own, right=True)
     return likelier.to(own.dtype) / (len(usual) + 1)
+
+
+def unwrapped(where: str, model: object, instead: str = "") -> "IIN":
+    """The IIN itself, which torch.compile, DistributedDataParallel, AveragedModel or Fabric may have wrapped.
+
+    Raises:
+        TypeError: no IIN; ``instead`` says what to do with other models.
+    """
+    inner: Any = model
+    while isinstance(inner, nn.Module) and not isinstance(inner, IIN):
+        wrapped = (getattr(inner, name, None) for name in ("_orig_mod", "_original_module", "module"))
+        inner = next((module for module in wrapped if isinstance(module, nn.Module)), None)
+    if not isinstance(inner, IIN):
+        raise TypeError(
+            f"{where}: model is a {type(model).__name__}, expected an iin_fast.IIN, or one that torch.compile, "
+            f"DistributedDataParallel, AveragedModel or Fabric wraps{instead}"
+        )
+    return inner
 
 
 class IIN(nn.Module):
@@ -50,9 +80,11 @@ class IIN(nn.Module):
         hidden_depth: hidden layers of the coupling networks beside the first; with splines, residual blocks.
         coupling: ``"affine"`` (published), or ``"spline"``: rational-quadratic splines in place of scale and shift, as in
             ``iin_fast.nn.NeuralSplineFlow``.
-        bins: of each spline.
-        tail_bound: half the width of the box in which splines bend.
+        bins: of each spline; 8 when left out. Only with ``coupling="spline"``.
+        tail_bound: half the width of the box in which splines bend; 3 when left out. Only with ``coupling="spline"``.
         context_dim: features of the context; 0 for none.
+        min_spread: at the start of ActNorm, a feature with less than this share of the median standard deviation is
+            taken as constant; 0 is the published formula, in which a constant feature is scaled by 1e6.
         generator: draws the start weights and permutations; by default torch's global one.
         device: where the parameters are made.
         dtype: type of the parameters.
@@ -86,9 +118,10 @@ class IIN(nn.Module):
         hidden_depth: int = 2,
         *,
         coupling: str = "affine",
-        bins: int = 8,
-        tail_bound: float = 3.0,
+        bins: int | None = None,
+        tail_bound: float | None = None,
         context_dim: int = 0,
+        min_spread: float = MIN_SPREAD,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -97,18 +130,25 @@ class IIN(nn.Module):
         super().__init__()
         self.dim = checked_int("IIN", "dim", dim)
         self._sizes = factor_sizes(self.dim, factors, where="IIN")
-        if dtype is not None and not dtype.is_floating_point:
-            raise TypeError(f"IIN: dtype is {dtype}, expected a real floating-point type")
+        checked_dtype("IIN", dtype)
         n_flows = checked_int("IIN", "n_flows", n_flows)
         hidden_dim = checked_int("IIN", "hidden_dim", hidden_dim)
         hidden_depth = checked_int("IIN", "hidden_depth", hidden_depth, least=0)
         self.context_dim = checked_int("IIN", "context_dim", context_dim, least=0)
-        if coupling not in COUPLINGS:
-            raise ValueError(f"IIN: coupling is {coupling!r}, expected one of {', '.join(map(repr, COUPLINGS))}")
+        checked_choice("IIN", "coupling", coupling, COUPLINGS)
+        splines: dict[str, Any] = {}
+        if bins is not None:
+            splines["bins"] = checked_int("IIN", "bins", bins)
+        if tail_bound is not None:
+            splines["tail_bound"] = checked_number("IIN", "tail_bound", tail_bound, above=0)
+        if coupling == "affine" and splines:
+            name, value = splines.popitem()
+            raise ValueError(f"IIN: {name} is {value}, expected None with coupling 'affine'; take coupling='spline'")
         if coupling == "spline" and memory != "auto":
             raise ValueError(f"IIN: memory is {memory!r}, expected 'auto' with coupling 'spline'")
         self.coupling = coupling
-        place: dict[str, Any] = {"generator": generator, "device": device, "dtype": dtype}
+        min_spread = checked_number("IIN", "min_spread", min_spread, least=0)
+        place: dict[str, Any] = {"min_spread": min_spread, "generator": generator, "device": device, "dtype": dtype}
         self.flow: Flow | NeuralSplineFlow
         if coupling == "affine":
             self.flow = Flow(
@@ -119,11 +159,10 @@ class IIN(nn.Module):
                 self.dim,
                 self.context_dim,
                 n_flows=n_flows,
-                bins=checked_int("IIN", "bins", bins),
                 hidden_dim=hidden_dim,
                 hidden_depth=hidden_depth,
-                tail_bound=tail_bound,
                 mixing="permutation",
+                **splines,
                 **place,
             )
 
@@ -480,6 +519,8 @@ class IIN(nn.Module):
         }
         if isinstance(self.flow, NeuralSplineFlow):
             config |= {"bins": self.flow.bins, "tail_bound": self.flow.tail_bound}
+        if self.flow.min_spread != MIN_SPREAD:
+            config["min_spread"] = self.flow.min_spread
         return config
 
     def _check_context(self, where: str, name: str, context: Tensor | None, batch: int) -> None:

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from ._checks import checked_int
+from ..checks import checked_int
 
 __all__ = ["PairBatches", "PairSampler", "Pairs"]
 

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_features, checked_choice, checked_flag, checked_int, checked_net
 from ..functional import affine_coupling, spline_coupling
-from ..ops.spline_coupling import check_options, parameter_count
-from .checks import check_features
+from ..ops import affine_coupling as affine
+from ..ops import spline_coupling as spline
 
 __all__ = ["AffineCoupling", "SplineCoupling"]
 
@@ -15,12 +16,10 @@ class Coupling(nn.Module):
 
     def __init__(self, dim: int, conditioner: nn.Module, swap: bool) -> None:
         super().__init__()
-        if dim < 2:
-            where = type(self).__name__
-            raise ValueError(f"{where}: dim is {dim}, expected at least 2, one feature for each half")
-        self.dim = dim
-        self.conditioner = conditioner
-        self.swap = swap
+        where = type(self).__name__
+        self.dim = checked_int(where, "dim", dim, least=2)  # one feature for each half
+        self.conditioner = checked_net(where, "conditioner", conditioner)
+        self.swap = checked_flag(where, "swap", swap)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map ``x [batch, dim]``; ``context [batch, …]`` is appended to what the conditioner reads.
@@ -86,7 +85,8 @@ class AffineCoupling(Coupling):
         swap: transform the first features instead of the last.
 
     Raises:
-        ValueError: dim below 2.
+        ValueError: dim below 2, an unknown squash, a clamp that is not above 0 or that the squash takes none of.
+        TypeError: dim that is no integer, a clamp that is no number, a conditioner that cannot be called.
 
     Example:
         >>> coupling = AffineCoupling(5, nn.Linear(3, 4))
@@ -100,6 +100,7 @@ class AffineCoupling(Coupling):
         self, dim: int, conditioner: nn.Module, *, squash: str = "tanh", clamp: float | None = None, swap: bool = False
     ) -> None:
         super().__init__(dim, conditioner, swap)
+        affine.check_options("AffineCoupling", squash, clamp)
         self.squash = squash
         self.clamp = clamp
 
@@ -174,14 +175,18 @@ class SplineCoupling(Coupling):
             "min_derivative": min_derivative,
             "parameterization": parameterization,
         }
-        check_options("SplineCoupling", box=None, **self.options)  # type: ignore[arg-type]
+        spline.check_options("SplineCoupling", box=None, **self.options)  # type: ignore[arg-type]
         self.min_derivative = min_derivative
-        self.count = parameter_count(bins, tails)  # raw values of a feature
+        self.count = spline.parameter_count(bins, tails)  # raw values of a feature
 
     @staticmethod
     def outputs(dim: int, *, bins: int = 8, tails: str | None = "linear") -> int:
         """The number of features that the conditioner of ``dim`` features returns."""
-        return dim // 2 * parameter_count(bins, tails)
+        where = "SplineCoupling.outputs"
+        dim, bins = checked_int(where, "dim", dim, least=2), checked_int(where, "bins", bins)
+        return (
+            dim // 2 * spline.parameter_count(bins, checked_choice(where, "tails", tails, ("linear", "circular", None)))
+        )
 
     def extra_repr(self) -> str:
         return f"{self.dim}, " + ", ".join(f"{k}={v!r}" for k, v in self.options.items()) + f", swap={self.swap}"

@@ -6,17 +6,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.checks import check_device, check_floating
+from ..checks import (
+    check_device,
+    check_features,
+    check_floating,
+    checked_choice,
+    checked_dtype,
+    checked_flag,
+    checked_int,
+    checked_number,
+)
+from ..ops.flow import MEMORY
 from ..ops.flow import flow as flow_op
 from ..ops.flow.layout import pack
-from .actnorm import DataDependentStart, start_values
+from .actnorm import MIN_SPREAD, DataDependentStart, start_values
 from .border import Entry, export_tensors, import_tensors, is_sharded
-from .checks import check_features
 from .distribution import Density
 
 __all__ = ["Flow"]
-
-MEMORY = ("auto", "save", "invert")
 
 
 class Flow(DataDependentStart, Density):
@@ -57,6 +64,8 @@ class Flow(DataDependentStart, Density):
         exact_logdet: count the activation in the log-det. The published net2net code does not.
         actnorm: False leaves ActNorm out (no ``loc``, ``scale`` parameters).
         permute: False leaves the permutations out.
+        min_spread: at the start of ActNorm, a feature with less than this share of the median standard deviation is
+            taken as constant; 0 is the published formula, in which a constant feature is scaled by 1e6.
         memory: what is kept for the backward: "save" keeps activations, "invert" recomputes them from the output
             (memory constant in depth), "auto" picks by size.
         generator: draws the parameters and permutations. Weights and biases start as in torch.nn.Linear.
@@ -64,6 +73,7 @@ class Flow(DataDependentStart, Density):
 
     Raises:
         ValueError: a size, slope or ``memory`` that makes no flow.
+        TypeError: a size that is no integer, a slope that is no number, a switch that is not True or False.
 
     Example:
         >>> flow = Flow(6, n_flows=2, hidden_dim=16, generator=torch.Generator().manual_seed(0))
@@ -91,32 +101,26 @@ class Flow(DataDependentStart, Density):
         exact_logdet: bool = False,
         actnorm: bool = True,
         permute: bool = True,
+        min_spread: float = MIN_SPREAD,
         memory: str = "auto",
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        sizes = {"dim": (dim, 2), "n_flows": (n_flows, 1), "hidden_dim": (hidden_dim, 1)}
-        sizes |= {"hidden_depth": (hidden_depth, 0), "context_dim": (context_dim, 0)}
-        for name, (size, least) in sizes.items():
-            if size < least:
-                raise ValueError(f"Flow: {name} is {size}, expected at least {least}")
-        if not activation_slope > 0:
-            raise ValueError(f"Flow: activation_slope is {activation_slope}, expected more than 0 to be invertible")
-        if memory not in MEMORY:
-            raise ValueError(f"Flow: memory is {memory!r}, expected one of {', '.join(map(repr, MEMORY))}")
-        self.dim = dim
-        self.n_flows = n_flows
-        self.hidden_dim = hidden_dim
-        self.hidden_depth = hidden_depth
-        self.context_dim = context_dim
-        self.leaky_slope = leaky_slope
-        self.activation_slope = activation_slope
-        self.exact_logdet = exact_logdet
-        self.actnorm = actnorm
-        self.permute = permute
-        self.memory = memory
+        self.dim = dim = checked_int("Flow", "dim", dim, least=2)
+        self.n_flows = n_flows = checked_int("Flow", "n_flows", n_flows)
+        self.hidden_dim = hidden_dim = checked_int("Flow", "hidden_dim", hidden_dim)
+        self.hidden_depth = hidden_depth = checked_int("Flow", "hidden_depth", hidden_depth, least=0)
+        self.context_dim = context_dim = checked_int("Flow", "context_dim", context_dim, least=0)
+        self.leaky_slope = checked_number("Flow", "leaky_slope", leaky_slope, least=0)
+        self.activation_slope = checked_number("Flow", "activation_slope", activation_slope, above=0)
+        self.exact_logdet = checked_flag("Flow", "exact_logdet", exact_logdet)
+        self.actnorm = checked_flag("Flow", "actnorm", actnorm)
+        self.permute = checked_flag("Flow", "permute", permute)
+        self.min_spread = checked_number("Flow", "min_spread", min_spread, least=0)
+        self.memory = checked_choice("Flow", "memory", memory, MEMORY)
+        checked_dtype("Flow", dtype)
 
         kept = dim - dim // 2  # c: features that condition
         self.matrices = {  # (out, in) of each layer; the hidden one repeats
@@ -157,8 +161,23 @@ class Flow(DataDependentStart, Density):
 
         Net by net in the order of the published code, so that the same seed gives the same flow.
         """
+        self._fill_constants()
         for block in range(self.n_flows):
             self._reset_block(block, generator)
+        if self.actnorm:
+            self._forget_start()
+
+    @torch.no_grad()
+    def _fill_constants(self) -> None:
+        """The buffers that no checkpoint holds, and that the op reads all the same."""
+        device = self.weight_in.device
+        values: dict[str, int | Tensor] = {} if self.actnorm else {"loc": 0, "scale": 1, "initialized": 1}
+        if not self.permute:
+            values["permutation"] = torch.arange(self.dim, device=device)
+        for name, value in values.items():
+            if getattr(self, name).device != device:  # on the meta device, when a file has given the parameters theirs
+                setattr(self, name, torch.empty_like(getattr(self, name), device=device))
+            getattr(self, name)[:] = value
 
     @torch.no_grad()
     def _reset_block(self, block: int, generator: torch.Generator | None = None) -> None:
@@ -174,8 +193,6 @@ class Flow(DataDependentStart, Density):
             getattr(self, f"weight_{layer}")[index].copy_(pack(weight))
             getattr(self, f"bias_{layer}")[index].copy_(bias)
 
-        self.loc[block].zero_()
-        self.scale[block].fill_(1)
         for net in (0, 1):
             for half in (0, 1):
                 draw("in", (block, half, net))
@@ -183,33 +200,32 @@ class Flow(DataDependentStart, Density):
                     draw("hidden", (block, half, net, layer))
                 draw("out", (block, half, net))
         if self.permute:
-            source = generator.device if generator else None
+            source = generator.device if generator else "cpu"
             self.permutation[block].copy_(torch.randperm(self.dim, generator=generator, device=source))
-        else:
-            self.permutation[block].copy_(torch.arange(self.dim))
-        if self.actnorm:
-            self.initialized[block].zero_()
-            self._started = self._started[:block] + (False,) + self._started[block + 1 :]
 
     @torch.no_grad()
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
         """Start ActNorm from a batch, block by block: each block's output of ActNorm gets mean 0 and std 1.
 
-        loc = -mean, scale = 1 / (std + 1e-6) with the unbiased std. A batch of one row has no spread: scale = 1. An
-        empty batch starts nothing. Blocks that have had their start keep it. ``forward`` does this by itself at its
+        loc = -mean, scale = 1 / (std + 1e-6) with the unbiased std. A feature that (almost) does not vary (``min_spread``)
+        gets the scale of the median one, and a warning names it. A batch of one row has no spread: scale = 1. An empty
+        batch starts nothing. Blocks that have had their start keep it. ``forward`` does this by itself at its
         first call; under DistributedDataParallel all processes then take the start of the first one. Before
         ``fully_shard``, call it with one batch for all processes.
 
         Args:
             x: ``[batch, dim]``.
             context: as for ``forward``.
+
+        Raises:
+            ValueError: NaN or Inf in the batch, or where it has gone through some blocks; then nothing has started.
         """
         context = self._check("x", x, context)
         if x.shape[0] == 0:
             return
         for block, started in enumerate(self._started):
             if not started:
-                loc, scale = start_values(x)
+                loc, scale = start_values(f"{type(self).__name__}, block {block}", x, self.min_spread)
                 self.loc[block].copy_(loc)
                 self.scale[block].copy_(scale)
             if block + 1 < self.n_flows:
@@ -227,7 +243,8 @@ class Flow(DataDependentStart, Density):
             z ``[batch, dim]`` and log|det dz/dx| ``[batch]`` in nats.
 
         Raises:
-            ValueError: another rank, feature count, batch or device; a context that is missing or not wanted.
+            ValueError: another rank, feature count, batch or device; a context that is missing or not wanted; NaN or Inf
+                in the first batch.
             RuntimeError: the start of ActNorm under torch.func, or after ``fully_shard``.
             TypeError: an integer, boolean or complex tensor.
         """
@@ -359,5 +376,13 @@ class Flow(DataDependentStart, Density):
                 and key not in known
                 and key[len(prefix) :].split(".", 1)[0] not in self._modules  # parametrizations read their own
             )
+        for entry in entries:  # a start that the file holds without its flag
+            if entry.name == "initialized" and prefix + entry.key in missing:
+                start = [e for e in entries if e.name in ("loc", "scale") and e.index == entry.index]
+                if any(prefix + e.key in state_dict for e in start):
+                    stored["initialized"] = stored["initialized"].clone()
+                    stored["initialized"][entry.index] = 1
         stored = {prefix + name: tensor for name, tensor in stored.items()}
         super()._load_from_state_dict(stored, prefix, local_metadata, strict, [], [], error_msgs)
+        if not self.weight_in.is_meta:
+            self._fill_constants()

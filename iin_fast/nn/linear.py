@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .checks import check_features
+from ..checks import check_features, checked_dtype, checked_int, checked_number
 
 __all__ = ["LULinear"]
 
@@ -29,6 +29,7 @@ class LULinear(nn.Module):
 
     Raises:
         ValueError: dim below 1, min_diagonal out of range.
+        TypeError: dim that is no integer, min_diagonal that is no number.
 
     Example:
         >>> linear = LULinear(3)
@@ -47,12 +48,9 @@ class LULinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if dim < 1:
-            raise ValueError(f"LULinear: dim is {dim}, expected at least 1")
-        if not 0 <= min_diagonal < 1:
-            raise ValueError(f"LULinear: min_diagonal is {min_diagonal}, expected at least 0 and below 1")
-        self.dim = dim
-        self.min_diagonal = min_diagonal
+        self.dim = dim = checked_int("LULinear", "dim", dim)
+        self.min_diagonal = checked_number("LULinear", "min_diagonal", min_diagonal, least=0, below=1)
+        checked_dtype("LULinear", dtype)
         self.weight = nn.Parameter(torch.empty(dim, dim, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
         self.reset_parameters()
@@ -86,7 +84,7 @@ class LULinear(nn.Module):
         x, exact = self._exact(x)
         with exact:
             lower, upper = self.factors()
-            return F.linear(x, lower @ upper, self.bias), self._logdet(upper).expand(x.shape[0])
+            return F.linear(x, lower @ upper, self.bias), self._logdet(upper).repeat(x.shape[0])
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Map ``z [batch, dim]`` back by two triangular solves. Raises like ``forward``."""
@@ -96,7 +94,7 @@ class LULinear(nn.Module):
             lower, upper = self.factors()
             half = torch.linalg.solve_triangular(lower, (z - self.bias).T, upper=False, unitriangular=True)
             x = torch.linalg.solve_triangular(upper, half, upper=True).T
-            return x, -self._logdet(upper).expand(z.shape[0])
+            return x, -self._logdet(upper).repeat(z.shape[0])
 
     def _exact(self, x: Tensor) -> tuple[Tensor, torch.autocast]:
         """The input, and a region without autocast: a density is no place for products of 8 bits of precision."""

@@ -5,11 +5,17 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 
-from ..ops.checks import autocast_enabled, check_dtype, checked_int
-from .actnorm import ActNorm
-from .checks import check_features
+from ..checks import (
+    autocast_enabled,
+    check_dtype,
+    check_features,
+    checked_choice,
+    checked_dtype,
+    checked_int,
+    checked_number,
+)
+from .actnorm import MIN_SPREAD, ActNorm
 from .coupling import SplineCoupling
 from .distribution import Density
 from .linear import LULinear
@@ -24,7 +30,8 @@ MIXINGS = ("lu", "permutation")
 class RawParameters(nn.Linear):
     """The last layer of a conditioner: raw widths and heights are divided by the square root of its input's width.
 
-    As nflows does; what it changes on two tables is in docs/decisions.md. The division is done to the weights, which are fewer than what they make.
+    As nflows does; what it changes on two tables is in docs/decisions.md. The division is done to the weights, which are
+    fewer than what they make. It starts with equal bins and slope 1 at every knot: the spline is the identity.
     """
 
     def __init__(
@@ -34,12 +41,21 @@ class RawParameters(nn.Linear):
         *,
         count: int,
         bins: int,
+        min_derivative: float,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(in_features, out_features, device=device, dtype=dtype)
         self.count = count
         self.bins = bins
+        self.min_derivative = min_derivative
+        super().__init__(in_features, out_features, device=device, dtype=dtype)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Back to the identity."""
+        self.weight.zero_()
+        raw = self.bias.zero_().unflatten(0, (-1, self.count))
+        raw[:, 2 * self.bins :] = math.log(math.expm1(1 - self.min_derivative))
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self._divided(self.weight), self._divided(self.bias)
@@ -74,12 +90,13 @@ class NeuralSplineFlow(nn.Module, Density):
         tail_bound: half the width of the box in which the splines bend.
         mixing: "lu" or "permutation".
         dropout: of the conditioners, in [0, 1).
+        min_spread: of :class:`ActNorm`, what is taken as constant at the start.
         generator: draws the weights and permutations; by default torch's global one.
         device, dtype: of the parameters.
 
     Raises:
         ValueError: a size or an option out of range.
-        TypeError: a size that is no integer, a tail_bound that is no number.
+        TypeError: a size that is no integer, a tail_bound or dropout that is no number.
 
     Example:
         >>> flow = NeuralSplineFlow(3, context=2, n_flows=2, hidden_dim=16)
@@ -103,6 +120,7 @@ class NeuralSplineFlow(nn.Module, Density):
         tail_bound: float = 3.0,
         mixing: str = "lu",
         dropout: float = 0.0,
+        min_spread: float = MIN_SPREAD,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -114,8 +132,10 @@ class NeuralSplineFlow(nn.Module, Density):
         bins = checked_int("NeuralSplineFlow", "bins", bins)
         hidden_dim = checked_int("NeuralSplineFlow", "hidden_dim", hidden_dim)
         hidden_depth = checked_int("NeuralSplineFlow", "hidden_depth", hidden_depth, least=0)
-        if mixing not in MIXINGS:
-            raise ValueError(f"NeuralSplineFlow: mixing is {mixing!r}, expected one of {', '.join(map(repr, MIXINGS))}")
+        tail_bound = checked_number("NeuralSplineFlow", "tail_bound", tail_bound, above=0)
+        dropout = checked_number("NeuralSplineFlow", "dropout", dropout, least=0, below=1)
+        checked_choice("NeuralSplineFlow", "mixing", mixing, MIXINGS)
+        checked_dtype("NeuralSplineFlow", dtype)
         self.dim = dim
         self.context = context
         self.n_flows = n_flows
@@ -124,6 +144,7 @@ class NeuralSplineFlow(nn.Module, Density):
         self.hidden_depth = hidden_depth
         self.tail_bound = tail_bound
         self.mixing = mixing
+        self.min_spread = checked_number("NeuralSplineFlow", "min_spread", min_spread, least=0)
 
         def coupling(swap: bool) -> SplineCoupling:
             conditioner = ResidualNet(
@@ -137,13 +158,13 @@ class NeuralSplineFlow(nn.Module, Density):
                 dtype=dtype,
             )
             coupling = SplineCoupling(dim, conditioner, bins=bins, tail_bound=tail_bound, swap=swap)
-            count, last = coupling.count, conditioner.last
-            conditioner.last = skip_init(
-                RawParameters,
+            last: nn.Linear = conditioner.last  # type: ignore[assignment]
+            conditioner.last = RawParameters(
                 last.in_features,
                 last.out_features,
-                count=count,
+                count=coupling.count,
                 bins=bins,
+                min_derivative=coupling.min_derivative,
                 device=last.weight.device,
                 dtype=dtype,
             )
@@ -151,12 +172,12 @@ class NeuralSplineFlow(nn.Module, Density):
 
         layers: list[nn.Module] = []
         for _ in range(n_flows):
-            layers += [ActNorm(dim, device=device, dtype=dtype), coupling(False), coupling(True)]
+            layers.append(ActNorm(dim, min_spread=min_spread, device=device, dtype=dtype))
+            layers += [coupling(False), coupling(True)]
             layers.append(Permutation(dim, generator=generator, device=device))
             if mixing == "lu":
                 layers.append(LULinear(dim, device=device, dtype=dtype))
         self.layers = nn.ModuleList(layers)
-        self._start_as_identity()
 
     def extra_repr(self) -> str:
         return (
@@ -165,15 +186,16 @@ class NeuralSplineFlow(nn.Module, Density):
             f"mixing={self.mixing!r}"
         )
 
-    @torch.no_grad()
-    def _start_as_identity(self) -> None:
-        """Equal bins, slope 1 at every knot."""
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw all parameters and permutations anew, and forget the start of ActNorm."""
         for layer in self.layers:
             if isinstance(layer, SplineCoupling):
-                last: nn.Linear = layer.conditioner.last  # type: ignore[assignment]
-                last.weight.zero_()
-                raw = last.bias.zero_().unflatten(0, (-1, layer.count))
-                raw[:, 2 * self.bins :] = math.log(math.expm1(1 - layer.min_derivative))
+                layer.conditioner.reset_parameters(generator)  # type: ignore[operator]
+                layer.conditioner.last.reset_parameters()  # type: ignore[operator, union-attr]
+            elif isinstance(layer, Permutation):
+                layer.reset_parameters(generator)
+            else:
+                layer.reset_parameters()  # type: ignore[operator]
 
     @torch.no_grad()
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .checks import check_features
+from ..checks import check_features, checked_int
 
 __all__ = ["Permutation"]
 
@@ -22,6 +22,7 @@ class Permutation(nn.Module):
 
     Raises:
         ValueError: ``permutation`` is not a permutation of 0 … dim - 1.
+        TypeError: dim that is no integer, a ``permutation`` that is no tensor of integers.
 
     Example:
         >>> flip = Permutation(3, torch.tensor([2, 1, 0]))
@@ -40,17 +41,36 @@ class Permutation(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.dim = dim
+        self.dim = dim = checked_int("Permutation", "dim", dim)
+        self.given: list[int] | None = None
         if permutation is None:
-            permutation = torch.randperm(dim, generator=generator, device=generator.device if generator else None)
-        elif permutation.shape != (dim,) or sorted(permutation.tolist()) != list(range(dim)):
-            raise ValueError(
-                f"Permutation: permutation is {permutation.tolist()}, expected each of 0 … {dim - 1} exactly once"
-            )
-        self.register_buffer("permutation", permutation.to(device=device, dtype=torch.int64))
+            pass
+        elif not isinstance(permutation, Tensor) or permutation.is_floating_point():
+            kind = permutation.dtype if isinstance(permutation, Tensor) else type(permutation).__name__
+            raise TypeError(f"Permutation: permutation is {kind}, expected an int64 tensor [{dim}]")
+        elif permutation.is_meta:
+            self.given = list(range(dim))  # it has no values yet; a file will bring them
+        else:
+            self.given = permutation.tolist()
+            if permutation.shape != (dim,) or sorted(self.given) != list(range(dim)):
+                raise ValueError(
+                    f"Permutation: permutation is {self.given}, expected each of 0 … {dim - 1} exactly once"
+                )
+        if device is None and permutation is not None:
+            device = permutation.device
+        self.register_buffer("permutation", torch.empty(dim, dtype=torch.int64, device=device))
+        self.reset_parameters(generator)
 
     def extra_repr(self) -> str:
         return f"{self.dim}"
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw the permutation anew; one that the constructor was given is put back."""
+        if self.given is None:
+            source = generator.device if generator else "cpu"
+            self.permutation.copy_(torch.randperm(self.dim, generator=generator, device=source))
+        else:
+            self.permutation.copy_(torch.tensor(self.given, device="cpu"))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Permute ``x [batch, dim]``; returns y ``[batch, dim]`` and zeros ``[batch]``."""

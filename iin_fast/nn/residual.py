@@ -3,9 +3,8 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 
-from ..ops.checks import checked_int
+from ..checks import checked_dtype, checked_int, checked_number
 
 __all__ = ["ResidualNet"]
 
@@ -26,7 +25,7 @@ class ResidualNet(nn.Module):
 
     Raises:
         ValueError: a size or a rate out of range.
-        TypeError: a size that is no integer.
+        TypeError: a size that is no integer, a rate that is no number.
 
     Example:
         >>> ResidualNet(3, 7, hidden_dim=16)(torch.randn(5, 3)).shape
@@ -46,13 +45,19 @@ class ResidualNet(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        in_features = checked_int("ResidualNet", "in_features", in_features)
+        out_features = checked_int("ResidualNet", "out_features", out_features)
         hidden_dim = checked_int("ResidualNet", "hidden_dim", hidden_dim)
         hidden_depth = checked_int("ResidualNet", "hidden_depth", hidden_depth, least=0)
-        if not 0 <= dropout < 1:
-            raise ValueError(f"ResidualNet: dropout is {dropout}, expected at least 0 and below 1")
+        dropout = checked_number("ResidualNet", "dropout", dropout, least=0, below=1)
+        checked_dtype("ResidualNet", dtype)
 
-        def linear(inputs: int, outputs: int) -> nn.Module:
-            return skip_init(nn.Linear, inputs, outputs, device=device or torch.get_default_device(), dtype=dtype)
+        def linear(inputs: int, outputs: int) -> nn.Linear:
+            """Not drawn yet; torch.nn.utils.skip_init does the same, but not for fake tensors."""
+            layer = nn.Linear(inputs, outputs, device="meta", dtype=dtype)
+            for name, meta in list(layer.named_parameters()):
+                setattr(layer, name, nn.Parameter(torch.empty(meta.shape, device=device, dtype=meta.dtype)))
+            return layer
 
         self.dropout = dropout
         self.first = linear(in_features, hidden_dim)
@@ -67,9 +72,13 @@ class ResidualNet(nn.Module):
         """Draw all weights anew."""
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
-                nn.init.kaiming_uniform_(layer.weight, a=5**0.5, generator=generator)
+                device = generator.device if generator else layer.weight.device
+                weight = torch.empty_like(layer.weight, device=device)
+                nn.init.kaiming_uniform_(weight, a=5**0.5, generator=generator)
+                layer.weight.copy_(weight)
                 bound = layer.in_features**-0.5
-                nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
+                bias = torch.empty_like(layer.bias, device=device)
+                layer.bias.copy_(nn.init.uniform_(bias, -bound, bound, generator=generator))
 
     def forward(self, x: Tensor) -> Tensor:
         """``[batch, in_features]`` to ``[batch, out_features]``."""

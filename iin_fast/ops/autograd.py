@@ -5,7 +5,20 @@ from typing import Any
 
 import torch
 
-__all__ = ["autocast_to_float32", "differentiable"]
+__all__ = ["autocast_to_float32", "differentiable", "saved_tensors"]
+
+
+def saved_tensors(ctx: Any, where: str, instead: str) -> Any:
+    """What an op has saved for backward; the error about an output that was changed in place says what to do."""
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            f"{where}: backward needs a tensor that was changed in place since, such as the output (y += …); change a "
+            f"copy (y = y + …){instead}. {error}"
+        ) from error
 
 
 def differentiable(name: str, setup: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..iin._checks import checked_int
+from ..checks import checked_int
 
 __all__ = ["PRECISIONS", "Settings"]
 

@@ -212,7 +212,7 @@ def test_logged_parts_of_the_loss_differentiate():
 
 @pytest.mark.parametrize("rho", [0.0, 1.0, -0.5, 1.5, float("nan")])
 def test_rho_outside_its_range(rho):
-    with pytest.raises(ValueError, match=r"Loss/rho is .*, expected a correlation in \(0, 1\)"):
+    with pytest.raises(ValueError, match=r"Loss/rho is .*, expected a finite number above 0 and below 1"):
         FactorLoss({"Loss": {"rho": rho}})
 
 

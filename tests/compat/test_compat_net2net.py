@@ -337,8 +337,11 @@ def test_nll():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        (dict(conditioning_option="all"), "conditioning_option is 'all', expected one of none, parallel, sequential"),
-        (dict(activation="relu"), "activation is 'relu', expected one of lrelu, none"),
+        (
+            dict(conditioning_option="all"),
+            "conditioning_option is 'all', expected one of 'none', 'parallel', 'sequential'",
+        ),
+        (dict(activation="relu"), "activation is 'relu', expected one of 'lrelu', 'none'"),
         (dict(conditioner_use_bn=True, conditioner_use_an=True), "use_bn and use_an are both True"),
     ],
 )

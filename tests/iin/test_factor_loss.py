@@ -136,7 +136,7 @@ def test_compile(make):
 
 @pytest.mark.parametrize("rho", [0, 1, -0.5, 1.5, float("nan"), float("inf")])
 def test_rho_outside(rho):
-    with pytest.raises(ValueError, match="FactorLoss: rho is .*, expected a number between 0 and 1"):
+    with pytest.raises(ValueError, match="FactorLoss: rho is .*, expected a finite number above 0 and below 1"):
         FactorLoss(rho)
 
 

@@ -234,7 +234,11 @@ def test_meta_device():
         (dict(dim=8, memory="all"), ValueError, "memory is 'all'"),
         (dict(dim=8, coupling="cubic"), ValueError, "IIN: coupling is 'cubic', expected one of 'affine', 'spline'"),
         (dict(dim=8, coupling="spline", bins=0), ValueError, "IIN: bins is 0"),
-        (dict(dim=8, coupling="spline", tail_bound=0.0), ValueError, "tail_bound is 0.0, expected a number above 0"),
+        (
+            dict(dim=8, coupling="spline", tail_bound=0.0),
+            ValueError,
+            "IIN: tail_bound is 0.0, expected a finite number above 0",
+        ),
         (dict(dim=8, coupling="spline", memory="invert"), ValueError, "expected 'auto' with coupling 'spline'"),
     ],
 )

@@ -167,7 +167,7 @@ def test_coupling_keeps_the_conditioning_half(x):
 def test_coupling_refuses_a_conditioner_of_another_size():
     with pytest.raises(ValueError, match=r"conditioner returned shape \[2, 5\], expected \[2, 4\]"):
         AffineCoupling(5, nn.Linear(3, 5))(torch.zeros(2, 5))
-    with pytest.raises(ValueError, match="dim is 1, expected at least 2"):
+    with pytest.raises(ValueError, match="dim is 1, expected an integer of at least 2"):
         AffineCoupling(1, nn.Identity())
 
 

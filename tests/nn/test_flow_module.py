@@ -210,8 +210,9 @@ def test_feature_without_spread_starts_finite():
     flow = fresh(dtype=torch.float64)
     x = batch_of(flow)
     x[:, 2] = 4.0
-    z, logdet = flow(x)
-    torch.testing.assert_close(flow.scale[0, 2], torch.tensor(1e6, dtype=torch.float64))
+    with pytest.warns(UserWarning, match=r"Flow, block 0: 1 \(2\) of 6 features \(almost\) don't vary"):
+        z, logdet = flow(x)
+    assert 0.1 < flow.scale[0, 2] < 1
     assert z.isfinite().all() and logdet.isfinite().all()
 
 
@@ -452,12 +453,12 @@ def test_context_that_nobody_reads():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        (dict(dim=1), "dim is 1, expected at least 2"),
+        (dict(dim=1), "dim is 1, expected an integer of at least 2"),
         (dict(n_flows=0), "n_flows is 0"),
         (dict(hidden_dim=0), "hidden_dim is 0"),
-        (dict(hidden_depth=-1), "hidden_depth is -1, expected at least 0"),
+        (dict(hidden_depth=-1), "hidden_depth is -1, expected an integer of at least 0"),
         (dict(context_dim=-1), "context_dim is -1"),
-        (dict(activation_slope=0.0), "activation_slope is 0.0, expected more than 0"),
+        (dict(activation_slope=0.0), "activation_slope is 0.0, expected a finite number above 0"),
         (dict(memory="none"), "memory is 'none', expected one of 'auto', 'save', 'invert'"),
     ],
 )

@@ -192,7 +192,7 @@ class TestBadInput:
         self.check(TypeError, "raw_scale has dtype float64, expected float32 like x", x, x.double(), x)
         self.check(TypeError, "x is a list", [1.0], x, x)
         self.check(ValueError, "shift is on meta, expected cpu like x", x, x, x.to("meta"))
-        self.check(ValueError, "squash is 'relu', expected one of identity, tanh", x, x, x, squash="relu")
+        self.check(ValueError, "squash is 'relu', expected one of 'identity', 'tanh'", x, x, x, squash="relu")
         self.check(ValueError, "clamp is 0.0", x, x, x, clamp=0.0)
         self.check(ValueError, "clamp is nan", x, x, x, clamp=float("nan"))
         self.check(ValueError, "squash 'identity' takes none", x, x, x, squash="identity", clamp=1.0)

@@ -369,7 +369,7 @@ class TestBadInput:
         )
         self.check(TypeError, "permutation is torch.float64, expected an int64 tensor", permutation=x[:2])
         self.check(RuntimeError, r"permutation\[1\] is not a permutation", permutation=torch.arange(12).view(2, 6))
-        self.check(ValueError, "memory is 'keep', expected auto, save or invert", memory="keep")
+        self.check(ValueError, "memory is 'keep', expected one of 'auto', 'save', 'invert'", memory="keep")
         self.check(ValueError, "leaky_slope is -0.1", leaky_slope=-0.1)
         self.check(ValueError, "activation_slope is 0.0", activation_slope=0.0)
 

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from ...backends import chosen, ops, register_library
-from ..autograd import autocast_to_float32, differentiable
-from ..checks import check_floating, check_like
+from ...checks import check_floating, check_like, checked_choice, checked_flag, checked_number
+from ..autograd import autocast_to_float32, differentiable, saved_tensors
 from ..triton_ops import define_triton
 from ..vmap import fold_rows, mapped_by_autograd
 from . import reference
 
-__all__ = ["SQUASHES", "affine_coupling"]
+__all__ = ["SQUASHES", "affine_coupling", "check_options"]
 
 # Codes of csrc/affine_coupling/affine_coupling.h, and the default clamp of each.
 SQUASHES: dict[str, tuple[int, float]] = {
@@ -67,11 +67,13 @@ def affine_coupling(
 
     Returns:
         ``y`` like ``x``, and the log-determinant ``[batch]`` in nats of the map that was computed, in float32 for
-        inputs of 16 bits. Both are differentiable, to any order.
+        inputs of 16 bits. Both are differentiable, to any order. The backward of the inverse reads its output: change a
+        copy of it, not itself.
 
     Raises:
-        TypeError: a dtype that is not floating, or dtypes that differ.
-        ValueError: shapes or devices that differ, an unknown squash, a clamp that is not positive or has no meaning.
+        TypeError: a dtype that is not floating, or dtypes that differ; a clamp that is no number.
+        ValueError: shapes or devices that differ, an unknown squash, a clamp that is not positive and finite or has no
+            meaning.
 
     References:
         Dinh, Sohl-Dickstein, Bengio: Density estimation using Real NVP, 2017, Eq. 7-8.
@@ -86,12 +88,8 @@ def affine_coupling(
         True
     """
     op = "affine_coupling"
-    if squash not in SQUASHES:
-        raise ValueError(f"{op}: squash is {squash!r}, expected one of {', '.join(SQUASHES)}")
-    if clamp is not None and squash not in ("tanh", "atan"):
-        raise ValueError(f"{op}: clamp is {clamp}, but squash {squash!r} takes none")
-    if clamp is not None and not clamp > 0:
-        raise ValueError(f"{op}: clamp is {clamp}, expected a number above 0")
+    code, bound = check_options(op, squash, clamp)
+    inverse = checked_flag(op, "inverse", inverse)
     check_floating(op, "x", x)
     if x.dim() < 1:
         raise ValueError(f"{op}: x has shape [], expected [batch, ...]")
@@ -103,11 +101,26 @@ def affine_coupling(
     if raw_scale is not None:
         check_like(op, "raw_scale", raw_scale, x.shape, "like x", x)
     check_like(op, "shift", shift, x.shape, "like x", x)
-    code, default = SQUASHES[squash]
     backend = chosen(op, x)
     if backend == "reference":
-        return reference.affine_coupling(x, raw_scale, shift, squash, clamp or default, inverse)
-    return _calls[backend](x, raw_scale, shift, code, float(clamp or default), inverse)
+        return reference.affine_coupling(x, raw_scale, shift, squash, bound, inverse)
+    return _calls[backend](x, raw_scale, shift, code, bound, inverse)
+
+
+def check_options(op: str, squash: str, clamp: float | None) -> tuple[int, float]:
+    """Refuse options that make no coupling; gives the code of the squash, and its clamp.
+
+    Raises:
+        TypeError: a clamp that is no number.
+        ValueError: an unknown squash, a clamp that is not positive and finite or has no meaning.
+    """
+    checked_choice(op, "squash", squash, tuple(SQUASHES))
+    code, default = SQUASHES[squash]
+    if clamp is None:
+        return code, default
+    if squash not in ("tanh", "atan"):
+        raise ValueError(f"{op}: clamp is {clamp!r}, expected None: squash {squash!r} takes none")
+    return code, checked_number(op, "clamp", clamp, above=0)
 
 
 def _fake(
@@ -136,7 +149,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 
 def _backward(backend: str, ctx: Any, grad_y: Tensor, grad_logdet: Tensor) -> tuple[Tensor | None, ...]:
-    x, raw_scale, shift, y = ctx.saved_tensors
+    x, raw_scale, shift, y = saved_tensors(ctx, "affine_coupling", "")
     # create_graph=True: derivatives of derivatives come from the definition itself
     if torch.is_grad_enabled() or mapped_by_autograd(grad_y, grad_logdet):
         with torch.enable_grad():

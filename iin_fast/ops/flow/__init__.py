@@ -12,15 +12,27 @@ import torch
 from torch import Tensor
 
 from ...backends import chosen, ops, register_library
-from ..autograd import autocast_to_float32, differentiable
-from ..checks import autocast_enabled, check_device, check_dtype, check_floating, check_rank, check_shape
+from ...checks import (
+    autocast_enabled,
+    check_device,
+    check_dtype,
+    check_floating,
+    check_rank,
+    check_shape,
+    checked_choice,
+    checked_flag,
+    checked_number,
+)
+from ..autograd import autocast_to_float32, differentiable, saved_tensors
 from ..triton_ops import define_triton
 from ..vmap import front, mapped_by_autograd, one_by_one
 from . import reference
 from .layout import pack, unpack
 from .saved import saved_bytes
 
-__all__ = ["AUTO_SAVE_BYTES", "flow", "pack", "unpack"]
+__all__ = ["AUTO_SAVE_BYTES", "MEMORY", "flow", "pack", "unpack"]
+
+MEMORY = ("auto", "save", "invert")
 
 AUTO_SAVE_BYTES = 256 * 2**20
 """``memory="auto"`` saves activations up to this many bytes and inverts beyond (docs/performance.md)."""
@@ -81,7 +93,8 @@ def flow(
         inverse: compute x from y.
         memory: what is kept for backward. "save": all activations; "invert": only the output, from which backward
             recomputes block by block, so that memory does not grow with depth, at about a third more time; "auto":
-            "save" up to ``AUTO_SAVE_BYTES`` of activations.
+            "save" up to ``AUTO_SAVE_BYTES`` of activations. Where backward starts from the output ("invert", and the
+            inverse on GPUs), change a copy of it, not itself.
 
     Returns:
         The mapped ``[batch, dim]`` and the log-determinant ``[batch]``, in nats, of the map that was computed, in
@@ -100,12 +113,11 @@ def flow(
     """
     parameters = (loc, scale, weight_in, bias_in, weight_hidden, bias_hidden, weight_out, bias_out)
     backend = _check(x, context, parameters, permutation)
-    if memory not in ("auto", "save", "invert"):
-        raise ValueError(f"flow: memory is {memory!r}, expected auto, save or invert")
-    if not leaky_slope >= 0:
-        raise ValueError(f"flow: leaky_slope is {leaky_slope}, expected at least 0")
-    if not activation_slope > 0:
-        raise ValueError(f"flow: activation_slope is {activation_slope}, expected a number above 0")
+    memory = checked_choice("flow", "memory", memory, MEMORY)
+    leaky_slope = checked_number("flow", "leaky_slope", leaky_slope, least=0)
+    activation_slope = checked_number("flow", "activation_slope", activation_slope, above=0)
+    exact_logdet = checked_flag("flow", "exact_logdet", exact_logdet)
+    inverse = checked_flag("flow", "inverse", inverse)
     tensors = (x, context, *parameters, permutation)
     if backend == "reference":
         return reference.flow(*tensors, leaky_slope, activation_slope, exact_logdet, inverse)
@@ -114,8 +126,8 @@ def flow(
         size = _saved_size(x, bias_in.shape[-1], bias_hidden.shape[-2], context, loc.shape[0])
         save = size * x.element_size() <= AUTO_SAVE_BYTES
     options = (
-        float(leaky_slope),
-        float(activation_slope),
+        leaky_slope,
+        activation_slope,
         exact_logdet,
         inverse,
         save,
@@ -284,18 +296,22 @@ def _fake_backward(
     )
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _setup(backend: str, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.options, ctx.tf32 = inputs[11:15], inputs[16]
     y, _, saved = output
+    # Saved activations make the output needless, which a user may then change in place; a GPU's inverse reads it still.
+    inverse, save = inputs[14:16]
+    needless = save and not (inverse and (backend == "triton" or inputs[0].device.type != "cpu"))
     ctx.mark_non_differentiable(saved)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(y, saved, *inputs[:11])
+    ctx.save_for_backward(None if needless else y, saved, *inputs[:11])
 
 
 def _backward(
     backend: str, ctx: Any, grad_y: Tensor | None, grad_logdet: Tensor | None, _: Any
 ) -> tuple[Tensor | None, ...]:
-    y, saved, *tensors = ctx.saved_tensors
+    y, saved, *tensors = saved_tensors(ctx, "flow", ", or take memory='save'")
+    y = tensors[0] if y is None else y  # for its shape
     leaky_slope, activation_slope, _, inverse = ctx.options
     nothing = (None,) * 6
     if grad_y is None and grad_logdet is None:
@@ -368,7 +384,7 @@ def _vmap(backend: str, info: Any, in_dims: tuple[int | None, ...], *args: Any) 
 _calls: dict[str, Callable[..., Any]] = {}
 for _backend_name, _name in (("cpp", "iin_fast::flow"), ("triton", "iin_fast_triton::flow")):
     torch.library.register_fake(f"{_name}_backward", _fake_backward)
-    _calls[_backend_name] = differentiable(_name, _setup, partial(_backward, _backend_name))
+    _calls[_backend_name] = differentiable(_name, partial(_setup, _backend_name), partial(_backward, _backend_name))
     torch.library.register_vmap(_name, partial(_vmap, _backend_name))
     torch.library.register_vmap(f"{_name}_backward", one_by_one(ops(_backend_name).flow_backward))
     autocast_to_float32(_name)

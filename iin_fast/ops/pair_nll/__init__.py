@@ -11,8 +11,19 @@ import torch
 from torch import Tensor
 
 from ...backends import chosen, ops, register_library
+from ...checks import (
+    autocast_enabled,
+    check_device,
+    check_dtype,
+    check_floating,
+    check_like,
+    check_rank,
+    check_shape,
+    checked_flag,
+    checked_ints,
+    checked_number,
+)
 from ..autograd import autocast_to_float32, differentiable
-from ..checks import autocast_enabled, check_device, check_dtype, check_floating, check_like, check_rank, check_shape
 from ..triton_ops import define_triton
 from ..vmap import fold_rows
 from . import reference
@@ -56,7 +67,7 @@ def pair_nll(
         ``[batch]`` losses in nats, in the dtype of the log-dets. Differentiable to any order in the four tensors.
 
     Raises:
-        TypeError: a dtype that is not floating, or dtypes that differ; ``shared`` not bool.
+        TypeError: a dtype that is not floating, or dtypes that differ; ``shared`` not bool; sizes that are no integers.
         ValueError: wrong rank or shape, tensors on two devices, sizes that do not sum to dim, rho outside (0, 1).
 
     References:
@@ -76,20 +87,20 @@ def pair_nll(
     if not isinstance(shared, Tensor) or shared.dtype != torch.bool:
         got = shared.dtype if isinstance(shared, Tensor) else type(shared).__name__
         raise TypeError(f"{op}: shared is {got}, expected a bool tensor [batch, factors]")
-    sizes = [int(size) for size in sizes]
+    sizes = checked_ints(op, "sizes", sizes, least=0)
     check_shape(op, "shared", shared, (za.shape[0], len(sizes)), "([batch, factors], one column for each of sizes)")
-    if any(size < 0 for size in sizes) or sum(sizes) != za.shape[1]:
+    if sum(sizes) != za.shape[1]:
         raise ValueError(
             f"{op}: sizes are {sizes}, which sum to {sum(sizes)}, expected sizes that sum to {za.shape[1]}"
         )
-    if not 0 < rho < 1:
-        raise ValueError(f"{op}: rho is {rho}, expected a correlation inside (0, 1)")
+    rho = checked_number(op, "rho", rho, above=0, below=1)
+    normalized = checked_flag(op, "normalized", normalized)
     for name, value in (("logdet_a", logdet_a), ("logdet_b", logdet_b), ("shared", shared)):
         check_device(op, name, value, za, "za")
     backend = chosen(op, za)
     if backend == "reference":
         return reference.pair_nll(za, zb, logdet_a, logdet_b, shared, sizes, rho, normalized)
-    return _calls[backend](za, zb, logdet_a, logdet_b, shared, sizes, float(rho), normalized)
+    return _calls[backend](za, zb, logdet_a, logdet_b, shared, sizes, rho, normalized)
 
 
 def _fake(

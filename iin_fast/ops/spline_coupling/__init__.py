@@ -12,8 +12,16 @@ import torch
 from torch import Tensor
 
 from ...backends import chosen, needs_definition, ops, register_library
+from ...checks import (
+    autocast_enabled,
+    check_device,
+    check_dtype,
+    check_floating,
+    checked_choice,
+    checked_int,
+    checked_number,
+)
 from ..autograd import autocast_to_float32, differentiable
-from ..checks import autocast_enabled, check_device, check_dtype, check_floating, checked_int, checked_number
 from ..triton_ops import define_triton
 from ..vmap import fold_rows
 from . import reference
@@ -238,10 +246,7 @@ def check_options(
     """Refuse options that make no spline; gives the name of the tails, and left, right, bottom, top, the three minima."""
     if tails not in ("linear", "circular", None):
         raise ValueError(f"{op}: tails is {tails!r}, expected 'linear', 'circular' or None")
-    if parameterization not in PARAMETERIZATIONS:
-        raise ValueError(
-            f"{op}: parameterization is {parameterization!r}, expected one of {', '.join(PARAMETERIZATIONS)}"
-        )
+    checked_choice(op, "parameterization", parameterization, tuple(PARAMETERIZATIONS))
     checked_int(op, "bins", bins)
     tail_bound = checked_number(op, "tail_bound", tail_bound)
     min_bin_width = checked_number(op, "min_bin_width", min_bin_width)
