@@ -11,12 +11,12 @@ from torch import Tensor
 
 from ... import backends
 from ...backends import chosen, register_library, register_triton
+from ...checks import FLOATING, autocast_enabled
 from ...flow import FlowProgram
 from ...flow import layers as L
 from ..affine_coupling import SQUASHES
 from ..affine_coupling import affine_coupling as fused_affine
 from ..affine_coupling.reference import affine_coupling
-from ..checks import FLOATING, autocast_enabled
 from ..spline_coupling import spline_coupling as fused_spline
 from . import engine, reference
 from .checks import check_data, check_parameters, check_rows

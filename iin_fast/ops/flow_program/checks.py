@@ -7,9 +7,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ...checks import check_device, check_dtype, check_floating
 from ...flow import FlowProgram
 from ...flow import layers as L
-from ..checks import check_device, check_dtype, check_floating
 from .reference import _parameter, feature_order
 
 __all__ = ["check_data", "check_parameters", "check_rows"]
