@@ -27,10 +27,11 @@ namespace {
 int64_t tile_rows(int64_t batch) { return batch <= 32 ? 16 : batch <= 1024 ? 32 : 64; }
 int64_t tile_count(int64_t batch) { return ceil_div(batch, tile_rows(batch)); }
 
-// Accumulators of weight gradients, each of some tiles in order.
-int64_t accumulator_count(int64_t batch) {
-  const int64_t tiles = tile_count(batch);
-  return smaller(tiles, smaller(larger(tiles / 8, 4), 32));
+// Accumulators of weight gradients, each of some tiles in order; few where they are large.
+int64_t accumulator_count(const ProgramView &program, int64_t batch) {
+  constexpr int64_t elements = 16 << 20; // of all of them
+  const int64_t tiles = tile_count(batch), wanted = smaller(larger(tiles / 8, 4), 32);
+  return smaller(tiles, larger(smaller(wanted, elements / larger(program.gradient_size, 1)), 2));
 }
 
 template <class T> int64_t leading(int64_t batch) { // ld of all tiles
@@ -1020,7 +1021,7 @@ template <class T> struct Memory {
     const ProgramView &p = job.program;
     packed = pieces_of.take(p.packed_size);
     orders = pieces_of.take(ceil_div(Program<T>(job).order_size() * (int64_t)sizeof(int32_t), sizeof(T)));
-    pieces = backward ? accumulator_count(job.batch) : smaller(tile_count(job.batch), larger(job.threads, 1));
+    pieces = backward ? accumulator_count(p, job.batch) : smaller(tile_count(job.batch), larger(job.threads, 1));
     accumulators = pieces_of.take(backward ? pieces * padded(p.gradient_size) : 0);
     Pieces<T> one{nullptr};
     const Keep tape = job.keep == Keep::nothing && backward ? Keep::all : Keep::inputs;
