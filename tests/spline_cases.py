@@ -130,3 +130,15 @@ def check_strong_values(run: Run, rows: int) -> None:
         options = 8, "linear", form, (-3.0, 3.0, -3.0, 3.0), inverse
         x.clamp_(-3, 3)
         check_against_the_truth(run(x, raw, *options), x, raw, *options)
+
+
+def check_ends_of_vanishing_bins(run: Run, dtype: torch.dtype) -> None:
+    """Where bins may be smaller than the rounding of the box, its ends are exact all the same, and nothing is NaN. Here
+    run(x, raw, inverse) has no least width and height."""
+    generator = torch.Generator().manual_seed(0)
+    for spread, inverse in itertools.product((6.0, 50.0, 300.0), (False, True)):
+        raw = (spread * torch.randn(300, 1, 23, generator=generator, dtype=torch.float64)).to(dtype)
+        x = torch.cat([torch.full((100, 1), 3.0), torch.full((100, 1), -3.0), torch.linspace(-3, 3, 100)[:, None]])
+        y, logdet = run(x.to(dtype), raw, inverse)
+        assert torch.equal(y[:200], x[:200].to(dtype)), (spread, inverse)
+        assert y.abs().max() <= 3 and not logdet.isnan().any(), (spread, inverse)

@@ -92,8 +92,10 @@ IIN_FAST_INLINE void find_bins(const SplineShape<T> &shape, const T *widths /* e
   const T rest_width = T(1) - min_width * T(bins), rest_height = T(1) - min_height * T(bins);
   const T *heights = widths + bins * block_size<T>;
   alignas(64) T knot_x[block_size<T>], knot_y[block_size<T>], mass_w[block_size<T>], mass_h[block_size<T>];
-  alignas(64) T lost_w[block_size<T>], lost_h[block_size<T>];
+  alignas(64) T lost_w[block_size<T>], lost_h[block_size<T>], key[block_size<T>];
+  const Sides<T> sides = sides_of<by_image>(limits);
   IIN_FAST_LANES {
+    key[l] = search_key(b.x[l], sides.low, sides.high);
     knot_x[l] = limits.left;
     knot_y[l] = limits.bottom;
     mass_w[l] = mass_h[l] = lost_w[l] = lost_h[l] = T(0);
@@ -111,12 +113,12 @@ IIN_FAST_INLINE void find_bins(const SplineShape<T> &shape, const T *widths /* e
       const T after_w = add(mass_w[l], share_w, lost_w[l]), after_h = add(mass_h[l], share_h, lost_h[l]);
       const T next_x = last ? limits.right : limits.left + wide * (min_width * T(k + 1) + rest_width * after_w);
       const T next_y = last ? limits.top : limits.bottom + high * (min_height * T(k + 1) + rest_height * after_h);
-      const bool here = (k == 0) | (by_image ? b.x[l] >= knot_y[l] : b.x[l] >= knot_x[l]);
+      const bool here = (k == 0) | (key[l] >= (by_image ? knot_y[l] : knot_x[l]));
       b.bin[l] = math::select(here, T(k), b.bin[l]);
       b.sx[l] = math::select(here, knot_x[l], b.sx[l]);
       b.sy[l] = math::select(here, knot_y[l], b.sy[l]);
-      b.width[l] = math::select(here, wide * (min_width + rest_width * share_w), b.width[l]);
-      b.height[l] = math::select(here, high * (min_height + rest_height * share_h), b.height[l]);
+      b.width[l] = math::select(here, bin_size(min_width + rest_width * share_w, wide), b.width[l]);
+      b.height[l] = math::select(here, bin_size(min_height + rest_height * share_h, high), b.height[l]);
       b.mass_w[l] = math::select(here, mass_w[l], b.mass_w[l]);
       b.mass_h[l] = math::select(here, mass_h[l], b.mass_h[l]);
       b.share_w[l] = math::select(here, share_w, b.share_w[l]);

@@ -103,6 +103,20 @@ template <class T> IIN_FAST_HD T hold(T value, T low, T high) {
   return math::select(value > high, high, math::select(value < low, low, value));
 }
 
+// What the search for the bin compares with the knots: the ends of the box lie in the first and the last bin, also
+// where rounding puts other knots on them. NaN lies in the first one.
+template <class T> IIN_FAST_HD T search_key(T within, T low, T high) {
+  constexpr T infinity = std::numeric_limits<T>::infinity();
+  return math::select(within >= high, infinity, math::select(within > low, within, -infinity));
+}
+
+// The size of a bin, from its part of the box. A bin that is too small to be seen holds an end of the box at most; it
+// is given some size, so that slopes there are finite.
+template <class T> IIN_FAST_HD T bin_size(T part, T side) {
+  constexpr T least = std::numeric_limits<T>::epsilon() / 4;
+  return side * math::select(part < least, least, part);
+}
+
 // The position in a bin whose image lies at `share` of its height: the root of Eq. 29-32 of the paper's appendix, made
 // of sums of positive terms, so that no rounding takes it out of [0, 1]. `rest`: 1 - position, as exact where it is
 // small.

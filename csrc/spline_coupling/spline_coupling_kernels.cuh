@@ -275,7 +275,7 @@ find_bin(const DeviceSpline<Storage> &spline, const SplineSoftmax<Storage, form,
     const T after_w = add(b.mass_w, b.share_w, lost_w), after_h = add(b.mass_h, b.share_h, lost_h);
     const T knot = by_image ? limits.bottom + high * (min_height * (number + T(1)) + rest_height * after_h)
                             : limits.left + wide * (min_width * (number + T(1)) + rest_width * after_w);
-    if (!(coordinate >= knot)) // NaN stays in the first bin
+    if (!(coordinate >= knot)) // where knots are NaN, in the first bin
       break;
     number += T(1);
     b.mass_w = after_w;
@@ -284,8 +284,8 @@ find_bin(const DeviceSpline<Storage> &spline, const SplineSoftmax<Storage, form,
   Segment<T> &s = b.segment;
   s.x = limits.left + wide * (min_width * number + rest_width * b.mass_w);
   s.y = limits.bottom + high * (min_height * number + rest_height * b.mass_h);
-  s.width = wide * (min_width + rest_width * b.share_w);
-  s.height = high * (min_height + rest_height * b.share_h);
+  s.width = bin_size(min_width + rest_width * b.share_w, wide);
+  s.height = bin_size(min_height + rest_height * b.share_h, high);
   b.rest_w = wide * rest_width;
   b.rest_h = high * rest_height;
 
@@ -354,7 +354,8 @@ __global__ void __launch_bounds__(spline_threads, sizeof(Storage) == 8 ? 2 : 3)
       const T within = hold(value, sides.low, sides.high);
       const SplineSoftmax<Storage, f, in_place> widths(raw, spline.bins, spline.limits);
       const SplineSoftmax<Storage, f, in_place> heights(raw + spline.bins, spline.bins, spline.limits);
-      const SplineBin<T> b = find_bin<backwards>(spline, widths, heights, raw, within);
+      const SplineBin<T> b =
+          find_bin<backwards>(spline, widths, heights, raw, search_key(within, sides.low, sides.high));
       narrow(map_element<backwards>(b.segment, sides, value, within, spline.tails != Tails::none, logdet),
              job.y[tile.first + thread]);
     });
@@ -413,7 +414,8 @@ __global__ void __launch_bounds__(spline_threads, sizeof(Storage) == 8 ? 2 : 3)
       const T within = hold(value, sides.low, sides.high);
       const SplineSoftmax<Storage, f, in_place> widths(raw, spline.bins, limits);
       const SplineSoftmax<Storage, f, in_place> heights(raw + spline.bins, spline.bins, limits);
-      const SplineBin<T> b = find_bin<backwards>(spline, widths, heights, raw, within);
+      const SplineBin<T> b =
+          find_bin<backwards>(spline, widths, heights, raw, search_key(within, sides.low, sides.high));
       const ElementGradient<T> g = map_element_backward<backwards>(b.segment, sides, value, within,
                                                                    spline.tails != Tails::none, grad_y, grad_logdet);
       narrow(g.x, job.grad_x[tile.first + thread]);

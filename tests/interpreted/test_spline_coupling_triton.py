@@ -147,3 +147,14 @@ def test_logdets_of_long_rows(bins: int, features: int) -> None:
         term = spline_coupling(x, raw, bins=bins, tails=None)[1].double()
         found = spline_coupling(x.repeat(1, features), raw.expand(1, features, -1), bins=bins, tails=None)[1]
     assert found.item() == pytest.approx(features * term.item(), rel=1.2e-7, abs=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ends_of_vanishing_bins(dtype: torch.dtype) -> None:
+    def run(x: Tensor, raw: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        with iin_fast.backend("triton"):
+            return spline_coupling(
+                x, raw, bins=8, tail_bound=3.0, min_bin_width=0.0, min_bin_height=0.0, inverse=inverse
+            )
+
+    spline_cases.check_ends_of_vanishing_bins(run, dtype)

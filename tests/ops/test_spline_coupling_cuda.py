@@ -343,3 +343,23 @@ def test_logdets_of_long_rows(dtype: torch.dtype) -> None:
     found = forward(x.repeat(1, features), raw.expand(1, features, 4), *options, launch=launch)[1]
     assert launch.parts == 768
     check_sums(found, term.expand(1, features))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ends_of_vanishing_bins(dtype: torch.dtype) -> None:
+    def run(x: Tensor, raw: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        job = spline(x, raw, 8, "linear", "nflows", inverse, box=(-3.0, 3.0, -3.0, 3.0))
+        job.min_width = job.min_height = 0.0
+        y, logdet = torch.empty_like(x), x.new_empty(len(x))
+        arguments = (
+            type_name(x.dtype),
+            ctypes.byref(job),
+            matrix(x),
+            data(y),
+            data(logdet),
+            ctypes.byref(SplineLaunch()),
+        )
+        call(load("spline_coupling").spline_forward, *arguments)
+        return y, logdet
+
+    spline_cases.check_ends_of_vanishing_bins(run, dtype)

@@ -160,3 +160,11 @@ def test_two_splines_of_nflows_in_a_row_keep_the_end() -> None:
     report = iin_fast.accelerate(model)
     assert "Spline" in str(report) or "Quadratic" in str(report), report
     assert model(torch.ones(1, 1))[0].item() == model.inverse(torch.ones(1, 1))[0].item() == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ends_of_vanishing_bins(backend: str, dtype: torch.dtype) -> None:
+    def run(x: Tensor, raw: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        return spline_coupling(x, raw, bins=8, tail_bound=3.0, min_bin_width=0.0, min_bin_height=0.0, inverse=inverse)
+
+    spline_cases.check_ends_of_vanishing_bins(run, dtype)

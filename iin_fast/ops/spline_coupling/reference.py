@@ -72,7 +72,9 @@ def spline_coupling(
     elif tails == "circular":
         raw = torch.cat([raw, raw[..., :1]], -1)
 
-    k = (within[..., None] >= (knots_y if inverse else knots_x)[..., 1:-1].detach()).sum(-1, keepdim=True)
+    # the ends of the box lie in the first and the last bin, also where rounding puts other knots on them
+    key = within.detach().masked_fill(at_end, math.inf).masked_fill(within <= low, -math.inf)
+    k = (key[..., None] >= (knots_y if inverse else knots_x)[..., 1:-1].detach()).sum(-1, keepdim=True)
 
     def at(values: Tensor, index: Tensor) -> Tensor:
         return values.gather(-1, index).squeeze(-1)
@@ -88,10 +90,12 @@ def spline_coupling(
         slope0 = slope0.masked_fill(k[..., 0] == 0, 1.0)
         slope1 = slope1.masked_fill(k[..., 0] == bins - 1, 1.0)
     x0, y0 = at(knots_x, k), at(knots_y, k)
-    width, height = at(knots_x, k + 1) - x0, at(knots_y, k + 1) - y0
+    least = torch.finfo(x.dtype).eps / 4  # a bin too small to be seen holds an end of the box at most
+    width = (at(knots_x, k + 1) - x0).clamp_min(least * (right - left))
+    height = (at(knots_y, k + 1) - y0).clamp_min(least * (top - bottom))
     delta = height / width
     share = (within - y0) / height if inverse else (within - x0) / width
-    share = _with_value(share, share.clamp(0, 1))
+    share = _with_value(share, share.clamp(0, 1).masked_fill(at_end & ~share.isnan(), 1.0))
     theta, rest = _root(share, slope0, slope1, delta) if inverse else (share, 1 - share)
     theta, rest = (torch.where(outside, t.detach(), t) for t in (theta, rest))
     denominator = delta + (slope0 + slope1 - 2 * delta) * theta * rest

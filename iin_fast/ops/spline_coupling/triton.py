@@ -72,6 +72,12 @@ def _pick(values, chosen):
 
 
 @triton.jit
+def _at_least(part, LEAST: tl.constexpr):
+    """A bin too small to be seen holds an end of the box at most; it is given some size. NaN stays NaN."""
+    return tl.where(part < LEAST, tl.zeros_like(part) + LEAST, part)
+
+
+@triton.jit
 def _slope(raw, ZUKO: tl.constexpr, SOFTNESS: tl.constexpr, MIN_D: tl.constexpr):
     """The slope at a knot and its derivative by the raw value. The slope of an infinite raw value is NaN."""
     if ZUKO:
@@ -107,12 +113,16 @@ def _locate(
     before = k.to(WIDE)
     left = LEFT + (RIGHT - LEFT) * (MIN_W * before + (1 - MIN_W * BINS) * mass_w)
     bottom = BOTTOM + (TOP - BOTTOM) * (MIN_H * before + (1 - MIN_H * BINS) * mass_h)
-    reached = x[:, :, None] >= (bottom if INVERSE else left)
+    # the ends of the box lie in the first and the last bin, also where rounding puts other knots on them
+    inner = tl.where(x > (BOTTOM if INVERSE else LEFT), x, float("-inf"))
+    key = tl.where(x >= (TOP if INVERSE else RIGHT), float("inf"), inner)
+    reached = key[:, :, None] >= (bottom if INVERSE else left)
     number = tl.sum((real & (k > 0) & reached).to(tl.int32), 2)
     here = k == number[:, :, None]
     sx, sy = _pick(left, here), _pick(bottom, here)
-    width = (RIGHT - LEFT) * (MIN_W + (1 - MIN_W * BINS) * _pick(share_w, here))
-    height = (TOP - BOTTOM) * (MIN_H + (1 - MIN_H * BINS) * _pick(share_h, here))
+    LEAST: tl.constexpr = 2.0**-54 if WIDE == tl.float64 else 2.0**-25  # a quarter of the type's epsilon
+    width = (RIGHT - LEFT) * _at_least(MIN_W + (1 - MIN_W * BINS) * _pick(share_w, here), LEAST)
+    height = (TOP - BOTTOM) * _at_least(MIN_H + (1 - MIN_H * BINS) * _pick(share_h, here), LEAST)
     if TAILS == 0:
         first = number - 1
         second = number
