@@ -25,6 +25,7 @@ __all__ = [
     "checked_ints",
     "checked_net",
     "checked_number",
+    "readable",
 ]
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -39,13 +40,19 @@ def autocast_enabled(x: Tensor) -> bool:
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
 
 
+def readable(tensor: Tensor) -> bool:
+    """Whether a tensor has values, as those on the meta device and torch's fake ones have not."""
+    return not tensor.is_meta and type(tensor).__name__ != "FakeTensor"
+
+
 def checked_int(where: str, name: str, value: object, least: int = 1) -> int:
     """``value`` as an int of at least ``least``; TypeError and ValueError name ``where`` and ``name``."""
     expected = "a positive integer" if least == 1 else f"an integer of at least {least}"
     try:
         if isinstance(value, bool):
             raise TypeError
-        number = operator.index(value)  # type: ignore[arg-type]
+        # operator.index would make torch.compile take a size that varies as a constant
+        number = value if isinstance(value, int) else operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         raise TypeError(f"{where}: {name} is {value!r}, expected {expected}") from None
     if number < least:

@@ -31,6 +31,8 @@ BAD: dict[str, list[Any]] = {
     "flag": [None, "no", 0, 1, 0.0, NAN],
     "choice": ["", "something else", 3, True, [1]],
     "type": [torch.int64, torch.complex64, "float32", float, 3],
+    "shape": [-1, 2.0, NAN, "2", None, True, [2.5], [-1], [True], "23"],
+    "context": [3, "c", [1.0], torch.ones(2, dtype=torch.int64), torch.tensor(1.0)],
     "module": [None, 3, "net"],
     "factor sizes": [[2.7, 3], [-1, 9], "24", 6, None, [True, 5], [[2], 4]],
 }
@@ -82,6 +84,9 @@ FUNCTIONS = [
     Function("NeuralSplineFlow", flows.NeuralSplineFlow, dict(dim=6, n_flows=1, hidden_dim=8), SIZES | {"dim": "at least 2", "context": "integer", "bins": "positive integer", "tail_bound": "above 0", "mixing": "choice", "min_spread": "from 0", "dropout": "from 0 below 1", "dtype": "type"}),
     Function("IIN", IIN, dict(dim=6, n_flows=1, hidden_dim=8), SIZES | {"dim": "positive integer", "context_dim": "integer", "coupling": "choice", "min_spread": "from 0", "dtype": "type"}),
     Function("IIN", IIN, dict(dim=6, n_flows=1, hidden_dim=8, coupling="spline"), {"bins": "positive integer", "tail_bound": "above 0"}),
+    Function("Flow.sample", started(flows.Flow(6, 1, 8)).sample, dict(sample_shape=(2, 3)), {"sample_shape": "shape"}),
+    Function("NeuralSplineFlow.sample", started(flows.NeuralSplineFlow(6, n_flows=1, hidden_dim=8)).rsample, dict(sample_shape=3), {"sample_shape": "shape"}),
+    Function("FlowTransform", flows.FlowTransform, dict(module=flows.Flow(6, 1, 8)), {"context": "context"}),
     Function("IIN.sample", IIN(6, n_flows=1, hidden_dim=8).sample, dict(n=3), {"n": "positive integer"}),
     Function("IIN.interpolate", started(IIN(6, n_flows=1, hidden_dim=8)).interpolate, dict(z_a=X, z_b=X, steps=2), {"steps": "at least 2"}),
     Function("FactorLoss", FactorLoss, {}, {"rho": "between 0 and 1", "normalized": "flag"}),

@@ -20,6 +20,7 @@ from ..checks import (
     checked_dtype,
     checked_int,
     checked_number,
+    readable,
 )
 from ..nn import Flow, NeuralSplineFlow
 from ..nn.actnorm import MIN_SPREAD
@@ -33,12 +34,15 @@ COUPLINGS = ("affine", "spline")
 
 def outlier_share(where: str, own: Tensor, usual: Tensor) -> Tensor:
     """The outlier score of log-likelihoods ``[batch]`` among usual ones ``[m]``; see :meth:`IIN.outlier_score`."""
-    if usual.isnan().any():
+    unknown = usual.isnan().any()
+    traced = torch.compiler.is_compiling() or not readable(usual)  # nothing can be raised then
+    if not traced and unknown:
         raise ValueError(f"{where}: held_in has NaN among its log-likelihoods, expected numbers")
     usual = usual.to(own).sort().values
     own = torch.where(own.isnan(), -torch.inf, own)
     likelier = len(usual) - torch.searchsorted(usual, own, right=True)
-    return likelier.to(own.dtype) / (len(usual) + 1)
+    share = likelier.to(own.dtype) / (len(usual) + 1)
+    return torch.where(unknown, torch.nan, share) if traced else share
 
 
 def unwrapped(where: str, model: object, instead: str = "") -> "IIN":
@@ -254,8 +258,10 @@ class IIN(nn.Module):
         if generator is not None and not isinstance(generator, torch.Generator):
             kind = type(generator).__name__
             raise TypeError(f"IIN.sample: generator is a {kind}, expected a torch.Generator")
+        # Without a generator none is passed on: torch.compile can't follow a size that varies together with one.
+        drawn: dict[str, Any] = {} if generator is None else {"generator": generator}
         device = self.device if generator is None else generator.device
-        noise = torch.randn(n, self.dim, generator=generator, device=device, dtype=self.dtype)
+        noise = torch.randn(n, self.dim, device=device, dtype=self.dtype, **drawn)
         return self.decode(noise.to(self.device), context)
 
     @torch.no_grad()
@@ -279,7 +285,8 @@ class IIN(nn.Module):
             ``[batch]``, float32 at least.
 
         Raises:
-            TypeError, ValueError: latents that don't fit the model, no ``held_in`` or NaN among its likelihoods.
+            TypeError, ValueError: latents that don't fit the model, no ``held_in`` or NaN among its likelihoods (in a
+                compiled call all scores are NaN then).
 
         References:
             Vovk, Gammerman, Shafer, Algorithmic Learning in a Random World, 2005, Sec. 2.2 and 4.1.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_features, checked_dtype, checked_int, checked_number
+from ..checks import check_features, checked_dtype, checked_int, checked_number, readable
 
 __all__ = ["MIN_SPREAD", "ActNorm", "DataDependentStart", "start_values"]
 
@@ -82,11 +82,6 @@ def _numbers(chosen: Tensor) -> str:
     numbers = chosen.nonzero().flatten().tolist()
     few = ", ".join(map(str, numbers[:10]))
     return f"{len(numbers)} ({few}{', …' if len(numbers) > 10 else ''})"
-
-
-def readable(tensor: Tensor) -> bool:
-    """Whether a tensor has values, as those on the meta device and torch's fake ones have not."""
-    return not tensor.is_meta and type(tensor).__name__ != "FakeTensor"
 
 
 def active_ddp() -> Any:

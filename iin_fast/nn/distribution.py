@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, Transform, TransformedDistribution, constraints
 
+from ..checks import check_floating, checked_int, checked_ints
+
 __all__ = ["Density", "FlowDistribution", "FlowTransform", "distribution_of"]
 
 
@@ -46,7 +48,7 @@ class FlowTransform(Transform):
         if not isinstance(module, nn.Module) or not hasattr(module, "inverse"):
             kind = type(module).__name__
             raise TypeError(f"FlowTransform: module is a {kind}, expected a torch.nn.Module with inverse")
-        if context is not None and context.dim() < 1:
+        if context is not None and check_floating("FlowTransform", "context", context).dim() < 1:
             raise ValueError("FlowTransform: context has shape [], expected [..., context_dim]")
         super().__init__(cache_size=cache_size)
         self.module = module
@@ -229,6 +231,10 @@ class Density:
 
     def rsample(self, sample_shape: Any = (), context: Tensor | None = None) -> Tensor:
         """As :meth:`sample`, differentiable by the parameters and the context."""
-        shape = (sample_shape,) if isinstance(sample_shape, int) else sample_shape
+        where = f"{type(self).__name__}.sample"
+        if isinstance(sample_shape, int):
+            shape = [checked_int(where, "sample_shape", sample_shape, least=0)]
+        else:
+            shape = checked_ints(where, "sample_shape", sample_shape, least=0)
         sample: Tensor = self.distribution(context, validate_args=False).rsample(torch.Size(shape))
         return sample

@@ -1,8 +1,11 @@
 """torch.compile in one graph: values and gradients, any batch size without compiling again, the first call of ActNorm."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from iin_fast.nn import Flow
 
@@ -53,6 +56,34 @@ def test_first_call_starts_actnorm():
         same(compiled(x), eager(x))
     assert flow._started == (True, True) and flow.initialized.all()
     same([flow.loc, flow.scale], [eager.loc, eager.scale])
+
+
+SAMPLERS = ["IIN", "Flow", "NeuralSplineFlow"]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_any_number_of_samples_is_one_graph_more(name: str):
+    module: Any = next(case for case in CASES if case.name == name).module()
+    counter = CompileCounter()
+    compiled = torch.compile(lambda n: module.sample(n), fullgraph=True, backend=counter)
+    for n in (4, 7, 9, 30):
+        assert compiled(n).shape == (n, DIM)
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("given", ["latents", "log-likelihoods"])
+def test_outlier_scores_are_one_graph(given: str):
+    model: Any = next(case for case in CASES if case.name == "IIN").module()
+    held_in = normal(3, 50, DIM)
+    if given != "latents":
+        held_in = model.log_prob(held_in).detach()
+    compiled = torch.compile(model.outlier_score, fullgraph=True, backend="aot_eager")
+    same(compiled(normal(1, 5, DIM), held_in), model.outlier_score(normal(1, 5, DIM), held_in))
+    assert compiled(normal(1, 5, DIM), held_in * torch.nan).isnan().all()
+    with pytest.raises(ValueError, match="held_in has NaN"):
+        model.outlier_score(normal(1, 5, DIM), held_in * torch.nan)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert model.outlier_score(torch.randn(5, DIM), torch.randn(50, DIM)).shape == (5,)
 
 
 @pytest.mark.parametrize("call", ["log_prob", "rsample_and_log_prob"])

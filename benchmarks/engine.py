@@ -1,0 +1,306 @@
+"""Whole flows against flowjax under jax.jit and the libraries for torch, as users train them:
+python benchmarks/engine.py --jax PYTHON [--out OUT.json] [--only NAME …]
+
+PYTHON is that of an environment with jax and flowjax. All sides run in turn, several rounds, on the same number of threads. A
+step is loss, backward and Adam; all torch sides use torch's fused Adam. Sizes are those of the issue's table: the same number
+of layers, widths and depths on every side; what differs (permutations, ActNorm, MADE's residual blocks) is a library's own.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import iin_fast
+from iin_fast.bench.run import machine_peaks
+from iin_fast.info import collect
+
+NSF = {
+    "kind": "coupling",
+    "transformer": "spline",
+    "layers": 10,
+    "hidden": 64,
+    "depth": 4,
+    "bins": 8,
+    "dim": 6,
+    "context_dim": 10,
+}
+LU = {**NSF, "dim": 16, "lu": True}
+MAF = {
+    "kind": "autoregressive",
+    "transformer": "affine",
+    "layers": 5,
+    "hidden": 50,
+    "depth": 2,
+    "dim": 6,
+    "context_dim": 7,
+}
+NVP = {"kind": "coupling", "transformer": "affine", "layers": 8, "hidden": 64, "depth": 2, "dim": 6, "context_dim": 0}
+SAMPLED = {**MAF, "dim": 10, "context_dim": 0}
+
+CASES: list[dict[str, Any]] = [
+    *(
+        {**NSF, "flow": "NSF", "batch": batch, "measure": measure}
+        for batch in (50, 256, 4096)
+        for measure in ("step", "log_prob")
+    ),
+    *({**LU, "flow": "NSF, LU, dim 16", "batch": 256, "measure": measure} for measure in ("step", "log_prob")),
+    *(
+        {**MAF, "flow": "MAF", "batch": batch, "measure": measure}
+        for batch in (50, 200)
+        for measure in ("step", "log_prob")
+    ),
+    *({**NVP, "flow": "RealNVP", "batch": 128, "measure": measure} for measure in ("step", "log_prob")),
+    {**SAMPLED, "flow": "MAF, dim 10", "batch": 10_000, "measure": "sample"},
+]
+for case in CASES:
+    case["name"] = f"{case['flow']}, {case['measure']}, batch {case['batch']}"
+
+Call = Callable[[], Any]
+
+
+def ours(case: dict[str, Any]) -> nn.Module:
+    dim, context = case["dim"], case["context_dim"]
+    if case["kind"] == "autoregressive":
+        return iin_fast.nn.MaskedAutoregressiveFlow(
+            dim, context, n_flows=case["layers"], hidden_dim=case["hidden"], hidden_depth=case["depth"]
+        )
+    if case["transformer"] == "affine":
+        return iin_fast.nn.RealNVP(
+            dim, context, n_flows=case["layers"], hidden_dim=case["hidden"], hidden_depth=case["depth"]
+        )
+    return iin_fast.nn.NeuralSplineFlow(
+        dim,
+        context,
+        n_flows=case["layers"] // 2,
+        bins=case["bins"],
+        hidden_dim=case["hidden"],
+        hidden_depth=case["depth"] // 2,
+        mixing="lu" if case.get("lu") else "permutation",
+    )
+
+
+def nflows_model(case: dict[str, Any]) -> nn.Module | None:
+    from nflows.distributions.normal import StandardNormal
+    from nflows.flows.base import Flow
+    from nflows.nn.nets import ResidualNet
+    from nflows.transforms import (
+        CompositeTransform,
+        LULinear,
+        MaskedAffineAutoregressiveTransform,
+        PiecewiseRationalQuadraticCouplingTransform,
+        RandomPermutation,
+    )
+
+    dim, context = case["dim"], case["context_dim"] or None
+    if case["kind"] == "coupling" and case["transformer"] == "affine":
+        return None
+
+    def net(inputs: int, outputs: int) -> nn.Module:
+        return ResidualNet(inputs, outputs, case["hidden"], context, num_blocks=case["depth"] // 2)
+
+    layers: list[nn.Module] = []
+    for i in range(case["layers"]):
+        if case["kind"] == "autoregressive":
+            layers.append(
+                MaskedAffineAutoregressiveTransform(dim, case["hidden"], context, num_blocks=case["depth"] // 2)
+            )
+            layers.append(RandomPermutation(dim))
+            continue
+        mask = torch.arange(dim) % 2 == i % 2
+        layers.append(
+            PiecewiseRationalQuadraticCouplingTransform(mask, net, case["bins"], tails="linear", tail_bound=3.0)
+        )
+        if case.get("lu") and i % 2:
+            layers.append(LULinear(dim))
+    return Flow(CompositeTransform(layers), StandardNormal([dim]))
+
+
+def zuko_model(case: dict[str, Any]) -> nn.Module | None:
+    import zuko
+
+    hidden = (case["hidden"],) * case["depth"]
+    common = {
+        "features": case["dim"],
+        "context": case["context_dim"],
+        "transforms": case["layers"],
+        "hidden_features": hidden,
+    }
+    if case["kind"] == "autoregressive":
+        return zuko.flows.MAF(**common, randperm=True)
+    if case["transformer"] == "affine":
+        return None
+    return zuko.flows.NSF(**common, bins=case["bins"], passes=2)  # passes=2: couplings
+
+
+def normflows_model(case: dict[str, Any]) -> nn.Module | None:
+    import normflows as nf
+
+    if case["kind"] != "coupling" or case["transformer"] != "affine":
+        return None
+    dim, hidden = case["dim"], [case["hidden"]] * case["depth"]
+    layers: list[nn.Module] = []
+    for _ in range(case["layers"]):
+        net = nf.nets.MLP([dim // 2, *hidden, dim], init_zeros=True)
+        layers += [nf.flows.AffineCouplingBlock(net), nf.flows.Permute(dim, mode="swap")]
+    return nf.NormalizingFlow(nf.distributions.DiagGaussian(dim, trainable=False), layers)
+
+
+def torch_call(side: str, flow: nn.Module, case: dict[str, Any]) -> Call:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(case["batch"], case["dim"], generator=generator)
+    context = torch.randn(case["batch"], case["context_dim"], generator=generator) if case["context_dim"] else None
+
+    def log_prob() -> Tensor:
+        if side == "zuko":
+            return flow(context).log_prob(x)
+        if side == "normflows":
+            return flow.log_prob(x)
+        return flow.log_prob(x, context)
+
+    if case["measure"] == "sample":
+
+        def sample() -> Any:
+            with torch.no_grad():
+                if side == "zuko":
+                    return flow(context).sample((case["batch"],))
+                if side == "iin-fast":
+                    return flow.sample((case["batch"],))
+                return flow.sample(case["batch"])
+
+        return sample
+    if case["measure"] == "log_prob":
+
+        def density() -> Any:
+            with torch.no_grad():
+                return log_prob()
+
+        return density
+    log_prob()  # data-dependent starts
+    optimizer = torch.optim.Adam(flow.parameters(), lr=1e-3, fused=True)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        (-log_prob().mean()).backward()
+        optimizer.step()
+
+    return step
+
+
+def timed(call: Call, seconds: float) -> list[float]:
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(times) < 3 or time.perf_counter() < end:
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+class Jax:
+    """flowjax in a process of its own; it waits, without work, while the others are measured."""
+
+    def __init__(self, python: str) -> None:
+        command = [python, str(Path(__file__).with_name("engine_jax.py"))]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.versions: dict[str, str] = self._read()
+
+    def _read(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise SystemExit("the process with flowjax ended; its message stands above")
+        return json.loads(line)
+
+    def measure(self, case: dict[str, Any], seconds: float) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        print(json.dumps(case | {"seconds": seconds}), file=self._process.stdin, flush=True)
+        return self._read()  # type: ignore[no-any-return]
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+SIDES = {"iin-fast": ours, "nflows": nflows_model, "zuko": zuko_model, "normflows": normflows_model}
+
+
+def floor(case: dict[str, Any], parameters: int, peaks: dict[str, float]) -> float:
+    """Seconds that the arithmetic of the nets takes at the machine's peak: one pass forward, four with the backward of the tile walk."""
+    return 2 * parameters * case["batch"] * (4 if case["measure"] == "step" else 1) / (peaks["gflops"] * 1e9)
+
+
+def run_case(
+    case: dict[str, Any], jax: Jax | None, rounds: int, seconds: float, peaks: dict[str, float]
+) -> dict[str, Any]:
+    calls: dict[str, Call] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for side, make in SIDES.items():
+        torch.manual_seed(0)
+        flow = make(case)
+        if flow is None:
+            continue
+        calls[side] = torch_call(side, flow, case)
+        start = time.perf_counter()
+        calls[side]()
+        first = time.perf_counter() - start
+        rows[side] = {"parameters": sum(p.numel() for p in flow.parameters()), "first_call": first, "times": []}
+        timed(calls[side], seconds / 4)  # warm-up
+    if jax is not None:
+        rows["flowjax"] = {"times": []} | {k: v for k, v in jax.measure(case, seconds / 4).items() if k != "times"}
+    for _ in range(rounds):
+        for side, call in calls.items():
+            rows[side]["times"] += [statistics.median(timed(call, seconds))]
+        if jax is not None:
+            rows["flowjax"]["times"] += [statistics.median(jax.measure(case, seconds)["times"])]
+    for row in rows.values():
+        times = row.pop("times")
+        row |= {"min": min(times), "median": statistics.median(times), "max": max(times)}
+    least = floor(case, rows["iin-fast"]["parameters"], peaks)
+    print(case["name"], f"floor {least * 1e3:.2f} ms", flush=True)
+    for side, row in rows.items():
+        ratio = row["median"] / rows["iin-fast"]["median"]
+        print(
+            f"  {side:10} {row['median'] * 1e3:8.3f} ms  {ratio:6.2f} x  ({row['parameters']} parameters)", flush=True
+        )
+    return {"case": case, "floor": least, "sides": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--jax", help="the python of an environment with jax and flowjax")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/engine_cpu.json"))
+    parser.add_argument("--only", nargs="*", default=[""], help="cases whose name begins with one of these")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=0.4, help="of each side in a round")
+    arguments = parser.parse_args()
+    peaks = machine_peaks(False)
+    jax = Jax(arguments.jax) if arguments.jax else None
+    libraries = {name: version(name) for name in ("torch", "nflows", "zuko", "normflows")}
+    result = {
+        "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": collect(),
+        "versions": libraries | (jax.versions if jax else {}),
+        "peaks": peaks,
+        "cases": {},
+    }
+    for case in CASES:
+        if case["name"].startswith(tuple(arguments.only)):
+            result["cases"][case["name"]] = run_case(case, jax, arguments.rounds, arguments.seconds, peaks)
+    if jax is not None:
+        jax.close()
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
