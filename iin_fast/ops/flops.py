@@ -1,6 +1,6 @@
 """Flop formulas of the ops, for ``torch.utils.flop_counter.FlopCounterMode``.
 
-Only matrix products count, as with the operations of torch: the flow has some, the other ops have none. torch's module
+Only matrix products count, as with the operations of torch: flows have some, the other ops have none. torch's module
 imports Triton, which ``import iin_fast`` must not, so the formulas are registered when it is imported by someone else.
 """
 
@@ -13,6 +13,10 @@ from types import ModuleType
 from typing import Any
 
 import torch
+
+from ..flow import FlowProgram
+from ..flow import layers as L
+from .flow_program.engine import KEEP
 
 __all__ = ["register_formulas"]
 
@@ -43,6 +47,33 @@ def _flow_backward(
     return passes * _products(grad_y[0], weight_in, weight_hidden, weight_out)
 
 
+def _program_products(batch: int, text: str, inverse: bool) -> int:
+    """Flops of one pass. A triangular solve counts nothing, as in torch."""
+    program = FlowProgram.parse(text)
+    total = 0
+    for layer, reads in zip(program.layers, program.reads, strict=True):
+        inverted = isinstance(layer, L.Inverse)
+        kind = layer.layer if isinstance(layer, L.Inverse) else layer
+        if isinstance(kind, (L.Coupling, L.Autoregressive)):
+            total += _products(batch, *(read.shape for read in reads if not read.mask and len(read.shape) == 2))
+        elif isinstance(kind, L.Linear) and inverted == inverse:
+            total += 2 * _products(batch, (program.dim, program.dim))
+    return total
+
+
+def _program(x: Shape, context: Any, parameters: Any, program: str, inverse: bool, *_: Any, **__: Any) -> int:
+    return _program_products(x[0], program, inverse)
+
+
+def _program_backward(
+    grad_y: Shape, grad_logdet: Any, x: Any, saved: Any, context: Any, parameters: Any, program: str, inverse: bool,
+    base: bool, keep: int, context_grad: bool, wanted: str, *_: Any, **__: Any,
+) -> int:  # fmt: skip
+    """Gradients of all activations, of the weights where they are wanted, and the map again where not all was kept."""
+    passes = 1 + ("1" in wanted) + (keep != KEEP["save"])
+    return passes * _program_products(grad_y[0], program, inverse)
+
+
 def _none(*_: Any, **__: Any) -> int:
     return 0
 
@@ -51,6 +82,8 @@ def _register(module: ModuleType) -> None:
     formulas: dict[str, Callable[..., int]] = {"flow": _flow, "flow_backward": _flow_backward}
     for op in ("affine_coupling", "pair_nll", "spline_coupling"):
         formulas |= {op: _none, f"{op}_backward": _none}
+    module.register_flop_formula(torch.ops.iin_fast.flow_program)(_program)
+    module.register_flop_formula(torch.ops.iin_fast.flow_program_backward)(_program_backward)
     for name, formula in formulas.items():
         targets = [getattr(namespace, name) for namespace in (torch.ops.iin_fast, torch.ops.iin_fast_triton)]
         module.register_flop_formula(targets)(formula)

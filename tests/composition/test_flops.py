@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import iin_fast
-from iin_fast.functional import affine_coupling, pair_nll, spline_coupling
+from iin_fast.functional import affine_coupling, flow_program, pair_nll, spline_coupling
 from iin_fast.nn import Flow
 from iin_fast.testing.eager import eager_flow
 
@@ -61,6 +61,25 @@ def test_what_memory_and_frozen_weights_change() -> None:
     for name, parameter in eager.named_parameters():
         parameter.requires_grad_(".norm." in name)
     assert flops(lambda: sum(t.sum() for t in flow(*inputs))) == flops(lambda: sum(t.sum() for t in eager(*inputs)))
+
+
+@pytest.mark.parametrize("memory", ["save", "recompute"])
+def test_flow_program(memory: str) -> None:
+    """A spline flow with LU layers, its definition in plain torch beside it."""
+    flow = iin_fast.nn.NeuralSplineFlow(5, 2, n_flows=2, bins=4, hidden_dim=8)
+    x, context = torch.randn(9, 5, requires_grad=True), torch.randn(9, 2, requires_grad=True)
+    flow(x, context)  # the start of ActNorm
+    program, parameters = flow.program(), list(flow.parameters())
+
+    def call(inverse: bool = False) -> Tensor:
+        return sum(t.sum() for t in flow_program(x, context, parameters, program, inverse=inverse, memory=memory))
+
+    with iin_fast.backend("reference"):
+        expected, inverse = flops(call), flops(lambda: call(True), backward=False)
+    assert expected[0] > inverse[0] > 0
+    again = expected[0] if memory == "recompute" else 0
+    assert flops(call) == (expected[0], expected[1] + again)
+    assert flops(lambda: call(True), backward=False) == inverse
 
 
 def test_ops_without_products_count_nothing() -> None:
