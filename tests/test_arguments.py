@@ -79,7 +79,7 @@ FUNCTIONS = [
     Function("LULinear", flows.LULinear, dict(dim=6), {"dim": "positive integer", "min_diagonal": "from 0 below 1", "dtype": "type"}),
     Function("ResidualNet", flows.ResidualNet, dict(in_features=3, out_features=4, hidden_dim=8), {"in_features": "positive integer", "out_features": "positive integer", "hidden_dim": "positive integer", "hidden_depth": "integer", "dropout": "from 0 below 1", "dtype": "type"}),
     Function("Flow", flows.Flow, dict(dim=6, n_flows=1, hidden_dim=8), SIZES | {"dim": "at least 2", "context_dim": "integer", "leaky_slope": "from 0", "activation_slope": "above 0", "exact_logdet": "flag", "actnorm": "flag", "permute": "flag", "min_spread": "from 0", "memory": "choice", "dtype": "type"}),
-    Function("NeuralSplineFlow", flows.NeuralSplineFlow, dict(dim=6, n_flows=1, hidden_dim=8), SIZES | {"dim": "at least 2", "context": "integer", "bins": "positive integer", "tail_bound": "above 0", "mixing": "choice", "min_spread": "from 0", "dropout": "from 0 below 1", "dtype": "type"}),
+    Function("NeuralSplineFlow", flows.NeuralSplineFlow, dict(dim=6, n_flows=1, hidden_dim=8), SIZES | {"dim": "at least 2", "context_dim": "integer", "bins": "positive integer", "tail_bound": "above 0", "mixing": "choice", "min_spread": "from 0", "dropout": "from 0 below 1", "dtype": "type"}),
     Function("IIN", IIN, dict(dim=6, n_flows=1, hidden_dim=8), SIZES | {"dim": "positive integer", "context_dim": "integer", "coupling": "choice", "min_spread": "from 0", "dtype": "type"}),
     Function("IIN", IIN, dict(dim=6, n_flows=1, hidden_dim=8, coupling="spline"), {"bins": "positive integer", "tail_bound": "above 0"}),
     Function("IIN.sample", IIN(6, n_flows=1, hidden_dim=8).sample, dict(n=3), {"n": "positive integer"}),

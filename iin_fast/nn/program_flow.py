@@ -1,0 +1,349 @@
+"""What the flows that are one program share: stacked parameters, one op each way, the start of ActNorm, density and samples."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import autocast_enabled, check_device, check_dtype, check_features, check_floating
+from ..flow import ABSENT, FlowProgram, ProgramBuilder, Ref
+from ..flow import layers as L
+from ..ops.flow_program import LAYER_BY_LAYER, engine, flow_program, reference
+from .actnorm import DataDependentStart, readable, start_values
+from .border import check_permutation, is_sharded
+from .distribution import Density
+
+__all__ = ["ProgramFlow", "Orders", "Stacked", "draw_linear", "empty", "identity_spline_"]
+
+Stacked = Callable[
+    ..., Ref
+]  # (name, *index) -> where that part of the stacked parameter lies; ABSENT for one that is not there
+Orders = tuple[tuple[int, ...], ...]  # the permutations, one after the other
+
+
+def empty(*shape: int, device: torch.device | str | None, dtype: torch.dtype | None) -> nn.Parameter:
+    """A parameter that nothing has filled yet."""
+    return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+
+@torch.no_grad()
+def draw_linear(weight: Tensor, bias: Tensor, generator: torch.Generator | None = None) -> None:
+    """Fill ``weight [out, in]`` and ``bias [out]`` as torch.nn.Linear draws them."""
+    device = generator.device if generator else weight.device
+    drawn = torch.empty(weight.shape, dtype=weight.dtype, device=device)
+    weight.copy_(nn.init.kaiming_uniform_(drawn, a=5**0.5, generator=generator))
+    bound = weight.shape[1] ** -0.5
+    drawn = torch.empty(bias.shape, dtype=bias.dtype, device=device)
+    bias.copy_(nn.init.uniform_(drawn, -bound, bound, generator=generator))
+
+
+@torch.no_grad()
+def identity_spline_(bias: Tensor, bins: int, count: int, min_derivative: float) -> None:
+    """Fill the bias of a last layer ``[..., features * count]``: equal bins, and slope 1 at every knot."""
+    raw = bias.zero_().unflatten(-1, (-1, count))
+    raw[..., 2 * bins :] = math.log(math.expm1(1 - min_derivative))
+
+
+class ProgramFlow(DataDependentStart, Density):
+    """A flow whose layers are one :class:`iin_fast.flow.FlowProgram`: a call is one op, whatever the depth.
+
+    The parameters of all layers lie stacked in a few tensors, which the program cuts by offsets. The program is made from
+    sizes and permutations, and made anew when the buffer ``permutation`` changes.
+
+    A subclass sets ``dim`` and ``context_dim``, registers its parameters, and calls ``_finish``. Masks are buffers whose
+    name begins with ``mask``. ActNorm, where there is one, is ``loc`` and ``scale [n, dim]``; each is an affine layer of
+    the program, and the first one its first layer.
+    """
+
+    dim: int
+    context_dim: int
+    min_spread: float
+    _program: FlowProgram
+
+    # What subclasses define
+
+    def _add_layers(self, builder: ProgramBuilder, stacked: Stacked, orders: Orders) -> None:
+        """Append the layers; ``stacked(name, *index)`` is where a part of a parameter lies."""
+        raise NotImplementedError
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw all parameters and permutations anew, and forget the start of ActNorm."""
+        raise NotImplementedError
+
+    def _fill_constants(self) -> None:
+        """Fill the buffers that no checkpoint holds."""
+
+    def _dropout(self) -> float:
+        """The rate of dropout in this call; with one, no program can run."""
+        return 0.0
+
+    # The program
+
+    def _register_actnorm(self, n: int, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        """Add ``loc`` and ``scale [n, dim]``, or neither for 0."""
+        if n:
+            self.loc = empty(n, self.dim, device=device, dtype=dtype)
+            self.scale = empty(n, self.dim, device=device, dtype=dtype)
+        self._register_start((n,), not n, device)
+
+    def _finish(self, generator: torch.Generator | None) -> None:
+        """To be called once all tensors are registered."""
+        self._parameter_names = tuple(name for name, value in self._parameters.items() if value is not None)
+        self._mask_names = tuple(name for name in self._buffers if name.startswith("mask"))
+        self._orders: Orders | None = None
+        self._seen: tuple[Tensor | None, int] = (None, -1)
+        self.reset_parameters(generator)
+        self._refresh()
+
+    def _tensors(self) -> list[Tensor]:
+        """The program's parameters; without nn.Module's __getattr__ where they are plain parameters."""
+        parameters, buffers = self._parameters, self._buffers
+        try:
+            found = [parameters[name] for name in self._parameter_names]
+        except KeyError:  # parametrized
+            found = [getattr(self, name) for name in self._parameter_names]
+        return found + [buffers[name] for name in self._mask_names]  # type: ignore[misc, return-value, operator]
+
+    def _refresh(self) -> None:
+        """Make the program of the permutations as they are now."""
+        permutation = self._buffers.get("permutation")
+        orders: Orders = ()
+        seen: tuple[Tensor | None, int] = (None, -1)
+        if permutation is not None and readable(permutation):
+            orders = tuple(map(tuple, permutation.tolist()))
+            seen = permutation, _version(permutation)
+        elif permutation is not None:  # no values yet; a program of the right sizes will do
+            orders = (tuple(range(self.dim)),) * permutation.shape[0]
+        if orders != self._orders:
+            self._build(orders)
+            self._orders = orders
+        self._seen = seen
+
+    def _build(self, orders: Orders) -> None:
+        names = self._parameter_names + self._mask_names
+        shapes = {name: tuple(tensor.shape) for name, tensor in zip(names, self._tensors(), strict=True)}
+        places = {name: number for number, name in enumerate(names)}
+
+        def stacked(name: str, *index: int) -> Ref:
+            if name not in places:
+                return ABSENT
+            shape = shapes[name]
+            return Ref(places[name], sum(i * math.prod(shape[axis + 1 :]) for axis, i in enumerate(index)))
+
+        builder = ProgramBuilder(self.dim, self.context_dim)
+        self._add_layers(builder, stacked, orders)
+        self._program = self._of(builder.layers)
+        starts = [i for i, layer in enumerate(builder.layers) if isinstance(layer, L.Affine)]
+        ends = [*starts[1:], len(builder.layers)]
+        self._parts = [self._of(builder.layers[a:b]) for a, b in zip(starts, ends, strict=True)]
+
+    def _of(self, layers: Sequence[L.Layer]) -> FlowProgram:
+        """A program of some layers, with the parameters of all."""
+        count = len(self._parameter_names) + len(self._mask_names)
+        return FlowProgram(self.dim, self.context_dim, count, tuple(layers))
+
+    def _current(self) -> FlowProgram | None:
+        """The program, or None where layers have to run one by one: for dropout, and for permutations that vmap maps."""
+        if self._dropout():
+            return None
+        permutation = self._buffers.get("permutation")
+        if permutation is None or torch.compiler.is_compiling():
+            return self._program
+        seen, version = self._seen
+        if permutation is not seen or version < 0 or version != _version(permutation):
+            if torch._C._functorch.is_functorch_wrapped_tensor(permutation):
+                return None
+            self._refresh()
+        return self._program
+
+    def program(self) -> FlowProgram:
+        """The flow as data; ``print`` shows it as a table. Its tensors are the parameters, in the order of ``parameters()``, then masks."""
+        if not torch.compiler.is_compiling():
+            self._refresh()
+        return self._program
+
+    # Calls
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Map data ``[batch, dim]``, with a context ``[batch, context_dim]`` where there is one, to latents.
+
+        Returns:
+            z ``[batch, dim]`` and log|det dz/dx| ``[batch]`` in nats.
+
+        Raises:
+            ValueError: another rank, feature count, batch or device; a context that is missing or not wanted; NaN or Inf
+                in the first batch.
+            RuntimeError: the start of ActNorm under torch.func, or after ``fully_shard``.
+            TypeError: an integer, boolean or complex tensor; without autocast, another dtype than that of the parameters.
+        """
+        return self._run("x", x, context)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Map latents to data, with log|det dx/dz|. Arguments and errors are those of ``forward``."""
+        return self._run("z", z, context, inverse=True)
+
+    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """log p(x) ``[...]`` in nats of data ``[..., dim]``, the latents standard normal. One op, the base density in it.
+
+        Args:
+            x: ``[..., dim]``.
+            context: ``[..., context_dim]``, broadcast against x.
+        """
+        if x.dim() == 2 and (context is None or (context.dim() == 2 and context.shape[0] == x.shape[0])):
+            return self._run("x", x, context, base=True)[1]
+        shape = x.shape[:-1] if context is None else torch.broadcast_shapes(x.shape[:-1], context.shape[:-1])
+        return self._run("x", _rows(x, shape), _rows(context, shape), base=True)[1].reshape(shape)  # type: ignore[arg-type]
+
+    def rsample(self, sample_shape: Any = (), context: Tensor | None = None) -> Tensor:
+        """As :meth:`sample`, differentiable by the parameters and the context."""
+        like = self._tensors()[0]
+        shape = (sample_shape,) if isinstance(sample_shape, int) else tuple(sample_shape)
+        shape = (*shape, *(() if context is None else context.shape[:-1]))
+        noise = torch.randn(*shape, self.dim, dtype=like.dtype, device=like.device)
+        x = self._run("noise", noise.reshape(-1, self.dim), _rows(context, shape), inverse=True)[0]
+        return x.reshape(*shape, self.dim)
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
+        """Start ActNorm from a batch ``[batch, dim]``, as the first ``forward`` does by itself; layers that have had their
+        start keep it. Of several processes, call it with one batch for all before wrapping the module.
+
+        Raises:
+            ValueError: NaN or Inf in the batch, or where it has gone through some layers; then nothing has started.
+        """
+        tensors = self._tensors()
+        self._check("x", x, context, tensors[0])
+        if x.shape[0] == 0:
+            return
+        self._current()
+        x = x.to(self.loc.dtype) if self._parts else x
+        for number, part in enumerate(self._parts):
+            if not self._started[number]:
+                loc, scale = start_values(f"{type(self).__name__}, ActNorm {number}", x, self.min_spread)
+                self.loc[number].copy_(loc)
+                self.scale[number].copy_(scale)
+            if number + 1 < len(self._parts):
+                x, _ = flow_program(x, context, tensors, part)
+        if self._parts:
+            self._finish_start()
+
+    def _run(
+        self, name: str, x: Tensor, context: Tensor | None, inverse: bool = False, base: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        tensors = self._tensors()
+        self._check(name, x, context, tensors[0])
+        if not inverse and self._awaits_start():
+            self.initialize(x, context)
+        program = self._current()
+        if program is None:
+            return self._layer_by_layer(x, context, tensors, inverse, base)
+        return flow_program(x, context, tensors, program, inverse=inverse, base=base)
+
+    def _check(self, name: str, x: Tensor, context: Tensor | None, like: Tensor) -> None:
+        wide = self.context_dim
+        good = (
+            isinstance(x, Tensor)
+            and x.dim() == 2
+            and x.shape[1] == self.dim
+            and x.dtype == like.dtype
+            and x.device == like.device
+            and (
+                wide == 0
+                if context is None
+                else wide > 0
+                and context.shape == (x.shape[0], wide)
+                and context.dtype == like.dtype
+                and context.device == like.device
+            )
+        )
+        if not good or is_sharded(like):
+            self._check_closely(name, x, context, like)
+
+    def _check_closely(self, name: str, x: Tensor, context: Tensor | None, like: Tensor) -> None:
+        where = type(self).__name__
+        check_features(where, name, x, self.dim)
+        wanted = [x.shape[0], self.context_dim] if self.context_dim else None
+        got = None if context is None else list(context.shape)
+        if got != wanted:
+            raise ValueError(f"{where}: context is {got}, expected {wanted}")
+        for argument, value in ((name, x), ("context", context)):
+            if value is not None:
+                check_floating(where, argument, value)
+                check_device(where, argument, value, like, "the parameters")
+                if not autocast_enabled(value):
+                    check_dtype(where, argument, value, like.dtype, "like the parameters; convert it with .to(…)")
+        if is_sharded(like):
+            raise RuntimeError(
+                f"{where}: the parameters are sharded, and not gathered here; call initialize before fully_shard, and name "
+                f"methods other than forward with torch.distributed.fsdp.register_fsdp_forward_method(module, 'inverse')"
+            )
+
+    def _layer_by_layer(
+        self, x: Tensor, context: Tensor | None, tensors: Sequence[Tensor], inverse: bool, base: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The program in plain torch, with dropout, and with permutations as the buffer has them."""
+        dtype = x.dtype
+        x, context, *tensors = map(engine.in_float32, (x, context, *tensors))
+        read, maps = partial(reference._parameter, tensors), LAYER_BY_LAYER._replace(dropout=self._dropout())
+        places = self._permutations()
+        layers = list(zip(self._program.layers, places, strict=True))
+        total = x.new_zeros(x.shape[0])
+        with torch.autocast(x.device.type, enabled=False):
+            for layer, place in reversed(layers) if inverse else layers:
+                if place is not None:
+                    index = self.permutation[place]  # type: ignore[index]
+                    x = x[:, index.argsort() if inverse else index]
+                    continue
+                x, logdet = reference._layer(layer, x, context, read, maps, inverse)
+                total = total + logdet
+        if base:
+            total = total - 0.5 * (x * x).sum(1) - 0.5 * self.dim * math.log(2 * math.pi)
+        return x.to(dtype), total
+
+    def _permutations(self) -> list[int | None]:
+        """For each layer the row of the buffer ``permutation`` that it reads, if it does."""
+        count, places = 0, []
+        for layer in self._program.layers:
+            drawn = isinstance(layer, L.Permute) and "permutation" in self._buffers
+            places.append(count if drawn else None)
+            count += drawn
+        return places
+
+    # State
+
+    def _draw_permutation(self, row: int, generator: torch.Generator | None) -> None:
+        source = generator.device if generator else "cpu"
+        self.permutation[row].copy_(torch.randperm(self.dim, generator=generator, device=source))  # type: ignore[operator, index]
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        permutation = state_dict.get(prefix + "permutation")
+        if permutation is not None and "permutation" in self._buffers and readable(permutation):
+            check_permutation(prefix + "permutation", permutation)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if not self._tensors()[0].is_meta:
+            self._fill_constants()
+        self._forget_program()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget_program()  # a copied tensor counts its writes anew
+
+    def _forget_program(self) -> None:
+        """Look at the permutations again now, since a compiled call does not, or where they are none yet, at the next call."""
+        self._seen = (None, -1)
+        with suppress(ValueError):
+            self._refresh()
+
+
+def _version(tensor: Tensor) -> int:
+    """Counts what has been written into a tensor; -1 for one that does not count."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _rows(value: Tensor | None, shape: Sequence[int]) -> Tensor | None:
+    """``[..., n]`` for each of the batch dimensions ``shape``, as rows."""
+    return None if value is None else value.expand(*shape, value.shape[-1]).reshape(math.prod(shape), value.shape[-1])
