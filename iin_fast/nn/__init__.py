@@ -5,8 +5,10 @@ from .coupling import AffineCoupling, SplineCoupling
 from .distribution import FlowDistribution, FlowTransform
 from .flow import Flow
 from .linear import LULinear
+from .masked_autoregressive_flow import MaskedAutoregressiveFlow
 from .neural_spline_flow import NeuralSplineFlow
 from .permutation import Permutation
+from .real_nvp import RealNVP
 from .residual import ResidualNet
 
 __all__ = [
@@ -16,8 +18,10 @@ __all__ = [
     "FlowDistribution",
     "FlowTransform",
     "LULinear",
+    "MaskedAutoregressiveFlow",
     "NeuralSplineFlow",
     "Permutation",
+    "RealNVP",
     "ResidualNet",
     "SplineCoupling",
 ]

@@ -174,6 +174,8 @@ class DataDependentStart(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if "initialized" not in self._buffers:  # without ActNorm
+            return
         if prefix + "initialized" not in state_dict and (
             prefix + "loc" in state_dict or prefix + "scale" in state_dict
         ):

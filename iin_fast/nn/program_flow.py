@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -74,8 +75,9 @@ class ProgramFlow(DataDependentStart, Density):
         """Draw all parameters and permutations anew, and forget the start of ActNorm."""
         raise NotImplementedError
 
-    def _fill_constants(self) -> None:
-        """Fill the buffers that no checkpoint holds."""
+    def _masks(self) -> dict[str, Tensor]:
+        """The buffers that no checkpoint holds, by name."""
+        return {}
 
     def _dropout(self) -> float:
         """The rate of dropout in this call; with one, no program can run."""
@@ -84,11 +86,12 @@ class ProgramFlow(DataDependentStart, Density):
     # The program
 
     def _register_actnorm(self, n: int, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
-        """Add ``loc`` and ``scale [n, dim]``, or neither for 0."""
+        """Add ``loc`` and ``scale [n, dim]``, or none of it for 0."""
+        self._started = ()
         if n:
             self.loc = empty(n, self.dim, device=device, dtype=dtype)
             self.scale = empty(n, self.dim, device=device, dtype=dtype)
-        self._register_start((n,), not n, device)
+            self._register_start((n,), False, device)
 
     def _finish(self, generator: torch.Generator | None) -> None:
         """To be called once all tensors are registered."""
@@ -138,8 +141,7 @@ class ProgramFlow(DataDependentStart, Density):
         self._add_layers(builder, stacked, orders)
         self._program = self._of(builder.layers)
         starts = [i for i, layer in enumerate(builder.layers) if isinstance(layer, L.Affine)]
-        ends = [*starts[1:], len(builder.layers)]
-        self._parts = [self._of(builder.layers[a:b]) for a, b in zip(starts, ends, strict=True)]
+        self._parts = [self._of(builder.layers[a:b]) for a, b in pairwise([*starts, len(builder.layers)])]
 
     def _of(self, layers: Sequence[L.Layer]) -> FlowProgram:
         """A program of some layers, with the parameters of all."""
@@ -315,6 +317,23 @@ class ProgramFlow(DataDependentStart, Density):
 
     # State
 
+    def _register_masks(self, device: torch.device | str | None) -> None:
+        for name, mask in self._masks().items():
+            self.register_buffer(name, torch.empty(mask.shape, dtype=torch.bool, device=device), persistent=False)
+
+    @torch.no_grad()
+    def _fill_masks(self) -> None:
+        """As :meth:`_masks` has them; where a file has given the parameters another device, also there."""
+        device = self._tensors()[0].device
+        for name, mask in self._masks().items():
+            if getattr(self, name).device != device:
+                setattr(self, name, torch.empty(mask.shape, dtype=torch.bool, device=device))
+            getattr(self, name).copy_(mask)
+
+    def _forget_actnorm(self) -> None:
+        if self._started:
+            self._forget_start()
+
     def _draw_permutation(self, row: int, generator: torch.Generator | None) -> None:
         source = generator.device if generator else "cpu"
         self.permutation[row].copy_(torch.randperm(self.dim, generator=generator, device=source))  # type: ignore[operator, index]
@@ -324,8 +343,7 @@ class ProgramFlow(DataDependentStart, Density):
         if permutation is not None and "permutation" in self._buffers and readable(permutation):
             check_permutation(prefix + "permutation", permutation)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        if not self._tensors()[0].is_meta:
-            self._fill_constants()
+        self._fill_masks()
         self._forget_program()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
