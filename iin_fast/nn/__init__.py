@@ -1,6 +1,7 @@
 """Normalizing-flow layers as torch.nn modules: ``forward`` and ``inverse`` return (y, log-det)."""
 
 from .actnorm import ActNorm
+from .compose import Compose
 from .coupling import AffineCoupling, SplineCoupling
 from .distribution import FlowDistribution, FlowTransform
 from .flow import Flow
@@ -14,6 +15,7 @@ from .residual import ResidualNet
 __all__ = [
     "ActNorm",
     "AffineCoupling",
+    "Compose",
     "Flow",
     "FlowDistribution",
     "FlowTransform",

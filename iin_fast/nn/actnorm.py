@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_features, checked_dtype, checked_int, checked_number
+from ..flow import ProgramBuilder
 
 __all__ = ["MIN_SPREAD", "ActNorm", "DataDependentStart", "start_values"]
 
@@ -250,6 +251,10 @@ class ActNorm(DataDependentStart):
             self.loc.copy_(loc)
             self.scale.copy_(scale)
             self._finish_start()
+
+    def program_layers(self, builder: ProgramBuilder) -> None:
+        """Append this layer to a flow program."""
+        builder.affine(builder.ref(self.loc), builder.ref(self.scale), order="shift_first")
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map ``x [batch, dim]``.

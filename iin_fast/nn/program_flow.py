@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import autocast_enabled, check_device, check_dtype, check_features, check_floating
 from ..flow import ABSENT, FlowProgram, ProgramBuilder, Ref
 from ..flow import layers as L
 from ..ops.flow_program import LAYER_BY_LAYER, engine, flow_program, reference
 from .actnorm import DataDependentStart, readable, start_values
-from .border import check_permutation, is_sharded
-from .distribution import Density
+from .border import check_permutation
+from .net_steps import NotAProgram
+from .row_flow import RowFlow
 
-__all__ = ["ProgramFlow", "Orders", "Stacked", "draw_linear", "empty", "identity_spline_"]
+__all__ = ["Orders", "ProgramFlow", "Stacked", "draw_linear", "empty", "identity_spline_", "version"]
 
 Stacked = Callable[
     ..., Ref
@@ -49,7 +49,7 @@ def identity_spline_(bias: Tensor, bins: int, count: int, min_derivative: float)
     raw[..., 2 * bins :] = math.log(math.expm1(1 - min_derivative))
 
 
-class ProgramFlow(DataDependentStart, Density):
+class ProgramFlow(RowFlow, DataDependentStart):
     """A flow whose layers are one :class:`iin_fast.flow.FlowProgram`: a call is one op, whatever the depth.
 
     The parameters of all layers lie stacked in a few tensors, which the program cuts by offsets. The program is made from
@@ -60,8 +60,6 @@ class ProgramFlow(DataDependentStart, Density):
     the program, and the first one its first layer.
     """
 
-    dim: int
-    context_dim: int
     min_spread: float
     _program: FlowProgram
 
@@ -111,6 +109,9 @@ class ProgramFlow(DataDependentStart, Density):
             found = [getattr(self, name) for name in self._parameter_names]
         return found + [buffers[name] for name in self._mask_names]  # type: ignore[misc, return-value, operator]
 
+    def _like(self) -> Tensor:
+        return self._tensors()[0]
+
     def _refresh(self) -> None:
         """Make the program of the permutations as they are now."""
         permutation = self._buffers.get("permutation")
@@ -118,7 +119,7 @@ class ProgramFlow(DataDependentStart, Density):
         seen: tuple[Tensor | None, int] = (None, -1)
         if permutation is not None and readable(permutation):
             orders = tuple(map(tuple, permutation.tolist()))
-            seen = permutation, _version(permutation)
+            seen = permutation, version(permutation)
         elif permutation is not None:  # no values yet; a program of the right sizes will do
             orders = (tuple(range(self.dim)),) * permutation.shape[0]
         if orders != self._orders:
@@ -127,21 +128,27 @@ class ProgramFlow(DataDependentStart, Density):
         self._seen = seen
 
     def _build(self, orders: Orders) -> None:
-        names = self._parameter_names + self._mask_names
-        shapes = {name: tuple(tensor.shape) for name, tensor in zip(names, self._tensors(), strict=True)}
-        places = {name: number for number, name in enumerate(names)}
-
-        def stacked(name: str, *index: int) -> Ref:
-            if name not in places:
-                return ABSENT
-            shape = shapes[name]
-            return Ref(places[name], sum(i * math.prod(shape[axis + 1 :]) for axis, i in enumerate(index)))
-
         builder = ProgramBuilder(self.dim, self.context_dim)
-        self._add_layers(builder, stacked, orders)
+        tensors = self._named_tensors()
+        for tensor in tensors.values():
+            builder.ref(tensor)  # in this order
+        self._add_layers(builder, partial(_stacked, builder, tensors), orders)
         self._program = self._of(builder.layers)
         starts = [i for i, layer in enumerate(builder.layers) if isinstance(layer, L.Affine)]
         self._parts = [self._of(builder.layers[a:b]) for a, b in pairwise([*starts, len(builder.layers)])]
+
+    def _named_tensors(self) -> dict[str, Tensor]:
+        return dict(zip(self._parameter_names + self._mask_names, self._tensors(), strict=True))
+
+    def program_layers(self, builder: ProgramBuilder) -> None:
+        """Append this flow's layers to the program of a larger one."""
+        if self._dropout():
+            raise NotAProgram(self, "drops values while it trains")
+        permutation = self._buffers.get("permutation")
+        if permutation is not None and not readable(permutation):
+            raise NotAProgram(self, "has a permutation without values")
+        self._refresh()
+        self._add_layers(builder, partial(_stacked, builder, self._named_tensors()), self._orders or ())
 
     def _of(self, layers: Sequence[L.Layer]) -> FlowProgram:
         """A program of some layers, with the parameters of all."""
@@ -155,8 +162,8 @@ class ProgramFlow(DataDependentStart, Density):
         permutation = self._buffers.get("permutation")
         if permutation is None or torch.compiler.is_compiling():
             return self._program
-        seen, version = self._seen
-        if permutation is not seen or version < 0 or version != _version(permutation):
+        seen, count = self._seen
+        if permutation is not seen or count < 0 or count != version(permutation):
             if torch._C._functorch.is_functorch_wrapped_tensor(permutation):
                 return None
             self._refresh()
@@ -169,45 +176,6 @@ class ProgramFlow(DataDependentStart, Density):
         return self._program
 
     # Calls
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Map data ``[batch, dim]``, with a context ``[batch, context_dim]`` where there is one, to latents.
-
-        Returns:
-            z ``[batch, dim]`` and log|det dz/dx| ``[batch]`` in nats.
-
-        Raises:
-            ValueError: another rank, feature count, batch or device; a context that is missing or not wanted; NaN or Inf
-                in the first batch.
-            RuntimeError: the start of ActNorm under torch.func, or after ``fully_shard``.
-            TypeError: an integer, boolean or complex tensor; without autocast, another dtype than that of the parameters.
-        """
-        return self._run("x", x, context)
-
-    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Map latents to data, with log|det dx/dz|. Arguments and errors are those of ``forward``."""
-        return self._run("z", z, context, inverse=True)
-
-    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """log p(x) ``[...]`` in nats of data ``[..., dim]``, the latents standard normal. One op, the base density in it.
-
-        Args:
-            x: ``[..., dim]``.
-            context: ``[..., context_dim]``, broadcast against x.
-        """
-        if x.dim() == 2 and (context is None or (context.dim() == 2 and context.shape[0] == x.shape[0])):
-            return self._run("x", x, context, base=True)[1]
-        shape = x.shape[:-1] if context is None else torch.broadcast_shapes(x.shape[:-1], context.shape[:-1])
-        return self._run("x", _rows(x, shape), _rows(context, shape), base=True)[1].reshape(shape)  # type: ignore[arg-type]
-
-    def rsample(self, sample_shape: Any = (), context: Tensor | None = None) -> Tensor:
-        """As :meth:`sample`, differentiable by the parameters and the context."""
-        like = self._tensors()[0]
-        shape = (sample_shape,) if isinstance(sample_shape, int) else tuple(sample_shape)
-        shape = (*shape, *(() if context is None else context.shape[:-1]))
-        noise = torch.randn(*shape, self.dim, dtype=like.dtype, device=like.device)
-        x = self._run("noise", noise.reshape(-1, self.dim), _rows(context, shape), inverse=True)[0]
-        return x.reshape(*shape, self.dim)
 
     @torch.no_grad()
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
@@ -244,45 +212,6 @@ class ProgramFlow(DataDependentStart, Density):
         if program is None:
             return self._layer_by_layer(x, context, tensors, inverse, base)
         return flow_program(x, context, tensors, program, inverse=inverse, base=base)
-
-    def _check(self, name: str, x: Tensor, context: Tensor | None, like: Tensor) -> None:
-        wide = self.context_dim
-        good = (
-            isinstance(x, Tensor)
-            and x.dim() == 2
-            and x.shape[1] == self.dim
-            and x.dtype == like.dtype
-            and x.device == like.device
-            and (
-                wide == 0
-                if context is None
-                else wide > 0
-                and context.shape == (x.shape[0], wide)
-                and context.dtype == like.dtype
-                and context.device == like.device
-            )
-        )
-        if not good or is_sharded(like):
-            self._check_closely(name, x, context, like)
-
-    def _check_closely(self, name: str, x: Tensor, context: Tensor | None, like: Tensor) -> None:
-        where = type(self).__name__
-        check_features(where, name, x, self.dim)
-        wanted = [x.shape[0], self.context_dim] if self.context_dim else None
-        got = None if context is None else list(context.shape)
-        if got != wanted:
-            raise ValueError(f"{where}: context is {got}, expected {wanted}")
-        for argument, value in ((name, x), ("context", context)):
-            if value is not None:
-                check_floating(where, argument, value)
-                check_device(where, argument, value, like, "the parameters")
-                if not autocast_enabled(value):
-                    check_dtype(where, argument, value, like.dtype, "like the parameters; convert it with .to(…)")
-        if is_sharded(like):
-            raise RuntimeError(
-                f"{where}: the parameters are sharded, and not gathered here; call initialize before fully_shard, and name "
-                f"methods other than forward with torch.distributed.fsdp.register_fsdp_forward_method(module, 'inverse')"
-            )
 
     def _layer_by_layer(
         self, x: Tensor, context: Tensor | None, tensors: Sequence[Tensor], inverse: bool, base: bool
@@ -357,11 +286,15 @@ class ProgramFlow(DataDependentStart, Density):
             self._refresh()
 
 
-def _version(tensor: Tensor) -> int:
+def _stacked(builder: ProgramBuilder, tensors: Mapping[str, Tensor], name: str, *index: int) -> Ref:
+    """Where the part ``index`` of a stacked parameter lies; ABSENT for one that is not there."""
+    tensor = tensors.get(name)
+    if tensor is None:
+        return ABSENT
+    shape = tensor.shape
+    return builder.ref(tensor, sum(i * math.prod(shape[axis + 1 :]) for axis, i in enumerate(index)))
+
+
+def version(tensor: Tensor) -> int:
     """Counts what has been written into a tensor; -1 for one that does not count."""
     return -1 if tensor.is_inference() else tensor._version
-
-
-def _rows(value: Tensor | None, shape: Sequence[int]) -> Tensor | None:
-    """``[..., n]`` for each of the batch dimensions ``shape``, as rows."""
-    return None if value is None else value.expand(*shape, value.shape[-1]).reshape(math.prod(shape), value.shape[-1])

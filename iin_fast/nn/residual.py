@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import checked_dtype, checked_int, checked_number
+from ..flow import NetBuilder, ProgramBuilder
+from .net_steps import NotAProgram, dense
 from .program_flow import draw_linear
 
 __all__ = ["ResidualNet"]
@@ -73,6 +75,17 @@ class ResidualNet(nn.Module):
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
                 draw_linear(layer.weight, layer.bias, generator)
+
+    def program_steps(self, builder: ProgramBuilder, steps: NetBuilder, value: int) -> int:
+        """Append the network to a conditioner of a flow program."""
+        if self.training and self.dropout:
+            raise NotAProgram(self, "drops values while it trains")
+        h = steps.dense(value, dense(self.first, builder))
+        for block in self.blocks:
+            inner, outer = (dense(layer, builder) for layer in block.children())  # type: ignore[arg-type]
+            step = steps.dense(steps.act(h, "relu"), inner)
+            h = steps.add(h, steps.dense(steps.act(step, "relu"), outer))
+        return steps.dense(steps.act(h, "relu"), dense(self.last, builder))
 
     def forward(self, x: Tensor) -> Tensor:
         """``[batch, in_features]`` to ``[batch, out_features]``."""

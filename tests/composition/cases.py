@@ -19,12 +19,14 @@ from iin_fast.flow import ProgramBuilder, Weights, affine, mlp, spline
 from iin_fast.nn import (
     ActNorm,
     AffineCoupling,
+    Compose,
     Flow,
     LULinear,
     MaskedAutoregressiveFlow,
     NeuralSplineFlow,
     Permutation,
     RealNVP,
+    ResidualNet,
     SplineCoupling,
 )
 from iin_fast.ops.flow import flow as flow_op
@@ -104,6 +106,16 @@ def mlp_flow(kind: type, context_dim: int = 0, **options: Any) -> nn.Module:
     with torch.no_grad():
         module.weight_out += 0.2 * normal(3, *module.weight_out.shape)
     return started(module, *([normal(4, 16, context_dim)] if context_dim else []))
+
+
+def compose(context_dim: int = 0) -> nn.Module:
+    layers = [ActNorm(DIM), LULinear(DIM), AffineCoupling(DIM, linear(3 + context_dim, 6))]
+    layers += [Permutation(DIM, generator=seeded()), ActNorm(DIM)]
+    net = ResidualNet(3 + context_dim, SplineCoupling.outputs(DIM, bins=4), 8, 1, generator=seeded())
+    with torch.no_grad():
+        net.last.weight *= 0.3
+    layers.append(SplineCoupling(DIM, net, bins=4, swap=True))
+    return started(Compose(layers, context_dim), *([normal(4, 16, context_dim)] if context_dim else []))
 
 
 def iin(n_flows: int = 2, **options: Any) -> nn.Module:
@@ -238,6 +250,9 @@ MODULES = [
     Case("MaskedAutoregressiveFlow", lambda: mlp_flow(MaskedAutoregressiveFlow, order="random")),
     Case("MaskedAutoregressiveFlow inverse", lambda: Inverse(mlp_flow(MaskedAutoregressiveFlow))),
     Case("MaskedAutoregressiveFlow spline", lambda: mlp_flow(MaskedAutoregressiveFlow, 2, transformer="spline", bins=4, actnorm=False), lambda n: (normal(1, n, DIM), normal(2, n, 2)), 2),
+    Case("Compose", compose),
+    Case("Compose inverse", lambda: Inverse(compose())),
+    Case("Compose context", lambda: compose(2), lambda n: (normal(1, n, DIM), normal(2, n, 2)), 2),
     Case("IIN", iin),
     Case("IIN context", lambda: iin(context_dim=2), lambda n: (normal(1, n, DIM), normal(2, n, 2)), 2),
     Case("IIN spline", lambda: iin(n_flows=1, coupling="spline")),

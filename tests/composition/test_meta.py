@@ -15,6 +15,7 @@ from iin_fast.compat import net2net
 from iin_fast.nn import (
     ActNorm,
     AffineCoupling,
+    Compose,
     Flow,
     LULinear,
     MaskedAutoregressiveFlow,
@@ -50,6 +51,7 @@ OURS: dict[str, Make] = {
     "Flow, neither": lambda **place: Flow(DIM, 2, 8, 1, actnorm=False, permute=False, **place),
     "NeuralSplineFlow": lambda **place: NeuralSplineFlow(DIM, n_flows=2, bins=4, hidden_dim=8, **place),
     "NeuralSplineFlow, seeded": lambda **place: NeuralSplineFlow(DIM, n_flows=1, bins=4, hidden_dim=8, generator=seeded(), **place),
+    "Compose": lambda **place: Compose([ActNorm(DIM, **place), AffineCoupling(DIM, ResidualNet(3, 6, 8, **place)), Permutation(DIM, **place)]),
     "RealNVP": lambda **place: RealNVP(DIM, n_flows=2, hidden_dim=8, **place),
     "RealNVP, no actnorm": lambda **place: RealNVP(DIM, n_flows=2, hidden_dim=8, actnorm=False, **place),
     "MaskedAutoregressiveFlow": lambda **place: MaskedAutoregressiveFlow(DIM, n_flows=2, hidden_dim=8, **place),
