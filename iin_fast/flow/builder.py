@@ -43,6 +43,7 @@ class ProgramBuilder:
 
     Attributes:
         tensors: what :meth:`ref` was given, in the order that the program names them.
+        layers: what was appended.
 
     Example:
         >>> import torch
@@ -60,7 +61,7 @@ class ProgramBuilder:
         self.context = context
         self.tensors: list[Tensor] = []
         self._places: dict[int, int] = {}
-        self._layers: list[Layer] = []
+        self.layers: list[Layer] = []
 
     def ref(self, tensor: Tensor | None, offset: int = 0) -> Ref:
         """A parameter that starts at element ``offset`` of ``tensor``; None: absent. A tensor has one place, however often it comes."""
@@ -75,7 +76,7 @@ class ProgramBuilder:
         """Append a layer, or with ``inverse`` its inverse map."""
         if inverse:
             layer = layer.layer if isinstance(layer, Inverse) else Inverse(layer)
-        self._layers.append(layer)
+        self.layers.append(layer)
 
     def affine(
         self,
@@ -136,7 +137,7 @@ class ProgramBuilder:
         Raises:
             ValueError: something does not fit; the message names the layer.
         """
-        return FlowProgram(self.dim, self.context, len(self.tensors), tuple(self._layers))
+        return FlowProgram(self.dim, self.context, len(self.tensors), tuple(self.layers))
 
 
 # ---------------------------------------------------------------- transformers

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_features, checked_dtype, checked_int, checked_number, readable
+from ..flow import ProgramBuilder
 
 __all__ = ["MIN_SPREAD", "ActNorm", "DataDependentStart", "start_values"]
 
@@ -169,6 +170,8 @@ class DataDependentStart(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if "initialized" not in self._buffers:  # without ActNorm
+            return
         if prefix + "initialized" not in state_dict and (
             prefix + "loc" in state_dict or prefix + "scale" in state_dict
         ):
@@ -243,6 +246,10 @@ class ActNorm(DataDependentStart):
             self.loc.copy_(loc)
             self.scale.copy_(scale)
             self._finish_start()
+
+    def program_layers(self, builder: ProgramBuilder) -> None:
+        """Append this layer to a flow program."""
+        builder.affine(builder.ref(self.loc), builder.ref(self.scale), order="shift_first")
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map ``x [batch, dim]``.

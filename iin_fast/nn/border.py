@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..ops.flow.layout import pack, unpack
 
-__all__ = ["Entry", "export_tensors", "import_tensors", "is_sharded"]
+__all__ = ["Entry", "check_permutation", "export_tensors", "import_tensors", "is_sharded"]
 
 
 @dataclass(frozen=True)
@@ -157,9 +157,14 @@ def check_values(key: str, tensor: Tensor, entry: Entry) -> None:
             f"expected finite parameters: the checkpoint is corrupt, or was saved after training had diverged"
         )
     if entry.name == "permutation":
-        rows = tensor.sort(dim=-1).values
-        if not torch.equal(rows, torch.arange(rows.shape[-1], device=rows.device).expand_as(rows)):
-            raise ValueError(
-                f"load_state_dict: {key} is not a permutation of 0 … {rows.shape[-1] - 1}; "
-                f"the checkpoint is corrupt or foreign"
-            )
+        check_permutation(key, tensor)
+
+
+def check_permutation(key: str, tensor: Tensor) -> None:
+    """Refuse an index ``[..., n]`` whose rows are no permutations."""
+    rows = tensor.sort(dim=-1).values
+    if not torch.equal(rows, torch.arange(rows.shape[-1], device=rows.device).expand_as(rows)):
+        raise ValueError(
+            f"load_state_dict: {key} is not a permutation of 0 … {rows.shape[-1] - 1}; "
+            f"the checkpoint is corrupt or foreign"
+        )

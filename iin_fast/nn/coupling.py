@@ -4,9 +4,14 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_features, checked_choice, checked_flag, checked_int, checked_net
+from ..flow import ProgramBuilder
+from ..flow import affine as program_affine
+from ..flow import spline as program_spline
+from ..flow.layers import Transformer
 from ..functional import affine_coupling, spline_coupling
 from ..ops import affine_coupling as affine
 from ..ops import spline_coupling as spline
+from .net_steps import net_of
 
 __all__ = ["AffineCoupling", "SplineCoupling"]
 
@@ -36,6 +41,22 @@ class Coupling(nn.Module):
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map ``z [batch, dim]`` back; the log-det is that of the inverse map. Raises like ``forward``."""
         return self._couple("z", z, context, inverse=True)
+
+    def program_layers(self, builder: ProgramBuilder) -> None:
+        """Append this layer to a flow program.
+
+        Raises:
+            NotAProgram: the conditioner is no list of steps.
+        """
+        size = self.dim // 2
+        first, last = range(size), range(self.dim - size, self.dim)
+        conditioning = range(size, self.dim) if self.swap else range(self.dim - size)
+        net = net_of(self.conditioner, builder)
+        builder.coupling(conditioning, first if self.swap else last, net, self._transformer(size))
+
+    def _transformer(self, size: int) -> Transformer:
+        """How a program maps ``size`` features."""
+        raise NotImplementedError
 
     def _wanted(self, size: int) -> tuple[int, str]:
         """How many values the conditioner returns for ``size`` features, and what they are, for an error message."""
@@ -106,6 +127,11 @@ class AffineCoupling(Coupling):
 
     def extra_repr(self) -> str:
         return f"{self.dim}, squash={self.squash!r}, clamp={self.clamp}, swap={self.swap}"
+
+    def _transformer(self, size: int) -> Transformer:
+        return program_affine(
+            size, self.squash, clamp=affine.check_options("AffineCoupling", self.squash, self.clamp)[1]
+        )
 
     def _wanted(self, size: int) -> tuple[int, str]:
         if self.squash == "none":
@@ -190,6 +216,9 @@ class SplineCoupling(Coupling):
 
     def extra_repr(self) -> str:
         return f"{self.dim}, " + ", ".join(f"{k}={v!r}" for k, v in self.options.items()) + f", swap={self.swap}"
+
+    def _transformer(self, size: int) -> Transformer:
+        return program_spline(**self.options)  # type: ignore[arg-type]
 
     def _wanted(self, size: int) -> tuple[int, str]:
         return size * self.count, f"{self.count} raw widths, heights and derivatives"

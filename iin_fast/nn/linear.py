@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import check_features, checked_dtype, checked_int, checked_number
+from ..flow import ProgramBuilder
 
 __all__ = ["LULinear"]
 
@@ -70,6 +71,11 @@ class LULinear(nn.Module):
         diagonal = self.min_diagonal + F.softplus(self.weight.diagonal())
         identity = torch.eye(self.dim, device=self.weight.device, dtype=self.weight.dtype)
         return self.weight.tril(-1) + identity, self.weight.triu(1) + diagonal.diag()
+
+    def program_layers(self, builder: ProgramBuilder) -> None:
+        """Append this layer to a flow program."""
+        weight, bias = builder.ref(self.weight), builder.ref(self.bias)
+        builder.linear(weight, bias=bias, storage="square", eps=self.min_diagonal)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map ``x [batch, dim]``.

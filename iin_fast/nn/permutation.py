@@ -4,6 +4,9 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_features, checked_int
+from ..flow import ProgramBuilder
+from .actnorm import readable
+from .net_steps import NotAProgram
 
 __all__ = ["Permutation"]
 
@@ -71,6 +74,12 @@ class Permutation(nn.Module):
             self.permutation.copy_(torch.randperm(self.dim, generator=generator, device=source))
         else:
             self.permutation.copy_(torch.tensor(self.given, device="cpu"))
+
+    def program_layers(self, builder: ProgramBuilder) -> None:
+        """Append this layer to a flow program."""
+        if not readable(self.permutation):
+            raise NotAProgram(self, "has a permutation without values")
+        builder.permute(self.permutation.tolist())
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Permute ``x [batch, dim]``; returns y ``[batch, dim]`` and zeros ``[batch]``."""

@@ -5,6 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import checked_dtype, checked_int, checked_number
+from ..flow import NetBuilder, ProgramBuilder
+from .net_steps import NotAProgram, dense
+from .program_flow import draw_linear
 
 __all__ = ["ResidualNet"]
 
@@ -67,18 +70,22 @@ class ResidualNet(nn.Module):
         self.last = linear(hidden_dim, out_features)
         self.reset_parameters(generator)
 
-    @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw all weights anew."""
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
-                device = generator.device if generator else layer.weight.device
-                weight = torch.empty_like(layer.weight, device=device)
-                nn.init.kaiming_uniform_(weight, a=5**0.5, generator=generator)
-                layer.weight.copy_(weight)
-                bound = layer.in_features**-0.5
-                bias = torch.empty_like(layer.bias, device=device)
-                layer.bias.copy_(nn.init.uniform_(bias, -bound, bound, generator=generator))
+                draw_linear(layer.weight, layer.bias, generator)
+
+    def program_steps(self, builder: ProgramBuilder, steps: NetBuilder, value: int) -> int:
+        """Append the network to a conditioner of a flow program."""
+        if self.training and self.dropout:
+            raise NotAProgram(self, "drops values while it trains")
+        h = steps.dense(value, dense(self.first, builder))
+        for block in self.blocks:
+            inner, outer = (dense(layer, builder) for layer in block.children())  # type: ignore[arg-type]
+            step = steps.dense(steps.act(h, "relu"), inner)
+            h = steps.add(h, steps.dense(steps.act(step, "relu"), outer))
+        return steps.dense(steps.act(h, "relu"), dense(self.last, builder))
 
     def forward(self, x: Tensor) -> Tensor:
         """``[batch, in_features]`` to ``[batch, out_features]``."""

@@ -16,7 +16,19 @@ from iin_fast import functional as F
 from iin_fast.compat import iin as published_iin
 from iin_fast.compat import net2net
 from iin_fast.flow import ProgramBuilder, Weights, affine, mlp, spline
-from iin_fast.nn import ActNorm, AffineCoupling, Flow, LULinear, NeuralSplineFlow, Permutation, SplineCoupling
+from iin_fast.nn import (
+    ActNorm,
+    AffineCoupling,
+    Compose,
+    Flow,
+    LULinear,
+    MaskedAutoregressiveFlow,
+    NeuralSplineFlow,
+    Permutation,
+    RealNVP,
+    ResidualNet,
+    SplineCoupling,
+)
 from iin_fast.ops.flow import flow as flow_op
 from iin_fast.ops.flow_program import flow_program
 
@@ -86,6 +98,24 @@ def flow(**options: Any) -> nn.Module:
 def spline_flow(context: int = 0) -> nn.Module:
     module = NeuralSplineFlow(DIM, context, n_flows=1, bins=4, hidden_dim=8, hidden_depth=1, generator=seeded())
     return started(module, *([normal(4, 16, context)] if context else []))
+
+
+def mlp_flow(kind: type, context_dim: int = 0, **options: Any) -> nn.Module:
+    """Away from the identity that it starts as."""
+    module = kind(DIM, context_dim, n_flows=2, hidden_dim=8, hidden_depth=1, generator=seeded(), **options)
+    with torch.no_grad():
+        module.weight_out += 0.2 * normal(3, *module.weight_out.shape)
+    return started(module, *([normal(4, 16, context_dim)] if context_dim else []))
+
+
+def compose(context_dim: int = 0) -> nn.Module:
+    layers = [ActNorm(DIM), LULinear(DIM), AffineCoupling(DIM, linear(3 + context_dim, 6))]
+    layers += [Permutation(DIM, generator=seeded()), ActNorm(DIM)]
+    net = ResidualNet(3 + context_dim, SplineCoupling.outputs(DIM, bins=4), 8, 1, generator=seeded())
+    with torch.no_grad():
+        net.last.weight *= 0.3
+    layers.append(SplineCoupling(DIM, net, bins=4, swap=True))
+    return started(Compose(layers, context_dim), *([normal(4, 16, context_dim)] if context_dim else []))
 
 
 def iin(n_flows: int = 2, **options: Any) -> nn.Module:
@@ -215,6 +245,14 @@ MODULES = [
     Case("NeuralSplineFlow", spline_flow),
     Case("NeuralSplineFlow inverse", lambda: Inverse(spline_flow())),
     Case("NeuralSplineFlow context", lambda: spline_flow(context=2), lambda n: (normal(1, n, DIM), normal(2, n, 2)), 2),
+    Case("RealNVP", lambda: mlp_flow(RealNVP)),
+    Case("RealNVP context", lambda: mlp_flow(RealNVP, 2), lambda n: (normal(1, n, DIM), normal(2, n, 2)), 2),
+    Case("MaskedAutoregressiveFlow", lambda: mlp_flow(MaskedAutoregressiveFlow, order="random")),
+    Case("MaskedAutoregressiveFlow inverse", lambda: Inverse(mlp_flow(MaskedAutoregressiveFlow))),
+    Case("MaskedAutoregressiveFlow spline", lambda: mlp_flow(MaskedAutoregressiveFlow, 2, transformer="spline", bins=4, actnorm=False), lambda n: (normal(1, n, DIM), normal(2, n, 2)), 2),
+    Case("Compose", compose),
+    Case("Compose inverse", lambda: Inverse(compose())),
+    Case("Compose context", lambda: compose(2), lambda n: (normal(1, n, DIM), normal(2, n, 2)), 2),
     Case("IIN", iin),
     Case("IIN context", lambda: iin(context_dim=2), lambda n: (normal(1, n, DIM), normal(2, n, 2)), 2),
     Case("IIN spline", lambda: iin(n_flows=1, coupling="spline")),

@@ -22,7 +22,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
 from iin_fast.compat.published import PublishedFlow
-from iin_fast.nn import ActNorm, Flow
+from iin_fast.nn import ActNorm, Flow, NeuralSplineFlow
 
 from .cases import DIM, MODULES, Case, normal, seeded, tensors
 
@@ -94,7 +94,10 @@ def data_parallel(rank: int) -> Any:
 def data_parallel_starts_alike(rank: int) -> Any:
     """The first batch of each process is its own; all take the start of the first process."""
     found = []
-    for module in (Flow(DIM, n_flows=2, hidden_dim=8, generator=seeded()), ActNorm(DIM)):
+    spline = NeuralSplineFlow(
+        DIM, n_flows=2, hidden_dim=8, generator=seeded(rank)
+    )  # whose permutations are of each process
+    for module in (Flow(DIM, n_flows=2, hidden_dim=8, generator=seeded()), ActNorm(DIM), spline):
         DistributedDataParallel(module)(normal(rank, 16, DIM) + rank)
         found.append([module.loc.detach(), module.scale.detach()])
     return found

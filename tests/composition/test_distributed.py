@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 import iin_fast
-from iin_fast.nn import ActNorm, Flow
+from iin_fast.nn import ActNorm, Flow, NeuralSplineFlow
 
 from .cases import DIM, MODULES, normal, same, seeded
 from .processes import CHECKS, learning, renamed, wanted_step
@@ -81,7 +81,11 @@ def test_shards_of_parts_of_a_model(found):
 
 def test_all_processes_start_alike(found):
     for module, *starts in zip(
-        (Flow(DIM, n_flows=2, hidden_dim=8, generator=seeded()), ActNorm(DIM)),
+        (
+            Flow(DIM, n_flows=2, hidden_dim=8, generator=seeded()),
+            ActNorm(DIM),
+            NeuralSplineFlow(DIM, n_flows=2, hidden_dim=8, generator=seeded()),
+        ),
         *both(found, "data_parallel_starts_alike"),
         strict=True,
     ):

@@ -15,10 +15,13 @@ from iin_fast.compat import net2net
 from iin_fast.nn import (
     ActNorm,
     AffineCoupling,
+    Compose,
     Flow,
     LULinear,
+    MaskedAutoregressiveFlow,
     NeuralSplineFlow,
     Permutation,
+    RealNVP,
     ResidualNet,
     SplineCoupling,
 )
@@ -48,6 +51,11 @@ OURS: dict[str, Make] = {
     "Flow, neither": lambda **place: Flow(DIM, 2, 8, 1, actnorm=False, permute=False, **place),
     "NeuralSplineFlow": lambda **place: NeuralSplineFlow(DIM, n_flows=2, bins=4, hidden_dim=8, **place),
     "NeuralSplineFlow, seeded": lambda **place: NeuralSplineFlow(DIM, n_flows=1, bins=4, hidden_dim=8, generator=seeded(), **place),
+    "Compose": lambda **place: Compose([ActNorm(DIM, **place), AffineCoupling(DIM, ResidualNet(3, 6, 8, **place)), Permutation(DIM, **place)]),
+    "RealNVP": lambda **place: RealNVP(DIM, n_flows=2, hidden_dim=8, **place),
+    "RealNVP, no actnorm": lambda **place: RealNVP(DIM, n_flows=2, hidden_dim=8, actnorm=False, **place),
+    "MaskedAutoregressiveFlow": lambda **place: MaskedAutoregressiveFlow(DIM, n_flows=2, hidden_dim=8, **place),
+    "MaskedAutoregressiveFlow, random": lambda **place: MaskedAutoregressiveFlow(DIM, n_flows=3, hidden_dim=8, order="random", actnorm=False, **place),
     "IIN": lambda **place: IIN(DIM, {"a": 2}, 2, 8, 1, **place),
     "IIN spline": lambda **place: IIN(DIM, {"a": 2}, 1, 8, 1, coupling="spline", generator=seeded(), **place),
 }  # fmt: skip
@@ -176,6 +184,7 @@ def test_reset_parameters_is_a_new_draw() -> None:
     """The same seed gives what the constructor gives; nothing of the start stays."""
     for make in (
         lambda: NeuralSplineFlow(DIM, n_flows=2, bins=4, hidden_dim=8, generator=seeded()),
+        lambda: MaskedAutoregressiveFlow(DIM, n_flows=2, order="random", generator=seeded()),
         lambda: Permutation(DIM, generator=seeded()),
         lambda: ResidualNet(DIM, 3, 8, generator=seeded()),
     ):

@@ -13,7 +13,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from iin_fast import IIN
 from iin_fast.compat import iin as published_iin
 from iin_fast.compat import net2net
-from iin_fast.nn import ActNorm, Flow, NeuralSplineFlow
+from iin_fast.nn import (
+    ActNorm,
+    AffineCoupling,
+    Compose,
+    Flow,
+    MaskedAutoregressiveFlow,
+    NeuralSplineFlow,
+    RealNVP,
+    ResidualNet,
+)
 from iin_fast.nn.actnorm import DataDependentStart
 
 DIM = 5
@@ -40,6 +49,17 @@ OURS: dict[str, Callable[..., nn.Module]] = {
     "ActNorm": lambda **options: ActNorm(DIM, **options),
     "Flow": lambda **options: Flow(DIM, 2, 8, 1, generator=seeded(), **options),
     "NeuralSplineFlow": lambda **options: NeuralSplineFlow(DIM, n_flows=2, hidden_dim=8, generator=seeded(), **options),
+    "Compose": lambda **options: Compose(
+        [
+            ActNorm(DIM, **options),
+            AffineCoupling(DIM, ResidualNet(3, 4, 8, generator=seeded())),
+            ActNorm(DIM, **options),
+        ]
+    ),
+    "RealNVP": lambda **options: RealNVP(DIM, n_flows=2, hidden_dim=8, generator=seeded(), **options),
+    "MaskedAutoregressiveFlow": lambda **options: MaskedAutoregressiveFlow(
+        DIM, n_flows=2, hidden_dim=8, generator=seeded(), **options
+    ),
     "IIN": lambda **options: IIN(DIM, {"a": 2}, 2, 8, 1, generator=seeded(), **options),
     "IIN, spline": lambda **options: IIN(DIM, None, 2, 8, 1, coupling="spline", generator=seeded(), **options),
 }

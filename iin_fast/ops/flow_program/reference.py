@@ -28,10 +28,12 @@ class Maps(NamedTuple):
 
     affine: (x, raw scale or None, shift, squash, clamp, inverse), each ``[batch, features]``.
     spline: (x, raw ``[batch, features, count]``, transformer, inverse).
+    dropout: in training without a program, the rate at which values before the last layer of a residual block are dropped.
     """
 
     affine: Callable[[Tensor, Tensor | None, Tensor, str, float, bool], Result]
     spline: Callable[[Tensor, Tensor, L.SplineTransformer, bool], Result]
+    dropout: float = 0.0
 
 
 def _spline(x: Tensor, raw: Tensor, t: L.SplineTransformer, inverse: bool) -> Result:
@@ -88,7 +90,7 @@ def _layer(layer: L.Layer, x: Tensor, context: Tensor | None, read: Read, maps: 
         return (x / slopes, -logdet) if inverse else (x * slopes, logdet)
     if isinstance(layer, L.Coupling):
         transformed = torch.tensor(layer.transformed, device=x.device)
-        raw = _net(layer.net, x[:, list(layer.conditioning)], context, read)
+        raw = _net(layer.net, x[:, list(layer.conditioning)], context, read, maps.dropout)
         part, logdet = _transform(layer.transformer, x[:, transformed], raw, maps, inverse)
         return x.index_copy(1, transformed, part), logdet
     if inverse:
@@ -156,12 +158,14 @@ _ACTS: dict[str, Callable[[Tensor, float], Tensor]] = {
 }
 
 
-def _net(net: L.Net, features: Tensor, context: Tensor | None, read: Read) -> Tensor:
+def _net(net: L.Net, features: Tensor, context: Tensor | None, read: Read, dropout: float = 0.0) -> Tensor:
     """The raw values, ``[batch, sum of the outputs]``."""
     values = [features, features[:, :0] if context is None else context]
-    for step in net.steps:
+    for step, after in zip(net.steps, (*net.steps[1:], None), strict=True):
         if isinstance(step, L.Dense):
             source = values[step.source]
+            if dropout and isinstance(after, L.Add):
+                source = F.dropout(source, dropout)
             weight = read(step.weight, step.out, source.shape[1])
             if step.mask != L.ABSENT:
                 weight = weight * read(step.mask, step.out, source.shape[1]).detach()

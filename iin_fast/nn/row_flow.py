@@ -1,0 +1,114 @@
+"""Calls and checks of flows that map rows."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import autocast_enabled, check_device, check_dtype, check_features, check_floating
+from .border import is_sharded
+from .distribution import Density
+
+__all__ = ["RowFlow"]
+
+
+class RowFlow(Density):
+    """Forward, inverse, density and samples. A class has ``dim``, ``context_dim``, ``_run`` and ``_like``."""
+
+    dim: int
+    context_dim: int
+
+    def _run(
+        self, name: str, x: Tensor, context: Tensor | None, inverse: bool = False, base: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Check and map ``[batch, dim]``; with ``base`` the log-density of a standard normal at the result is added."""
+        raise NotImplementedError
+
+    def _like(self) -> Tensor:
+        """A tensor where the latents are, of their type."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Map data ``[batch, dim]``, with a context ``[batch, context_dim]`` where there is one, to latents.
+
+        Returns:
+            z ``[batch, dim]`` and log|det dz/dx| ``[batch]`` in nats.
+
+        Raises:
+            ValueError: another rank, feature count, batch or device; a context that is missing or not wanted; NaN or Inf
+                in the first batch.
+            RuntimeError: the start of ActNorm under torch.func, or after ``fully_shard``.
+            TypeError: an integer, boolean or complex tensor; without autocast, another dtype than that of the parameters.
+        """
+        return self._run("x", x, context)
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Map latents to data, with log|det dx/dz|. Arguments and errors are those of ``forward``."""
+        return self._run("z", z, context, inverse=True)
+
+    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """log p(x) ``[...]`` in nats of data ``[..., dim]``, the latents standard normal.
+
+        Args:
+            x: ``[..., dim]``.
+            context: ``[..., context_dim]``, broadcast against x.
+        """
+        if x.dim() == 2 and (context is None or (context.dim() == 2 and context.shape[0] == x.shape[0])):
+            return self._run("x", x, context, base=True)[1]
+        shape = x.shape[:-1] if context is None else torch.broadcast_shapes(x.shape[:-1], context.shape[:-1])
+        return self._run("x", _rows(x, shape), _rows(context, shape), base=True)[1].reshape(shape)  # type: ignore[arg-type]
+
+    def rsample(self, sample_shape: Any = (), context: Tensor | None = None) -> Tensor:
+        """As :meth:`sample`, differentiable by the parameters and the context."""
+        like = self._like()
+        shape = (sample_shape,) if isinstance(sample_shape, int) else tuple(sample_shape)
+        shape = (*shape, *(() if context is None else context.shape[:-1]))
+        noise = torch.randn(*shape, self.dim, dtype=like.dtype, device=like.device)
+        x = self._run("noise", noise.reshape(-1, self.dim), _rows(context, shape), inverse=True)[0]
+        return x.reshape(*shape, self.dim)
+
+    def _check(self, name: str, x: Tensor, context: Tensor | None, like: Tensor) -> None:
+        wide = self.context_dim
+        good = (
+            isinstance(x, Tensor)
+            and x.dim() == 2
+            and x.shape[1] == self.dim
+            and x.dtype == like.dtype
+            and x.device == like.device
+            and (
+                wide == 0
+                if context is None
+                else wide > 0
+                and context.shape == (x.shape[0], wide)
+                and context.dtype == like.dtype
+                and context.device == like.device
+            )
+        )
+        if not good or is_sharded(like):
+            self._check_closely(name, x, context, like)
+
+    def _check_closely(self, name: str, x: Tensor, context: Tensor | None, like: Tensor) -> None:
+        where = type(self).__name__
+        check_features(where, name, x, self.dim)
+        wanted = [x.shape[0], self.context_dim] if self.context_dim else None
+        got = None if context is None else list(context.shape)
+        if got != wanted:
+            raise ValueError(f"{where}: context is {got}, expected {wanted}")
+        for argument, value in ((name, x), ("context", context)):
+            if value is not None:
+                check_floating(where, argument, value)
+                check_device(where, argument, value, like, "the parameters")
+                if not autocast_enabled(value):
+                    check_dtype(where, argument, value, like.dtype, "like the parameters; convert it with .to(…)")
+        if is_sharded(like):
+            raise RuntimeError(
+                f"{where}: the parameters are sharded, and not gathered here; call initialize before fully_shard, and name "
+                f"methods other than forward with torch.distributed.fsdp.register_fsdp_forward_method(module, 'inverse')"
+            )
+
+
+def _rows(value: Tensor | None, shape: Sequence[int]) -> Tensor | None:
+    """``[..., n]`` for each of the batch dimensions ``shape``, as rows."""
+    return None if value is None else value.expand(*shape, value.shape[-1]).reshape(math.prod(shape), value.shape[-1])
