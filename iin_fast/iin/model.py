@@ -441,7 +441,7 @@ class IIN(nn.Module):
     def load(
         cls, path: str | os.PathLike[str], *, device: torch.device | str | None = None, memory: str = "auto"
     ) -> "IIN":
-        """The model that :meth:`save` wrote into the folder ``path``. Needs ``pip install 'iin-fast[io]'``.
+        """The model that :meth:`save` wrote into the folder ``path``, a ``LinearIIN`` too. Needs ``pip install 'iin-fast[io]'``.
 
         Args:
             path: the folder.
@@ -453,12 +453,17 @@ class IIN(nn.Module):
             ValueError: a file that is damaged or not of iin-fast; parameters that are missing, unknown, of another
                 shape or type than the configuration says, NaN or Inf.
         """
+        from . import linear  # which is made of this module
+
         tensors, config = checkpoint.load(path)
         # Drawn from a generator of its own: loading a model leaves the global random state alone.
         generator = torch.Generator().manual_seed(0)
         try:
             dtype = checkpoint.DTYPES[config.pop("dtype")]
-            model = cls(**config, dtype=dtype, device="cpu", generator=generator, memory=memory)
+            if config["coupling"] == "linear":
+                model: IIN = linear.LinearIIN._of_config(config, dtype)
+            else:
+                model = cls(**config, dtype=dtype, device="cpu", generator=generator, memory=memory)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{checkpoint.config_file(path)}: no valid configuration of an IIN ({error!r})") from error
         checkpoint.check(path, tensors, model.state_dict())
