@@ -198,10 +198,12 @@ class LinearIIN(IIN):
             raise ValueError(f"{where}: z has no feature that varies, expected one at least")
         weights = _contrast(shared)[:, [list(names).index(name) for name in wanted]]
         common = _in_common(w, a, b, weights)
-        counts = _counts(wanted, common, w, a, b, weights, where, dim)
+        values, vectors = torch.linalg.eigh(common)
+        counts = _counts(wanted, values, w, a, b, weights, where, dim)
         fitted = _fitting(counts, w.shape[1])
-        basis = _subspaces(common, list(fitted.values()))  # [rank, rank]: the factors, then the residual
-        basis = _residual_by_variance(basis, sum(fitted.values()), whitening.variance)
+        basis = _subspaces(
+            common, values, vectors, list(fitted.values())
+        )  # [rank, rank]: the factors, then the residual
         matrix = whitening.matrix(basis, list(fitted.values()), list(counts.values()))
         return cls(_LinearFlow(whitening.mean, whitening.scale, matrix, z.dtype), counts)
 
@@ -241,7 +243,6 @@ class _Whitening:
 
     Attributes:
         mean, scale: of each feature, ``[dim]``; where it does not vary, its value and 1.
-        variance: of the directions of w, before they are scaled, ``[rank]``.
     """
 
     def __init__(self, z: Tensor) -> None:
@@ -256,8 +257,8 @@ class _Whitening:
         shrinkage = _shrinkage(x)
         variance, directions = torch.linalg.eigh(correlation)
         null = variance <= NULL_VARIANCE
-        self.variance, self.directions, self.null = variance[~null], directions[:, ~null], directions[:, null]
-        self.gain = ((1 - shrinkage) * self.variance + shrinkage).rsqrt()
+        self.directions, self.null = directions[:, ~null], directions[:, null]
+        self.gain = ((1 - shrinkage) * variance[~null] + shrinkage).rsqrt()
 
     def _standard(self, z: Tensor) -> Tensor:
         return ((z - self.mean) / self.scale)[:, self.live]
@@ -330,18 +331,22 @@ def _contrast(shared: Tensor) -> Tensor:
 
 
 def _in_common(w: Tensor, a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
-    """Symmetric matrices M_F ``[names, rank, rank]`` of pairs of the rows ``a`` and ``b`` of ``w``."""
-    found = []
-    for weight in weights.T:
-        pairs = torch.sparse_coo_tensor(torch.stack([a, b]), weight, (len(w), len(w)), check_invariants=False)
-        product = w.T @ torch.sparse.mm(pairs, w)
+    """Symmetric matrices M_F ``[names, rank, rank]`` of pairs of the rows ``a`` and ``b`` of ``w``.
+
+    Products are float32: what rounding adds is far below what drawing other pairs changes.
+    """
+    rows, found = w.float(), []
+    for weight in weights.T.float():
+        size = (len(w), len(w))
+        pairs = torch.sparse_coo_tensor(torch.stack([a, b]), weight, size, check_invariants=False)
+        product = (rows.T @ torch.sparse.mm(pairs, rows)).double()
         found.append((product + product.T) / 2)
     return torch.stack(found)
 
 
 def _counts(
     wanted: Mapping[str, int | None],
-    common: Tensor,
+    values: Tensor,  # [names, rank], eigenvalues of M_F
     w: Tensor,
     a: Tensor,
     b: Tensor,
@@ -358,10 +363,17 @@ def _counts(
         exchanged = torch.randperm(len(w), generator=torch.Generator().manual_seed(0)).to(b.device)
         chance = _in_common(w, a, exchanged[b], weights[:, open_])
         for k, by_chance in zip(open_, chance, strict=True):
-            beyond = torch.linalg.eigvalsh(common[k]) > torch.linalg.eigvalsh(by_chance).max()
-            counts[list(wanted)[k]] = max(1, int(beyond.sum()))
-    fitted = _fitting(counts, dim, [list(wanted)[k] for k in open_])
-    return fitted
+            counts[list(wanted)[k]] = max(1, int((values[k] > _spectral_norm(by_chance)).sum()))
+    return _fitting(counts, dim, [list(wanted)[k] for k in open_])
+
+
+def _spectral_norm(symmetric: Tensor) -> float:
+    """The largest size of an eigenvalue, by subspace iteration: much faster than all eigenvalues, and near enough."""
+    generator = torch.Generator().manual_seed(0)
+    block = torch.randn(len(symmetric), 8, dtype=symmetric.dtype, generator=generator).to(symmetric.device)
+    for _ in range(30):
+        block = symmetric @ torch.linalg.qr(block).Q
+    return float(torch.linalg.matrix_norm(block, 2))
 
 
 def _fitting(counts: Mapping[str, int], most: int, among: Sequence[str] | None = None) -> dict[str, int]:
@@ -373,16 +385,15 @@ def _fitting(counts: Mapping[str, int], most: int, among: Sequence[str] | None =
     return fitted
 
 
-def _subspaces(common: Tensor, sizes: Sequence[int]) -> Tensor:
+def _subspaces(common: Tensor, values: Tensor, vectors: Tensor, sizes: Sequence[int]) -> Tensor:
     """Orthonormal ``[rank, rank]``: for each M_F its columns, which together maximise Σ tr(U_F' M_F U_F); then the rest.
 
     Each turn replaces U by the orthonormal matrix nearest to [A_1 U_1, …], where A_F is M_F made positive by one multiple of
     the identity for all. The sum never falls: it is convex in U, and U maximises the tangent at its predecessor.
     """
-    lift = max(0.0, -float(torch.linalg.eigvalsh(common).min()))
-    total = common.sum(0)
-    start = [torch.linalg.eigh(2 * own - total).eigenvectors for own in common]
-    parts = [vectors[:, len(total) - size :] for vectors, size in zip(start, sizes, strict=True)]
+    lift = max(0.0, -float(values.min()))
+    rank = common.shape[1]
+    parts = [top[:, rank - size :] for top, size in zip(vectors, sizes, strict=True)]
     basis, best = _nearest_orthonormal(torch.cat(parts, 1)), -torch.inf
     for _ in range(ROTATIONS):
         parts = list(basis.split(list(sizes), 1))
@@ -404,13 +415,6 @@ def _nearest_orthonormal(matrix: Tensor) -> Tensor:
     """The matrix ``[rank, size]`` with orthonormal columns that is nearest to ``matrix``."""
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
     return left @ right
-
-
-def _residual_by_variance(basis: Tensor, named: int, variance: Tensor) -> Tensor:
-    """``basis`` ``[rank, rank]`` whose columns from ``named`` on are turned to their principal axes, the largest first."""
-    rest = basis[:, named:]
-    turn = torch.linalg.eigh(rest.T @ (variance[:, None] * rest)).eigenvectors.flip(1)
-    return torch.cat([basis[:, :named], rest @ turn], 1)
 
 
 def _check(where: str, name: str, z: Tensor) -> None:

@@ -143,7 +143,7 @@ def test_the_scale_of_a_feature_changes_nothing():
     for name in plain.sizes:
         one = plain.swap(z, z.flip(0), name)
         other = (scaled.swap(z * scale + shift, (z * scale + shift).flip(0), name) - shift) / scale
-        assert torch.allclose(one, other, atol=1e-7), name
+        assert torch.allclose(one, other, atol=1e-4), name
 
 
 def test_sizes_larger_than_what_varies():
