@@ -24,7 +24,7 @@ from .train import held_out_rise
 
 __all__ = ["write_report"]
 
-COLUMNS = {"iin": "IIN", "mean_shift": "mean shift", "pca": "PCA", "raw": "raw z"}
+COLUMNS = {"iin": "IIN", "mean_shift": "mean shift", "linear_iin": "linear IIN", "pca": "PCA", "raw": "raw z"}
 STEPS = 7  # of an interpolation
 
 # How entries of run.json read on the page; what is not here reads as it is written there.
@@ -378,7 +378,8 @@ def _metrics(evaluation: Mapping[str, Any]) -> str:
     if not evaluation:
         return "<h2>Metrics</h2><p>There are none yet: run the evaluation, and write this page again.</p>"
     rows: list[str] = []
-    columns = {who: title for who, title in COLUMNS.items() if who != "mean_shift" or "pairs" not in evaluation}
+    compared = evaluation.get("pairs") or evaluation.get("swap") or evaluation.get("mig", {})
+    columns = {who: title for who, title in COLUMNS.items() if who in compared}
 
     def line(
         text: str, note: str, found: Mapping[str, float], better: str, bound: str = "", form: str = "{:.0%}"
@@ -398,7 +399,7 @@ def _metrics(evaluation: Mapping[str, Any]) -> str:
             name = escape(concept)
             judged = swap["judge"]
             others = [judged[other] for other in judged if other != concept]
-            found = {who: swap[who][concept] for who in COLUMNS}
+            found = {who: swap[who][concept] for who in columns}
             line(
                 f"Swap {name}: it changes",
                 f"The judge reads the donor's {name}.",
@@ -489,17 +490,20 @@ classes): {", ".join(said)}. The loss asks for its ρ over pairs that share the 
     taken = f"<h2>Metrics</h2><p>Taken on {samples['scored']:,} held-out latents."
     if not rows:
         return f"{taken} They have no labels that could say more.</p>{rest}"
+    said = [f"<li>{escape(found['text'])}.</li>" for found in evaluation.get("verdict", {}).values()]
+    verdicts = f"<ul>{''.join(said)}</ul>" if said else ""
     if pairs:
         return f"""
-<h2>Metrics</h2><p>Taken on {pairs["n"]:,} held-out pairs. Beside the IIN stand two ways to do without: as many principal
-components, and as many raw dimensions of z, those in which pairs that share the concept are most alike. What varies in a
+<h2>Metrics</h2><p>Taken on {pairs["n"]:,} held-out pairs. Beside the IIN stand three ways to do without training: the linear
+IIN, which is computed from the same pairs, as many principal components, and as many raw dimensions of z, those in which pairs
+that share the concept are most alike. What varies in a
 concept between two samples that share it lowers the correlation that can be reached.</p>
 <div class="scroll still"><table class="metrics">{head}{"".join(rows)}</table></div>{rest}"""
     return f"""
-{taken} Beside the IIN stand three ways to do without: moving z by the difference of two class means (it is told the true
-classes, which the IIN is not), exchanging as many principal components, and exchanging as many raw dimensions of z, those
-that know most about the concept. The ceiling of a swap is about what the judge reads right where nothing was
-swapped.</p>
+{taken} Beside the IIN stand four ways to do without training: moving z by the difference of two class means (it is told the
+true classes, which the IIN is not), the linear IIN, which is computed from the same pairs, exchanging as many principal
+components, and exchanging as many raw dimensions of z, those that know most about the concept. The ceiling of a swap is about what the judge reads right where nothing was
+swapped.</p>{verdicts}
 <div class="scroll still"><table class="metrics">{head}{"".join(rows)}</table></div>{rest}"""
 
 

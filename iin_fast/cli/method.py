@@ -326,6 +326,8 @@ def evaluate(
     likelihood = found["likelihood"]
     if found["concepts"]:
         console.print(_scores(found))
+    for verdict in found.get("verdict", {}).values():
+        console.print(escape(verdict["text"]), highlight=False, soft_wrap=True)
     if "pairs" in found:
         console.print(_correlations(found["pairs"]))
     console.print(
@@ -367,7 +369,8 @@ def _scores(found: dict[str, Any]) -> Table:
         table.add_row(text, *(f"{values[who]:.2f}" if who in values else "" for who in COLUMNS))
 
     for name in found.get("swap", {}).get("iin", ()):
-        line(f"swap {escape(name)}: changed, all else kept", {who: found["swap"][who][name]["both"] for who in COLUMNS})
+        both = {who: found["swap"][who][name]["both"] for who in COLUMNS if who in found["swap"]}
+        line(f"swap {escape(name)}: changed, all else kept", both)
     for key in ("mig", "sap"):
         line(key.upper(), {who: scores[key] for who, scores in found[key].items()})
     for key in ("disentanglement", "completeness", "informativeness"):
