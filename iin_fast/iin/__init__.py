@@ -3,6 +3,7 @@
 from .concepts import ConceptPairs, concept_pairs
 from .dims import estimate_factor_dims
 from .factors import Factors
+from .inputs import Inputs
 from .linear import LinearIIN
 from .losses import FactorLoss
 from .model import IIN
@@ -13,6 +14,7 @@ __all__ = [
     "ConceptPairs",
     "FactorLoss",
     "Factors",
+    "Inputs",
     "LinearIIN",
     "PairBatches",
     "PairSampler",

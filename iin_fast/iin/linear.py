@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..ops.checks import check_device, check_dtype, check_floating, check_rank, check_shape
 from ._checks import checked_int
 from .factors import RESIDUAL, factor_sizes
+from .inputs import Inputs
 from .model import IIN
 from .pairs import PairSampler
 
@@ -25,27 +26,22 @@ ROTATIONS = 100
 
 
 class _LinearFlow(nn.Module):
-    """z to ``((z - mean) / scale) @ matrix`` and back. It computes in float64, so that the way back is exact."""
+    """x to ``x @ matrix`` and back. It computes in float64, so that the way back is exact."""
 
-    mean: Tensor  # [dim]
-    scale: Tensor  # [dim]
     matrix: Tensor  # [dim, dim]
     logdet: Tensor  # []
 
-    def __init__(self, mean: Tensor, scale: Tensor, matrix: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, matrix: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
-        values = {"mean": mean, "scale": scale, "matrix": matrix}
-        values["logdet"] = torch.linalg.slogdet(matrix).logabsdet - scale.log().sum()
-        for name, value in values.items():
-            self.register_buffer(name, value.to(dtype))
+        self.register_buffer("matrix", matrix.to(dtype))
+        self.register_buffer("logdet", torch.linalg.slogdet(matrix).logabsdet.to(dtype))
 
-    def forward(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        standard = (z.double() - self.mean) / self.scale
-        return (standard @ self.matrix.double()).to(z.dtype), self.logdet.expand(len(z))
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return (x.double() @ self.matrix.double()).to(x.dtype), self.logdet.expand(len(x))
 
     def inverse(self, factors: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        standard = torch.linalg.solve(self.matrix.double(), factors.double(), left=False)
-        return (standard * self.scale + self.mean).to(factors.dtype), -self.logdet.expand(len(factors))
+        x = torch.linalg.solve(self.matrix.double(), factors.double(), left=False)
+        return x.to(factors.dtype), -self.logdet.expand(len(factors))
 
 
 class LinearIIN(IIN):
@@ -64,9 +60,9 @@ class LinearIIN(IIN):
 
     .. math:: \max_{U^\top U = 1} \sum_F \mathrm{tr}(U_F^\top M_F U_F)
 
-    Within a factor, dimensions stand by falling shared covariance. A feature that does not vary goes into the residual as
-    it is, and so do the directions in which z is a combination of other features: they come back, and no swap of another
-    factor touches them. Scaling a feature changes nothing.
+    Within a factor, dimensions stand by falling shared covariance. Features that are constant or copies of others are set
+    aside (:class:`iin_fast.iin.Inputs`). The directions in which z is a combination of other features go into the residual
+    as they are: they come back, and no swap of another factor touches them. Scaling a feature changes nothing.
 
     Made by :meth:`fit` from a sampler of pairs, or by :meth:`fit_pairs` from ready pairs. All methods are those of
     :class:`IIN`; :meth:`IIN.load` opens what :meth:`save` wrote. Where concepts add up, it is as good as a trained network.
@@ -89,11 +85,12 @@ class LinearIIN(IIN):
         True
     """
 
-    def __init__(self, flow: _LinearFlow, sizes: Mapping[str, int]) -> None:
+    def __init__(self, inputs: Inputs, matrix: Tensor, sizes: Mapping[str, int], dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
-        self.dim, self.context_dim, self.coupling = len(flow.mean), 0, "linear"
+        self.dim, self.context_dim, self.coupling = inputs.dim, 0, "linear"
         self._sizes = factor_sizes(self.dim, sizes, where="LinearIIN")
-        self.flow = flow  # type: ignore[assignment]
+        self._set_inputs("LinearIIN", inputs, None, dtype)
+        self.flow = _LinearFlow(matrix, dtype)  # type: ignore[assignment]
 
     @classmethod
     def fit(
@@ -192,31 +189,33 @@ class LinearIIN(IIN):
             if not shared[:, list(names).index(name)].any():
                 raise ValueError(f"{where}: no pair shares {name!r}, expected some; leave it out")
 
-        whitening = _Whitening(z)
-        w = whitening.rows(z)  # [rows, rank]
-        if not w.shape[1]:
-            raise ValueError(f"{where}: z has no feature that varies, expected one at least")
+        inputs = Inputs.of(z)
+        x = inputs(z.double())[0]
+        whitening = _Whitening(x)
+        w = whitening.rows(x)  # [rows, rank]
         weights = _contrast(shared)[:, [list(names).index(name) for name in wanted]]
         common = _in_common(w, a, b, weights)
         values, vectors = torch.linalg.eigh(common)
-        counts = _counts(wanted, values, w, a, b, weights, where, dim)
+        counts = _counts(wanted, values, w, a, b, weights, where, inputs.live)
         fitted = _fitting(counts, w.shape[1])
         basis = _subspaces(
             common, values, vectors, list(fitted.values())
         )  # [rank, rank]: the factors, then the residual
         matrix = whitening.matrix(basis, list(fitted.values()), list(counts.values()))
-        return cls(_LinearFlow(whitening.mean, whitening.scale, matrix, z.dtype), counts)
+        return cls(inputs, matrix, counts, z.dtype)
 
     @property
     def like(self) -> Tensor:
         """One of the buffers: there are no parameters."""
-        return self.flow.mean  # type: ignore[return-value]
+        return self.flow.matrix  # type: ignore[return-value]
 
     @property
     def config(self) -> dict[str, Any]:
-        """What :meth:`load` needs, as plain values: ``dim``, ``factors``, ``coupling``, ``dtype``."""
+        """What :meth:`load` needs, as plain values: ``dim``, ``factors``, ``coupling``, ``left_out``, ``dtype``."""
+        assert self.inputs is not None
         kind = str(self.dtype).removeprefix("torch.")
-        return {"dim": self.dim, "factors": self.sizes, "coupling": self.coupling, "dtype": kind}
+        left_out = self.inputs.left_out
+        return {"dim": self.dim, "factors": self.sizes, "coupling": "linear", "left_out": left_out, "dtype": kind}
 
     @classmethod
     def load(
@@ -233,39 +232,22 @@ class LinearIIN(IIN):
     @classmethod
     def _of_config(cls, config: Mapping[str, Any], dtype: torch.dtype) -> LinearIIN:
         """A model that a state is loaded into."""
-        dim = checked_int("LinearIIN", "dim", config["dim"])
-        one = torch.ones(dim)
-        return cls(_LinearFlow(0 * one, one, torch.eye(dim), dtype), config["factors"])
+        return cls(config["inputs"], torch.eye(config["inputs"].live), config["factors"], dtype)
 
 
 class _Whitening:
-    """What makes latents ``z`` ``[n, dim]`` white: features that vary, standardised, turned and scaled.
+    """What makes standardised latents ``x`` ``[n, dim]`` white: a turn, and a scale of each direction that varies."""
 
-    Attributes:
-        mean, scale: of each feature, ``[dim]``; where it does not vary, its value and 1.
-    """
-
-    def __init__(self, z: Tensor) -> None:
-        values = z.double()
-        low, high = values.amin(0), values.amax(0)
-        rounding = 8 * torch.finfo(z.dtype).eps * torch.maximum(low.abs(), high.abs())
-        self.live = high - low > rounding
-        self.mean = torch.where(self.live, values.mean(0), values[0])
-        self.scale = torch.where(self.live, values.std(0, correction=0), 1.0)
-        x = self._standard(values)  # [n, live]
-        correlation = x.T @ x / len(x)
+    def __init__(self, x: Tensor) -> None:
         shrinkage = _shrinkage(x)
-        variance, directions = torch.linalg.eigh(correlation)
+        variance, directions = torch.linalg.eigh(x.T @ x / len(x))
         null = variance <= NULL_VARIANCE
         self.directions, self.null = directions[:, ~null], directions[:, null]
         self.gain = ((1 - shrinkage) * variance[~null] + shrinkage).rsqrt()
 
-    def _standard(self, z: Tensor) -> Tensor:
-        return ((z - self.mean) / self.scale)[:, self.live]
-
-    def rows(self, z: Tensor) -> Tensor:
+    def rows(self, x: Tensor) -> Tensor:
         """w of latents, ``[n, rank]``."""
-        return self._standard(z.double()) @ self.directions * self.gain
+        return x @ self.directions * self.gain
 
     def matrix(self, basis: Tensor, fitted: Sequence[int], wanted: Sequence[int]) -> Tensor:
         """From standardised features to factors, ``[dim, dim]``.
@@ -275,12 +257,8 @@ class _Whitening:
             fitted, wanted: dimensions that each factor has in ``basis``, and in all. It gets the others from the directions
                 in which nothing varies; the residual gets what is left of these.
         """
-        dim, rank = len(self.live), len(basis)
-        columns = torch.zeros(dim, dim, dtype=basis.dtype, device=basis.device)
-        columns[self.live, :rank] = self.directions * self.gain @ basis
-        live = int(self.live.sum())
-        columns[self.live, rank:live] = self.null
-        columns[~self.live, live:] = torch.eye(dim - live, dtype=basis.dtype, device=basis.device)
+        columns = torch.cat([self.directions * self.gain @ basis, self.null], 1)
+        dim, rank = columns.shape[1], len(basis)
         largest = columns.gather(0, columns.abs().argmax(0, keepdim=True))
         columns = columns * largest.sign()  # a direction has no sign of its own
         order, first, spare = [], 0, rank
@@ -296,7 +274,7 @@ def _shrinkage(x: Tensor) -> float:
     It is the one with which each half of the rows is likeliest under the Gaussian of the other half. Many rows need none,
     also where some directions vary little; with fewer rows than features it decides how white what was not seen becomes.
     """
-    if len(x) < 4 or not x.shape[1]:
+    if len(x) < 4:
         return 1.0
     x = torch.unique(x, dim=0)  # a row in several pairs tells nothing new about itself
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0)).to(x.device)
@@ -358,7 +336,7 @@ def _counts(
     open_ = [k for k, size in enumerate(wanted.values()) if size is None]
     counts = {name: size or 1 for name, size in wanted.items()}
     if sum(counts.values()) > dim:
-        raise ValueError(f"{where}: sizes {counts} sum to more than the {dim} features of z")
+        raise ValueError(f"{where}: sizes {counts} sum to more than the {dim} features of z that vary")
     if open_:
         exchanged = torch.randperm(len(w), generator=torch.Generator().manual_seed(0)).to(b.device)
         chance = _in_common(w, a, exchanged[b], weights[:, open_])

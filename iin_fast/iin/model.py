@@ -13,6 +13,7 @@ from ..ops.checks import autocast_enabled, check_device, check_dtype, check_floa
 from . import checkpoint
 from ._checks import check_latents, checked_int
 from .factors import RESIDUAL, Factors, factor_sizes
+from .inputs import Inputs
 
 __all__ = ["IIN"]
 
@@ -53,6 +54,8 @@ class IIN(nn.Module):
         bins: of each spline.
         tail_bound: half the width of the box in which splines bend.
         context_dim: features of the context; 0 for none.
+        inputs: a reversible map before the flow, which standardises features and sets aside those that are constant or
+            copies; see :class:`iin_fast.iin.Inputs`. What it sets aside stands at the end of the residual.
         generator: draws the start weights and permutations; by default torch's global one.
         device: where the parameters are made.
         dtype: type of the parameters.
@@ -89,6 +92,7 @@ class IIN(nn.Module):
         bins: int = 8,
         tail_bound: float = 3.0,
         context_dim: int = 0,
+        inputs: Inputs | None = None,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -97,6 +101,7 @@ class IIN(nn.Module):
         super().__init__()
         self.dim = checked_int("IIN", "dim", dim)
         self._sizes = factor_sizes(self.dim, factors, where="IIN")
+        live = self._set_inputs("IIN", inputs, device, dtype)
         if dtype is not None and not dtype.is_floating_point:
             raise TypeError(f"IIN: dtype is {dtype}, expected a real floating-point type")
         n_flows = checked_int("IIN", "n_flows", n_flows)
@@ -112,11 +117,11 @@ class IIN(nn.Module):
         self.flow: Flow | NeuralSplineFlow
         if coupling == "affine":
             self.flow = Flow(
-                self.dim, n_flows, hidden_dim, hidden_depth, context_dim=self.context_dim, memory=memory, **place
+                live, n_flows, hidden_dim, hidden_depth, context_dim=self.context_dim, memory=memory, **place
             )
         else:
             self.flow = NeuralSplineFlow(
-                self.dim,
+                live,
                 self.context_dim,
                 n_flows=n_flows,
                 bins=checked_int("IIN", "bins", bins),
@@ -165,8 +170,18 @@ class IIN(nn.Module):
         """
         check_latents("IIN", [("z", z)], self.dim, self.like)
         self._check_context("IIN", "context", context, z.shape[0])
-        factors, logdet = self.flow(z, context)
+        if self.inputs is None:
+            factors, logdet = self.flow(z, context)
+        else:
+            x, rest, own = self.inputs(z)
+            x, logdet = self.flow(x, context)
+            factors, logdet = torch.cat([x, rest.to(x)], 1), logdet + own
         return Factors._wrap(factors, self._sizes), logdet
+
+    @torch.no_grad()
+    def initialize(self, z: Tensor, context: Tensor | None = None) -> None:
+        """Start the ActNorm layers from latents ``[batch, dim]``; the first batch that goes forward does it otherwise."""
+        self.flow.initialize(z if self.inputs is None else self.inputs(z)[0], context)
 
     def encode(self, z: Tensor, context: Tensor | None = None) -> Factors:
         """Factors of latents ``[batch, dim]``; ``context`` as for :meth:`forward`."""
@@ -187,7 +202,12 @@ class IIN(nn.Module):
         tensor = self._join(factors)
         check_latents("IIN.decode", [("factors", tensor)], self.dim, self.like)
         self._check_context("IIN.decode", "context", context, tensor.shape[0])
-        z: Tensor = self.flow.inverse(tensor, context)[0]
+        if self.inputs is None:
+            z: Tensor = self.flow.inverse(tensor, context)[0]
+        else:
+            x, rest = tensor.split([self.inputs.live, self.inputs.left_out], 1)
+            x = self.flow.inverse(x, context)[0]
+            z = self.inputs.inverse(x, rest.to(x))[0]
         return z
 
     def log_prob(self, z: Tensor, context: Tensor | None = None) -> Tensor:
@@ -460,6 +480,9 @@ class IIN(nn.Module):
         generator = torch.Generator().manual_seed(0)
         try:
             dtype = checkpoint.DTYPES[config.pop("dtype")]
+            left_out = config.pop("left_out", None)  # None: no map before the flow
+            if left_out is not None:
+                config["inputs"] = Inputs(config["dim"], left_out)
             if config["coupling"] == "linear":
                 model: IIN = linear.LinearIIN._of_config(config, dtype)
             else:
@@ -483,9 +506,31 @@ class IIN(nn.Module):
             "context_dim": self.context_dim,
             "dtype": str(self.dtype).removeprefix("torch."),
         }
+        if self.inputs is not None:
+            config["left_out"] = self.inputs.left_out
         if isinstance(self.flow, NeuralSplineFlow):
             config |= {"bins": self.flow.bins, "tail_bound": self.flow.tail_bound}
         return config
+
+    def _set_inputs(
+        self, where: str, inputs: Inputs | None, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> int:
+        """Take the map before the flow; how many features the flow gets."""
+        self.inputs = inputs
+        if inputs is None:
+            return self.dim
+        if not isinstance(inputs, Inputs):
+            raise TypeError(f"{where}: inputs is a {type(inputs).__name__}, expected iin_fast.iin.Inputs or None")
+        if inputs.dim != self.dim:
+            raise ValueError(f"{where}: inputs are of {inputs.dim} features, expected {self.dim} like dim")
+        if self._sizes.get(RESIDUAL, 0) < inputs.left_out:
+            named = sum(size for name, size in self._sizes.items() if name != RESIDUAL)
+            raise ValueError(
+                f"{where}: factors take {named} dimensions, expected at most {inputs.live}: the other {inputs.left_out} "
+                "features are constant or copies, and go into the residual"
+            )
+        self.inputs = inputs.to(device, dtype or torch.get_default_dtype())
+        return inputs.live
 
     def _check_context(self, where: str, name: str, context: Tensor | None, batch: int) -> None:
         """Refuse a context that is missing, not wanted, or of another shape, type or device than the model's."""

@@ -218,7 +218,7 @@ class _Training:
             dtype=self.dtype,
         )
         za, zb, _, *context = self._pairs(0, slice(None))  # the whole batch, in every process alike
-        model.flow.initialize(torch.cat([za, zb]), *context)
+        model.initialize(torch.cat([za, zb]), *context)
         return model
 
     def _pairs(self, step: int, own: slice) -> list[Tensor]:
