@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .iin import IIN, checkpoint
+from .iin import IIN, LinearIIN, checkpoint
 from .iin.factors import RESIDUAL
 from .latents import class_context
 from .page import card, page, pixels, plot, require_matplotlib, row, table
@@ -39,6 +39,7 @@ WORDS = {
     "settings/dims_method": "sizes of factors estimated as",
     "settings/others": "concepts that a pair does not share",
     "settings/unlabelled": "share of pairs without labels",
+    "settings/standardise": "features standardised",
     "settings/rho": "correlation of a shared factor (ρ)",
     "settings/coupling": "coupling",
     "settings/batch": "pairs in a step",
@@ -616,13 +617,16 @@ def _making(
     log: Mapping[str, tuple[list[float], list[float]]],
 ) -> str:
     config = model.config
+    network = "a linear map, computed from pairs"
+    if not isinstance(model, LinearIIN):
+        network = f"{config['n_flows']} blocks, hidden width {config['hidden_dim']}"
+        network += f", {sum(p.numel() for p in model.parameters()):,} parameters"
     if run.get("settings", {}).get("factors"):  # not estimated
         run = {**run, "settings": {k: v for k, v in run["settings"].items() if k != "dims_method"}}
     rows = [
         [escape(key), escape(str(value))]
         for key, value in {
-            "network": f"{config['n_flows']} blocks, hidden width {config['hidden_dim']}, "
-            f"{sum(p.numel() for p in model.parameters()):,} parameters, {config['dtype']}",
+            "network": f"{network}, {config['dtype']}",
             **_flat(run),
         }.items()
     ]

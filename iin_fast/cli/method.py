@@ -54,6 +54,12 @@ def train(
         float | None,
         typer.Option(help="share of the pairs that come from samples without labels. Default: half, if any"),
     ] = None,
+    standardise: Annotated[
+        bool,
+        typer.Option(
+            "--standardise", help="features of one scale before the flow; constant ones and copies are set aside"
+        ),
+    ] = False,
     rho: Annotated[float, typer.Option(help="correlation of a shared factor, between 0 and 1")] = 0.975,
     n_flows: Annotated[int, typer.Option(help="blocks of the flow")] = 12,
     hidden_dim: Annotated[int, typer.Option(help="width of its networks")] = 512,
@@ -103,6 +109,7 @@ def train(
         dims_method=dims_method,
         others=others,
         unlabelled=unlabelled,
+        standardise=standardise,
         rho=rho,
         n_flows=n_flows,
         hidden_dim=hidden_dim,

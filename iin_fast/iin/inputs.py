@@ -103,10 +103,10 @@ class Inputs(nn.Module):
 
     def inverse(self, x: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
         """Latents ``[batch, dim]`` of both parts, and the log-det."""
-        z = torch.empty(len(x), self.dim, dtype=x.dtype, device=x.device)
-        z = z.index_copy(1, self.keep, x * self.scale[self.keep] + self.mean[self.keep])
-        z = z.index_copy(1, self.left, self.mean[self.left].expand(len(x), -1).to(z))  # constants; copies come next
-        return z.index_copy(1, self.left, rest + self._expected(z)), self.scale[self.keep].log().sum()
+        values = x * self.scale[self.keep] + self.mean[self.keep]
+        z = values.new_empty(len(x), self.dim).index_copy(1, self.keep, values)
+        # A constant needs nothing of z; what a copy is of is in place.
+        return z.index_copy(1, self.left, rest.to(z) + self._expected(z)), self.scale[self.keep].log().sum()
 
     def _expected(self, z: Tensor) -> Tensor:
         """What the features that are left out have, as far as the others say it: ``[batch, left_out]``."""

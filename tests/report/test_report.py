@@ -140,6 +140,16 @@ def test_an_evaluation_without_the_linear_iin_is_shown(run):
     assert "<th>linear IIN</th>" not in text and "<th>mean shift</th>" in text
 
 
+def test_a_linear_model_has_a_report_too(latents, tmp_path):
+    z, labels, names = latents
+    sampler = iin_fast.PairSampler(labels, names=names, others="any")
+    iin_fast.LinearIIN.fit(z, sampler).save(tmp_path)
+    found = write_evaluation(tmp_path, z[100:], labels[100:], names, train_z=z[:100], train_labels=labels[:100])
+    assert found["factors"]["shape"] == 2
+    text = write_report(tmp_path, latents=latents, decoder=decoder).read_text()
+    assert "a linear map, computed from pairs" in text
+
+
 def test_settings_read_as_words(run):
     from iin_fast.train import Settings
 
