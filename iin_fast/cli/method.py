@@ -1,5 +1,6 @@
 """iin-fast train, dims, encode, decode, swap, interpolate, sample, score, evaluate, report: from latents to a page about them."""
 
+import os
 import warnings
 from pathlib import Path
 from typing import Annotated, Any
@@ -99,7 +100,8 @@ def train(
     likelihood; without labels at all the IIN is unsupervised. Ctrl-C writes a checkpoint; so does every --save-every steps,
     and after a crash the same command with --resume loses nothing.
     """
-    from ..train import Settings, held_out_rise
+    from ..latents import load_latents
+    from ..train import Settings, held_out_rise, inspect_latents
     from ..train import train as run_training
 
     keep_freed_memory()
@@ -128,11 +130,15 @@ def train(
         held_out_every=held_out_every,
         save_every=save_every,
     )
+    data = load_latents(latents)
+    if not resume and os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
+        for line in inspect_latents(data).lines():
+            console.print(f"[yellow]note:[/yellow] {escape(line)}", highlight=False, soft_wrap=True)
     where: dict[str, Any] = {"accelerator": accelerator, "devices": devices, "nodes": nodes, "strategy": strategy}
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="train: ")  # printed below
-            model = run_training(latents, out, settings, resume=resume, progress=True, **where)
+            model = run_training(data, out, settings, resume=resume, progress=True, **where)
     except KeyboardInterrupt:
         if _leave_group():
             console.print(f"stopped; the same command with --resume goes on in {out}", highlight=False)
