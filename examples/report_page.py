@@ -108,7 +108,7 @@ def main(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
             break
     results = {
         "swaps that give the concept and keep the other": {
-            name: {who: found["swap"][who][name]["both"] for who in ("iin", "mean_shift", "pca", "raw")}
+            name: {who: found["swap"][who][name]["both"] for who in ("iin", "mean_shift", "linear_iin", "pca", "raw")}
             for name in CONCEPTS
         },
         "nats per dimension": found["likelihood"],

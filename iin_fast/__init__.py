@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from . import adapters, functional, nn, testing
 from .backends import backend
 from .dropin import accelerate, patch, restore, unpatch
-from .iin import IIN, FactorLoss, Factors, PairSampler, concept_pairs, estimate_factor_dims
+from .iin import IIN, FactorLoss, Factors, LinearIIN, PairSampler, concept_pairs, estimate_factor_dims
 from .memory import keep_freed_memory
 from .ops.flops import register_formulas
 
@@ -20,6 +20,7 @@ __all__ = [
     "IIN",
     "FactorLoss",
     "Factors",
+    "LinearIIN",
     "PairSampler",
     "__version__",
     "accelerate",

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .iin import IIN, checkpoint
+from .iin import IIN, LinearIIN, checkpoint
 from .iin.factors import RESIDUAL
 from .latents import class_context
 from .page import card, page, pixels, plot, require_matplotlib, row, table
@@ -24,7 +24,7 @@ from .train import held_out_rise
 
 __all__ = ["write_report"]
 
-COLUMNS = {"iin": "IIN", "mean_shift": "mean shift", "pca": "PCA", "raw": "raw z"}
+COLUMNS = {"iin": "IIN", "mean_shift": "mean shift", "linear_iin": "linear IIN", "pca": "PCA", "raw": "raw z"}
 STEPS = 7  # of an interpolation
 
 # How entries of run.json read on the page; what is not here reads as it is written there.
@@ -39,6 +39,7 @@ WORDS = {
     "settings/dims_method": "sizes of factors estimated as",
     "settings/others": "concepts that a pair does not share",
     "settings/unlabelled": "share of pairs without labels",
+    "settings/standardise": "features standardised",
     "settings/rho": "correlation of a shared factor (ρ)",
     "settings/coupling": "coupling",
     "settings/batch": "pairs in a step",
@@ -378,7 +379,8 @@ def _metrics(evaluation: Mapping[str, Any]) -> str:
     if not evaluation:
         return "<h2>Metrics</h2><p>There are none yet: run the evaluation, and write this page again.</p>"
     rows: list[str] = []
-    columns = {who: title for who, title in COLUMNS.items() if who != "mean_shift" or "pairs" not in evaluation}
+    compared = evaluation.get("pairs") or evaluation.get("swap") or evaluation.get("mig", {})
+    columns = {who: title for who, title in COLUMNS.items() if who in compared}
 
     def line(
         text: str, note: str, found: Mapping[str, float], better: str, bound: str = "", form: str = "{:.0%}"
@@ -398,7 +400,7 @@ def _metrics(evaluation: Mapping[str, Any]) -> str:
             name = escape(concept)
             judged = swap["judge"]
             others = [judged[other] for other in judged if other != concept]
-            found = {who: swap[who][concept] for who in COLUMNS}
+            found = {who: swap[who][concept] for who in columns}
             line(
                 f"Swap {name}: it changes",
                 f"The judge reads the donor's {name}.",
@@ -489,17 +491,20 @@ classes): {", ".join(said)}. The loss asks for its ρ over pairs that share the 
     taken = f"<h2>Metrics</h2><p>Taken on {samples['scored']:,} held-out latents."
     if not rows:
         return f"{taken} They have no labels that could say more.</p>{rest}"
+    said = [f"<li>{escape(found['text'])}.</li>" for found in evaluation.get("verdict", {}).values()]
+    verdicts = f"<ul>{''.join(said)}</ul>" if said else ""
     if pairs:
         return f"""
-<h2>Metrics</h2><p>Taken on {pairs["n"]:,} held-out pairs. Beside the IIN stand two ways to do without: as many principal
-components, and as many raw dimensions of z, those in which pairs that share the concept are most alike. What varies in a
+<h2>Metrics</h2><p>Taken on {pairs["n"]:,} held-out pairs. Beside the IIN stand three ways to do without training: the linear
+IIN, which is computed from the same pairs, as many principal components, and as many raw dimensions of z, those in which pairs
+that share the concept are most alike. What varies in a
 concept between two samples that share it lowers the correlation that can be reached.</p>
 <div class="scroll still"><table class="metrics">{head}{"".join(rows)}</table></div>{rest}"""
     return f"""
-{taken} Beside the IIN stand three ways to do without: moving z by the difference of two class means (it is told the true
-classes, which the IIN is not), exchanging as many principal components, and exchanging as many raw dimensions of z, those
-that know most about the concept. The ceiling of a swap is about what the judge reads right where nothing was
-swapped.</p>
+{taken} Beside the IIN stand four ways to do without training: moving z by the difference of two class means (it is told the
+true classes, which the IIN is not), the linear IIN, which is computed from the same pairs, exchanging as many principal
+components, and exchanging as many raw dimensions of z, those that know most about the concept. The ceiling of a swap is about what the judge reads right where nothing was
+swapped.</p>{verdicts}
 <div class="scroll still"><table class="metrics">{head}{"".join(rows)}</table></div>{rest}"""
 
 
@@ -612,13 +617,16 @@ def _making(
     log: Mapping[str, tuple[list[float], list[float]]],
 ) -> str:
     config = model.config
+    network = "a linear map, computed from pairs"
+    if not isinstance(model, LinearIIN):
+        network = f"{config['n_flows']} blocks, hidden width {config['hidden_dim']}"
+        network += f", {sum(p.numel() for p in model.parameters()):,} parameters"
     if run.get("settings", {}).get("factors"):  # not estimated
         run = {**run, "settings": {k: v for k, v in run["settings"].items() if k != "dims_method"}}
     rows = [
         [escape(key), escape(str(value))]
         for key, value in {
-            "network": f"{config['n_flows']} blocks, hidden width {config['hidden_dim']}, "
-            f"{sum(p.numel() for p in model.parameters()):,} parameters, {config['dtype']}",
+            "network": f"{network}, {config['dtype']}",
             **_flat(run),
         }.items()
     ]

@@ -1,5 +1,6 @@
 """iin-fast train, dims, encode, decode, swap, interpolate, sample, score, evaluate, report: from latents to a page about them."""
 
+import os
 import warnings
 from pathlib import Path
 from typing import Annotated, Any
@@ -54,6 +55,12 @@ def train(
         float | None,
         typer.Option(help="share of the pairs that come from samples without labels. Default: half, if any"),
     ] = None,
+    standardise: Annotated[
+        bool,
+        typer.Option(
+            "--standardise", help="features of one scale before the flow; constant ones and copies are set aside"
+        ),
+    ] = False,
     rho: Annotated[float, typer.Option(help="correlation of a shared factor, between 0 and 1")] = 0.975,
     n_flows: Annotated[int, typer.Option(help="blocks of the flow")] = 12,
     hidden_dim: Annotated[int, typer.Option(help="width of its networks")] = 512,
@@ -93,7 +100,8 @@ def train(
     likelihood; without labels at all the IIN is unsupervised. Ctrl-C writes a checkpoint; so does every --save-every steps,
     and after a crash the same command with --resume loses nothing.
     """
-    from ..train import Settings, held_out_rise
+    from ..latents import load_latents
+    from ..train import Settings, held_out_rise, inspect_latents
     from ..train import train as run_training
 
     keep_freed_memory()
@@ -103,6 +111,7 @@ def train(
         dims_method=dims_method,
         others=others,
         unlabelled=unlabelled,
+        standardise=standardise,
         rho=rho,
         n_flows=n_flows,
         hidden_dim=hidden_dim,
@@ -121,11 +130,15 @@ def train(
         held_out_every=held_out_every,
         save_every=save_every,
     )
+    data = load_latents(latents)
+    if not resume and os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
+        for line in inspect_latents(data).lines():
+            console.print(f"[yellow]note:[/yellow] {escape(line)}", highlight=False, soft_wrap=True)
     where: dict[str, Any] = {"accelerator": accelerator, "devices": devices, "nodes": nodes, "strategy": strategy}
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="train: ")  # printed below
-            model = run_training(latents, out, settings, resume=resume, progress=True, **where)
+            model = run_training(data, out, settings, resume=resume, progress=True, **where)
     except KeyboardInterrupt:
         if _leave_group():
             console.print(f"stopped; the same command with --resume goes on in {out}", highlight=False)
@@ -326,6 +339,8 @@ def evaluate(
     likelihood = found["likelihood"]
     if found["concepts"]:
         console.print(_scores(found))
+    for verdict in found.get("verdict", {}).values():
+        console.print(escape(verdict["text"]), highlight=False, soft_wrap=True)
     if "pairs" in found:
         console.print(_correlations(found["pairs"]))
     console.print(
@@ -367,7 +382,8 @@ def _scores(found: dict[str, Any]) -> Table:
         table.add_row(text, *(f"{values[who]:.2f}" if who in values else "" for who in COLUMNS))
 
     for name in found.get("swap", {}).get("iin", ()):
-        line(f"swap {escape(name)}: changed, all else kept", {who: found["swap"][who][name]["both"] for who in COLUMNS})
+        both = {who: found["swap"][who][name]["both"] for who in COLUMNS if who in found["swap"]}
+        line(f"swap {escape(name)}: changed, all else kept", both)
     for key in ("mig", "sap"):
         line(key.upper(), {who: scores[key] for who, scores in found[key].items()})
     for key in ("disentanglement", "completeness", "informativeness"):

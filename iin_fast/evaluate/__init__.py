@@ -10,6 +10,7 @@ from .probe import leak
 from .run import evaluate, evaluate_unlabelled, write_evaluation
 from .sap import sap
 from .swaps import judge_accuracy, latent_judge, swap_success
+from .verdict import swap_verdict
 
 __all__ = [
     "LinearFactors",
@@ -32,5 +33,6 @@ __all__ = [
     "sap",
     "shared_correlation",
     "swap_success",
+    "swap_verdict",
     "write_evaluation",
 ]

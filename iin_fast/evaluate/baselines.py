@@ -1,4 +1,4 @@
-"""What does without an IIN: some of the raw dimensions, some principal components, and a shift by class means."""
+"""What does without training: raw dimensions, principal components, the linear IIN, and a shift by class means."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
-from numpy.typing import ArrayLike
+import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from ..iin import LinearIIN, PairSampler
 from ..iin.factors import RESIDUAL
 from ._data import MISSING, Array, Codes, checked_labels, checked_latents, subset
 from .correlation import shared_correlation
 from .information import _in_bins, label_entropy
 
-__all__ = ["LinearFactors", "MeanShift"]
+__all__ = ["LinearFactors", "LinearRival", "MeanShift"]
 
 
 class LinearFactors:
@@ -128,6 +130,48 @@ class LinearFactors:
         """``z`` with the factor of ``donor``."""
         of = self.rotation[:, self.dimensions[factor]]
         changed: Array = z + (donor - z) @ of @ of.T
+        return changed
+
+
+class LinearRival:
+    """The :class:`iin_fast.LinearIIN` of training latents, as a baseline: it learns from pairs alone, like the IIN.
+
+    It chooses its sizes itself. A concept of which no pair is known is left out, and its swaps change nothing.
+    """
+
+    def __init__(self, model: LinearIIN) -> None:
+        self.model = model
+
+    @classmethod
+    def of(cls, z: Array, codes: Codes, names: Sequence[str], concepts: Sequence[str]) -> LinearRival | None:
+        """Of latents ``[n, dim]`` and labels ``[n, names]``, for ``concepts``; None where no two rows share one of them."""
+        columns = {name: codes[:, list(names).index(name)] for name in concepts}
+        paired = {n: c for n, c in columns.items() if (c >= 0).any() and np.bincount(c[c >= 0]).max() > 1}
+        if not paired:
+            return None
+        return cls(LinearIIN.fit(torch.from_numpy(z), PairSampler(paired, others="any")))
+
+    @classmethod
+    def of_pairs(
+        cls, z: Array, shared: NDArray[np.generic], names: Sequence[str], concepts: Sequence[str]
+    ) -> LinearRival | None:
+        """Of ready pairs ``[2 × pairs, dim]``, first samples and then second ones, which share ``[pairs, names]``."""
+        paired = [name for name in concepts if name in names and shared[:, list(names).index(name)].any()]
+        if not paired:
+            return None
+        za, zb = torch.from_numpy(z).chunk(2)
+        mask = torch.from_numpy(shared[:, [list(names).index(name) for name in paired]])
+        return cls(LinearIIN.fit_pairs(za, zb, mask, paired))
+
+    def encode(self, z: Array) -> dict[str, Array]:
+        """Name to ``[n, size]``."""
+        return {name: part.numpy() for name, part in self.model.encode(torch.from_numpy(z)).items()}
+
+    def swap(self, z: Array, donor: Array, factor: str) -> Array:
+        """``z`` with the factor of ``donor``."""
+        if factor not in self.model.sizes:
+            return z
+        changed: Array = self.model.swap(torch.from_numpy(z), torch.from_numpy(donor), factor).numpy()
         return changed
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..iin import IIN, checkpoint
 from ..iin.model import unwrapped
-from ._data import Array, Codes, checked_labels, checked_latents, halves, require_sklearn
-from .baselines import LinearFactors, MeanShift
+from ._data import Array, Codes, _numpy, checked_labels, checked_latents, halves, require_sklearn
+from .baselines import LinearFactors, LinearRival, MeanShift
 from .correlation import pair_correlation, shared_correlation
 from .dci import dci
 from .information import factor_label_information
@@ -24,7 +24,8 @@ from .likelihood import gaussian_nats_per_dim, in_parts, invertibility_error, na
 from .mig import mig
 from .probe import leak
 from .sap import sap
-from .swaps import Judge, judge_accuracy, latent_judge, swap_success
+from .swaps import Judge, judge_accuracy, latent_judge, swap_outcomes
+from .verdict import swap_verdict
 
 __all__ = ["encode", "evaluate", "evaluate_unlabelled", "write_evaluation"]
 
@@ -49,8 +50,8 @@ def evaluate(
     """Takes every metric of ``model`` on held-out latents, with the baselines that do without an IIN.
 
     Baselines: ``raw`` (as many dimensions of z for each concept, those that know most about it), ``pca`` (the same of
-    principal components) and, for swaps, ``mean_shift``. Each metric's own function says what its
-    number means, and so does the page of :func:`iin_fast.report.write_report`.
+    principal components), ``linear_iin`` (:class:`iin_fast.LinearIIN`) and, for swaps, ``mean_shift``. Each metric's own
+    function says what its number means, and so does the page of :func:`iin_fast.report.write_report`.
 
     Args:
         model: the IIN. A concept belongs to the factor of the same name.
@@ -71,7 +72,7 @@ def evaluate(
         progress: told what begins.
 
     Returns:
-        a dictionary of plain values: ``swap``, ``information``, ``dci``, ``mig``, ``sap``, ``leak``, ``likelihood``,
+        a dictionary of plain values: ``swap``, ``verdict`` (concept to what :func:`swap_verdict` says), ``information``, ``dci``, ``mig``, ``sap``, ``leak``, ``likelihood``,
         ``correlation``, ``invertibility`` and what they were taken on.
 
     Raises:
@@ -88,7 +89,9 @@ def evaluate(
         >>> model = iin_fast.IIN(6, {"sign": 2}, n_flows=1, hidden_dim=8, generator=generator)
         >>> found = evaluate(model, z, labels, ["sign"])
         >>> sorted(found["swap"])
-        ['chance', 'iin', 'judge', 'mean_shift', 'pca', 'raw']
+        ['chance', 'iin', 'judge', 'linear_iin', 'mean_shift', 'pca', 'raw']
+        >>> found["verdict"]["sign"]["verdict"]  # of an IIN without training
+        'worse'
     """
     require_sklearn("evaluate")
     where = "evaluate"
@@ -116,7 +119,12 @@ def evaluate(
 
     say("factors")
     as_tensor = torch.from_numpy
-    linear = {kind: LinearFactors(train, train_codes, names, sizes, kind, seed) for kind in ("raw", "pca")}  # type: ignore[arg-type]
+    linear: dict[str, LinearFactors | LinearRival] = {}
+    for kind in ("raw", "pca"):
+        linear[kind] = LinearFactors(train, train_codes, names, sizes, kind, seed)  # type: ignore[arg-type]
+    rival = LinearRival.of(train, train_codes, names, swapped)
+    if rival is not None:
+        linear["linear_iin"] = rival
     parts = {"iin": encode(model, x, context), **{kind: basis.encode(x) for kind, basis in linear.items()}}
     train_parts = {"iin": encode(model, train, train_context)}
     train_parts |= {kind: basis.encode(train) for kind, basis in linear.items()}
@@ -132,7 +140,7 @@ def evaluate(
 
     if swapped:
         say("swap")
-        result["swap"] = _swaps(
+        result |= _swaps(
             model, x, codes, context, train, train_codes, names, swapped, linear, decoder, judge, max_samples, seed
         )
     say("information")
@@ -241,6 +249,9 @@ def evaluate_unlabelled(
         parts = {"iin": encode(model, x, context)}
         for kind in ("pca", "raw"):
             parts[kind] = LinearFactors.of_pairs(train, train_shared, names, model.sizes, kind).encode(x)  # type: ignore[arg-type]
+        rival = LinearRival.of_pairs(train, _numpy(train_shared), names, model.concepts)
+        if rival is not None:
+            parts["linear_iin"] = rival.encode(x)
         result["pairs"] = {
             "n": len(x) // 2,
             "rho": rho,
@@ -311,7 +322,7 @@ def _swaps(
     train_codes: Codes,
     names: list[str],
     swapped: list[str],
-    linear: Mapping[str, LinearFactors],
+    linear: Mapping[str, LinearFactors | LinearRival],
     decoder: Callable[[Tensor], Any] | None,
     judge: Judge | None,
     max_swaps: int,
@@ -346,11 +357,16 @@ def _swaps(
     ways: dict[str, Callable[[str, Codes, Codes], Array]] = {"iin": by_model, "mean_shift": by_shift}
     for kind, basis in linear.items():
         ways[kind] = lambda concept, keep, give, basis=basis: basis.swap(x[keep], x[give], concept)  # type: ignore[misc]
-    return {
+    outcomes = {
+        who: swap_outcomes(way, codes, names, judge, swapped, seen, max_swaps, seed) for who, way in ways.items()
+    }
+    swap = {
         "judge": judge_accuracy(judge, x, codes, names, seen),
         "chance": {name: 1.0 / len(np.unique(codes[codes[:, j] >= 0, j])) for j, name in enumerate(names)},
-        **{
-            who: swap_success(way, codes, names, judge, concepts=swapped, seen=seen, max_swaps=max_swaps, seed=seed)
-            for who, way in ways.items()
-        },
+        **{who: {concept: outcome.summary() for concept, outcome in of.items()} for who, of in outcomes.items()},
     }
+    verdict = {
+        concept: swap_verdict(concept, {who: of[concept].both for who, of in outcomes.items()}, seed)
+        for concept in swapped
+    }
+    return {"swap": swap, "verdict": verdict}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from ._data import MISSING, Array, Codes, _numpy, checked_labels, checked_latents, require_sklearn, subset
@@ -104,10 +104,42 @@ def swap_success(
         Esser, Rombach, Ommer, A Disentangling Invertible Interpretation Network, CVPR 2020, Sec. 4.1 (swapping factors
         between images, Fig. 2). The measure is this package's.
     """
+    outcomes = swap_outcomes(swap, labels, names, judge, concepts, seen, max_swaps, seed)
+    return {concept: outcome.summary() for concept, outcome in outcomes.items()}
+
+
+class Outcome(NamedTuple):
+    """What became of each swap of a concept."""
+
+    target: NDArray[np.bool_]  # [swaps], the judge reads the donor's class
+    kept: NDArray[np.bool_]  # [swaps], and the own one of all other concepts that are known
+    keep: dict[str, float]  # other concept to its share kept
+
+    @property
+    def both(self) -> NDArray[np.bool_]:
+        return self.target & self.kept
+
+    def summary(self) -> dict[str, Any]:
+        """As :func:`swap_success` gives it."""
+        shares = {"keep_all": float(self.kept.mean()), "both": float(self.both.mean())}
+        return {"target": float(self.target.mean()), "keep": self.keep, **shares, "swaps": len(self.target)}
+
+
+def swap_outcomes(
+    swap: Swap,
+    labels: Tensor | ArrayLike,
+    names: Sequence[str],
+    judge: Judge,
+    concepts: Sequence[str] | None,
+    seen: Callable[[Array], Any] | None,
+    max_swaps: int,
+    seed: int,
+) -> dict[str, Outcome]:
+    """What :func:`swap_success` sums up, swap by swap: a seed gives the same rows and donors whatever swaps them."""
     where = "swap_success"
     codes = checked_labels(where, labels, names, len(_numpy(labels)))
     random = np.random.default_rng(seed)
-    result: dict[str, dict[str, Any]] = {}
+    result: dict[str, Outcome] = {}
     for concept in names if concepts is None else concepts:
         if concept not in names:
             raise ValueError(f"{where}: concepts has {concept!r}, expected some of {list(names)}")
@@ -126,13 +158,7 @@ def swap_success(
             kept &= stays | ~known
             if known.any():
                 keep[other] = float(stays[known].mean())
-        result[concept] = {
-            "target": float(target.mean()),
-            "keep": keep,
-            "keep_all": float(kept.mean()),
-            "both": float((target & kept).mean()),
-            "swaps": len(keepers),
-        }
+        result[concept] = Outcome(target, kept, keep)
     return result
 
 

@@ -1,8 +1,10 @@
-"""The Invertible Interpretation Network: model, factors, loss, factor dimensions, pairs."""
+"""The Invertible Interpretation Network: model, its linear rival, factors, loss, factor dimensions, pairs."""
 
 from .concepts import ConceptPairs, concept_pairs
 from .dims import estimate_factor_dims
 from .factors import Factors
+from .inputs import Inputs
+from .linear import LinearIIN
 from .losses import FactorLoss
 from .model import IIN
 from .pairs import PairBatches, Pairs, PairSampler
@@ -12,6 +14,8 @@ __all__ = [
     "ConceptPairs",
     "FactorLoss",
     "Factors",
+    "Inputs",
+    "LinearIIN",
     "PairBatches",
     "PairSampler",
     "Pairs",

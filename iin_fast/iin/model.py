@@ -26,6 +26,7 @@ from ..nn import Flow, NeuralSplineFlow
 from ..nn.actnorm import MIN_SPREAD
 from . import checkpoint
 from .factors import RESIDUAL, Factors, factor_sizes
+from .inputs import Inputs
 
 __all__ = ["IIN"]
 
@@ -89,6 +90,8 @@ class IIN(nn.Module):
         context_dim: features of the context; 0 for none.
         min_spread: at the start of ActNorm, a feature with less than this share of the median standard deviation is
             taken as constant; 0 is the published formula, in which a constant feature is scaled by 1e6.
+        inputs: a reversible map before the flow, which standardises features and sets aside those that are constant or
+            copies; see :class:`iin_fast.iin.Inputs`. What it sets aside stands at the end of the residual.
         generator: draws the start weights and permutations; by default torch's global one.
         device: where the parameters are made.
         dtype: type of the parameters.
@@ -126,6 +129,7 @@ class IIN(nn.Module):
         tail_bound: float | None = None,
         context_dim: int = 0,
         min_spread: float = MIN_SPREAD,
+        inputs: Inputs | None = None,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -135,6 +139,7 @@ class IIN(nn.Module):
         self.dim = checked_int("IIN", "dim", dim)
         self._sizes = factor_sizes(self.dim, factors, where="IIN")
         checked_dtype("IIN", dtype)
+        live = self._set_inputs("IIN", inputs, device, dtype)
         n_flows = checked_int("IIN", "n_flows", n_flows)
         hidden_dim = checked_int("IIN", "hidden_dim", hidden_dim)
         hidden_depth = checked_int("IIN", "hidden_depth", hidden_depth, least=0)
@@ -156,11 +161,11 @@ class IIN(nn.Module):
         self.flow: Flow | NeuralSplineFlow
         if coupling == "affine":
             self.flow = Flow(
-                self.dim, n_flows, hidden_dim, hidden_depth, context_dim=self.context_dim, memory=memory, **place
+                live, n_flows, hidden_dim, hidden_depth, context_dim=self.context_dim, memory=memory, **place
             )
         else:
             self.flow = NeuralSplineFlow(
-                self.dim,
+                live,
                 self.context_dim,
                 n_flows=n_flows,
                 hidden_dim=hidden_dim,
@@ -208,8 +213,18 @@ class IIN(nn.Module):
         """
         check_latents("IIN", [("z", z)], self.dim, self.like)
         self._check_context("IIN", "context", context, z.shape[0])
-        factors, logdet = self.flow(z, context)
+        if self.inputs is None:
+            factors, logdet = self.flow(z, context)
+        else:
+            x, rest, own = self.inputs(z)
+            x, logdet = self.flow(x, context)
+            factors, logdet = torch.cat([x, rest.to(x)], 1), logdet + own
         return Factors._wrap(factors, self._sizes), logdet
+
+    @torch.no_grad()
+    def initialize(self, z: Tensor, context: Tensor | None = None) -> None:
+        """Start the ActNorm layers from latents ``[batch, dim]``; the first batch that goes forward does it otherwise."""
+        self.flow.initialize(z if self.inputs is None else self.inputs(z)[0], context)
 
     def encode(self, z: Tensor, context: Tensor | None = None) -> Factors:
         """Factors of latents ``[batch, dim]``; ``context`` as for :meth:`forward`."""
@@ -230,7 +245,12 @@ class IIN(nn.Module):
         tensor = self._join(factors)
         check_latents("IIN.decode", [("factors", tensor)], self.dim, self.like)
         self._check_context("IIN.decode", "context", context, tensor.shape[0])
-        z: Tensor = self.flow.inverse(tensor, context)[0]
+        if self.inputs is None:
+            z: Tensor = self.flow.inverse(tensor, context)[0]
+        else:
+            x, rest = tensor.split([self.inputs.live, self.inputs.left_out], 1)
+            x = self.flow.inverse(x, context)[0]
+            z = self.inputs.inverse(x, rest.to(x))[0]
         return z
 
     def log_prob(self, z: Tensor, context: Tensor | None = None) -> Tensor:
@@ -487,7 +507,7 @@ class IIN(nn.Module):
     def load(
         cls, path: str | os.PathLike[str], *, device: torch.device | str | None = None, memory: str = "auto"
     ) -> "IIN":
-        """The model that :meth:`save` wrote into the folder ``path``. Needs ``pip install 'iin-fast[io]'``.
+        """The model that :meth:`save` wrote into the folder ``path``, a ``LinearIIN`` too. Needs ``pip install 'iin-fast[io]'``.
 
         Args:
             path: the folder.
@@ -499,12 +519,20 @@ class IIN(nn.Module):
             ValueError: a file that is damaged or not of iin-fast; parameters that are missing, unknown, of another
                 shape or type than the configuration says, NaN or Inf.
         """
+        from . import linear  # which is made of this module
+
         tensors, config = checkpoint.load(path)
         # Drawn from a generator of its own: loading a model leaves the global random state alone.
         generator = torch.Generator().manual_seed(0)
         try:
             dtype = checkpoint.DTYPES[config.pop("dtype")]
-            model = cls(**config, dtype=dtype, device="cpu", generator=generator, memory=memory)
+            left_out = config.pop("left_out", None)  # None: no map before the flow
+            if left_out is not None:
+                config["inputs"] = Inputs(config["dim"], left_out)
+            if config["coupling"] == "linear":
+                model: IIN = linear.LinearIIN._of_config(config, dtype)
+            else:
+                model = cls(**config, dtype=dtype, device="cpu", generator=generator, memory=memory)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{checkpoint.config_file(path)}: no valid configuration of an IIN ({error!r})") from error
         checkpoint.check(path, tensors, model.state_dict())
@@ -524,11 +552,33 @@ class IIN(nn.Module):
             "context_dim": self.context_dim,
             "dtype": str(self.dtype).removeprefix("torch."),
         }
+        if self.inputs is not None:
+            config["left_out"] = self.inputs.left_out
         if isinstance(self.flow, NeuralSplineFlow):
             config |= {"bins": self.flow.bins, "tail_bound": self.flow.tail_bound}
         if self.flow.min_spread != MIN_SPREAD:
             config["min_spread"] = self.flow.min_spread
         return config
+
+    def _set_inputs(
+        self, where: str, inputs: Inputs | None, device: torch.device | str | None, dtype: torch.dtype | None
+    ) -> int:
+        """Take the map before the flow; how many features the flow gets."""
+        self.inputs = inputs
+        if inputs is None:
+            return self.dim
+        if not isinstance(inputs, Inputs):
+            raise TypeError(f"{where}: inputs is a {type(inputs).__name__}, expected iin_fast.iin.Inputs or None")
+        if inputs.dim != self.dim:
+            raise ValueError(f"{where}: inputs are of {inputs.dim} features, expected {self.dim} like dim")
+        if self._sizes.get(RESIDUAL, 0) < inputs.left_out:
+            named = sum(size for name, size in self._sizes.items() if name != RESIDUAL)
+            raise ValueError(
+                f"{where}: factors take {named} dimensions, expected at most {inputs.live}: the other {inputs.left_out} "
+                "features are constant or copies, and go into the residual"
+            )
+        self.inputs = inputs.to(device, dtype or torch.get_default_dtype())
+        return inputs.live
 
     def _check_context(self, where: str, name: str, context: Tensor | None, batch: int) -> None:
         """Refuse a context that is missing, not wanted, or of another shape, type or device than the model's."""

@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..iin import IIN, FactorLoss, Factors, checkpoint
+from ..iin import IIN, FactorLoss, Factors, Inputs, checkpoint
 from ..iin.factors import RESIDUAL
 from ..latents import Latents, class_context, load_latents
 from . import state
@@ -169,7 +170,7 @@ class _Training:
 
         self.fingerprint = data.fingerprint()
         if found is None:
-            model = self._fresh(concepts)
+            model = self._fresh(concepts, train_rows)
             self.progress = state.Progress(0, {}, torch.zeros(fabric.world_size, 3, dtype=torch.float64), {}, {})
         else:
             model, self.progress = state.load(found)
@@ -194,18 +195,20 @@ class _Training:
         self.raw_optimizer = optimizer
         self.saved = self.progress.step if found is not None else None
 
-    def _fresh(self, concepts: tuple[str, ...]) -> IIN:
+    def _fresh(self, concepts: tuple[str, ...], train_rows: np.ndarray[Any, Any]) -> IIN:
         settings = self.settings
+        inputs = Inputs.of(self.z[torch.from_numpy(train_rows)]) if settings.standardise else None
         sizes = settings.factors
         if sizes is None:
-            sizes = estimate_sizes(self.data, self.batches, method=settings.dims_method)
+            learned = self.data if inputs is None else replace(self.data, z=inputs(self.z)[0])
+            sizes = estimate_sizes(learned, self.batches, method=settings.dims_method)
             empty = [name for name, size in sizes.items() if size == 0 and name != RESIDUAL]
             if empty:
                 raise ValueError(
                     f"train: the estimate gives {empty} no dimension ({sizes}); give factors, or take "
                     "dims_method='published'"
                 )
-            sizes = {name: size for name, size in sizes.items() if size}
+            sizes = {name: size for name, size in sizes.items() if size and name != RESIDUAL}
         model = IIN(
             self.data.dim,
             sizes if concepts else None,
@@ -215,10 +218,11 @@ class _Training:
             generator=torch.Generator().manual_seed(settings.seed),
             coupling=settings.coupling,
             context_dim=0 if self.context is None else self.context.shape[1],
+            inputs=inputs,
             dtype=self.dtype,
         )
         za, zb, _, *context = self._pairs(0, slice(None))  # the whole batch, in every process alike
-        model.flow.initialize(torch.cat([za, zb]), *context)
+        model.initialize(torch.cat([za, zb]), *context)
         return model
 
     def _pairs(self, step: int, own: slice) -> list[Tensor]:

@@ -34,6 +34,8 @@ class Settings:
         dims_method: ``"published"`` or ``"paper"``, of :func:`iin_fast.estimate_factor_dims`.
         others, unlabelled: which pairs are drawn, and how many from samples without any label; see
             :class:`iin_fast.PairSampler`.
+        standardise: features of mean 0 and deviation 1 before the flow, as a part of the model; constant ones and copies of
+            others are set aside and come back as they were. See :class:`iin_fast.iin.Inputs`.
         rho: correlation of a shared factor, between 0 and 1 exclusive.
         n_flows, hidden_dim, hidden_depth: of the flow; see :class:`iin_fast.IIN`.
         coupling: ``"affine"`` or ``"spline"``.
@@ -61,6 +63,7 @@ class Settings:
     dims_method: str = "published"
     others: str = "differ"
     unlabelled: float | None = None
+    standardise: bool = False
     rho: float = 0.975
     n_flows: int = 12
     hidden_dim: int = 512
@@ -98,6 +101,8 @@ class Settings:
             if not fits(value):
                 raise ValueError(f"{where}: {name} is {value}, expected {expected}")
             object.__setattr__(self, name, float(value))
+        if not isinstance(self.standardise, bool):
+            raise TypeError(f"{where}: standardise is {self.standardise!r}, expected True or False")
         for name, allowed in (
             ("dims_method", ("published", "paper")),
             ("others", ("differ", "any", "agree")),

@@ -60,11 +60,11 @@ def test_result_is_plain_json_and_complete(result):
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     assert set(result) == {
         *("format", "version", "seed", "samples", "concepts", "classes", "factors", "swap", "information", "dci"),
-        *("mig", "sap", "leak", "likelihood", "correlation", "invertibility"),
+        *("mig", "sap", "leak", "likelihood", "correlation", "invertibility", "verdict"),
     }
-    assert set(result["swap"]) == {"judge", "chance", "iin", "mean_shift", "raw", "pca"}
+    assert set(result["swap"]) == {"judge", "chance", "iin", "mean_shift", "linear_iin", "raw", "pca"}
     for metric in ("information", "dci", "mig", "sap", "leak", "correlation"):
-        assert set(result[metric]) == {"iin", "raw", "pca"}, metric
+        assert set(result[metric]) == {"iin", "linear_iin", "raw", "pca"}, metric
     assert result["samples"] == {"scored": 900, "learned_on": 900 + 600, "source": "training samples", "most": 900}
     assert result["classes"] == {"shape": 3, "color": 4}
 
@@ -83,6 +83,17 @@ def test_a_trained_network_beats_what_does_without(result):
     assert result["dci"]["iin"]["disentanglement"] > result["dci"]["raw"]["disentanglement"] + 0.2
     assert result["likelihood"]["iin"] < result["likelihood"]["normal"]
     assert result["invertibility"]["median"] <= result["invertibility"]["max"] < 1e-3
+
+
+def test_the_linear_iin_is_exact_where_concepts_add_up_and_the_verdict_says_so(result):
+    for name in NAMES:
+        assert result["swap"]["linear_iin"][name]["both"] > 0.95
+        verdict = result["verdict"][name]
+        both = {who: result["swap"][who][name]["both"] for who in ("iin", "mean_shift", "linear_iin")}
+        assert both[verdict["rival"]] == max(both["mean_shift"], both["linear_iin"])
+        assert verdict["difference"] == pytest.approx(both["iin"] - both[verdict["rival"]])
+        assert verdict["verdict"] == ("worse" if verdict["high"] < 0 else "equal")
+        assert result["leak"]["linear_iin"][name]["linear"] < 0.1
 
 
 def test_a_seed_repeats(trained):

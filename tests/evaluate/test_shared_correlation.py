@@ -79,6 +79,22 @@ def test_evaluation_tells_the_network_that_made_the_latents_from_what_does_witho
     assert found["likelihood"]["iin"] < found["likelihood"]["gaussian"]
 
 
+def test_the_linear_iin_undoes_a_linear_mixture_of_ready_pairs():
+    model = iin_fast.IIN(10, SIZES, n_flows=1, hidden_dim=8, generator=torch.Generator().manual_seed(0))
+    (train, train_shared), (held, shared) = ready_pairs(3000, 2), ready_pairs(1000, 3)
+    mixture = (np.random.default_rng(4).standard_normal((10, 10)) * np.logspace(-2, 2, 10)).astype(np.float32)
+    z, train_z = (torch.from_numpy(x.astype(np.float32) @ mixture) for x in (held, train))
+    with torch.no_grad():
+        model(train_z)
+    found = evaluate_unlabelled(
+        model, z, train_z, shared=torch.from_numpy(shared), train_shared=torch.from_numpy(train_shared), names=NAMES
+    )["pairs"]
+    for name in NAMES:
+        assert found["linear_iin"]["shared"][name][name] == pytest.approx(RHO, abs=0.05)
+        assert abs(found["linear_iin"]["shared"]["residual"][name]) < 0.05
+        assert max(found[who]["shared"][name][name] for who in ("pca", "raw")) < RHO - 0.1
+
+
 def test_what_does_not_fit_is_refused():
     z, shared = ready_pairs(20, 0)
     with pytest.raises(TypeError, match="shared is int64, expected bool"):

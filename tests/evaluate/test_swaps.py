@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from known_latents import NAMES, cut, draw_labels, joined, perfect_factors, rotation
 
-from iin_fast.evaluate import LinearFactors, MeanShift, judge_accuracy, latent_judge, swap_success
+from iin_fast.evaluate import LinearFactors, MeanShift, judge_accuracy, latent_judge, swap_success, swap_verdict
+from iin_fast.evaluate.baselines import LinearRival
 
 TURN = rotation(10, seed=3)
 
@@ -145,3 +146,47 @@ def test_what_is_no_judge_or_no_concept_is_refused(data):
         latent_judge(z, np.zeros_like(labels), NAMES)
     with pytest.raises(ValueError, match="sum to more than the 10 dimensions"):
         LinearFactors(z, labels, NAMES, {"shape": 6, "color": 6}, "raw")
+
+
+def test_swaps_of_a_concept_without_a_known_pair_change_nothing(data):
+    _, _, z, labels, _ = data
+    codes = labels.copy()
+    codes[:, 1] = -1
+    codes[:4, 1] = range(4)  # each class once
+    rival = LinearRival.of(z, codes, NAMES, NAMES)
+    assert list(rival.encode(z)) == ["shape", "residual"]
+    assert np.array_equal(rival.swap(z[:5], z[5:10], "color"), z[:5])
+    assert np.abs(rival.swap(z[:50], z[50:100], "shape") - z[:50]).max() > 0.5
+    assert LinearRival.of(z, codes, NAMES, ["color"]) is None
+
+
+def outcomes(better, worse, n=1000):
+    """Swaps of two systems, of which the first has ``better`` that the second has not, and the other way round."""
+    both = {"iin": np.zeros(n, dtype=bool), "mean_shift": np.zeros(n, dtype=bool)}
+    both["iin"][:better] = True
+    both["mean_shift"][n - worse :] = True
+    return both
+
+
+@pytest.mark.parametrize(
+    ("better", "worse", "verdict"), [(100, 20, "better"), (20, 100, "worse"), (60, 60, "equal"), (0, 0, "equal")]
+)
+def test_verdict_follows_from_an_interval_of_the_difference(better, worse, verdict):
+    found = swap_verdict("digit", outcomes(better, worse), seed=1)
+    assert found == swap_verdict("digit", outcomes(better, worse), seed=1)
+    assert found["verdict"] == verdict and found["rival"] == "mean_shift"
+    assert found["difference"] == (better - worse) / 1000
+    # The deviation of a mean of 1000 values -1, 0, 1 is known, and two of them make the interval.
+    deviation = np.sqrt((better + worse) / 1000 - found["difference"] ** 2) / np.sqrt(1000)
+    assert found["low"] == pytest.approx(found["difference"] - 1.96 * deviation, abs=0.003)
+    assert found["high"] == pytest.approx(found["difference"] + 1.96 * deviation, abs=0.003)
+    words = {"better": "is better than", "equal": "does as well as", "worse": "is worse than"}
+    assert found["text"].startswith(f"digit: the IIN {words[verdict]} mean shift; ")
+
+
+def test_verdict_compares_with_the_better_rival():
+    both = outcomes(100, 50)
+    found = swap_verdict("digit", {**both, "linear_iin": ~both["iin"]})
+    assert found["rival"] == "linear_iin" and found["verdict"] == "worse" and "the linear IIN" in found["text"]
+    few = swap_verdict("digit", {who: rows[::100] for who, rows in outcomes(300, 100).items()})
+    assert few["difference"] > 0 and few["verdict"] == "equal"  # ten rows show little

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -119,11 +120,34 @@ def test_page_is_whole_and_needs_nothing_else(run, latents):
 def test_numbers_are_those_of_the_evaluation(run):
     evaluation = json.loads((run / "evaluation.json").read_text())
     text = write_report(run).read_text()
-    for who in ("iin", "mean_shift", "raw", "pca"):
+    assert "<th>linear IIN</th>" in text
+    for verdict in evaluation["verdict"].values():
+        assert f"<li>{escape(verdict['text'])}.</li>" in text
+    for who in ("iin", "mean_shift", "linear_iin", "raw", "pca"):
         assert f"{evaluation['swap'][who]['shape']['both']:.0%}" in text
     assert f"{evaluation['likelihood']['iin']:.3f} nats per dimension" in text
     assert f"{evaluation['information']['iin']['nats']['shape']['<color>']:.2f} nats" in text
     assert "(median; slowest\n101, fastest 112)" in text
+
+
+def test_an_evaluation_without_the_linear_iin_is_shown(run):
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    del evaluation["verdict"]
+    for metric in ("swap", "information", "dci", "mig", "sap", "leak", "correlation"):
+        del evaluation[metric]["linear_iin"]
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    text = write_report(run).read_text()
+    assert "<th>linear IIN</th>" not in text and "<th>mean shift</th>" in text
+
+
+def test_a_linear_model_has_a_report_too(latents, tmp_path):
+    z, labels, names = latents
+    sampler = iin_fast.PairSampler(labels, names=names, others="any")
+    iin_fast.LinearIIN.fit(z, sampler).save(tmp_path)
+    found = write_evaluation(tmp_path, z[100:], labels[100:], names, train_z=z[:100], train_labels=labels[:100])
+    assert found["factors"]["shape"] == 2
+    text = write_report(tmp_path, latents=latents, decoder=decoder).read_text()
+    assert "a linear map, computed from pairs" in text
 
 
 def test_settings_read_as_words(run):
@@ -143,7 +167,12 @@ def test_settings_read_as_words(run):
 
 def test_best_of_a_row_follows_its_direction(run):
     evaluation = json.loads((run / "evaluation.json").read_text())
-    for who, leaked, gap in (("iin", 0.9, 0.1), ("raw", 0.2, 0.7), ("pca", 0.5, 0.3)):
+    for who, leaked, gap in (
+        ("iin", 0.9, 0.1),
+        ("raw", 0.2, 0.7),
+        ("pca", 0.5, 0.3),
+        ("linear_iin", 0.6, 0.2),
+    ):
         evaluation["leak"][who]["shape"]["linear"], evaluation["mig"][who]["mig"] = leaked, gap
     (run / "evaluation.json").write_text(json.dumps(evaluation))
     text = write_report(run).read_text()

@@ -152,6 +152,28 @@ def test_without_labels_the_density_is_learned(settings, tmp_path):
     assert float(last["held_out_loss"]) == pytest.approx(8 * float(last["held_out_nats_per_dim"]), rel=1e-5)
 
 
+def test_standardised_features_of_any_scale_train_and_dead_ones_come_back(latents, settings, tmp_path):
+    z = torch.cat([latents.z, torch.full((latents.n, 3), 0.1), latents.z[:, :2]], 1)
+    z[:, 1:5] *= 1000
+    data = Latents.of(z, latents.labels, latents.names)
+    options = {"factors": None, "steps": 60, "others": "any", "noise": 0.2, "keep": "best", "held_out_every": 20}
+    model = train(data, tmp_path / "run", settings(standardise=True, **options), accelerator="cpu")
+    assert record(tmp_path / "run")["settings"]["standardise"] is True
+    # Named factors share what varies; the rest of the features stands in the residual.
+    assert model.inputs.live == 9 and sum(model.sizes.values()) == 13
+    assert model.inputs.keep.tolist() == [*range(8), 12] and model.sizes["residual"] >= 4
+    losses = [float(line["held_out_loss"]) for line in metrics(tmp_path / "run") if line["held_out_loss"]]
+    assert max(losses) < 200 and losses[-1] < losses[0]
+    loaded = IIN.load(tmp_path / "run")
+    with torch.no_grad():
+        swapped = loaded.swap(z, z.flip(0), "digit")
+    assert torch.equal(swapped[:, 8:11], z[:, 8:11]) and torch.equal(swapped[:, 11], swapped[:, 0])
+    assert torch.allclose(loaded.inputs.mean[0], z[np.load(tmp_path / "run" / "split.npz")["train"], 0].mean())
+    # A resume has the same map, and goes on with it.
+    again = train(data, tmp_path / "run", settings(standardise=True, **options), accelerator="cpu", resume=True)
+    assert torch.equal(again.inputs.scale, loaded.inputs.scale)
+
+
 def test_noise_is_measured_in_each_features_deviation(settings, tmp_path):
     generator = torch.Generator().manual_seed(0)
     scale = torch.tensor([0.1, 1.0, 3.0, 0.5])

@@ -1,0 +1,374 @@
+"""Which settings serve anyone's latents: rules for settings × data sets × seeds, by swaps of held-out latents.
+
+    python benchmarks/defaults.py RESULTS.jsonl                        # all that is not yet there
+    python benchmarks/defaults.py RESULTS.jsonl --data toy curved --rules hand --seeds 0
+    python benchmarks/defaults.py RESULTS.jsonl --table                # what is there, as a table
+
+A cell is one data set, one rule, one seed. It is one line of the result file, written when it is done, so a campaign that stops
+goes on where it was; two may share a file if they share no cell. The rule "none" trains nothing: mean shift, the linear IIN,
+PCA and raw z. To try new settings, add a function to RULES; a cell whose settings changed is run again.
+
+Every system swaps the same held-out rows with the same donors, and the same judge (one small network a concept, trained on the
+training rows) reads them. The score is the share of swaps that give the donor's class and keep all other concepts.
+
+``--quick``: at most 300 rows and 30 steps, to see that everything works. Its cells stand apart.
+"""
+
+import argparse
+import json
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+import iin_fast
+from iin_fast.evaluate import LinearFactors, MeanShift, judge_accuracy, latent_judge, swap_success
+from iin_fast.evaluate.baselines import LinearRival
+from iin_fast.latents import Latents
+from iin_fast.train import Settings, train
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+QUICK_ROWS, QUICK_STEPS = 300, 30
+MOST_SWAPS = 2000
+
+Array = NDArray[Any]
+
+
+class Data(NamedTuple):
+    """Latents with labels."""
+
+    z: Array  # [n, dim]
+    labels: Array  # [n, concepts]
+    names: list[str]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a rule decides."""
+
+    settings: Settings
+    standardise: bool = False  # features of mean 0 and deviation 1 over the training rows
+
+
+# ---- data sets ---------------------------------------------------------------------------------------------------------------
+
+
+def mixed(random: np.random.Generator, n: int, dim: int, classes: Sequence[int], *, noise: float, content: int) -> Data:
+    """Means of the classes of each concept, which add up, and ``content`` further directions that no label knows."""
+    labels = np.stack([random.integers(count, size=n) for count in classes], 1)
+    z = random.standard_normal((n, content)) @ random.standard_normal((content, dim)) * 0.5
+    for column, count in zip(labels.T, classes, strict=True):
+        z += random.standard_normal((count, dim))[column]
+    return Data(z + noise * random.standard_normal((n, dim)), labels, ["abc"[k] for k in range(len(classes))])
+
+
+def bent(random: np.random.Generator, data: Data) -> Data:
+    """The same latents through a smooth map that bends: concepts no longer add up."""
+    dim = data.z.shape[1]
+    z = data.z / data.z.std(0)
+    for _ in range(2):
+        turn = np.linalg.qr(random.standard_normal((dim, dim)))[0]
+        z = z @ turn
+        z = z + np.sin(2 * np.roll(z, 1, axis=1)) * np.tanh(np.roll(z, 2, axis=1))
+    return data._replace(z=z)
+
+
+def toy(random: np.random.Generator) -> Data:
+    """Concepts that add up."""
+    return mixed(random, 2000, 24, (5, 4, 3), noise=0.3, content=6)
+
+
+def tiny(random: np.random.Generator) -> Data:
+    """Few rows in many dimensions."""
+    return mixed(random, 300, 64, (4, 3), noise=0.3, content=8)
+
+
+def large(random: np.random.Generator) -> Data:
+    return bent(random, mixed(random, 50_000, 64, (10, 5, 2), noise=0.2, content=20))
+
+
+def curved(random: np.random.Generator) -> Data:
+    return bent(random, mixed(random, 1600, 40, (5, 4, 3), noise=0.2, content=8))
+
+
+def scaled(random: np.random.Generator) -> Data:
+    """The curved one with three constant features, and half of the others × 100."""
+    data = curved(random)
+    z = data.z * np.where(np.arange(40) % 2, 100.0, 1.0)
+    z[:, [3, 17, 30]] = [0.0, 1.0, -7.5]
+    return data._replace(z=z)
+
+
+def dead(random: np.random.Generator) -> Data:
+    """Outputs of a ReLU layer, 45 of 256 of them dead, two more copies of others."""
+    data = mixed(random, 1500, 32, (6, 3), noise=0.3, content=8)
+    z = np.maximum(data.z @ random.standard_normal((32, 256)) * 0.3 - 0.3, 0)
+    z[:, :45] = 0.0
+    z[:, 45:47] = z[:, 100:102]
+    return data._replace(z=z)
+
+
+def signs(random: np.random.Generator) -> Data:
+    """A concept that is the sign of a product: its classes have one mean, so that no shift changes it."""
+    labels = np.stack([random.integers(2, size=4000), random.integers(2, size=4000), random.integers(4, size=4000)], 1)
+    x = 2.0 * labels[:, :2] - 1
+    parts = [x[:, :1], x[:, :1] * x[:, 1:], np.eye(4)[labels[:, 2]], 0.5 * random.standard_normal((4000, 6))]
+    z = np.concatenate(parts, 1) @ random.standard_normal((12, 16))
+    return Data(z + 0.1 * random.standard_normal(z.shape), labels, ["a", "product", "c"])
+
+
+def digits(random: np.random.Generator) -> Data:
+    """scikit-learn's digits in four colors, 32 principal components: a latent of pictures."""
+    from sklearn.datasets import load_digits
+    from sklearn.decomposition import PCA
+
+    found = load_digits()
+    colors = np.array([(1.0, 0.24, 0.2), (0.24, 0.82, 0.29), (0.25, 0.43, 0.94), (0.95, 0.77, 0.2)])
+    color = random.integers(4, size=len(found.images))
+    pictures = found.images[..., None] / 16 * colors[color][:, None, None]
+    z = PCA(32, random_state=0).fit_transform(pictures.reshape(len(pictures), -1))
+    return Data(z, np.stack([found.target, color], 1), ["digit", "color"])
+
+
+def table(random: np.random.Generator) -> Data:
+    """Tumors: benign or malignant, and their radius in three classes; the columns that say the radius are left out."""
+    from sklearn.datasets import load_breast_cancer
+
+    found = load_breast_cancer()
+    telling = [
+        k for k, name in enumerate(found.feature_names) if any(w in name for w in ("radius", "perimeter", "area"))
+    ]
+    radius = found.data[:, telling[0]]
+    size = np.searchsorted(np.quantile(radius, [1 / 3, 2 / 3]), radius)
+    return Data(np.delete(found.data, telling, 1), np.stack([found.target, size], 1), ["benign", "size"])
+
+
+def sentences(random: np.random.Generator) -> Data:
+    """A thousand sentence embeddings of examples/sentences.py, as a language model gives them."""
+    sys.path.insert(0, str(EXAMPLES))
+    import sentences as example
+
+    texts, columns = example.statements()
+    rows = random.permutation(len(texts))[:1000]
+    return Data(example.embed([texts[i] for i in rows]), np.stack(list(columns.values()), 1)[rows], list(columns))
+
+
+DATA: dict[str, Callable[[np.random.Generator], Data]] = {
+    made.__name__: made for made in (toy, tiny, large, curved, scaled, dead, signs, digits, table, sentences)
+}
+
+
+# ---- rules: what a person who knows nothing would get ------------------------------------------------------------------------
+
+
+def none(data: Data) -> Plan | None:
+    """No training: what a rule has to beat."""
+    return None
+
+
+def paper(data: Data) -> Plan | None:
+    """The published settings."""
+    return Plan(Settings())
+
+
+def hand(data: Data) -> Plan | None:
+    """One set of settings, tuned by hand on embeddings of sentences."""
+    tuned = {"learning_rate": 1e-3, "batch": 64, "noise": 0.3, "others": "any", "keep": "best", "steps": 3000}
+    return Plan(Settings(n_flows=6, hidden_dim=128, held_out_every=250, save_every=3000, **tuned), standardise=True)  # type: ignore[arg-type]
+
+
+def hand_no_noise(data: Data) -> Plan | None:
+    plan = hand(data)
+    assert plan
+    return replace(plan, settings=replace(plan.settings, noise=0.0))
+
+
+RULES: dict[str, Callable[[Data], Plan | None]] = {rule.__name__: rule for rule in (none, paper, hand, hand_no_noise)}
+
+
+# ---- a cell ------------------------------------------------------------------------------------------------------------------
+
+
+def split(data: Data, seed: int) -> tuple[Data, Data]:
+    """Training and held-out rows, 70 and 30 %."""
+    order = np.random.default_rng([seed, 1]).permutation(len(data.z))
+    cut = round(0.7 * len(order))
+    first, second = (Data(data.z[rows], data.labels[rows], data.names) for rows in np.split(order, [cut]))
+    return first, second
+
+
+def run_cell(data: Data, plan: Plan | None, seed: int) -> dict[str, Any]:
+    """Scores of what ``plan`` trains, or of what needs no training: system to concept to swap scores."""
+    learned, held = split(data, seed)
+    names = data.names
+    judge = latent_judge(learned.z, learned.labels, names, seed=seed)
+    swaps: dict[str, Callable[[str, Array, Array], Array]] = {}
+    seconds: dict[str, float] = {}
+    sizes: dict[str, dict[str, int]] = {}
+    begin = time.perf_counter()
+    if plan is None:
+        rival = LinearRival.of(learned.z, learned.labels, names, names)
+        assert rival is not None
+        seconds["linear_iin"], sizes["linear_iin"] = time.perf_counter() - begin, rival.model.sizes
+        shift = MeanShift(learned.z, learned.labels, names)
+        column = {name: held.labels[:, k] for k, name in enumerate(names)}
+        swaps["mean_shift"] = lambda name, keep, give: shift.swap(
+            held.z[keep], column[name][keep], column[name][give], name
+        )
+        swaps["linear_iin"] = lambda name, keep, give: rival.swap(held.z[keep], held.z[give], name)
+        for kind in ("pca", "raw"):
+            basis = LinearFactors(learned.z, learned.labels, names, rival.model.sizes, kind, seed)  # type: ignore[arg-type]
+            swaps[kind] = lambda name, keep, give, basis=basis: basis.swap(held.z[keep], held.z[give], name)  # type: ignore[misc]
+    else:
+        mean, scale = np.zeros(1), np.ones(1)
+        if plan.standardise:
+            mean, scale = learned.z.mean(0), learned.z.std(0)
+            scale[scale == 0] = 1.0
+        latents = Latents.of(((learned.z - mean) / scale).astype(np.float32), learned.labels, names)
+        with tempfile.TemporaryDirectory() as folder:
+            model = train(latents, Path(folder) / "run", replace(plan.settings, seed=seed), accelerator="cpu")
+        seconds["iin"], sizes["iin"] = time.perf_counter() - begin, model.sizes
+
+        @torch.no_grad()
+        def by_model(name: str, keep: Array, give: Array) -> Array:
+            kept, given = (
+                torch.from_numpy(((held.z[rows] - mean) / scale).astype(np.float32)) for rows in (keep, give)
+            )
+            # A model that fell apart gives no numbers; the judge reads 0 there, and the swap counts as failed.
+            found: Array = np.nan_to_num(model.swap(kept, given, name).double().numpy(), posinf=0.0, neginf=0.0)
+            return found * scale + mean
+
+        swaps["iin"] = by_model
+    return {
+        "judge": judge_accuracy(judge, held.z, held.labels, names),
+        "scores": {
+            who: swap_success(way, held.labels, names, judge, max_swaps=MOST_SWAPS, seed=seed)
+            for who, way in swaps.items()
+        },
+        "sizes": sizes,
+        "seconds": seconds,
+    }
+
+
+def quickened(data: Data, plan: Plan | None) -> tuple[Data, Plan | None]:
+    data = Data(data.z[:QUICK_ROWS], data.labels[:QUICK_ROWS], data.names)
+    if plan is not None:
+        ends = {"steps": QUICK_STEPS, "decay_start": None, "n_flows": 2, "hidden_dim": 32}
+        plan = replace(plan, settings=replace(plan.settings, **ends))  # type: ignore[arg-type]
+    return data, plan
+
+
+# ---- the campaign ------------------------------------------------------------------------------------------------------------
+
+
+def cells(file: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a result file; a last one that was cut off is left out."""
+    if file.is_file():
+        for line in file.read_text().splitlines():
+            try:
+                yield json.loads(line)
+            except ValueError:
+                continue
+
+
+def append(file: Path, cell: dict[str, Any]) -> None:
+    """One line at the end of ``file``, also where a campaign stopped in the middle of one."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    torn = file.is_file() and file.stat().st_size > 0 and not file.read_bytes().endswith(b"\n")
+    with open(file, "a") as stream:
+        stream.write("\n" * torn + json.dumps(cell) + "\n")
+
+
+def described(plan: Plan | None) -> dict[str, Any] | None:
+    return None if plan is None else {"standardise": plan.standardise, **plan.settings.record()}
+
+
+def campaign(
+    file: Path, data_sets: Sequence[str], rules: Sequence[str], seeds: Sequence[int], quick: bool = False
+) -> None:
+    """Runs every cell that ``file`` does not hold with the same settings."""
+    keys = ("data", "rule", "seed", "quick", "plan")
+    done = {json.dumps([cell[key] for key in keys]) for cell in cells(file)}
+    for name in data_sets:
+        for seed in seeds:
+            made: Data | None = None
+            for rule in rules:
+                if made is None:
+                    made = DATA[name](np.random.default_rng([seed, 0]))
+                data, plan = made, RULES[rule](made)
+                if quick:
+                    data, plan = quickened(data, plan)
+                key = dict(zip(keys, (name, rule, seed, quick, described(plan)), strict=True))
+                if json.dumps(list(key.values())) in done:
+                    continue
+                begin = time.perf_counter()
+                try:
+                    found = run_cell(data, plan, seed)
+                except (FloatingPointError, ValueError) as error:  # a run that diverged is a result
+                    found = {"failed": str(error)}
+                cell = key | {"rows": len(data.z), "dim": data.z.shape[1], **found}
+                cell |= {"wall": time.perf_counter() - begin, "threads": torch.get_num_threads()}
+                cell |= {"iin_fast": iin_fast.__version__, "torch": torch.__version__, "machine": platform.machine()}
+                append(file, cell)
+                print(f"{name} {rule} {seed}: {summary(cell)}", flush=True)
+
+
+def summary(cell: dict[str, Any]) -> str:
+    if "failed" in cell:
+        return f"failed: {cell['failed']}"
+    parts = [f"{who} {mean:.3f}" for who, mean in means(cell).items()]
+    return f"{', '.join(parts)}; {cell['wall']:.0f} s"
+
+
+def means(cell: dict[str, Any]) -> dict[str, float]:
+    """System to its score, the mean over concepts."""
+    return {who: float(np.mean([found["both"] for found in scores.values()])) for who, scores in cell["scores"].items()}
+
+
+def as_table(file: Path) -> str:
+    """Markdown: a row for each data set, a column for each rule and system, mean and range over seeds."""
+    found: dict[str, dict[str, dict[int, float]]] = {}  # data set to column to seed to score; the last of a cell counts
+    shape: dict[str, str] = {}
+    for cell in cells(file):
+        name = cell["data"] + " (quick)" * cell["quick"]
+        shape[name] = f"{cell['rows']} × {cell['dim']}"
+        scores = {"iin": 0.0} if "failed" in cell else means(cell)
+        for who, score in scores.items():
+            column = who if cell["rule"] == "none" else f"IIN, {cell['rule']}"
+            found.setdefault(name, {}).setdefault(column, {})[cell["seed"]] = score
+    columns = list(dict.fromkeys(column for row in found.values() for column in row))
+    lines = [f"| data | rows × dims | {' | '.join(columns)} |", "|---|---|" + "---|" * len(columns)]
+    for name, row in found.items():
+        shown = []
+        for column in columns:
+            values = list(row.get(column, {}).values())
+            text = f"{np.mean(values):.3f}" if values else "–"
+            shown.append(text + f" ({min(values):.3f} to {max(values):.3f})" * (len(values) > 1))
+        lines.append(f"| {name} | {shape[name]} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--data", nargs="+", choices=DATA, default=list(DATA))
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--table", action="store_true", help="print what is there, run nothing")
+    given = parser.parse_args()
+    if not given.table:
+        campaign(given.results, given.data, given.rules, given.seeds, given.quick)
+    print(as_table(given.results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""What stands before a flow: features that can't be learned from are set aside, the others standardised. It is reversible."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..checks import check_floating, check_rank, checked_int
+
+__all__ = ["Inputs", "constant_features", "copied_features"]
+
+
+def constant_features(z: Tensor) -> Tensor:
+    """Which features of ``z`` ``[n, dim]`` have one value, up to rounding: bool ``[dim]``."""
+    low, high = z.amin(0).double(), z.amax(0).double()
+    return high - low <= 8 * torch.finfo(z.dtype).eps * torch.maximum(low.abs(), high.abs())
+
+
+def copied_features(z: Tensor) -> Tensor:
+    """For each feature of ``z`` ``[n, dim]`` the first one with the same values: int64 ``[dim]``."""
+    kind = torch.unique(z.T, dim=0, return_inverse=True)[1]  # [dim]
+    order = torch.arange(len(kind), device=z.device)
+    first = torch.full_like(kind, len(kind)).scatter_reduce(0, kind, order, "amin")
+    return first[kind]
+
+
+class Inputs(nn.Module):
+    r"""Creates the reversible map from latents to what a flow is good at, and back.
+
+    .. math:: x_i = (z_i - \mu_i) / \sigma_i, \quad x_j = z_j - c_j
+
+    for features i that a flow learns from, and then for those that it does not: of a constant one, c is its value; of
+    one that is a copy of another, c is that other feature. There x is 0, and z comes back to the last bit. A latent in
+    which they are something else loses nothing either.
+
+    Made from latents by :meth:`of`. ``Inputs(dim, left_out)`` is what a state is loaded into, and changes nothing.
+
+    Args:
+        dim: features of a latent.
+        left_out: how many of them are constant or copies.
+
+    Example:
+        >>> z = torch.randn(100, 3) * torch.tensor([1.0, 1000.0, 0.0]) + 5
+        >>> inputs = Inputs.of(torch.cat([z, z[:, :1]], 1))
+        >>> inputs.live, inputs.left_out  # two to learn from; a constant one and a copy
+        (2, 2)
+    """
+
+    mean: Tensor  # [dim]
+    scale: Tensor  # [dim]
+    keep: Tensor  # [live] int64, features that a flow learns from
+    left: Tensor  # [left_out] int64, those that it does not
+    source: Tensor  # [left_out] int64, what each of these is a copy of; itself, if it is constant
+
+    def __init__(self, dim: int, left_out: int = 0, *, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.dim = checked_int("Inputs", "dim", dim)
+        self.left_out = checked_int("Inputs", "left_out", left_out, least=0)
+        if self.left_out >= self.dim:
+            raise ValueError(f"Inputs: left_out is {left_out}, expected less than dim = {dim}")
+        self.live = self.dim - self.left_out
+        self.register_buffer("mean", torch.zeros(dim, dtype=dtype))
+        self.register_buffer("scale", torch.ones(dim, dtype=dtype))
+        self.register_buffer("keep", torch.arange(self.live))
+        self.register_buffer("left", torch.arange(self.live, dim))
+        self.register_buffer("source", torch.arange(self.live, dim))
+
+    @classmethod
+    def of(cls, z: Tensor) -> Inputs:
+        """The map that latents ``[n, dim]`` ask for.
+
+        Raises:
+            TypeError, ValueError: latents that are not finite ``[n, dim]``, or none of whose features varies.
+        """
+        where = "Inputs.of"
+        check_floating(where, "z", z)
+        check_rank(where, "z", z, "latents [n, dim]", 2)
+        if z.numel() == 0 or not torch.isfinite(z).all():
+            raise ValueError(f"{where}: z is empty or has NaN or Inf, expected finite numbers [n, dim]")
+        z = z.detach()
+        constant, first = constant_features(z), copied_features(z)
+        own = torch.arange(z.shape[1], device=z.device)
+        aside = constant | (first != own)
+        if aside.all():
+            raise ValueError(f"{where}: z has no feature that varies, expected one at least")
+        made = cls(z.shape[1], int(aside.sum()), dtype=z.dtype)
+        values = z.double()
+        made.mean = torch.where(constant, values[0], values.mean(0)).to(z.dtype)
+        made.scale = torch.where(constant, 1.0, values.std(0, correction=0)).to(z.dtype)
+        made.keep, made.left = own[~aside], own[aside]
+        made.source = torch.where(constant, own, first)[aside]
+        return made
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}, left_out={self.left_out}"
+
+    def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What a flow sees of latents ``[batch, dim]``, ``[batch, live]``; the others ``[batch, left_out]``; and the log-det."""
+        x = (z[:, self.keep] - self.mean[self.keep]) / self.scale[self.keep]
+        logdet = -self.scale[self.keep].log().sum()
+        return x, z[:, self.left] - self._expected(z), logdet
+
+    def inverse(self, x: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents ``[batch, dim]`` of both parts, and the log-det."""
+        values = x * self.scale[self.keep] + self.mean[self.keep]
+        z = values.new_empty(len(x), self.dim).index_copy(1, self.keep, values)
+        # A constant needs nothing of z; what a copy is of is in place.
+        return z.index_copy(1, self.left, rest.to(z) + self._expected(z)), self.scale[self.keep].log().sum()
+
+    def _expected(self, z: Tensor) -> Tensor:
+        """What the features that are left out have, as far as the others say it: ``[batch, left_out]``."""
+        return torch.where(self.source == self.left, self.mean[self.left], z[:, self.source])

@@ -1,0 +1,127 @@
+"""What latents look like before a training: features that can't be learned from, scales, rank, classes of few rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..iin.inputs import Inputs, constant_features, copied_features
+from ..iin.linear import NULL_VARIANCE
+from ..latents import MISSING, Latents
+
+__all__ = ["Findings", "inspect_latents"]
+
+ALMOST = 0.99  # share of the rows with one value
+SCALES = 100.0  # times the median deviation, or that part of it
+FEW_ROWS = 10
+SHOWN = 8
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What :func:`inspect_latents` found; ``lines()`` says it in words.
+
+    Attributes:
+        n, dim: rows and features.
+        constant: features with one value.
+        copies: feature to the first one with the same values; without the constant ones.
+        almost_constant: features with one value in 99 % of the rows or more.
+        badly_scaled: features whose deviation is more than 100 times the median of all, or less than a hundredth of it.
+        rank: directions that vary, of ``live`` features that are neither constant nor copies.
+        few: concept to class to rows, of classes with fewer than 10.
+    """
+
+    n: int
+    dim: int
+    constant: list[int]
+    copies: dict[int, int]
+    almost_constant: list[int]
+    badly_scaled: list[int]
+    rank: int
+    few: dict[str, dict[int, int]]
+
+    @property
+    def live(self) -> int:
+        return self.dim - len(self.constant) - len(self.copies)
+
+    def lines(self) -> list[str]:
+        """A sentence for each thing that may spoil a training; none where all is well."""
+        found = []
+        for which, what in ((self.constant, "constant"), (list(self.copies), "equal to others")):
+            if which:
+                found.append(f"{_features(which, self.dim)} {what}; standardise, which sets such features aside")
+        if self.almost_constant:
+            found.append(f"{_features(self.almost_constant, self.dim)} constant in {ALMOST:.0%} of the rows or more")
+        if self.badly_scaled:
+            found.append(
+                f"{_features(self.badly_scaled, self.dim)} {SCALES:.0f} times wider or narrower than most; standardise them"
+            )
+        if self.rank < self.live:
+            why = "fewer rows than features" if self.n <= self.live else "some features are combinations of others"
+            found.append(
+                f"the latents vary in {self.rank} of {self.live} directions ({why}): without noise on the latents the density "
+                "has no bound, and training learns them by heart"
+            )
+        for concept, classes in self.few.items():
+            shown = ", ".join(f"{label} ({rows})" for label, rows in list(classes.items())[:SHOWN])
+            more = f" and {len(classes) - SHOWN} more" if len(classes) > SHOWN else ""
+            found.append(f"concept {concept!r}: classes with fewer than {FEW_ROWS} rows: {shown}{more}")
+        return found
+
+
+@torch.no_grad()
+def inspect_latents(latents: Latents) -> Findings:
+    """Looks at latents before a training: what in them a flow can't learn from, or learns badly.
+
+    Example:
+        >>> from iin_fast.latents import Latents
+        >>> from iin_fast.train import inspect_latents
+        >>> z = torch.cat([torch.randn(50, 3), torch.ones(50, 1)], 1)
+        >>> inspect_latents(Latents.of(z)).lines()
+        ['1 of 4 features (3) is constant; standardise, which sets such features aside']
+    """
+    z = latents.z
+    constant = constant_features(z)
+    first = copied_features(z)
+    own = torch.arange(latents.dim)
+    copies = ~constant & (first != own)
+    live = ~constant & ~copies
+    # The value in the middle of the sorted ones is the value of most rows, if there is one.
+    almost = live & ((z == z.median(0).values).double().mean(0) >= ALMOST)
+    badly = torch.zeros_like(live)
+    rank = 0
+    if live.any():
+        deviation = z.double().std(0, correction=0)
+        middle = deviation[live].median()
+        badly = live & ((deviation > SCALES * middle) | (deviation * SCALES < middle))
+        x = Inputs.of(z)(z.double())[0]
+        rank = int((torch.linalg.eigvalsh(x.T @ x / len(x)) > NULL_VARIANCE).sum())
+    few: dict[str, dict[int, int]] = {}
+    if latents.labels is not None:
+        for name, column in zip(latents.names, latents.labels.T, strict=True):
+            labels, rows = column[column != MISSING].unique(return_counts=True)
+            small = {int(label): int(n) for label, n in zip(labels, rows, strict=True) if n < FEW_ROWS}
+            if small:
+                few[name] = small
+    return Findings(
+        n=latents.n,
+        dim=latents.dim,
+        constant=_places(constant),
+        copies={j: int(first[j]) for j in _places(copies)},
+        almost_constant=_places(almost),
+        badly_scaled=_places(badly),
+        rank=rank,
+        few=few,
+    )
+
+
+def _places(mask: torch.Tensor) -> list[int]:
+    found: list[int] = mask.nonzero()[:, 0].tolist()
+    return found
+
+
+def _features(which: Sequence[int], dim: int) -> str:
+    shown = ", ".join(map(str, which[:SHOWN])) + (", …" if len(which) > SHOWN else "")
+    return f"{len(which)} of {dim} features ({shown}) {'is' if len(which) == 1 else 'are'}"

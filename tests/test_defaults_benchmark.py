@@ -1,0 +1,77 @@
+"""The harness for default settings: its data sets, and that a campaign goes on where it stopped."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+pytest.importorskip("sklearn")
+pytest.importorskip("lightning_fabric")
+
+ROOT = Path(__file__).parents[1]
+SYSTEMS = {"mean_shift", "linear_iin", "pca", "raw"}
+
+
+@pytest.fixture(scope="module")
+def defaults() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("defaults", ROOT / "benchmarks" / "defaults.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["defaults"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_data_sets_are_labelled_latents_that_follow_from_the_seed(defaults):
+    for name, made in defaults.DATA.items():
+        if name == "sentences":  # needs a language model
+            continue
+        z, labels, names = made(np.random.default_rng([0, 0]))
+        assert np.isfinite(z).all() and labels.shape == (len(z), len(names)), name
+        assert all(len(np.unique(column)) > 1 for column in labels.T), name
+        if name != "large":
+            assert np.array_equal(z, made(np.random.default_rng([0, 0])).z), name
+    assert (defaults.dead(np.random.default_rng(0)).z.std(0) == 0).sum() >= 45
+    assert (defaults.scaled(np.random.default_rng(0)).z.std(0) == 0).sum() == 3
+
+
+def test_a_campaign_runs_what_is_not_there(defaults, tmp_path, monkeypatch):
+    file = tmp_path / "results.jsonl"
+    defaults.campaign(file, ["tiny"], ["none", "hand"], [0], quick=True)
+    first = file.read_text()
+    baselines, trained = (json.loads(line) for line in first.splitlines())
+    assert set(baselines["scores"]) == SYSTEMS and set(trained["scores"]) == {"iin"}
+    assert set(trained["scores"]["iin"]) == {"a", "b"} and trained["plan"]["steps"] == 30
+    assert trained["plan"]["standardise"] and trained["seconds"]["iin"] > 0
+    assert defaults.means(baselines)["linear_iin"] > 0.4 > defaults.means(baselines)["raw"]
+
+    # Nothing is run twice; a line that was cut off is, and so is a rule that changed.
+    defaults.campaign(file, ["tiny"], ["none", "hand"], [0], quick=True)
+    assert file.read_text() == first
+    file.write_text(first[:-20])
+    defaults.campaign(file, ["tiny"], ["none", "hand"], [0], quick=True)
+    again = list(defaults.cells(file))
+    assert [cell["rule"] for cell in again] == ["none", "hand"] and again[1]["scores"] == trained["scores"]
+    monkeypatch.setitem(defaults.RULES, "hand", defaults.hand_no_noise)
+    defaults.campaign(file, ["tiny"], ["none", "hand"], [0], quick=True)
+    assert [cell["rule"] for cell in defaults.cells(file)] == ["none", "hand", "hand"]
+
+    table = defaults.as_table(file).splitlines()
+    assert table[0] == "| data | rows × dims | mean_shift | linear_iin | pca | raw | IIN, hand |"
+    assert len(table) == 3 and table[2].startswith("| tiny (quick) | 300 × 64 | ")
+
+
+def test_a_run_that_diverges_is_a_result(defaults, tmp_path, monkeypatch):
+    def wild(data):
+        plan = defaults.hand(data)
+        return defaults.replace(plan, settings=defaults.replace(plan.settings, learning_rate=1e9))
+
+    monkeypatch.setitem(defaults.RULES, "wild", wild)
+    defaults.campaign(tmp_path / "results.jsonl", ["tiny"], ["wild"], [0], quick=True)
+    (cell,) = defaults.cells(tmp_path / "results.jsonl")
+    assert "not finite" in cell["failed"]
+    assert defaults.as_table(tmp_path / "results.jsonl").splitlines()[2].endswith("| 0.000 |")

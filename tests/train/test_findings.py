@@ -1,0 +1,58 @@
+"""What is said of latents before a training, on latents that have it."""
+
+import numpy as np
+import pytest
+import torch
+
+from iin_fast.latents import Latents
+from iin_fast.train import inspect_latents
+
+
+def draw(n=500, dim=12, seed=0):
+    return torch.randn(n, dim, generator=torch.Generator().manual_seed(seed))
+
+
+def test_nothing_is_said_of_good_latents(latents):
+    found = inspect_latents(latents)
+    assert found.lines() == [] and found.rank == found.live == 8
+    assert found.constant == found.almost_constant == found.badly_scaled == [] and found.copies == found.few == {}
+
+
+def test_features_are_named():
+    z = draw()
+    z[:, [1, 5]] = 0.1
+    z[:, 7] = z[:, 2]
+    z[:, 3], z[:3, 3] = -4.0, torch.tensor([1.0, 2.0, 3.0])
+    z[:, 8] *= 1e4
+    z[:, 9] *= 1e-4
+    z[:, 11] = z[:, 0] - z[:, 2]
+    found = inspect_latents(Latents.of(z))
+    assert found.constant == [1, 5] and found.copies == {7: 2} and found.almost_constant == [3]
+    assert found.badly_scaled == [8, 9]
+    assert (found.live, found.rank) == (9, 8)
+    constant, copies, almost, scales, rank = found.lines()
+    assert constant.startswith("2 of 12 features (1, 5) are constant; ")
+    assert copies == "1 of 12 features (7) is equal to others; standardise, which sets such features aside"
+    assert almost == "1 of 12 features (3) is constant in 99% of the rows or more"
+    assert scales.startswith("2 of 12 features (8, 9) are 100 times wider or narrower than most")
+    assert "vary in 8 of 9 directions (some features are combinations of others)" in rank
+
+
+def test_few_rows_and_small_classes_are_named():
+    labels = np.zeros((40, 2), dtype=np.int64)
+    labels[:, 0] = np.arange(40) % 2
+    labels[:13, 1] = range(1, 14)
+    labels[39, 1] = -1
+    found = inspect_latents(Latents.of(draw(40, 60), labels, ["digit", "color"]))
+    assert found.few == {"color": dict.fromkeys(range(1, 14), 1)} and found.rank <= 40
+    rank, few = found.lines()
+    assert "(fewer rows than features)" in rank
+    assert few.startswith("concept 'color': classes with fewer than 10 rows: 1 (1), 2 (1),") and few.endswith(
+        "and 5 more"
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_latents_that_do_not_vary_at_all(dtype):
+    found = inspect_latents(Latents.of(torch.ones(5, 3, dtype=dtype)))
+    assert found.constant == [0, 1, 2] and found.rank == found.live == 0
