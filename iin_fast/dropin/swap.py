@@ -104,7 +104,9 @@ def accelerate(model: nn.Module, *, frozen: bool = False) -> Report:
 def _with_programs(model: nn.Module, lines: Iterable[Line]) -> Iterator[Line]:
     """The lines with what runs in programs, and why the rest does not."""
     paths = {id(module): path for path, module in model.named_modules()}
-    known, roots, said = {}, {}, {}
+    known: dict[str, Known] = {}
+    roots: dict[str, str] = {}
+    said: dict[str, str] = {}
     done: set[int] = set()  # modules that a program stands for
     for module in model.modules():
         cls: Any = type(module)

@@ -156,10 +156,17 @@ def _made(maker: Maker, made: Any) -> Net:
 def _spline(maker: Maker, module: nn.Module, scale: float | None) -> Transformer:
     if maker.get(module, "tails") != "linear":
         raise Unfit("a spline without tails raises outside of its box")
-    numbers = {
-        name: maker.number(module, name) for name in ("tail_bound", "min_bin_width", "min_bin_height", "min_derivative")
-    }
-    return spline(int(maker.number(module, "num_bins")), gain=1.0 if scale is None else scale, **numbers)
+    bound, width, height, slope = (
+        maker.number(module, name) for name in ("tail_bound", "min_bin_width", "min_bin_height", "min_derivative")
+    )
+    return spline(
+        int(maker.number(module, "num_bins")),
+        tail_bound=bound,
+        min_bin_width=width,
+        min_bin_height=height,
+        min_derivative=slope,
+        gain=1.0 if scale is None else scale,
+    )
 
 
 def _coupling(maker: Maker, name: str, module: Any) -> None:

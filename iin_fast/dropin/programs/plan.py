@@ -1,5 +1,6 @@
 """Plans: which layers of a model run as programs, made once and kept until the model changes."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import getitem
@@ -180,18 +181,29 @@ class Piece:
         if any(type(tensor) not in PLAIN for tensor in tensors):
             raise TypeError("a parameter is no plain tensor")
         check_parameters(torch.empty(0, self.program.dim, dtype=self.dtype), tensors, self.program)
+        for layer, reads in zip(self.program.layers, self.program.reads, strict=True):
+            for read in reads:  # the op reads as many elements as it needs; a library's layer wants its very shape
+                shape = tuple(tensors[read.ref.tensor].shape)
+                if shape != read.shape and (len(read.shape) > 1 or math.prod(shape) != read.shape[0]):
+                    raise ValueError(
+                        f"{L.kind(layer)}: {read.name} has shape {list(shape)}, expected {list(read.shape)}"
+                    )
         check_data(tensors, self.program)
         self.tensors = tensors
 
     def run(self, x: Tensor, context: Tensor | None, inverse: bool, base: bool) -> tuple[Tensor, Tensor] | None:
-        """None: the parameters are not what they were, so the library's own code has to run."""
+        """None: the parameters are not what they were, so the library's own code has to run.
+
+        Raises:
+            KeyError: a parameter is gone.
+        """
+        tensors = list(map(getitem, self.spaces, self.names))
         try:
-            tensors = list(map(getitem, self.spaces, self.names))
             if tensors is not self.tensors and _differ(tensors, self.tensors):
                 self._check(tensors)
             wide = self.program.context
             return engine.call(x, context if wide else None, tensors, self.program, inverse, base, engine.KEEP["auto"])
-        except (KeyError, TypeError, ValueError, RuntimeError):
+        except (TypeError, ValueError, RuntimeError):
             return None
 
 
@@ -308,8 +320,14 @@ def run(
     if plans is None:
         plans = _plans[root] = {}
     plan = plans.get(key)
-    if plan is None or not plan.watch.same():
-        plan = plans[key] = _make(programs, root, *key)[0]
+    if plan is not None and plan.watch.same():
+        if not plan.parts:
+            return None
+        try:
+            return plan.run(x, context, inverse, base)
+        except KeyError:  # a parameter is gone, as where a parametrization computes it
+            pass
+    plan = plans[key] = _make(programs, root, *key)[0]
     return plan.run(x, context, inverse, base) if plan.parts else None
 
 
