@@ -169,7 +169,7 @@ def _accelerate(path: str, module: nn.Module, library: Library) -> Iterator[Line
     elif name in library.left:
         yield Line(path, name, False, library.left[name])
     else:
-        base = next((b for b in cls.__mro__[1:] if qualified(b) in library.known), None)
+        base = next((b for b in cls.__mro__[1:] if (k := library.known.get(qualified(b))) and not k.whole), None)
         if base is not None:
             yield Line(path, name, False, f"a subclass of {base.__name__}")
         elif not any(vars(module).get(attribute) is not None for attribute in library.attributes) and any(
@@ -331,6 +331,7 @@ def _becoming(cls: type, fast: Generated) -> Callable[..., None]:
         self.__class__ = fast
         fast.__init__(self, *args, **kwargs)  # type: ignore[misc]
 
+    init._iin_fast_own = own  # type: ignore[attr-defined]
     return init
 
 

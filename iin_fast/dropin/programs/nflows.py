@@ -307,6 +307,12 @@ def sizes(root: nn.Module) -> tuple[int, int]:
 # ---------------------------------------------------------------- calls
 
 
+def step(module: Any, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+    """A transform of nflows runs its own code."""
+    found: tuple[Tensor, Tensor] = module.inverse(x, context) if inverse else module(x, context)
+    return found
+
+
 def _run(original: Any, self: Any, inputs: Any, context: Any, inverse: bool) -> Any:
     found = run(PROGRAMS, self, inputs, context, inverse)
     return original(self, inputs, context) if found is None else found[:2]
@@ -340,6 +346,7 @@ PROGRAMS = Programs(
     flatten,
     layer,
     sizes,
+    step,
     functions={
         COMPOSITE: (*BOTH, "_cascade"),
         INVERSE: BOTH,

@@ -20,7 +20,7 @@ from ..generated import original
 from ..known import qualified, unknown_functions
 from .watch import GLOBAL_HOOKS, Unfit, Watch
 
-__all__ = ["Maker", "Programs", "Summary", "run", "summary"]
+__all__ = ["Atom", "Maker", "Programs", "Summary", "hopeless", "run", "summary"]
 
 PLAIN = (Tensor, nn.Parameter)
 TYPES = (torch.float32, torch.float64)
@@ -37,6 +37,7 @@ class Programs:
         flatten: the layers of a root in the order of its forward direction.
         layer: adds one layer of the library to a program, or raises ``Unfit``.
         sizes: number of features and of the context that a root expects, as far as its layers tell.
+        step: runs a layer that is no part of a program: (layer, x, context, inverse) to the mapped x and its log-det.
         functions: for each class that a program stands for, the functions that say what it computes; a version of their
             source that is not known makes no program.
     """
@@ -44,6 +45,7 @@ class Programs:
     flatten: Callable[["Maker", nn.Module], Iterator[Atom]]
     layer: Callable[["Maker", nn.Module], None]
     sizes: Callable[[nn.Module], tuple[int, int]]
+    step: Callable[[nn.Module, Tensor, Tensor | None, bool], tuple[Tensor, Tensor]]
     functions: Mapping[str, tuple[str, ...]]
 
 
@@ -79,10 +81,14 @@ class Maker(ProgramBuilder):
         own = next((f for f in functions if f in vars(module)), None)
         if own is not None:
             raise Unfit(f"the instance has its own {own}")
-        reason = unknown_functions(name, cls, functions)
+        self.known(name, cls)
+        return name
+
+    def known(self, name: str, cls: Any) -> None:
+        """Refuse a class whose source is not known."""
+        reason = unknown_functions(name, cls, self.programs.functions[name])
         if reason is not None:
             raise Unfit(f"{cls.__name__}: {reason}")
-        return name
 
     def take_torch(self, module: nn.Module, cls: type[nn.Module]) -> None:
         """A module of torch whose call the program stands for: exactly of a class, and nothing changed on it."""
@@ -218,8 +224,8 @@ def _differ(now: list[Any], then: list[Any]) -> bool:
 class Plan:
     """How a root runs on one kind of input: pieces, and layers of the library between them."""
 
-    def __init__(self, watch: Watch, parts: Sequence["Piece | Atom"]) -> None:
-        self.watch = watch
+    def __init__(self, programs: Programs, watch: Watch, parts: Sequence["Piece | Atom"]) -> None:
+        self.watch, self.step = watch, programs.step
         self.parts = tuple(parts) if any(isinstance(part, Piece) for part in parts) else ()
 
     def run(self, x: Tensor, context: Tensor | None, inverse: bool, base: bool) -> tuple[Tensor, Tensor, bool] | None:
@@ -236,8 +242,7 @@ class Plan:
                 if found is None:
                     return None
             else:
-                module: Any = part[0]
-                found = module.inverse(x, context) if part[1] != inverse else module(x, context)
+                found = self.step(part[0], x, context, part[1] != inverse)
             x, logdet = found
             total = total + logdet
         return (x, total, with_base) if self.parts else None
@@ -283,7 +288,7 @@ def _make(
             maker.append(atom)
             held.append(atom)
     close()
-    return Plan(watch, parts), inside, cuts
+    return Plan(programs, watch, parts), inside, cuts
 
 
 _plans: "WeakKeyDictionary[nn.Module, dict[Any, Plan]]" = WeakKeyDictionary()
@@ -329,6 +334,12 @@ def run(
             pass
     plan = plans[key] = _make(programs, root, *key)[0]
     return plan.run(x, context, inverse, base) if plan.parts else None
+
+
+def hopeless(root: nn.Module) -> bool:
+    """Whether a root has been called, has no programs, and is what it was."""
+    plans = _plans.get(root)
+    return bool(plans) and all(not plan.parts and plan.watch.same() for plan in plans.values())
 
 
 class Summary(NamedTuple):

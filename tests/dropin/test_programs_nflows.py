@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import iin_fast
 from iin_fast.dropin import known
-from iin_fast.ops.flow_program import engine
 
 transforms = pytest.importorskip("nflows.transforms")
 flows = pytest.importorskip("nflows.flows")
@@ -27,15 +26,6 @@ T = transforms
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of layers of each program that ran."""
-    found: list[int] = []
-    call = engine.call
-    monkeypatch.setattr(engine, "call", lambda *args: (found.append(len(args[3].layers)), call(*args))[1])
-    return found
 
 
 def net(context: int | None = None, **options: Any) -> Callable[[int, int], nn.Module]:
