@@ -339,7 +339,7 @@ def run(
 def hopeless(root: nn.Module) -> bool:
     """Whether a root has been called, has no programs, and is what it was."""
     plans = _plans.get(root)
-    return bool(plans) and all(not plan.parts and plan.watch.same() for plan in plans.values())
+    return plans is not None and len(plans) > 0 and all(not plan.parts and plan.watch.same() for plan in plans.values())
 
 
 class Summary(NamedTuple):

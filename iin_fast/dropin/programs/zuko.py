@@ -388,8 +388,8 @@ def flow_forward(own: Any, self: Any, c: Any = None) -> Any:
         },
     )
     made: Any = object.__new__(cls)
-    plain = type(transform).__mro__[1].forward if isinstance(type(transform), Generated) else type(transform).forward
-    plain = getattr(plain, "_iin_fast_own", plain)
+    lazy: Any = original(type(transform)) or type(transform)
+    plain = getattr(lazy.forward, "_iin_fast_own", lazy.forward)
     vars(made).update(
         {
             WHERE: (self, _composed(transform, c, False, lambda: plain(transform, c))),
