@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from .known import Known, lookup
+from .programs import Programs
 
 __all__ = ["Library"]
 
@@ -22,6 +23,7 @@ class Library:
         left: qualified names of classes that are looked at and left, with the reason.
         bases: classes whose instances are transforms of this library; those without an entry are reported.
         containers: transforms that only hold others, and are not reported.
+        programs: how whole models become programs, if they do.
         attributes: of modules, that may hold a known class or a partial of one.
     """
 
@@ -34,6 +36,7 @@ class Library:
     bases: frozenset[str] = frozenset()
     containers: frozenset[str] = frozenset()
     attributes: tuple[str, ...] = ()
+    programs: Programs | None = None
 
     @property
     def known(self) -> dict[str, Known]:

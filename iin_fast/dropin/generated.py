@@ -3,6 +3,7 @@
 import copyreg
 import pkgutil
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 __all__ = ["Generated", "generate", "original"]
@@ -14,10 +15,20 @@ class Generated(type):
     """The type of generated classes, and so of every class that somebody derives from one: see :func:`original`."""
 
 
+@cache
+def _metaclass(own: type) -> Any:
+    """The type of generated classes for classes of type ``own``, such as abstract ones."""
+    if own is type:
+        return Generated
+    made = type(Generated.__name__, (Generated, own), {})
+    copyreg.pickle(made, _reduce)
+    return made
+
+
 def generate(cls: type, namespace: dict[str, Any]) -> Generated:
     """A subclass of ``cls`` that goes by the same name."""
     named = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
-    made = Generated(cls.__name__, (cls,), namespace | named)
+    made: Generated = _metaclass(type(cls))(cls.__name__, (cls,), namespace | named)
     _originals[made] = cls
     return made
 

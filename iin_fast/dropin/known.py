@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ..backends import chosen
-from .sources import SOURCES
+from .sources import PROGRAM_SOURCES, SOURCES
 
-__all__ = ["Known", "fits", "fingerprint", "large", "lookup", "qualified"]
+__all__ = ["Known", "fits", "fingerprint", "fingerprint_of", "large", "lookup", "qualified", "unknown_functions"]
 
 SMALL = {"clamped": 2048, "identity": 65536, "sigmoid": 65536, "norm": sys.maxsize}
 """Affine couplings of fewer elements stay with the library's own operations on the CPU: there a call of a fused op costs
@@ -57,16 +57,20 @@ class Known:
         attributes: class attributes that the fast form adds.
         at_init: instances are short-lived and no modules: ``patch`` lets them become fast ones in their ``__init__``,
             so that they stay whole when the patch ends before they do.
+        root: instances run what they hold, or themselves, as programs.
+        whole: the fast methods do nothing but run programs.
     """
 
     name: str
     methods: Mapping[str, Callable[..., Any]]
     relies_on: tuple[str, ...] = ()
-    refuse: Callable[[Any], str | None] = lambda instance: None
+    refuse: Callable[[Any], str | None] | None = None
     rechecks: bool = True
     note: str = ""
     attributes: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     at_init: bool = False
+    root: bool = False
+    whole: bool = False
 
     def unknown_source(self, cls: type) -> str | None:
         """Why the source of ``cls`` is not one that is known, or None."""
@@ -81,7 +85,9 @@ class Known:
         """The attributes of the fast form of ``cls``; an instance that is not accepted runs the library's own code."""
         made: dict[str, Any] = dict(self.attributes)
         for name, function in self.methods.items():
-            made[name] = _method(function, getattr(cls, name), self.refuse if self.rechecks else None, accept)
+            own = _own(getattr(cls, name))
+            made[name] = _method(function, own, self.refuse if self.rechecks else None, accept)
+            made[name]._iin_fast_own = own
         return made
 
 
@@ -105,8 +111,44 @@ def fingerprint(cls: type, known: Known) -> str | None:
 
     None where a source can't be read, or where a function was put in at run time.
     """
+    return _digest(_functions(cls, (*known.methods, *known.relies_on)))
+
+
+def fingerprint_of(cls: type, functions: tuple[str, ...]) -> str | None:
+    """The same for what a program stands for: attributes of ``cls``, and functions by their qualified names."""
+    return _digest(_functions(cls, functions))
+
+
+def _functions(cls: type, names: tuple[str, ...]) -> list[Any]:
+    """The library's own functions, also while its classes are patched."""
+    return [_own(lookup(name) if "." in name else getattr(cls, name, None)) for name in names]
+
+
+def _own(function: Any) -> Any:
+    """What ``patch`` put another function in the place of, in a class or in one that it derives from."""
+    return getattr(function, "_iin_fast_own", function)
+
+
+_reasons: dict[Any, str | None] = {}
+
+
+def unknown_functions(name: str, cls: type, names: tuple[str, ...]) -> str | None:
+    """Why a program can't stand for these functions of a class, or None; read once for each set of functions."""
+    functions = _functions(cls, names)
+    key = name, *map(id, functions)
+    if key not in _reasons:
+        found = _digest(functions)
+        if found is None:
+            _reasons[key] = "its source can't be read, or was changed at run time"
+        elif found not in PROGRAM_SOURCES.get(name, ()):
+            _reasons[key] = f"a version of its source that is not known ({found})"
+        else:
+            _reasons[key] = None
+    return _reasons[key]
+
+
+def _digest(functions: list[Any]) -> str | None:
     digest = hashlib.sha256()
-    functions = [getattr(cls, name, None) for name in known.methods] + [lookup(name) for name in known.relies_on]
     for function in functions:
         if isinstance(function, staticmethod):
             function = function.__func__

@@ -8,6 +8,7 @@ from ..functional import affine_coupling
 from . import splines
 from .base import Library
 from .known import Known, fits, large
+from .programs import nflows as programs
 
 __all__ = ["LIBRARY"]
 
@@ -47,6 +48,8 @@ def additive_inverse(original: Any, self: Any, inputs: Tensor, transform_params:
     return _additive(original, self, inputs, transform_params, True)
 
 
+TWO_WAYS = {"forward": programs.forward, "inverse": programs.inverse}
+
 LIBRARY = Library(
     name="nflows",
     package="nflows",
@@ -81,7 +84,15 @@ LIBRARY = Library(
             relies_on=SPLINE_FUNCTIONS,
             refuse=splines.refuse_tails((None, "linear")),
         ),
+        Known(programs.COMPOSITE, TWO_WAYS, relies_on=(f"{programs.COMPOSITE}._cascade",), root=True, whole=True),
+        Known(programs.INVERSE, TWO_WAYS, root=True, whole=True),
+        Known(programs.MASKED_AFFINE, TWO_WAYS, root=True, whole=True),
+        *(
+            Known(name, {"_log_prob": programs.flow_log_prob}, relies_on=(f"{programs.NORMAL}._log_prob",), whole=True)
+            for name in programs.FLOWS
+        ),
     ),
+    programs=programs.PROGRAMS,
     bases=frozenset({"nflows.transforms.base.Transform"}),
     containers=frozenset(
         f"nflows.transforms.base.{name}"

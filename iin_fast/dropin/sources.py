@@ -4,7 +4,7 @@ nflows 0.14; normflows 1.7.3; zuko 1.6.0; FrEIA 0.2, and its repository at 42124
 ``iin_fast.dropin.known.fingerprint`` computes them; a class with another one is left alone.
 """
 
-__all__ = ["SOURCES"]
+__all__ = ["PROGRAM_SOURCES", "SOURCES"]
 
 SOURCES: dict[str, tuple[str, ...]] = {
     "nflows.transforms.coupling.AffineCouplingTransform": ("572b1da8e5a6",),
@@ -12,6 +12,12 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "nflows.transforms.coupling.PiecewiseRationalQuadraticCouplingTransform": ("5a924a031b1b",),
     "nflows.transforms.autoregressive.MaskedPiecewiseRationalQuadraticAutoregressiveTransform": ("a4645d457bac",),
     "nflows.transforms.nonlinearities.PiecewiseRationalQuadraticCDF": ("53b4644937c6",),
+    "nflows.transforms.base.CompositeTransform": ("0c0e28a53c04",),
+    "nflows.transforms.base.InverseTransform": ("e5324993d9dc",),
+    "nflows.transforms.autoregressive.MaskedAffineAutoregressiveTransform": ("7f78f8228f40",),
+    "nflows.flows.base.Flow": ("34aa711fd8c5",),
+    "nflows.flows.autoregressive.MaskedAutoregressiveFlow": ("34aa711fd8c5",),
+    "nflows.flows.realnvp.SimpleRealNVP": ("34aa711fd8c5",),
     "normflows.flows.affine.coupling.AffineCoupling": ("0a0acabec0ea",),
     "normflows.flows.affine.coupling.MaskedAffineFlow": ("329a02d8b191",),
     "normflows.flows.neural_spline.coupling.PiecewiseRationalQuadraticCoupling": ("2601b25bb3e1",),
@@ -26,6 +32,12 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "FrEIA.modules.splines.rational_quadratic.RationalQuadraticSpline": ("b876812056cf",),
     "zuko.transforms.MonotonicAffineTransform": ("2e671d9d738b",),
     "zuko.transforms.MonotonicRQSTransform": ("ff07839c29ae",),
+    "zuko.lazy.LazyComposedTransform": ("d0bc425f56d9",),
+    "zuko.lazy.Flow": ("f2f771d00ad2",),
+    "zuko.flows.autoregressive.MAF": ("f2f771d00ad2",),
+    "zuko.flows.spline.NSF": ("f2f771d00ad2",),
+    "zuko.flows.coupling.NICE": ("f2f771d00ad2",),
+    "zuko.flows.coupling.RealNVP": ("f2f771d00ad2",),
     "iin.models.iin.EfficientVRNVP": ("141cf587b3f8",),
     "iin.models.iin.DoubleVectorCouplingBlock": ("62829e2ac537",),
     "iin.models.iin.VectorActNorm": ("1b2588cbc86f",),
@@ -42,4 +54,48 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "invariances.model.blocks.ConditionalDoubleVectorCouplingBlock": ("4ba93cfaa248",),
     "invariances.model.blocks.ActNorm": ("15c1aed89ee0",),
     "invariances.model.blocks.Shuffle": ("c68c952e6dba",),
+}
+
+# What whole programs stand for: ``fingerprint_of`` of the functions in iin_fast/dropin/programs.
+PROGRAM_SOURCES: dict[str, tuple[str, ...]] = {
+    "nflows.transforms.base.CompositeTransform": ("0c0e28a53c04",),
+    "nflows.transforms.base.InverseTransform": ("e5324993d9dc",),
+    "nflows.transforms.coupling.AffineCouplingTransform": ("8fced4db299f",),
+    "nflows.transforms.coupling.AdditiveCouplingTransform": ("4717c634a525",),
+    "nflows.transforms.coupling.PiecewiseRationalQuadraticCouplingTransform": ("db2b1f4355f1",),
+    "nflows.transforms.autoregressive.MaskedAffineAutoregressiveTransform": ("254fa3ca7024",),
+    "nflows.transforms.autoregressive.MaskedPiecewiseRationalQuadraticAutoregressiveTransform": ("754ef9bd6a68",),
+    "nflows.transforms.lu.LULinear": ("2a92bb7a3d76",),
+    "nflows.transforms.permutations.Permutation": ("cb36e8d96a2b",),
+    "nflows.transforms.permutations.RandomPermutation": ("cb36e8d96a2b",),
+    "nflows.transforms.permutations.ReversePermutation": ("cb36e8d96a2b",),
+    "nflows.transforms.normalization.ActNorm": ("8847571f8634",),
+    "nflows.transforms.normalization.BatchNorm": ("9ba1f68232ab",),
+    "nflows.transforms.standard.PointwiseAffineTransform": ("731433a27a95",),
+    "nflows.transforms.standard.AffineTransform": ("731433a27a95",),
+    "nflows.transforms.standard.IdentityTransform": ("03eb2553262a",),
+    "nflows.transforms.made.MADE": ("17be6a366999",),
+    "nflows.transforms.made.MaskedLinear": ("45ddc47f7b64",),
+    "nflows.transforms.made.MaskedFeedforwardBlock": ("35ff70b58451",),
+    "nflows.transforms.made.MaskedResidualBlock": ("2f90219e9946",),
+    "nflows.nn.nets.resnet.ResidualNet": ("d66bfe719ffa",),
+    "nflows.nn.nets.resnet.ResidualBlock": ("321af49d6cb6",),
+    "sbi.neural_nets.net_builders.flow.ContextSplineMap": ("7e7ab5baa145",),
+    "zuko.lazy.LazyComposedTransform": ("fbb4a3fc7405",),
+    "zuko.lazy.LazyInverse": ("b0c9f90b85cf",),
+    "zuko.lazy.UnconditionalTransform": ("d0805e44d2b7",),
+    "zuko.lazy.UnconditionalDistribution": ("ef203b7e9525",),
+    "zuko.flows.autoregressive.MaskedAutoregressiveTransform": ("5452a3602f03",),
+    "zuko.flows.coupling.GeneralCouplingTransform": ("480e808e8507",),
+    "zuko.flows.gaussianization.ElementWiseTransform": ("11f90a4da707",),
+    "zuko.nn.MaskedLinear": ("a053d38b4161",),
+    "zuko.nn.Linear": ("7c301ba37750",),
+    "zuko.nn.Residual": ("083a209a99de",),
+    "zuko.nn.MaskedMLP": ("e3b0c44298fc",),
+    "zuko.nn.MLP": ("e3b0c44298fc",),
+    "zuko.transforms.MonotonicAffineTransform": ("2e671d9d738b",),
+    "zuko.transforms.MonotonicRQSTransform": ("bb2c0c79ee4a",),
+    "zuko.transforms.AdditiveTransform": ("fc42c3d1a7fd",),
+    "zuko.transforms.PermutationTransform": ("16fd434b82c5",),
+    "zuko.distributions.DiagNormal": ("9b35b3aae36d",),
 }

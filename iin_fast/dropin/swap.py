@@ -8,6 +8,7 @@ own, so a saved model opens where iin-fast is not installed.
 import importlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial, wraps
 from threading import RLock
 from types import TracebackType
@@ -18,6 +19,7 @@ from torch import nn
 from .generated import Generated, generate, original
 from .known import Known, qualified
 from .library import LIBRARIES, Library
+from .programs import summary
 from .report import Line, Report
 from .stacks import freeze
 
@@ -56,7 +58,9 @@ def _why_not(module: Any, cls: type, known: Known) -> str | None:
     reason = known.unknown_source(cls)
     if reason is None:
         own = [name for name in known.methods if name in vars(module)]
-        reason = f"the instance has its own {own[0]}" if own else known.refuse(module)
+        if own:
+            return f"the instance has its own {own[0]}"
+        reason = known.refuse(module) if known.refuse is not None else None
     return reason
 
 
@@ -94,7 +98,49 @@ def accelerate(model: nn.Module, *, frozen: bool = False) -> Report:
             library = LIBRARIES.get(type(module).__module__.split(".")[0]) or _library_of(module)
             if library is not None:
                 lines.extend(_accelerate(path, module, library))
-    return Report(lines)
+        return Report(_with_programs(model, lines))
+
+
+def _with_programs(model: nn.Module, lines: Iterable[Line]) -> Iterator[Line]:
+    """The lines with what runs in programs, and why the rest does not."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    known: dict[str, Known] = {}
+    roots: dict[str, str] = {}
+    said: dict[str, str] = {}
+    done: set[int] = set()  # modules that a program stands for
+    for module in model.modules():
+        cls: Any = type(module)
+        own = original(cls) or cls
+        library = LIBRARIES.get(own.__module__.split(".")[0])
+        entry = None if library is None or (own is cls and own not in _patched) else library.known.get(qualified(own))
+        if library is None or library.programs is None or entry is None:
+            continue
+        known[paths[id(module)]] = entry
+        if not entry.root or id(module) in done:
+            continue
+        found = summary(library.programs, module)
+        cut = {id(part) for layer in found.cuts for part in layer.module.modules()}
+        if found.inside:
+            done.update(id(part) for part in module.modules() if id(part) not in cut)
+            roots[paths[id(module)]] = str(found)
+        for layer, why in found.cuts:
+            said.setdefault(paths[id(layer)], why)
+    inside = {paths[i] for i in done}
+    for line in lines:
+        path, entry = line.path, known.get(line.path)
+        if path in roots:
+            yield replace(line, replaced=True, why=roots[path])
+        elif path in inside:
+            yield replace(line, replaced=True, why="already" if line.why == "already" else "in a program")
+        elif entry is not None and entry.whole:
+            if path in said:
+                yield replace(line, replaced=False, why=said[path])
+            elif any(p.startswith(f"{path}." if path else "") for p in inside):
+                yield line
+        elif path in said and line.why in ("", "no faster form"):
+            yield replace(line, why=f"in no program: {said[path]}")
+        else:
+            yield line
 
 
 def _library_of(module: nn.Module) -> Library | None:
@@ -123,7 +169,7 @@ def _accelerate(path: str, module: nn.Module, library: Library) -> Iterator[Line
     elif name in library.left:
         yield Line(path, name, False, library.left[name])
     else:
-        base = next((b for b in cls.__mro__[1:] if qualified(b) in library.known), None)
+        base = next((b for b in cls.__mro__[1:] if (k := library.known.get(qualified(b))) and not k.whole), None)
         if base is not None:
             yield Line(path, name, False, f"a subclass of {base.__name__}")
         elif not any(vars(module).get(attribute) is not None for attribute in library.attributes) and any(
@@ -285,6 +331,7 @@ def _becoming(cls: type, fast: Generated) -> Callable[..., None]:
         self.__class__ = fast
         fast.__init__(self, *args, **kwargs)  # type: ignore[misc]
 
+    init._iin_fast_own = own  # type: ignore[attr-defined]
     return init
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from ..functional import affine_coupling, rational_quadratic_spline
 from .base import Library
 from .known import Known, fits, large
+from .programs import zuko as programs
 
 __all__ = ["LIBRARY"]
 
@@ -20,6 +21,7 @@ TRANSFORMS = "zuko.transforms"
 AFFINE = f"{TRANSFORMS}.MonotonicAffineTransform"
 SPLINE = f"{TRANSFORMS}.MonotonicRQSTransform"
 RAW = "_iin_fast"
+COMPOSED_METHODS = ("__init__", "_call", "_inverse", "call_and_ladj", "log_abs_det_jacobian", "inv")
 
 
 class Later:
@@ -165,7 +167,24 @@ LIBRARY = Library(
             relies_on=(f"{SPLINE}.log_abs_det_jacobian", f"{SPLINE}.bin", f"{SPLINE}.searchsorted", f"{SPLINE}.bins"),
             at_init=True,
         ),
+        Known(
+            programs.COMPOSED,
+            {"forward": programs.composed_forward},
+            relies_on=tuple(f"{TRANSFORMS}.ComposedTransform.{name}" for name in COMPOSED_METHODS),
+            root=True,
+            whole=True,
+        ),
+        *(
+            Known(
+                name,
+                {"forward": programs.flow_forward},
+                relies_on=tuple(f"{programs.NORMALIZING}.{name}" for name in ("__init__", "log_prob", "rsample")),
+                whole=True,
+            )
+            for name in programs.FLOWS
+        ),
     ),
+    programs=programs.PROGRAMS,
     bases=frozenset({"zuko.lazy.LazyTransform"}),
     containers=frozenset({"zuko.lazy.LazyComposedTransform", "zuko.lazy.LazyInverse"}),
     attributes=("univariate", "f", "meta"),

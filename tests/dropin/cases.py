@@ -169,16 +169,17 @@ def zuko_cases() -> list[Case]:
         }
 
     def flow(cls: Any, **options: Any) -> Callable[[], nn.Module]:
-        return lambda: spread(cls(5, transforms=2, hidden_features=(8,), **options).transform)
+        """One layer; whole flows are the business of test_programs_zuko.py."""
+        return lambda: spread(cls(5, transforms=2, hidden_features=(8,), **options).transform.transforms[1])
 
     cases = []
     for context in (0, 2):
         for name in ("MAF", "NSF", "NICE"):
             build = flow(getattr(zuko.flows, name), context=context)
             loose = 3000 if name == "NSF" else 100
-            cases.append(Case(f"zuko {name} context={context}", build, (7, 5), ways(context > 0), 2, loose=loose))
+            cases.append(Case(f"zuko {name} context={context}", build, (7, 5), ways(context > 0), 1, loose=loose))
     coupling = flow(zuko.flows.NSF, passes=2, bins=4)
-    cases.append(Case("zuko NSF coupling", coupling, (7, 5), ways(False), 2, loose=1000))
+    cases.append(Case("zuko NSF coupling", coupling, (7, 5), ways(False), 1, loose=1000))
     bare = lambda: spread(
         zuko.flows.ElementWiseTransform(5, univariate=zuko.transforms.MonotonicRQSTransform, shapes=[(4,), (4,), (3,)])
     )

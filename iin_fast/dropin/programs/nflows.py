@@ -1,0 +1,372 @@
+"""nflows, and the nets that sbi gives it: transforms, flows and standard normal bases."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...flow import Block, NetBuilder, Weights, affine, residual, spline
+from ...flow.builder import CONTEXT, FEATURES
+from ...flow.layers import Net, Transformer
+from ..generated import original
+from ..known import qualified
+from ..splines import net_scale
+from . import nets
+from .plan import Atom, Maker, Programs, run
+from .watch import HOOKS, Unfit
+
+__all__ = ["FLOWS", "PROGRAMS", "flow_log_prob", "forward", "inverse"]
+
+T = "nflows.transforms"
+COMPOSITE, INVERSE = f"{T}.base.CompositeTransform", f"{T}.base.InverseTransform"
+AFFINE, ADDITIVE, SPLINE = (
+    f"{T}.coupling.{name}CouplingTransform" for name in ("Affine", "Additive", "PiecewiseRationalQuadratic")
+)
+MASKED_AFFINE, MASKED_SPLINE = (
+    f"{T}.autoregressive.Masked{name}AutoregressiveTransform" for name in ("Affine", "PiecewiseRationalQuadratic")
+)
+LU = f"{T}.lu.LULinear"
+PERMUTATIONS = tuple(f"{T}.permutations.{name}Permutation" for name in ("", "Random", "Reverse"))
+ACT_NORM, BATCH_NORM = f"{T}.normalization.ActNorm", f"{T}.normalization.BatchNorm"
+POINTWISE = (f"{T}.standard.PointwiseAffineTransform", f"{T}.standard.AffineTransform")
+IDENTITY = f"{T}.standard.IdentityTransform"
+MADE, MASKED_LINEAR = f"{T}.made.MADE", f"{T}.made.MaskedLinear"
+MASKED_BLOCK, MASKED_RESIDUAL = f"{T}.made.MaskedFeedforwardBlock", f"{T}.made.MaskedResidualBlock"
+RESIDUAL_NET, RESIDUAL_BLOCK = "nflows.nn.nets.resnet.ResidualNet", "nflows.nn.nets.resnet.ResidualBlock"
+FLOWS = (
+    "nflows.flows.base.Flow",
+    "nflows.flows.autoregressive.MaskedAutoregressiveFlow",
+    "nflows.flows.realnvp.SimpleRealNVP",
+)
+NORMAL = "nflows.distributions.normal.StandardNormal"
+CONTEXT_NET = "sbi.neural_nets.net_builders.flow.ContextSplineMap"
+
+BOTH = ("forward", "inverse")
+COUPLING = (*BOTH, "_coupling_transform_forward", "_coupling_transform_inverse", "_transform_dim_multiplier")
+ELEMENTWISE = (*BOTH, "_elementwise_forward", "_elementwise_inverse", "_output_dim_multiplier")
+SPLINES = tuple(
+    f"{T}.splines.rational_quadratic.{name}"
+    for name in ("unconstrained_rational_quadratic_spline", "rational_quadratic_spline")
+)
+LINEAR = (*BOTH, "forward_no_cache", "inverse_no_cache", "_create_lower_upper", "upper_diag", "logabsdet")
+PERMUTATION = (*BOTH, "_permute", "_inverse_permutation")
+
+
+def _shape(value: Any, *shape: int) -> None:
+    if not isinstance(value, Tensor) or tuple(value.shape) != shape:
+        raise Unfit(f"a tensor of shape {list(getattr(value, 'shape', []))}, expected {list(shape)}")
+
+
+# ---------------------------------------------------------------- nets
+
+
+def _residual_net(maker: Maker, net: Any) -> Net:
+    wide = maker.context > 0
+    blocks = []
+    acts = set()
+    for block in maker.watch.children(maker.get(net, "blocks")):
+        maker.take(block)
+        _no_batch_norm(maker, block)
+        nets.no_dropout(maker, maker.get(block, "dropout"))
+        acts.add(nets.activation(maker, maker.get(block, "activation")))
+        inner, outer = (_linear(maker, layer) for layer in maker.watch.children(maker.get(block, "linear_layers")))
+        gate = _linear(maker, maker.get(block, "context_layer")) if wide else None
+        blocks.append(Block(inner, outer, gate=gate))
+    first, last = (_linear(maker, maker.get(net, name)) for name in ("initial_layer", "final_layer"))
+    return residual(first, blocks, last, context=wide, **_same(acts))
+
+
+def _same(acts: set[tuple[str, float]]) -> dict[str, Any]:
+    """The one activation of all blocks."""
+    if len(acts) > 1:
+        raise Unfit("activations that differ")
+    return dict(zip(("activation", "slope"), act, strict=True)) if (act := next(iter(acts), None)) else {}
+
+
+def _linear(maker: Maker, layer: nn.Module) -> Weights:
+    maker.take_torch(layer, nn.Linear)
+    return maker.dense(layer)
+
+
+def _masked(maker: Maker, layer: nn.Module) -> Weights:
+    maker.take(layer)
+    return maker.dense(layer, "mask")
+
+
+def _no_batch_norm(maker: Maker, block: nn.Module) -> None:
+    if maker.get(block, "use_batch_norm"):
+        raise Unfit("batch norm in its net")
+
+
+def _context_net(maker: Maker, module: Any) -> Net:
+    """sbi's net for one feature: the context alone."""
+    if not maker.context:
+        raise Unfit("a net of the context, without context")
+    net = NetBuilder()
+    return net.build(nets.sequential(maker, net, CONTEXT, maker.get(module, "spline_predictor")))
+
+
+def _coupling_net(maker: Maker, net: nn.Module) -> tuple[Net, float | None]:
+    """The net, and what scales widths and heights of a spline."""
+    name = maker.take(net)
+    if name not in (RESIDUAL_NET, CONTEXT_NET):
+        raise Unfit(f"a {type(net).__name__} as its net")
+    maker.get(net, "hidden_features")
+    scale = net_scale(net, "hidden_features")
+    return (_residual_net if name == RESIDUAL_NET else _context_net)(maker, net), scale
+
+
+def _made(maker: Maker, made: Any) -> Net:
+    maker.take(made)
+    wide = maker.context > 0
+    act = nets.activation(maker, maker.get(made, "activation"))
+    first, last = (_masked(maker, maker.get(made, name)) for name in ("initial_layer", "final_layer"))
+    shift = _linear(maker, maker.get(made, "context_layer")) if wide else None
+    blocks = tuple(maker.watch.children(maker.get(made, "blocks")))
+    net = NetBuilder()
+    value = net.dense(FEATURES, first)
+    if shift is not None:
+        value = net.add(value, net.act(net.dense(CONTEXT, shift), *act))
+    if not maker.get(made, "use_residual_blocks"):
+        value = net.act(value, *act)
+    for block in blocks:
+        name = maker.take(block)
+        nets.no_dropout(maker, maker.get(block, "dropout"))
+        own = nets.activation(maker, maker.get(block, "activation"))
+        if name == MASKED_BLOCK:
+            if maker.get(block, "batch_norm") is not None:
+                raise Unfit("batch norm in its net")
+            value = net.act(net.dense(value, _masked(maker, maker.get(block, "linear"))), *own)
+            continue
+        if name != MASKED_RESIDUAL:
+            raise Unfit(f"a {type(block).__name__} in its net")
+        _no_batch_norm(maker, block)
+        inner, outer = (_masked(maker, layer) for layer in maker.watch.children(maker.get(block, "linear_layers")))
+        step = net.dense(net.act(value, *own), inner)
+        if wide:
+            step = net.add(step, net.dense(CONTEXT, _linear(maker, maker.get(block, "context_layer"))))
+        value = net.add(value, net.dense(net.act(step, *own), outer))
+    return net.build(net.dense(value, last))
+
+
+# ---------------------------------------------------------------- layers
+
+
+def _spline(maker: Maker, module: nn.Module, scale: float | None) -> Transformer:
+    if maker.get(module, "tails") != "linear":
+        raise Unfit("a spline without tails raises outside of its box")
+    bound, width, height, slope = (
+        maker.number(module, name) for name in ("tail_bound", "min_bin_width", "min_bin_height", "min_derivative")
+    )
+    return spline(
+        int(maker.number(module, "num_bins")),
+        tail_bound=bound,
+        min_bin_width=width,
+        min_bin_height=height,
+        min_derivative=slope,
+        gain=1.0 if scale is None else scale,
+    )
+
+
+def _coupling(maker: Maker, name: str, module: Any) -> None:
+    if maker.get(module, "unconditional_transform") is not None:
+        raise Unfit("apply_unconditional_transform")
+    if maker.number(module, "features") != maker.dim:
+        raise Unfit(f"features is {module.features}, expected {maker.dim}")
+    kept, moved = (maker.watch.values(module, f"{part}_features").tolist() for part in ("identity", "transform"))
+    net, scale = _coupling_net(maker, maker.get(module, "transform_net"))
+    if name == SPLINE:
+        transformer = _spline(maker, module, scale)
+    elif name == AFFINE:
+        transformer = affine(len(moved), "sigmoid", layout="shift_scale")
+    else:
+        transformer = affine(len(moved), "none")
+    maker.coupling(kept, moved, net, transformer)
+
+
+def _autoregressive(maker: Maker, name: str, module: Any) -> None:
+    net = _made(maker, maker.get(module, "autoregressive_net"))
+    if name == MASKED_SPLINE:
+        maker.autoregressive(net, _spline(maker, module, None))
+        return
+    if maker.number(module, "features") != maker.dim:
+        raise Unfit(f"features is {module.features}, expected {maker.dim}")
+    clamp = maker.number(module, "_epsilon")
+    maker.autoregressive(net, affine(maker.dim, "softplus", clamp=clamp, layout="interleaved"))
+
+
+def _lu(maker: Maker, module: Any) -> None:
+    if maker.get(module, "using_cache") and not maker.get(module, "training"):
+        raise Unfit("using_cache")
+    _shape(module.bias, maker.dim)
+    refs = (maker.parameter(module, n) for n in ("lower_entries", "upper_entries", "unconstrained_upper_diag", "bias"))
+    maker.linear(*refs, eps=maker.number(module, "eps"))
+
+
+def _permutation(maker: Maker, module: Any) -> None:
+    if maker.get(module, "_dim") != 1:
+        raise Unfit(f"a permutation along dimension {module._dim}")
+    maker.permute(maker.watch.values(module, "_permutation").tolist())
+
+
+def _act_norm(maker: Maker, module: Any) -> None:
+    _shape(module.shift, maker.dim)
+    if maker.get(module, "training"):
+        started = maker.get(module, "initialized")
+        if not started:
+            maker.watch.until(started)
+            raise Unfit("an ActNorm that has not been started")
+        maker.watch.values(module, "initialized")
+    maker.affine(maker.parameter(module, "shift"), maker.parameter(module, "log_scale"), form="exp")
+
+
+def _batch_norm(maker: Maker, module: Any) -> None:
+    if maker.get(module, "training"):
+        raise Unfit("batch norm in training mode")
+    _shape(module.bias, maker.dim)
+    mean, variance = (maker.watch.values(module, name) for name in ("running_mean", "running_var"))
+    eps = maker.number(module, "eps")
+    maker.affine(maker.constant(mean), maker.constant(torch.sqrt(variance + eps)), inverse=True)
+    weight = maker.parameter(module, "unconstrained_weight")
+    maker.affine(maker.parameter(module, "bias"), weight, form="softplus", eps=eps)
+
+
+def _pointwise(maker: Maker, module: Any) -> None:
+    shift, scale = (maker.watch.values(module, name) for name in ("_shift", "_scale"))
+    for value in (shift, scale):
+        if value.numel() != 1:
+            _shape(value, *(1,) * (value.dim() - 1), maker.dim)
+        if value.dim() > 2 or value.dtype not in (torch.float32, maker.dtype):
+            raise Unfit("a shift or scale of another type")
+    maker.affine(*(maker.constant(value.reshape(-1).expand(maker.dim)) for value in (shift, scale)))
+
+
+def layer(maker: Maker, module: nn.Module) -> None:
+    """Add a transform of nflows."""
+    name = maker.take(module)
+    if name in (AFFINE, ADDITIVE, SPLINE):
+        _coupling(maker, name, module)
+    elif name in (MASKED_AFFINE, MASKED_SPLINE):
+        _autoregressive(maker, name, module)
+    elif name == LU:
+        _lu(maker, module)
+    elif name in PERMUTATIONS:
+        _permutation(maker, module)
+    elif name == ACT_NORM:
+        _act_norm(maker, module)
+    elif name == BATCH_NORM:
+        _batch_norm(maker, module)
+    elif name in POINTWISE:
+        _pointwise(maker, module)
+    elif name != IDENTITY:
+        raise Unfit(f"{type(module).__name__} has no place in a program")
+
+
+def flatten(maker: Maker, root: nn.Module, inverse: bool = False, top: bool = True) -> Iterator[Atom]:
+    """The transforms of a root without the containers around them."""
+    cls = original(type(root)) or type(root)
+    if qualified(cls) not in (COMPOSITE, INVERSE):
+        yield root, inverse
+        return
+    try:
+        if not top:  # hooks of the root itself run around all this
+            maker.take(root)
+        inner = [maker.get(root, "_transform")] if qualified(cls) == INVERSE else None
+        if inner is None:
+            inner = list(maker.watch.children(maker.get(root, "_transforms")))
+    except Unfit:
+        yield root, inverse
+        return
+    swap = inverse != (qualified(cls) == INVERSE)
+    for module in reversed(inner) if inverse else inner:
+        yield from flatten(maker, module, swap, top=False)
+
+
+def sizes(root: nn.Module) -> tuple[int, int]:
+    """Number of features and of the context that the layers tell."""
+    dim = context = 0
+    for module in root.modules():
+        name = qualified(original(type(module)) or type(module))
+        own: Any = module
+        if name in (AFFINE, ADDITIVE, SPLINE, LU):
+            dim = own.features
+        elif name == MADE:
+            dim = own.initial_layer.in_features
+        elif name in PERMUTATIONS:
+            dim = len(own._permutation)
+        elif name in (ACT_NORM, BATCH_NORM):
+            dim = (own.shift if name == ACT_NORM else own.bias).numel()
+        if name in (RESIDUAL_BLOCK, MADE) and hasattr(own, "context_layer"):
+            context = own.context_layer.in_features
+        elif name == CONTEXT_NET:
+            context = own.spline_predictor[0].in_features
+    return dim or 1, context
+
+
+# ---------------------------------------------------------------- calls
+
+
+def step(module: Any, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+    """A transform of nflows runs its own code."""
+    found: tuple[Tensor, Tensor] = module.inverse(x, context) if inverse else module(x, context)
+    return found
+
+
+def _run(original: Any, self: Any, inputs: Any, context: Any, inverse: bool) -> Any:
+    found = run(PROGRAMS, self, inputs, context, inverse)
+    return original(self, inputs, context) if found is None else found[:2]
+
+
+def forward(original: Any, self: Any, inputs: Any, context: Any = None) -> Any:
+    return _run(original, self, inputs, context, False)
+
+
+def inverse(original: Any, self: Any, inputs: Any, context: Any = None) -> Any:
+    return _run(original, self, inputs, context, True)
+
+
+def flow_log_prob(original: Any, self: Any, inputs: Any, context: Any) -> Any:
+    """``Flow._log_prob``: the log-density of a standard normal base is part of the program."""
+    embedded, transform, base = self._embedding_net(context), self._transform, self._distribution
+    noise = None
+    normal = f"{type(base).__module__}.{type(base).__qualname__}" == NORMAL and "_log_prob" not in vars(base)
+    if normal and base._shape == inputs.shape[1:] and not any(vars(transform)[name] for name in HOOKS):
+        found = run(PROGRAMS, transform, inputs, embedded, False, base=True)
+        if found is not None:
+            noise, logabsdet, complete = found
+            if complete:
+                return logabsdet
+    if noise is None:
+        noise, logabsdet = transform(inputs, context=embedded)
+    return base.log_prob(noise, context=embedded) + logabsdet
+
+
+PROGRAMS = Programs(
+    flatten,
+    layer,
+    sizes,
+    step,
+    functions={
+        COMPOSITE: (*BOTH, "_cascade"),
+        INVERSE: BOTH,
+        AFFINE: (*COUPLING, "_scale_and_shift"),
+        ADDITIVE: (*COUPLING, "_scale_and_shift"),
+        SPLINE: (*COUPLING, "_coupling_transform", "_piecewise_cdf", *SPLINES),
+        MASKED_AFFINE: (*ELEMENTWISE, "_unconstrained_scale_and_shift"),
+        MASKED_SPLINE: (*ELEMENTWISE, "_elementwise", *SPLINES),
+        LU: LINEAR,
+        **dict.fromkeys(PERMUTATIONS, PERMUTATION),
+        ACT_NORM: (*BOTH, "scale", "_broadcastable_scale_shift", "_initialize"),
+        BATCH_NORM: (*BOTH, "weight"),
+        **dict.fromkeys(POINTWISE, (*BOTH, "_log_scale", "_batch_logabsdet")),
+        IDENTITY: BOTH,
+        MADE: ("forward",),
+        MASKED_LINEAR: ("forward",),
+        MASKED_BLOCK: ("forward",),
+        MASKED_RESIDUAL: ("forward",),
+        RESIDUAL_NET: ("forward",),
+        RESIDUAL_BLOCK: ("forward",),
+        CONTEXT_NET: ("__call__",),
+    },
+)

@@ -1,0 +1,372 @@
+"""Plans: which layers of a model run as programs, made once and kept until the model changes."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from operator import getitem
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from ...backends import chosen
+from ...flow import ABSENT, FlowProgram, ProgramBuilder, Ref, Weights
+from ...flow import layers as L
+from ...ops.flow_program import engine
+from ...ops.flow_program.checks import check_data, check_parameters
+from ..generated import original
+from ..known import qualified, unknown_functions
+from .watch import GLOBAL_HOOKS, Unfit, Watch
+
+__all__ = ["Atom", "Maker", "Programs", "Summary", "hopeless", "run", "summary"]
+
+PLAIN = (Tensor, nn.Parameter)
+TYPES = (torch.float32, torch.float64)
+CHEAP = (L.Affine, L.Permute, L.Activation)  # alone, an op costs more than torch's own few kernels
+
+Atom = tuple[nn.Module, bool]  # a layer of the library, and whether its inverse stands in the forward direction
+
+
+@dataclass(frozen=True)
+class Programs:
+    """How the modules of one library become programs.
+
+    Args:
+        flatten: the layers of a root in the order of its forward direction.
+        layer: adds one layer of the library to a program, or raises ``Unfit``.
+        sizes: number of features and of the context that a root expects, as far as its layers tell.
+        step: runs a layer that is no part of a program: (layer, x, context, inverse) to the mapped x and its log-det.
+        functions: for each class that a program stands for, the functions that say what it computes; a version of their
+            source that is not known makes no program.
+    """
+
+    flatten: Callable[["Maker", nn.Module], Iterator[Atom]]
+    layer: Callable[["Maker", nn.Module], None]
+    sizes: Callable[[nn.Module], tuple[int, int]]
+    step: Callable[[nn.Module, Tensor, Tensor | None, bool], tuple[Tensor, Tensor]]
+    functions: Mapping[str, tuple[str, ...]]
+
+
+class Maker(ProgramBuilder):
+    """A builder that notes where the tensors come from, and all that was read of the model."""
+
+    def __init__(self, programs: Programs, watch: Watch, dim: int, context: int, dtype: torch.dtype) -> None:
+        super().__init__(dim, context)
+        self.programs, self.watch, self.dtype = programs, watch, dtype
+        self.spaces: list[Any] = []  # tensor i is spaces[i][names[i]]
+        self.names: list[str] = []
+        self._constants: dict[str, Tensor] = {}
+
+    def twin(self) -> "Maker":
+        """An empty one for the same model."""
+        return Maker(self.programs, self.watch, self.dim, self.context, self.dtype)
+
+    def take(self, module: nn.Module) -> str:
+        """The library's class of a module whose call the program stands for.
+
+        Raises:
+            Unfit: it is of another class or version, was changed, or has hooks.
+        """
+        cls: Any = original(type(module)) or type(module)
+        name = qualified(cls)
+        self.watch.module(module)
+        functions = self.programs.functions.get(name)
+        if functions is None:
+            base = next((b for b in cls.__mro__[1:] if qualified(b) in self.programs.functions), None)
+            raise Unfit(
+                f"{cls.__name__} has no place in a program" if base is None else f"a subclass of {base.__name__}"
+            )
+        own = next((f for f in functions if f in vars(module)), None)
+        if own is not None:
+            raise Unfit(f"the instance has its own {own}")
+        self.known(name, cls)
+        return name
+
+    def known(self, name: str, cls: Any) -> None:
+        """Refuse a class whose source is not known."""
+        reason = unknown_functions(name, cls, self.programs.functions[name])
+        if reason is not None:
+            raise Unfit(f"{cls.__name__}: {reason}")
+
+    def take_torch(self, module: nn.Module, cls: type[nn.Module]) -> None:
+        """A module of torch whose call the program stands for: exactly of a class, and nothing changed on it."""
+        self.watch.module(module)
+        if type(module) is not cls:
+            raise Unfit(f"a {type(module).__name__}, expected {cls.__name__}")
+        if "forward" in vars(module):
+            raise Unfit(f"a {cls.__name__} with its own forward")
+
+    def get(self, module: nn.Module, name: str) -> Any:
+        """An attribute or child."""
+        return self.watch.get(module, name)
+
+    def number(self, module: nn.Module, name: str) -> float:
+        """An attribute that is a number."""
+        value = self.get(module, name)
+        if not isinstance(value, int | float):
+            raise Unfit(f"{name} is a {type(value).__name__}")
+        return value
+
+    def parameter(self, module: nn.Module, name: str) -> Ref:
+        """A parameter or buffer, read where it is at every call; None is absent."""
+        for kind in ("_parameters", "_buffers"):
+            space = vars(module)[kind]
+            if name in space:
+                return self._place(space, name)
+        raise Unfit(f"{name} is no parameter")
+
+    def _place(self, space: Any, name: str) -> Ref:
+        tensor = space[name]
+        if tensor is None:
+            self.watch.read(space, name)
+            return ABSENT
+        if type(tensor) not in PLAIN:
+            raise Unfit(f"{name} is a {type(tensor).__name__}")
+        ref = self.ref(tensor)
+        if ref.tensor == len(self.names):
+            self.spaces.append(space)
+            self.names.append(name)
+        else:  # a tensor with two names: the second must stay what it is, too
+            self.watch.read(space, name)
+        return ref
+
+    def constant(self, value: Tensor) -> Ref:
+        """A tensor made from buffers, whose values the watch looks after."""
+        name = str(len(self._constants))
+        self._constants[name] = value.detach().to(self.dtype).contiguous()
+        return self._place(self._constants, name)
+
+    def dense(self, module: nn.Module, mask: str | None = None) -> Weights:
+        """A linear layer, under the mask of this name."""
+        weight: Any = module._parameters.get("weight")
+        if weight is None or weight.dim() != 2:
+            raise Unfit("a linear layer without weight")
+        place = ABSENT if mask is None else self.parameter(module, mask)
+        return Weights(weight.shape[0], self.parameter(module, "weight"), self.parameter(module, "bias"), place)
+
+    def append(self, atom: Atom) -> None:
+        """A layer of the library, or its inverse."""
+        module, inverse = atom
+        start = len(self._layers)
+        self.programs.layer(self, module)
+        if inverse:
+            made = self._layers[start:]
+            del self._layers[start:]
+            for layer in reversed(made):
+                self.add(layer, inverse=True)
+
+    def piece(self) -> "Piece":
+        """What runs.
+
+        Raises:
+            TypeError, ValueError: it does not fit together.
+        """
+        return Piece(self.build(), self.spaces, self.names, self.tensors, self.dtype)
+
+    @property
+    def worth(self) -> bool:
+        """Whether it has more than one cheap layer."""
+        return len(self._layers) > 1 or any(
+            not isinstance(layer.layer if isinstance(layer, L.Inverse) else layer, CHEAP) for layer in self._layers
+        )
+
+
+class Piece:
+    """A program and where its tensors lie."""
+
+    def __init__(
+        self, program: FlowProgram, spaces: list[Any], names: list[str], tensors: list[Tensor], dtype: torch.dtype
+    ) -> None:
+        self.program, self.spaces, self.names, self.dtype = program, spaces, names, dtype
+        self.tensors: list[Any] = []
+        self._check(tensors)
+
+    def _check(self, tensors: list[Any]) -> None:
+        if any(type(tensor) not in PLAIN for tensor in tensors):
+            raise TypeError("a parameter is no plain tensor")
+        check_parameters(torch.empty(0, self.program.dim, dtype=self.dtype), tensors, self.program)
+        for layer, reads in zip(self.program.layers, self.program.reads, strict=True):
+            for read in reads:  # the op reads as many elements as it needs; a library's layer wants its very shape
+                shape = tuple(tensors[read.ref.tensor].shape)
+                if shape != read.shape and (len(read.shape) > 1 or math.prod(shape) != read.shape[0]):
+                    raise ValueError(
+                        f"{L.kind(layer)}: {read.name} has shape {list(shape)}, expected {list(read.shape)}"
+                    )
+        check_data(tensors, self.program)
+        self.tensors = tensors
+
+    def run(self, x: Tensor, context: Tensor | None, inverse: bool, base: bool) -> tuple[Tensor, Tensor] | None:
+        """None: the parameters are not what they were, so the library's own code has to run.
+
+        Raises:
+            KeyError: a parameter is gone.
+        """
+        tensors = list(map(getitem, self.spaces, self.names))
+        try:
+            if tensors is not self.tensors and _differ(tensors, self.tensors):
+                self._check(tensors)
+            wide = self.program.context
+            return engine.call(x, context if wide else None, tensors, self.program, inverse, base, engine.KEEP["auto"])
+        except (TypeError, ValueError, RuntimeError):
+            return None
+
+
+def _differ(now: list[Any], then: list[Any]) -> bool:
+    """Lists of the same objects compare equal in no time; those that differ are tensors, whose comparison is no bool."""
+    try:
+        return now != then
+    except Exception:
+        return True
+
+
+class Plan:
+    """How a root runs on one kind of input: pieces, and layers of the library between them."""
+
+    def __init__(self, programs: Programs, watch: Watch, parts: Sequence["Piece | Atom"]) -> None:
+        self.watch, self.step = watch, programs.step
+        self.parts = tuple(parts) if any(isinstance(part, Piece) for part in parts) else ()
+
+    def run(self, x: Tensor, context: Tensor | None, inverse: bool, base: bool) -> tuple[Tensor, Tensor, bool] | None:
+        """The mapped x, its log-det, and whether that has the log-density of the base; None: run the library's own code."""
+        if len(self.parts) == 1:
+            found = self.parts[0].run(x, context, inverse, base)  # type: ignore[union-attr]
+            return None if found is None else (*found, base)
+        total: Any = 0.0
+        with_base = False
+        for number, part in enumerate(reversed(self.parts) if inverse else self.parts, 1):
+            if isinstance(part, Piece):
+                with_base = base and number == len(self.parts)
+                found = part.run(x, context, inverse, with_base)
+                if found is None:
+                    return None
+            else:
+                found = self.step(part[0], x, context, part[1] != inverse)
+            x, logdet = found
+            total = total + logdet
+        return (x, total, with_base) if self.parts else None
+
+
+class Cut(NamedTuple):
+    """A layer that is no part of a program, and why."""
+
+    module: nn.Module
+    why: str
+
+
+def _make(
+    programs: Programs, root: nn.Module, dim: int, context: int, dtype: torch.dtype
+) -> tuple[Plan, list[nn.Module], list[Cut]]:
+    watch = Watch()
+    maker = Maker(programs, watch, dim, context, dtype)
+    parts: list[Piece | Atom] = []
+    inside: list[nn.Module] = []
+    cuts: list[Cut] = []
+    held: list[Atom] = []  # what the piece in the making stands for
+
+    def close() -> None:
+        nonlocal maker, held
+        if maker.worth:
+            parts.append(maker.piece())
+            inside.extend(module for module, _ in held)
+        else:
+            parts.extend(held)
+            cuts.extend(Cut(module, "alone") for module, _ in held)
+        maker, held = maker.twin(), []
+
+    for atom in programs.flatten(maker, root):
+        try:
+            trial = maker.twin()
+            trial.append(atom)
+            trial.piece()
+        except (Unfit, TypeError, ValueError) as error:
+            close()
+            parts.append(atom)
+            cuts.append(Cut(atom[0], str(error)))
+        else:
+            maker.append(atom)
+            held.append(atom)
+    close()
+    return Plan(programs, watch, parts), inside, cuts
+
+
+_plans: "WeakKeyDictionary[nn.Module, dict[Any, Plan]]" = WeakKeyDictionary()
+
+
+def _takes(x: Any, context: Any) -> bool:
+    """Whether a program can run on this input; what it can't, the library's own code takes or refuses."""
+    if engine._followed() or type(x) not in PLAIN or x.dim() != 2 or x.dtype not in TYPES:
+        return False
+    rows = x.shape[0]
+    if rows == 0 or not x.is_cpu:
+        return False
+    if context is not None:
+        if type(context) not in PLAIN or context.dim() != 2 or context.dtype is not x.dtype or not context.is_cpu:
+            return False
+        if context.shape[0] != rows or context.shape[1] == 0:
+            return False
+    return forward_ad._current_level < 0 and not any(GLOBAL_HOOKS) and chosen("flow_program", x) == "cpp"
+
+
+def run(
+    programs: Programs, root: nn.Module, x: Any, context: Any, inverse: bool, base: bool = False
+) -> tuple[Tensor, Tensor, bool] | None:
+    """A root on ``x [batch, dim]`` and ``context [batch, context]`` through its programs.
+
+    Returns:
+        The mapped ``[batch, dim]``, the log-det ``[batch]``, and whether that has the log-density of a standard normal at the
+        mapped; or None where the library's own code has to run.
+    """
+    if not _takes(x, context):
+        return None
+    key = x.shape[1], 0 if context is None else context.shape[1], x.dtype
+    plans = _plans.get(root)
+    if plans is None:
+        plans = _plans[root] = {}
+    plan = plans.get(key)
+    if plan is not None and plan.watch.same():
+        if not plan.parts:
+            return None
+        try:
+            return plan.run(x, context, inverse, base)
+        except KeyError:  # a parameter is gone, as where a parametrization computes it
+            pass
+    plan = plans[key] = _make(programs, root, *key)[0]
+    return plan.run(x, context, inverse, base) if plan.parts else None
+
+
+def hopeless(root: nn.Module) -> bool:
+    """Whether a root has been called, has no programs, and is what it was."""
+    plans = _plans.get(root)
+    return plans is not None and len(plans) > 0 and all(not plan.parts and plan.watch.same() for plan in plans.values())
+
+
+class Summary(NamedTuple):
+    """How much of a root runs in programs, and what does not."""
+
+    inside: list[nn.Module]
+    cuts: list[Cut]
+    layers: tuple[int, int]  # in programs, all
+    parameters: tuple[int, int]
+
+    def __str__(self) -> str:
+        (some, layers), (few, parameters) = self.layers, self.parameters
+        text = f"{some} of {layers} layers run in programs, with {few:,} of {parameters:,} parameters"
+        names = {f"{type(module).__name__} ({why})": None for module, why in self.cuts}
+        return text + "".join(f"; cut by {name}" for name in names)
+
+
+def summary(programs: Programs, root: nn.Module) -> Summary:
+    """What a call of a root with the sizes that its layers tell will do."""
+    dtype = next((p.dtype for p in root.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    try:
+        _, inside, cuts = _make(programs, root, *programs.sizes(root), dtype)
+    except (AttributeError, KeyError) as error:  # a module that was never started
+        inside, cuts = [], [Cut(root, str(error))]
+
+    def count(modules: Sequence[nn.Module]) -> int:
+        return sum(p.numel() for p in {id(p): p for m in modules for p in m.parameters()}.values())
+
+    layers = len(inside), len(inside) + len(cuts)
+    return Summary(inside, cuts, layers, (count(inside), count([root])))

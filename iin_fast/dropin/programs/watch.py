@@ -1,0 +1,124 @@
+"""What a plan has read from a model, so that a change of the model is seen before the plan runs again."""
+
+from collections.abc import Iterator
+from operator import getitem
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+from torch.utils.hooks import RemovableHandle
+
+__all__ = ["GLOBAL_HOOKS", "HOOKS", "Unfit", "Watch"]
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+GLOBAL_HOOKS: list[Any] = [getattr(torch_module, f"_global{name}") for name in HOOKS]
+
+
+class Unfit(Exception):
+    """Why a layer is no part of a program."""
+
+
+class Watch:
+    """Everything that was read, and what it was.
+
+    All comparisons run in C over lists, as they are made at every call of a model with hundreds of modules.
+    """
+
+    def __init__(self) -> None:
+        # attributes, children and absent parameters: spaces[i][names[i]] is values[i]
+        self._spaces: list[Any] = []
+        self._names: list[str] = []
+        self._values: list[Any] = []
+        self._seen: set[tuple[int, str]] = set()
+        self._held: list[Any] = []  # dictionaries to which nothing may be added, such as those of modules
+        self._sizes: list[int] = []
+        self._hooks: list[Any] = []  # must be empty
+        self._hooked: list[Any] = []  # of layers that hooks keep out of a program
+        self._hooks_then: list[int] = []
+        self._last_handle = RemovableHandle.next_id
+        self._buffers: list[tuple[Any, str, Tensor, int]] = []  # whose values were read
+        self._false: list[Tensor] = []  # flags that are not set yet
+
+    def read(self, space: Any, name: str) -> Any:
+        """The entry of a dictionary."""
+        value = space[name]
+        if (id(space), name) not in self._seen:
+            self._seen.add((id(space), name))
+            self._spaces.append(space)
+            self._names.append(name)
+            self._values.append(value)
+        return value
+
+    def size(self, space: Any) -> None:
+        """Nothing may be added to a dictionary, or leave it."""
+        if (id(space), "") not in self._seen:
+            self._seen.add((id(space), ""))
+            self._held.append(space)
+            self._sizes.append(len(space))
+
+    def module(self, module: nn.Module) -> None:
+        """A module whose call the program stands for: it must have no hooks, and no new attributes.
+
+        Raises:
+            Unfit: it has hooks.
+        """
+        if (id(vars(module)), "") in self._seen:
+            return
+        self.size(vars(module))
+        hooks = [vars(module)[name] for name in HOOKS]
+        if any(hooks):
+            self._seen.discard((id(vars(module)), ""))
+            self._hooked += hooks
+            self._hooks_then += map(len, hooks)
+            raise Unfit(f"a hook on its {type(module).__name__}")
+        self._hooks += hooks
+
+    def get(self, module: nn.Module, name: str) -> Any:
+        """An attribute, parameter, buffer or child of a module.
+
+        Raises:
+            Unfit: there is none of that name.
+        """
+        own = vars(module)
+        for space in (own, own["_parameters"], own["_buffers"], own["_modules"]):
+            if name in space:
+                return self.read(space, name)
+        raise Unfit(f"no attribute {name}")
+
+    def children(self, module: nn.Module) -> Iterator[Any]:
+        """The children of a container."""
+        space = vars(module)["_modules"]
+        self.size(space)
+        for name in tuple(space):
+            yield self.read(space, name)
+
+    def values(self, module: nn.Module, name: str) -> Tensor:
+        """A buffer whose values become part of the program."""
+        value: Any = self.get(module, name)
+        if not isinstance(value, Tensor) or value.requires_grad or value.is_inference():
+            raise Unfit(f"{name} is not a plain buffer")
+        entry = vars(module)["_buffers"], name, value, value._version
+        if not any(known[2] is value for known in self._buffers):
+            self._buffers.append(entry)
+        return value
+
+    def until(self, flag: Tensor) -> None:
+        """A flag must not be set."""
+        self._false.append(flag)
+
+    def same(self) -> bool:
+        """Whether nothing has changed."""
+        if self._last_handle != RemovableHandle.next_id:  # a hook was registered somewhere
+            if any(self._hooks):
+                return False
+            self._last_handle = RemovableHandle.next_id
+        try:
+            return (
+                list(map(getitem, self._spaces, self._names)) == self._values
+                and list(map(len, self._held)) == self._sizes
+                and list(map(len, self._hooked)) == self._hooks_then
+                and all(space[name] is value and value._version == then for space, name, value, then in self._buffers)
+                and not any(self._false)
+            )
+        except Exception:  # an entry is gone, or a comparison of tensors, which is no bool
+            return False

@@ -1,0 +1,426 @@
+"""zuko, and what sbi puts before it: autoregressive, coupling and element-wise transformations, flows and standard normal bases.
+
+zuko's modules make transformations, and those map x. A composed transformation that may run as a program is an object that
+knows its module and context, and makes what the library's own would hold only where it is asked for.
+"""
+
+import math
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from ...flow import NetBuilder, Weights, affine, spline
+from ...flow.builder import CONTEXT, FEATURES
+from ...flow.layers import Net, Transformer
+from ..generated import Generated, generate, original
+from ..known import lookup, qualified
+from . import nets
+from .plan import Atom, Maker, Programs, hopeless, run
+from .watch import HOOKS, Unfit, Watch
+
+__all__ = ["COMPOSED", "FLOWS", "PROGRAMS", "composed_forward", "flow_forward"]
+
+COMPOSED, INVERSE = "zuko.lazy.LazyComposedTransform", "zuko.lazy.LazyInverse"
+UNCONDITIONAL, BASE = "zuko.lazy.UnconditionalTransform", "zuko.lazy.UnconditionalDistribution"
+MASKED = "zuko.flows.autoregressive.MaskedAutoregressiveTransform"
+COUPLING = "zuko.flows.coupling.GeneralCouplingTransform"
+ELEMENTWISE = "zuko.flows.gaussianization.ElementWiseTransform"
+MASKED_NET, MASKED_LINEAR = "zuko.nn.MaskedMLP", "zuko.nn.MaskedLinear"
+NET, LINEAR, RESIDUAL = "zuko.nn.MLP", "zuko.nn.Linear", "zuko.nn.Residual"
+FLOWS = (
+    "zuko.lazy.Flow",
+    "zuko.flows.autoregressive.MAF",
+    "zuko.flows.spline.NSF",
+    "zuko.flows.coupling.NICE",
+    "zuko.flows.coupling.RealNVP",
+)
+T = "zuko.transforms"
+AFFINE, SPLINE, ADDITIVE, PERMUTATION = (
+    f"{T}.{name}Transform" for name in ("MonotonicAffine", "MonotonicRQS", "Additive", "Permutation")
+)
+TORCH_AFFINE = "torch.distributions.transforms.AffineTransform"
+NORMALIZING, DIAG_NORMAL = "zuko.distributions.NormalizingFlow", "zuko.distributions.DiagNormal"
+
+CALL = ("__init__", "_call", "_inverse", "log_abs_det_jacobian")
+
+
+# ---------------------------------------------------------------- nets
+
+
+def _linear(maker: Maker, layer: nn.Module) -> Weights:
+    name = maker.take(layer)
+    if name not in (LINEAR, MASKED_LINEAR):
+        raise Unfit(f"a {type(layer).__name__} in its net")
+    return maker.dense(layer, "mask" if name == MASKED_LINEAR else None)
+
+
+def _steps(maker: Maker, net: NetBuilder, value: int, module: nn.Module) -> int:
+    for layer in maker.watch.children(module):
+        cls = qualified(type(layer))
+        if cls in (LINEAR, MASKED_LINEAR):
+            value = net.dense(value, _linear(maker, layer))
+        elif cls == RESIDUAL:
+            maker.take(layer)
+            value = net.add(value, _steps(maker, net, value, layer))
+        else:
+            value = net.act(value, *nets.activation(maker, layer))
+    return value
+
+
+def _net(maker: Maker, module: nn.Module, features: bool = True) -> Net:
+    """A net of the features and the context, or of the context alone."""
+    if maker.take(module) not in (MASKED_NET, NET):
+        raise Unfit(f"a {type(module).__name__} as its net")
+    if type(module).forward is not nn.Sequential.forward or "forward" in vars(module):
+        raise Unfit("a net with its own forward")
+    net = NetBuilder()
+    value = (net.concat(FEATURES, CONTEXT) if maker.context else FEATURES) if features else CONTEXT
+    return net.build(_steps(maker, net, value, module))
+
+
+# ---------------------------------------------------------------- layers
+
+
+def _univariate(maker: Maker, module: Any, features: int) -> Transformer:
+    made = maker.get(module, "univariate")
+    shapes = [tuple(shape) for shape in maker.get(module, "shapes")]
+    if maker.get(module, "total") != sum(map(math.prod, shapes)):
+        raise Unfit("a total that does not fit its shapes")
+    options: dict[str, Any] = {}
+    if isinstance(made, partial):
+        if made.args:
+            raise Unfit("univariate has arguments of its own")
+        options, made = dict(made.keywords), made.func
+    cls = original(made) or made
+    name = qualified(cls) if isinstance(cls, type) else getattr(cls, "__name__", str(cls))
+    if name not in (AFFINE, SPLINE, ADDITIVE):
+        raise Unfit(f"univariate {name}")
+    maker.known(name, cls)
+    slope, bound = options.pop("slope", 1e-3), options.pop("bound", 5.0)
+    numbers = isinstance(slope, float) and isinstance(bound, int | float)
+    if options or not numbers or not 0 < slope < 1 or not bound > 0:
+        raise Unfit(f"univariate with {', '.join(options) or 'a slope or bound that is not known'}")
+    if name == ADDITIVE and shapes == [()]:
+        return affine(features, "none")
+    if name == AFFINE and shapes == [(), ()]:
+        return affine(features, "softclip", clamp=-math.log(slope), layout="interleaved_shift_first")
+    if name == SPLINE and len(shapes) == 3 and shapes[0] and shapes == [(b := shapes[0][0],), (b,), (b - 1,)]:
+        return spline(b, tail_bound=float(bound), min_derivative=slope, parameterization="zuko")
+    raise Unfit(f"univariate {name} with shapes {shapes}")
+
+
+def _masked(maker: Maker, module: Any) -> None:
+    order = maker.get(module, "order")
+    if order is not None and int(maker.watch.values(module, "order").max()) >= maker.number(module, "passes"):
+        raise Unfit("fewer passes than its order needs")
+    net = _net(maker, maker.get(module, "hyper"))
+    maker.autoregressive(net, _univariate(maker, module, maker.dim))
+
+
+def _coupling(maker: Maker, module: Any) -> None:
+    mask = maker.watch.values(module, "mask")
+    if mask.numel() != maker.dim:
+        raise Unfit(f"a mask of {mask.numel()} features, expected {maker.dim}")
+    kept, moved = (part.nonzero().flatten().tolist() for part in (mask, ~mask))
+    net = _net(maker, maker.get(module, "hyper"))
+    maker.coupling(kept, moved, net, _univariate(maker, module, len(moved)))
+
+
+def _elementwise(maker: Maker, module: Any) -> None:
+    if not maker.context:
+        raise Unfit("an element-wise transformation without context")
+    net = _net(maker, maker.get(module, "hyper"), features=False)
+    maker.coupling((), range(maker.dim), net, _univariate(maker, module, maker.dim))
+
+
+def _unconditional(maker: Maker, module: Any) -> None:
+    """A transformation of buffers: a standardisation or a permutation."""
+    f = maker.get(module, "f")
+    cls = original(f) or f
+    name = qualified(cls) if isinstance(cls, type) else str(cls)
+    named, count = maker.get(module, "_keys"), maker.get(module, "_nargs")
+    if name == PERMUTATION and (count, named) in ((1, []), (0, ["order"])):
+        maker.known(name, cls)
+        maker.permute(maker.watch.values(module, "_0" if count else "order").tolist())
+        return
+    if name not in (AFFINE, TORCH_AFFINE):
+        raise Unfit(f"{name} has no place in a program")
+    if name == AFFINE:
+        maker.known(name, cls)
+    first = "shift" if name == AFFINE else "loc"
+    names = [f"_{i}" for i in range(count)] if count else named
+    if not (count == 2 and not named) and not (count == 0 and sorted(named) == sorted([first, "scale"])):
+        raise Unfit(f"{cls.__name__} with arguments of its own")
+    shift, scale = (maker.watch.values(module, n) for n in (names if count else (first, "scale")))
+    for value in (shift, scale):
+        if value.dim() > 1 or value.numel() not in (1, maker.dim):
+            raise Unfit(f"a shift or scale of shape {list(value.shape)}")
+    if name == AFFINE:
+        scale = scale / (1 + abs(scale / math.log(1e-3)))
+    refs = (maker.constant(value.reshape(-1).expand(maker.dim)) for value in (shift, scale))
+    maker.affine(*refs, form="exp" if name == AFFINE else "plain")
+
+
+def layer(maker: Maker, module: nn.Module) -> None:
+    """Add a transformation of zuko."""
+    name = maker.take(module)
+    makers = {MASKED: _masked, COUPLING: _coupling, ELEMENTWISE: _elementwise, UNCONDITIONAL: _unconditional}
+    if name not in makers:
+        raise Unfit(f"{type(module).__name__} has no place in a program")
+    makers[name](maker, module)
+
+
+def flatten(maker: Maker, root: nn.Module, inverse: bool = False, top: bool = True) -> Iterator[Atom]:
+    """The transformations of a root without the containers around them."""
+    name = qualified(original(type(root)) or type(root))
+    if name not in (COMPOSED, INVERSE):
+        yield root, inverse
+        return
+    try:
+        if not top:  # hooks of the root itself run around all this
+            maker.take(root)
+        if name == INVERSE:
+            inner = [maker.get(root, "transform")]
+        else:
+            inner = list(maker.watch.children(maker.get(root, "transforms")))
+    except Unfit:
+        yield root, inverse
+        return
+    for module in reversed(inner) if inverse else inner:
+        yield from flatten(maker, module, inverse != (name == INVERSE), top=False)
+
+
+def sizes(root: nn.Module) -> tuple[int, int]:
+    """Number of features and of the context that the layers tell."""
+    for module in root.modules():
+        name = qualified(original(type(module)) or type(module))
+        own: Any = module
+        if name == MASKED:
+            dim = own.hyper.out_features // own.total
+            return dim, own.hyper.in_features - dim
+        if name == COUPLING:
+            return own.mask.numel(), own.hyper.in_features - int(own.mask.sum())
+        if name == ELEMENTWISE and hasattr(own, "hyper"):
+            return own.hyper.out_features // own.total, own.hyper.in_features
+    return 1, 0
+
+
+# ---------------------------------------------------------------- calls
+
+
+def step(module: Any, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+    """A transformation of zuko runs its own code."""
+    made = module(context)
+    y, ladj = (made.inv if inverse else made).call_and_ladj(x)
+    return y, ladj.sum(-1) if ladj.dim() == x.dim() else ladj
+
+
+RAW = "_iin_fast"
+
+
+class Later:
+    """An attribute that the library's own object gives at its first use; what the instance already holds comes first."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: Any, owner: type | None = None) -> Any:
+        if instance is None or RAW not in vars(instance):
+            raise AttributeError(f"{owner.__name__ if owner else 'object'} has no attribute {self.name!r}")
+        for name, value in vars(vars(instance)[RAW]()).items():
+            vars(instance).setdefault(name, value)
+        return vars(instance)[self.name]
+
+
+def state(self: Any) -> dict[str, Any]:
+    """What pickle and deepcopy see: an object of the library's own class."""
+    own = vars(vars(self)[RAW]()) if RAW in vars(self) else {}
+    kept = {**own, **{name: value for name, value in vars(self).items() if name not in (RAW, WHERE)}}
+    return kept | {"_inv": None} if "_inv" in kept else kept
+
+
+WHERE = "_iin_fast_where"  # root, context, inverse
+
+_made: dict[str, Generated] = {}
+
+
+def _class(name: str, namespace: dict[str, Any]) -> Any:
+    """The class of objects that stand for the library's, made when it is first needed."""
+    if name not in _made:
+        _made[name] = generate(lookup(name), namespace | {"__getstate__": state})
+    return _made[name]
+
+
+def _rows(self: Any, x: Any, base: bool = False) -> tuple[Tensor, Tensor, bool] | None:
+    """A composed transformation on ``x [..., dim]`` by its programs; None where the library's own code has to run."""
+    where = vars(self).get(WHERE)
+    if where is None or not isinstance(x, Tensor) or x.dim() == 0:
+        return None
+    root, context, inverse = where
+    if x.dim() == 2 and (context is None or (context.dim() == 2 and context.shape[0] == x.shape[0])):
+        return run(PROGRAMS, root, x, context, inverse, base)
+    shape = x.shape[:-1]
+    if context is not None:
+        if context.dim() == 0 or context.dim() > x.dim():
+            return None
+        if any(a not in (1, b) for a, b in zip(context.shape[-2::-1], shape[::-1], strict=False)):
+            return None
+        context = context.expand(*shape, context.shape[-1]).reshape(-1, context.shape[-1])
+    found = run(PROGRAMS, root, x.reshape(-1, x.shape[-1]), context, inverse, base)
+    return None if found is None else (found[0].view(x.shape), found[1].view(shape), found[2])
+
+
+def _composed(root: nn.Module, context: Tensor | None, inverse: bool, own: Any) -> Any:
+    """The transformation of a root; ``own()`` makes the library's."""
+    parent = lookup(f"{T}.ComposedTransform")
+
+    def call(self: Any, x: Tensor) -> Any:
+        found = _rows(self, x)
+        return parent._call(self, x) if found is None else found[0]
+
+    def back(self: Any, y: Tensor) -> Any:
+        if WHERE not in vars(self):
+            return parent._inverse(self, y)
+        found = _rows(self.inv, y)
+        return parent._inverse(self, y) if found is None else found[0]
+
+    def call_and_ladj(self: Any, x: Tensor) -> Any:
+        found = _rows(self, x)
+        return parent.call_and_ladj(self, x) if found is None else found[:2]
+
+    def inv(self: Any) -> Any:
+        if WHERE not in vars(self):
+            return parent.inv.fget(self)
+        root, context, inverse = vars(self)[WHERE]
+        twin: Any = object.__new__(type(self))
+        vars(twin).update({WHERE: (root, context, not inverse), RAW: lambda: parent.inv.fget(self)})
+        return twin
+
+    cls = _class(
+        f"{T}.ComposedTransform",
+        {
+            "_call": call,
+            "_inverse": back,
+            "call_and_ladj": call_and_ladj,
+            "inv": property(inv),
+            **{n: Later() for n in ("transforms", "domain_dim", "codomain_dim")},
+            "_cache_size": 0,
+            "_inv": None,
+        },
+    )
+    made: Any = object.__new__(cls)
+    vars(made).update({WHERE: (root, context, inverse), RAW: own})
+    return made
+
+
+def _follows(c: Any) -> bool:
+    """Whether an object of ours may stand for the library's."""
+    return not torch.compiler.is_compiling() and (c is None or isinstance(c, Tensor))
+
+
+def composed_forward(own: Any, self: Any, c: Any = None) -> Any:
+    """``LazyComposedTransform.forward``."""
+    if not _follows(c) or hopeless(self):
+        return own(self, c)
+    return _composed(self, c, False, lambda: own(self, c))
+
+
+_normal: "WeakKeyDictionary[nn.Module, tuple[Watch, bool]]" = WeakKeyDictionary()
+
+
+def _standard(flow: Any) -> bool:
+    """Whether the base of a flow is a standard normal that nobody trains."""
+    found = _normal.get(flow)
+    if found is None or not found[0].same():
+        watch = Watch()
+        found = _normal[flow] = watch, _is_standard(Maker(PROGRAMS, watch, 1, 0, torch.float32), flow)
+    return found[1]
+
+
+def _is_standard(maker: Maker, flow: Any) -> bool:
+    try:
+        base = maker.get(flow, "base")
+        if maker.take(base) != BASE or maker.get(base, "f") is not lookup(DIAG_NORMAL):
+            return False
+        maker.known(DIAG_NORMAL, lookup(DIAG_NORMAL))
+        if maker.get(base, "_nargs") != 0 or sorted(maker.get(base, "_keys")) != ["loc", "scale"]:
+            return False
+        loc, scale = (maker.watch.values(base, name) for name in ("loc", "scale"))
+        return loc.dim() == scale.dim() == 1 and bool((loc == 0).all()) and bool((scale == 1).all())
+    except Unfit:
+        return False
+
+
+def flow_forward(own: Any, self: Any, c: Any = None) -> Any:
+    """``Flow.forward``: the log-density of a standard normal base is part of the program."""
+    transform = self.transform
+    composed = qualified(original(type(transform)) or type(transform)) == COMPOSED
+    if not composed or not _follows(c) or any(vars(transform)[name] for name in HOOKS) or hopeless(transform):
+        return own(self, c)
+    if "forward" in vars(transform) or not _standard(self):
+        return own(self, c)
+    parent = lookup(NORMALIZING)
+
+    def log_prob(self: Any, x: Tensor) -> Any:
+        where = vars(self).get(WHERE)
+        if where is None:
+            return parent.log_prob(self, x)
+        flow, transform = where
+        base = flow.base.loc
+        fits = (
+            isinstance(x, Tensor) and x.dtype is base.dtype and x.device == base.device and x.shape[-1:] == base.shape
+        )
+        found = _rows(transform, x, base=True) if fits else None
+        if found is None:
+            return parent.log_prob(self, x)
+        z, ladj, complete = found
+        return ladj if complete else self.base.log_prob(z) + ladj
+
+    cls = _class(
+        NORMALIZING,
+        {
+            "log_prob": log_prob,
+            **{n: Later() for n in ("transform", "base", "reinterpreted", "_batch_shape", "_event_shape")},
+        },
+    )
+    made: Any = object.__new__(cls)
+    lazy: Any = original(type(transform)) or type(transform)
+    plain = getattr(lazy.forward, "_iin_fast_own", lazy.forward)
+    vars(made).update(
+        {
+            WHERE: (self, _composed(transform, c, False, lambda: plain(transform, c))),
+            RAW: lambda: own(self, c),
+        }
+    )
+    return made
+
+
+PROGRAMS = Programs(
+    flatten,
+    layer,
+    sizes,
+    step,
+    functions={
+        COMPOSED: ("forward",),
+        INVERSE: ("forward",),
+        UNCONDITIONAL: ("forward", "args", "kwargs", "zuko.utils.Partial.forward"),
+        BASE: ("forward", "args", "kwargs", "zuko.utils.Partial.forward"),
+        MASKED: ("forward", "meta", "zuko.utils.unpack", *(f"{T}.AutoregressiveTransform.{n}" for n in CALL)),
+        COUPLING: ("forward", "meta", "zuko.utils.unpack", *(f"{T}.CouplingTransform.{n}" for n in CALL)),
+        ELEMENTWISE: ("forward", "zuko.utils.unpack", *(f"{T}.DependentTransform.{n}" for n in CALL)),
+        MASKED_LINEAR: ("forward",),
+        LINEAR: ("forward", "zuko.nn.linear"),
+        RESIDUAL: ("forward",),
+        MASKED_NET: (),
+        NET: (),
+        AFFINE: CALL,
+        SPLINE: (*CALL, "bins", "bin", "searchsorted"),
+        ADDITIVE: CALL,
+        PERMUTATION: CALL,
+        DIAG_NORMAL: ("__init__",),
+    },
+)
