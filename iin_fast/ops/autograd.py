@@ -8,7 +8,7 @@ import torch
 __all__ = ["autocast_to_float32", "differentiable", "saved_tensors"]
 
 
-def saved_tensors(ctx: Any, where: str, instead: str) -> Any:
+def saved_tensors(ctx: Any, where: str) -> Any:
     """What an op has saved for backward; the error about an output that was changed in place says what to do."""
     try:
         return ctx.saved_tensors
@@ -17,7 +17,7 @@ def saved_tensors(ctx: Any, where: str, instead: str) -> Any:
             raise
         raise RuntimeError(
             f"{where}: backward needs a tensor that was changed in place since, such as the output (y += …); change a "
-            f"copy (y = y + …){instead}. {error}"
+            f"copy (y = y + …). {error}"
         ) from error
 
 

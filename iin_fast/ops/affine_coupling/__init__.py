@@ -149,7 +149,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 
 def _backward(backend: str, ctx: Any, grad_y: Tensor, grad_logdet: Tensor) -> tuple[Tensor | None, ...]:
-    x, raw_scale, shift, y = saved_tensors(ctx, "affine_coupling", "")
+    x, raw_scale, shift, y = saved_tensors(ctx, "affine_coupling")
     # create_graph=True: derivatives of derivatives come from the definition itself
     if torch.is_grad_enabled() or mapped_by_autograd(grad_y, grad_logdet):
         with torch.enable_grad():

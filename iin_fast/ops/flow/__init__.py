@@ -23,7 +23,7 @@ from ...checks import (
     checked_flag,
     checked_number,
 )
-from ..autograd import autocast_to_float32, differentiable, saved_tensors
+from ..autograd import autocast_to_float32, differentiable
 from ..triton_ops import define_triton
 from ..vmap import front, mapped_by_autograd, one_by_one
 from . import reference
@@ -299,18 +299,19 @@ def _fake_backward(
 def _setup(backend: str, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.options, ctx.tf32 = inputs[11:15], inputs[16]
     y, _, saved = output
-    # Saved activations make the output needless, which a user may then change in place; a GPU's inverse reads it still.
+    # Saved activations make the output needless; a GPU's inverse reads it still. What is read is a copy: the user may
+    # change the output in place.
     inverse, save = inputs[14:16]
     needless = save and not (inverse and (backend == "triton" or inputs[0].device.type != "cpu"))
     ctx.mark_non_differentiable(saved)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(None if needless else y, saved, *inputs[:11])
+    ctx.save_for_backward(None if needless else y.clone(), saved, *inputs[:11])
 
 
 def _backward(
     backend: str, ctx: Any, grad_y: Tensor | None, grad_logdet: Tensor | None, _: Any
 ) -> tuple[Tensor | None, ...]:
-    y, saved, *tensors = saved_tensors(ctx, "flow", ", or take memory='save'")
+    y, saved, *tensors = ctx.saved_tensors
     y = tensors[0] if y is None else y  # for its shape
     leaky_slope, activation_slope, _, inverse = ctx.options
     nothing = (None,) * 6
