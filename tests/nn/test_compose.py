@@ -284,6 +284,8 @@ def test_changes_count_from_the_next_call_on(change):
     after, wanted = stack(x), alone(stack, False, x)
     assert not torch.allclose(before, after[0])
     torch.testing.assert_close(after, wanted)
+    if change is add_parametrization:
+        assert stack.obstacle() == "the stack has a parametrized layer"
 
 
 @every
