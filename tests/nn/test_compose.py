@@ -277,9 +277,12 @@ def append(stack: Compose) -> None:
     "change",
     [swap_layer, swap_step, write_permutation, set_option, flip, new_parameter, add_hook, own_forward, add_parametrization, load, append],
 )  # fmt: skip
-def test_changes_count_from_the_next_call_on(change):
+@pytest.mark.parametrize("copied", [False, True])
+def test_changes_count_from_the_next_call_on(change, copied):
     stack, (x,) = make("glow"), data()
     before = stack(x)[0]
+    if copied:
+        stack = copy.deepcopy(stack)
     change(stack)
     after, wanted = stack(x), alone(stack, False, x)
     assert not torch.allclose(before, after[0])
