@@ -41,8 +41,10 @@ def autocast_enabled(x: Tensor) -> bool:
 
 
 def readable(tensor: Tensor) -> bool:
-    """Whether a tensor has values, as those on the meta device and torch's fake ones have not."""
-    return not tensor.is_meta and type(tensor).__name__ != "FakeTensor"
+    """Whether a tensor has values, as those on the meta device, torch's fake ones and those that vmap maps have not."""
+    if tensor.is_meta or type(tensor).__name__ == "FakeTensor":
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def checked_int(where: str, name: str, value: object, least: int = 1) -> int:

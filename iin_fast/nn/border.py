@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..ops.flow.layout import pack, unpack
 
-__all__ = ["Entry", "check_permutation", "export_tensors", "import_tensors", "is_sharded"]
+__all__ = ["Entry", "check_permutation", "export_tensors", "import_tensors", "is_sharded", "keep_starts"]
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,17 @@ def import_tensors(
                 )
         result[name] = sharded_like(current[name], pack(neutral) if panels else neutral)
     return result
+
+
+def keep_starts(entries: Iterable[Entry], stored: dict[str, Tensor], state: Mapping[str, Any], prefix: str) -> None:
+    """Set the flags of the ActNorms whose start a file holds without its flag; the next batch would overwrite it."""
+    entries = list(entries)
+    for entry in entries:
+        if entry.name == "initialized" and prefix + entry.key not in state:
+            start = [e for e in entries if e.name in ("loc", "scale") and e.index == entry.index]
+            if any(prefix + e.key in state for e in start):
+                stored["initialized"] = stored["initialized"].clone()
+                stored["initialized"][entry.index] = 1
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -3,7 +3,6 @@
 import inspect
 import math
 from collections.abc import Iterable
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -76,7 +75,7 @@ class _Plan(NamedTuple):
 class Compose(RowFlow, nn.Module):
     """Layers one after the other, as one flow with the density of data.
 
-    y = layers[-1](… layers[0](x)),  log|det| = the sum of theirs.
+    y = f_n(… f_2(f_1(x))),  log|det| = sum of log|det f_i|.
 
     A stack of this package's layers runs as one op: :class:`ActNorm`, :class:`LULinear`, :class:`Permutation`,
     :class:`AffineCoupling` and :class:`SplineCoupling`, whole flows like :class:`NeuralSplineFlow`, and other stacks. The
@@ -128,6 +127,8 @@ class Compose(RowFlow, nn.Module):
             if dim != self.dim:
                 raise ValueError(f"Compose: layers[{number}] has dim {dim}, expected {self.dim} like the ones before")
         self._plan: _Plan | None = None
+        self._takes_context: dict[type, bool] = {}  # of each kind of layer
+        self._look_at_layers()
 
     def extra_repr(self) -> str:
         obstacle = self.obstacle()
@@ -167,8 +168,10 @@ class Compose(RowFlow, nn.Module):
         self._check(name, x, context, self._like(x))
         if not torch.compiler.is_compiling():
             plan = self._planned()
+            if not inverse and plan.program and not all(all(start._started) for start in plan.starts):
+                self.initialize(x, context)  # layer by layer
             tensors = self._tensors(plan)
-            if tensors is not None and (inverse or all(all(start._started) for start in plan.starts)):
+            if tensors is not None:
                 narrow = x.device.type == "cpu" and x.dtype.itemsize == 2 and not torch.is_autocast_enabled("cpu")
                 if not narrow:
                     return flow_program(x, context, tensors, plan.program, inverse=inverse, base=base)  # type: ignore[arg-type]
@@ -178,8 +181,7 @@ class Compose(RowFlow, nn.Module):
         total = x.new_zeros(x.shape[0], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
         for layer in reversed(self.layers) if inverse else self.layers:
             run: Any = layer.inverse if inverse else layer
-            kind: Any = type(layer)
-            x, logdet = run(x, context) if context is not None and _takes_context(kind) else run(x)
+            x, logdet = run(x, context) if context is not None and self._takes_context.get(type(layer)) else run(x)
             total = total + logdet
         if base:
             total = total - 0.5 * (x * x).sum(1) - 0.5 * self.dim * math.log(2 * math.pi)
@@ -213,7 +215,14 @@ class Compose(RowFlow, nn.Module):
             return None  # parametrized since
         return found
 
+    def _look_at_layers(self) -> None:
+        for layer in self.layers:
+            kind = type(layer)
+            if kind not in self._takes_context:
+                self._takes_context[kind] = "context" in inspect.signature(kind.forward).parameters
+
     def _make_plan(self) -> _Plan:
+        self._look_at_layers()
         builder = ProgramBuilder(self.dim, self.context_dim)
         program, obstacle, places = None, None, []
         modules = [module for module in self.modules() if module is not self]
@@ -264,8 +273,3 @@ class Compose(RowFlow, nn.Module):
 
 def _copied(value: Any) -> Any:
     return dict(value) if isinstance(value, dict) else value
-
-
-@lru_cache(maxsize=256)
-def _takes_context(kind: Any) -> bool:
-    return "context" in inspect.signature(kind.forward).parameters

@@ -9,7 +9,7 @@ from torch.distributions import Distribution, Independent, Normal, Transform, Tr
 
 from ..checks import check_floating, checked_int, checked_ints
 
-__all__ = ["Density", "FlowDistribution", "FlowTransform", "distribution_of"]
+__all__ = ["Density", "FlowDistribution", "FlowTransform", "checked_shape", "distribution_of"]
 
 
 class FlowTransform(Transform):
@@ -177,6 +177,13 @@ def distribution_of(
     return FlowDistribution(base, transform.inv, validate_args=validate_args)
 
 
+def checked_shape(where: str, sample_shape: Any) -> list[int]:
+    """The shape that ``sample`` of a class ``where`` was given, or a number of samples as one."""
+    if isinstance(sample_shape, int):
+        return [checked_int(f"{where}.sample", "sample_shape", sample_shape, least=0)]
+    return checked_ints(f"{where}.sample", "sample_shape", sample_shape, least=0)
+
+
 class Density:
     """What a module with ``forward``, ``inverse`` and ``dim`` has for being the density of data."""
 
@@ -231,10 +238,6 @@ class Density:
 
     def rsample(self, sample_shape: Any = (), context: Tensor | None = None) -> Tensor:
         """As :meth:`sample`, differentiable by the parameters and the context."""
-        where = f"{type(self).__name__}.sample"
-        if isinstance(sample_shape, int):
-            shape = [checked_int(where, "sample_shape", sample_shape, least=0)]
-        else:
-            shape = checked_ints(where, "sample_shape", sample_shape, least=0)
+        shape = checked_shape(type(self).__name__, sample_shape)
         sample: Tensor = self.distribution(context, validate_args=False).rsample(torch.Size(shape))
         return sample

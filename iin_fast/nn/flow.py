@@ -20,8 +20,9 @@ from ..ops.flow import MEMORY
 from ..ops.flow import flow as flow_op
 from ..ops.flow.layout import pack
 from .actnorm import MIN_SPREAD, DataDependentStart, start_values
-from .border import Entry, export_tensors, import_tensors, is_sharded
+from .border import Entry, export_tensors, import_tensors, is_sharded, keep_starts
 from .distribution import Density
+from .program_flow import draw_linear
 
 __all__ = ["Flow"]
 
@@ -181,15 +182,10 @@ class Flow(DataDependentStart, Density):
 
     @torch.no_grad()
     def _reset_block(self, block: int, generator: torch.Generator | None = None) -> None:
-        device = generator.device if generator else self.weight_in.device
-
         def draw(layer: str, index: tuple[int, ...]) -> None:
-            out_features, in_features = self.matrices[f"weight_{layer}"]
-            weight = torch.empty(out_features, in_features, device=device, dtype=self.weight_in.dtype)
-            bias = torch.empty(out_features, device=device, dtype=self.weight_in.dtype)
-            nn.init.kaiming_uniform_(weight, a=5**0.5, generator=generator)
-            bound = in_features**-0.5
-            nn.init.uniform_(bias, -bound, bound, generator=generator)
+            weight = self.weight_in.new_empty(self.matrices[f"weight_{layer}"])
+            bias = weight.new_empty(weight.shape[0])
+            draw_linear(weight, bias, generator)
             getattr(self, f"weight_{layer}")[index].copy_(pack(weight))
             getattr(self, f"bias_{layer}")[index].copy_(bias)
 
@@ -376,12 +372,7 @@ class Flow(DataDependentStart, Density):
                 and key not in known
                 and key[len(prefix) :].split(".", 1)[0] not in self._modules  # parametrizations read their own
             )
-        for entry in entries:  # a start that the file holds without its flag
-            if entry.name == "initialized" and prefix + entry.key in missing:
-                start = [e for e in entries if e.name in ("loc", "scale") and e.index == entry.index]
-                if any(prefix + e.key in state_dict for e in start):
-                    stored["initialized"] = stored["initialized"].clone()
-                    stored["initialized"][entry.index] = 1
+        keep_starts(entries, stored, state_dict, prefix)
         stored = {prefix + name: tensor for name, tensor in stored.items()}
         super()._load_from_state_dict(stored, prefix, local_metadata, strict, [], [], error_msgs)
         if not self.weight_in.is_meta:

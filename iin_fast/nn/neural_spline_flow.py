@@ -11,7 +11,7 @@ from ..checks import checked_choice, checked_dtype, checked_int, checked_number
 from ..flow import Block, ProgramBuilder, Weights, residual, spline
 from ..ops.spline_coupling import check_options, parameter_count
 from .actnorm import MIN_SPREAD
-from .border import Entry, import_tensors
+from .border import Entry, import_tensors, keep_starts
 from .program_flow import Orders, ProgramFlow, Stacked, draw_linear, empty, identity_spline_
 
 __all__ = ["NeuralSplineFlow"]
@@ -228,12 +228,7 @@ class NeuralSplineFlow(ProgramFlow):
                 missing=missing_keys,
                 errors=error_msgs,
             )
-            for entry in entries:  # a start that the file holds without its flag
-                at = prefix + entry.key
-                if entry.name == "initialized" and at not in state_dict:
-                    if any(at.replace("initialized", name) in state_dict for name in ("loc", "scale")):
-                        stored["initialized"] = stored["initialized"].clone()
-                        stored["initialized"][entry.index] = 1
+            keep_starts(entries, stored, state_dict, prefix)
             read = {prefix + entry.key for entry in entries}
             rest = {key: value for key, value in state_dict.items() if key not in read}
             state_dict = rest | {prefix + name: value for name, value in stored.items()}

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_features, checked_int
+from ..checks import check_features, checked_int, readable
 from ..flow import ProgramBuilder
-from .actnorm import readable
 from .net_steps import NotAProgram
 
 __all__ = ["Permutation"]

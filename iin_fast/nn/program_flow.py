@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checks import readable
 from ..flow import ABSENT, FlowProgram, ProgramBuilder, Ref
 from ..flow import layers as L
 from ..ops.flow_program import LAYER_BY_LAYER, engine, flow_program, reference
-from .actnorm import DataDependentStart, readable, start_values
+from .actnorm import DataDependentStart, start_values
 from .border import check_permutation
 from .net_steps import NotAProgram
 from .row_flow import RowFlow
@@ -53,7 +54,8 @@ class ProgramFlow(RowFlow, DataDependentStart):
     """A flow whose layers are one :class:`iin_fast.flow.FlowProgram`: a call is one op, whatever the depth.
 
     The parameters of all layers lie stacked in a few tensors, which the program cuts by offsets. The program is made from
-    sizes and permutations, and made anew when the buffer ``permutation`` changes.
+    sizes and permutations, and made anew when the buffer ``permutation`` changes. A compiled call sees what a file or
+    ``reset_parameters`` changes, and what is written into the buffer by hand from the next plain call on.
 
     A subclass sets ``dim`` and ``context_dim``, registers its parameters, and calls ``_finish``. Masks are buffers whose
     name begins with ``mask``. ActNorm, where there is one, is ``loc`` and ``scale [n, dim]``; each is an affine layer of

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..checks import autocast_enabled, check_device, check_dtype, check_features, check_floating
 from .border import is_sharded
-from .distribution import Density
+from .distribution import Density, checked_shape
 
 __all__ = ["RowFlow"]
 
@@ -63,8 +63,9 @@ class RowFlow(Density):
     def rsample(self, sample_shape: Any = (), context: Tensor | None = None) -> Tensor:
         """As :meth:`sample`, differentiable by the parameters and the context."""
         like = self._like()
-        shape = (sample_shape,) if isinstance(sample_shape, int) else tuple(sample_shape)
-        shape = (*shape, *(() if context is None else context.shape[:-1]))
+        shape = checked_shape(type(self).__name__, sample_shape)
+        if context is not None:
+            shape += check_floating(type(self).__name__, "context", context).shape[:-1]
         noise = torch.randn(*shape, self.dim, dtype=like.dtype, device=like.device)
         x = self._run("noise", noise.reshape(-1, self.dim), _rows(context, shape), inverse=True)[0]
         return x.reshape(*shape, self.dim)

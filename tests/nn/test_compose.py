@@ -147,7 +147,7 @@ def test_the_first_batch_starts_every_actnorm():
     stack = Compose([ActNorm(DIM), affine(), Compose([LULinear(DIM), ActNorm(DIM)]), affine(swap=True)])
     twin = copy.deepcopy(stack)
     x = 2 * torch.randn(40, DIM) + 1
-    assert "flow_program" not in ops(lambda: stack(x))
+    stack(x)
     twin.initialize(x)
     for module in (stack, twin):
         norms = [part for part in module.modules() if isinstance(part, ActNorm)]
@@ -277,13 +277,18 @@ def append(stack: Compose) -> None:
     "change",
     [swap_layer, swap_step, write_permutation, set_option, flip, new_parameter, add_hook, own_forward, add_parametrization, load, append],
 )  # fmt: skip
-def test_changes_count_from_the_next_call_on(change):
+@pytest.mark.parametrize("copied", [False, True])
+def test_changes_count_from_the_next_call_on(change, copied):
     stack, (x,) = make("glow"), data()
     before = stack(x)[0]
+    if copied:
+        stack = copy.deepcopy(stack)
     change(stack)
     after, wanted = stack(x), alone(stack, False, x)
     assert not torch.allclose(before, after[0])
     torch.testing.assert_close(after, wanted)
+    if change is add_parametrization:
+        assert stack.obstacle() == "the stack has a parametrized layer"
 
 
 @every

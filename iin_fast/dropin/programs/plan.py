@@ -149,11 +149,11 @@ class Maker(ProgramBuilder):
     def append(self, atom: Atom) -> None:
         """A layer of the library, or its inverse."""
         module, inverse = atom
-        start = len(self._layers)
+        start = len(self.layers)
         self.programs.layer(self, module)
         if inverse:
-            made = self._layers[start:]
-            del self._layers[start:]
+            made = self.layers[start:]
+            del self.layers[start:]
             for layer in reversed(made):
                 self.add(layer, inverse=True)
 
@@ -168,8 +168,8 @@ class Maker(ProgramBuilder):
     @property
     def worth(self) -> bool:
         """Whether it has more than one cheap layer."""
-        return len(self._layers) > 1 or any(
-            not isinstance(layer.layer if isinstance(layer, L.Inverse) else layer, CHEAP) for layer in self._layers
+        return len(self.layers) > 1 or any(
+            not isinstance(layer.layer if isinstance(layer, L.Inverse) else layer, CHEAP) for layer in self.layers
         )
 
 
