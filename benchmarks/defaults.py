@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,14 +48,6 @@ class Data(NamedTuple):
     z: Array  # [n, dim]
     labels: Array  # [n, concepts]
     names: list[str]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a rule decides."""
-
-    settings: Settings
-    standardise: bool = False  # features of mean 0 and deviation 1 over the training rows
 
 
 # ---- data sets ---------------------------------------------------------------------------------------------------------------
@@ -169,29 +161,42 @@ DATA: dict[str, Callable[[np.random.Generator], Data]] = {
 # ---- rules: what a person who knows nothing would get ------------------------------------------------------------------------
 
 
-def none(data: Data) -> Plan | None:
+def none(data: Data) -> Settings | None:
     """No training: what a rule has to beat."""
     return None
 
 
-def paper(data: Data) -> Plan | None:
+def paper(data: Data) -> Settings | None:
     """The published settings."""
-    return Plan(Settings())
+    return Settings()
 
 
-def hand(data: Data) -> Plan | None:
+def hand(data: Data) -> Settings | None:
     """One set of settings, tuned by hand on embeddings of sentences."""
-    tuned = {"learning_rate": 1e-3, "batch": 64, "noise": 0.3, "others": "any", "keep": "best", "steps": 3000}
-    return Plan(Settings(n_flows=6, hidden_dim=128, held_out_every=250, save_every=3000, **tuned), standardise=True)  # type: ignore[arg-type]
+    return Settings(
+        standardise=True,
+        others="any",
+        noise=0.3,
+        keep="best",
+        n_flows=6,
+        hidden_dim=128,
+        batch=64,
+        steps=3000,
+        learning_rate=1e-3,
+        held_out_every=250,
+        save_every=3000,
+    )
 
 
-def hand_no_noise(data: Data) -> Plan | None:
-    plan = hand(data)
-    assert plan
-    return replace(plan, settings=replace(plan.settings, noise=0.0))
+def hand_no_noise(data: Data) -> Settings | None:
+    tuned = hand(data)
+    assert tuned
+    return replace(tuned, noise=0.0)
 
 
-RULES: dict[str, Callable[[Data], Plan | None]] = {rule.__name__: rule for rule in (none, paper, hand, hand_no_noise)}
+RULES: dict[str, Callable[[Data], Settings | None]] = {
+    rule.__name__: rule for rule in (none, paper, hand, hand_no_noise)
+}
 
 
 # ---- a cell ------------------------------------------------------------------------------------------------------------------
@@ -205,8 +210,8 @@ def split(data: Data, seed: int) -> tuple[Data, Data]:
     return first, second
 
 
-def run_cell(data: Data, plan: Plan | None, seed: int) -> dict[str, Any]:
-    """Scores of what ``plan`` trains, or of what needs no training: system to concept to swap scores."""
+def run_cell(data: Data, settings: Settings | None, seed: int) -> dict[str, Any]:
+    """Scores of what ``settings`` train, or of what needs no training: system to concept to swap scores."""
     learned, held = split(data, seed)
     names = data.names
     judge = latent_judge(learned.z, learned.labels, names, seed=seed)
@@ -214,7 +219,7 @@ def run_cell(data: Data, plan: Plan | None, seed: int) -> dict[str, Any]:
     seconds: dict[str, float] = {}
     sizes: dict[str, dict[str, int]] = {}
     begin = time.perf_counter()
-    if plan is None:
+    if settings is None:
         rival = LinearRival.of(learned.z, learned.labels, names, names)
         assert rival is not None
         seconds["linear_iin"], sizes["linear_iin"] = time.perf_counter() - begin, rival.model.sizes
@@ -228,23 +233,17 @@ def run_cell(data: Data, plan: Plan | None, seed: int) -> dict[str, Any]:
             basis = LinearFactors(learned.z, learned.labels, names, rival.model.sizes, kind, seed)  # type: ignore[arg-type]
             swaps[kind] = lambda name, keep, give, basis=basis: basis.swap(held.z[keep], held.z[give], name)  # type: ignore[misc]
     else:
-        mean, scale = np.zeros(1), np.ones(1)
-        if plan.standardise:
-            mean, scale = learned.z.mean(0), learned.z.std(0)
-            scale[scale == 0] = 1.0
-        latents = Latents.of(((learned.z - mean) / scale).astype(np.float32), learned.labels, names)
+        latents = Latents.of(learned.z.astype(np.float32), learned.labels, names)
         with tempfile.TemporaryDirectory() as folder:
-            model = train(latents, Path(folder) / "run", replace(plan.settings, seed=seed), accelerator="cpu")
+            model = train(latents, Path(folder) / "run", replace(settings, seed=seed), accelerator="cpu")
         seconds["iin"], sizes["iin"] = time.perf_counter() - begin, model.sizes
 
         @torch.no_grad()
         def by_model(name: str, keep: Array, give: Array) -> Array:
-            kept, given = (
-                torch.from_numpy(((held.z[rows] - mean) / scale).astype(np.float32)) for rows in (keep, give)
-            )
-            # A model that fell apart gives no numbers; the judge reads 0 there, and the swap counts as failed.
+            kept, given = (torch.from_numpy(held.z[rows].astype(np.float32)) for rows in (keep, give))
+            # A model that fell apart gives no numbers; the judge reads 0 there.
             found: Array = np.nan_to_num(model.swap(kept, given, name).double().numpy(), posinf=0.0, neginf=0.0)
-            return found * scale + mean
+            return found
 
         swaps["iin"] = by_model
     return {
@@ -258,12 +257,11 @@ def run_cell(data: Data, plan: Plan | None, seed: int) -> dict[str, Any]:
     }
 
 
-def quickened(data: Data, plan: Plan | None) -> tuple[Data, Plan | None]:
+def quickened(data: Data, settings: Settings | None) -> tuple[Data, Settings | None]:
     data = Data(data.z[:QUICK_ROWS], data.labels[:QUICK_ROWS], data.names)
-    if plan is not None:
-        ends = {"steps": QUICK_STEPS, "decay_start": None, "n_flows": 2, "hidden_dim": 32}
-        plan = replace(plan, settings=replace(plan.settings, **ends))  # type: ignore[arg-type]
-    return data, plan
+    if settings is not None:
+        settings = replace(settings, steps=QUICK_STEPS, decay_start=None, n_flows=2, hidden_dim=32)
+    return data, settings
 
 
 # ---- the campaign ------------------------------------------------------------------------------------------------------------
@@ -287,15 +285,11 @@ def append(file: Path, cell: dict[str, Any]) -> None:
         stream.write("\n" * torn + json.dumps(cell) + "\n")
 
 
-def described(plan: Plan | None) -> dict[str, Any] | None:
-    return None if plan is None else {"standardise": plan.standardise, **plan.settings.record()}
-
-
 def campaign(
     file: Path, data_sets: Sequence[str], rules: Sequence[str], seeds: Sequence[int], quick: bool = False
 ) -> None:
     """Runs every cell that ``file`` does not hold with the same settings."""
-    keys = ("data", "rule", "seed", "quick", "plan")
+    keys = ("data", "rule", "seed", "quick", "settings")
     done = {json.dumps([cell[key] for key in keys]) for cell in cells(file)}
     for name in data_sets:
         for seed in seeds:
@@ -303,15 +297,16 @@ def campaign(
             for rule in rules:
                 if made is None:
                     made = DATA[name](np.random.default_rng([seed, 0]))
-                data, plan = made, RULES[rule](made)
+                data, settings = made, RULES[rule](made)
                 if quick:
-                    data, plan = quickened(data, plan)
-                key = dict(zip(keys, (name, rule, seed, quick, described(plan)), strict=True))
+                    data, settings = quickened(data, settings)
+                record = None if settings is None else settings.record()
+                key = dict(zip(keys, (name, rule, seed, quick, record), strict=True))
                 if json.dumps(list(key.values())) in done:
                     continue
                 begin = time.perf_counter()
                 try:
-                    found = run_cell(data, plan, seed)
+                    found = run_cell(data, settings, seed)
                 except (FloatingPointError, ValueError) as error:  # a run that diverged is a result
                     found = {"failed": str(error)}
                 cell = key | {"rows": len(data.z), "dim": data.z.shape[1], **found}

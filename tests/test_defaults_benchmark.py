@@ -45,8 +45,8 @@ def test_a_campaign_runs_what_is_not_there(defaults, tmp_path, monkeypatch):
     first = file.read_text()
     baselines, trained = (json.loads(line) for line in first.splitlines())
     assert set(baselines["scores"]) == SYSTEMS and set(trained["scores"]) == {"iin"}
-    assert set(trained["scores"]["iin"]) == {"a", "b"} and trained["plan"]["steps"] == 30
-    assert trained["plan"]["standardise"] and trained["seconds"]["iin"] > 0
+    assert set(trained["scores"]["iin"]) == {"a", "b"} and trained["settings"]["steps"] == 30
+    assert trained["settings"]["standardise"] and trained["seconds"]["iin"] > 0
     assert defaults.means(baselines)["linear_iin"] > 0.4 > defaults.means(baselines)["raw"]
 
     # Nothing is run twice; a line that was cut off is, and so is a rule that changed.
@@ -67,8 +67,7 @@ def test_a_campaign_runs_what_is_not_there(defaults, tmp_path, monkeypatch):
 
 def test_a_run_that_diverges_is_a_result(defaults, tmp_path, monkeypatch):
     def wild(data):
-        plan = defaults.hand(data)
-        return defaults.replace(plan, settings=defaults.replace(plan.settings, learning_rate=1e9))
+        return defaults.replace(defaults.hand(data), learning_rate=1e9)
 
     monkeypatch.setitem(defaults.RULES, "wild", wild)
     defaults.campaign(tmp_path / "results.jsonl", ["tiny"], ["wild"], [0], quick=True)

@@ -55,7 +55,7 @@ class LinearIIN(IIN):
     .. math:: \mathrm{sym}(w^a w^{b\top}) \approx M_0 + \sum_F m_F M_F, \quad m_F = 1 \text{ if factor F is shared}
 
     The loss of the IIN asks for :math:`U_F^\top M_F U_F = \rho` in the factor of F and 0 elsewhere. Its linear solution
-    are orthogonal subspaces, taken together so that none overlap:
+    is a set of orthogonal subspaces, found together so that none overlap:
 
     .. math:: \max_{U^\top U = 1} \sum_F \mathrm{tr}(U_F^\top M_F U_F)
 
@@ -154,6 +154,8 @@ class LinearIIN(IIN):
         check_dtype(where, "zb", zb, za.dtype, "like za")
         check_device(where, "zb", zb, za, "za")
         names = tuple(names)
+        if not names or len(set(names)) < len(names) or RESIDUAL in names:
+            raise ValueError(f"{where}: names is {list(names)}, expected different ones, none of them {RESIDUAL!r}")
         if not isinstance(shared, Tensor) or shared.dtype != torch.bool:
             kind = shared.dtype if isinstance(shared, Tensor) else type(shared).__name__
             raise TypeError(f"{where}: shared is {kind}, expected a bool tensor [n, names]")
@@ -197,9 +199,7 @@ class LinearIIN(IIN):
         values, vectors = torch.linalg.eigh(common)
         counts = _counts(wanted, values, w, a, b, weights, where, inputs.live)
         fitted = _fitting(counts, w.shape[1])
-        basis = _subspaces(
-            common, values, vectors, list(fitted.values())
-        )  # [rank, rank]: the factors, then the residual
+        basis = _subspaces(common, values, vectors, list(fitted.values()))
         matrix = whitening.matrix(basis, list(fitted.values()), list(counts.values()))
         return cls(inputs, matrix, counts, z.dtype)
 

@@ -82,10 +82,8 @@ def test_a_flow_behind_it_is_invertible_and_its_density_right(coupling, dtype):
 
 def test_start_and_loss_do_not_feel_what_is_constant_or_large():
     z = draw()
-    plain, behind = IIN(10, {"a": 2}, 2, 16, generator=torch.Generator().manual_seed(0)), made(z)
     rows = torch.ones(100, 1, dtype=torch.bool)
-    loss = [FactorLoss(0.9)(model, z[:100], z[100:], rows).item() for model in (plain, behind)]
-    assert loss[1] < 100  # nats of ten features
+    assert FactorLoss(0.9)(made(z), z[:100], z[100:], rows).item() < 100  # nats of ten features
     behind_too = made(z)
     behind_too.initialize(z)
     assert torch.equal(behind_too.encode(z).tensor, made(z).encode(z).tensor)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from iin_fast import IIN, FactorLoss, LinearIIN, PairSampler
+from iin_fast import IIN, FactorLoss, LinearIIN, PairSampler, concept_pairs
 
 NAMES = ("digit", "color", "size")
 CLASSES = (4, 3, 2)
@@ -222,7 +222,35 @@ def test_what_does_not_fit_is_refused():
         (ValueError, "at most dim = 12", lambda: LinearIIN.fit(z, sampler, {"digit": 13})),
         (ValueError, "zb has shape", lambda: LinearIIN.fit_pairs(z[:50], z[:40], shared, ["a"])),
         (TypeError, "shared is torch.int64", lambda: LinearIIN.fit_pairs(z[:50], z[50:], shared.long(), ["a"])),
+        (ValueError, r"names is \[\], expected", lambda: LinearIIN.fit_pairs(z[:50], z[50:], shared[:, :0], [])),
         (ValueError, "no pair shares 'a'", lambda: LinearIIN.fit_pairs(z[:50], z[50:], ~shared, ["a"])),
     ):
         with pytest.raises(error, match=match):
             call()
+
+
+def test_ready_pairs_that_all_share_one_concept():
+    generator = torch.Generator().manual_seed(0)
+    a, b, turn = (
+        torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in ((3000, 6), (3000, 6), (6, 6))
+    )
+    b[:, :2] = 0.9 * a[:, :2] + (1 - 0.9**2) ** 0.5 * b[:, :2]
+    model = LinearIIN.fit_pairs(a @ turn, b @ turn, torch.ones(3000, 1, dtype=torch.bool), ["shape"])
+    assert model.sizes == {"shape": 2, "residual": 4}
+    swapped = model.swap(a @ turn, b @ turn, "shape") @ torch.linalg.inv(turn)
+    assert (swapped - torch.cat([b[:, :2], a[:, 2:]], 1)).square().mean() < 0.01
+
+
+def test_a_concept_from_two_small_groups():
+    """Eight latents with it and eight without: the pairs of concept_pairs are enough for its direction."""
+    generator = torch.Generator().manual_seed(0)
+    turn = torch.linalg.qr(torch.randn(16, 16, generator=generator)).Q
+    with_, without, background = (torch.randn(n, 16, generator=generator) for n in (8, 8, 500))
+    with_[:, 0], without[:, 0] = with_[:, 0] * 0.2 + 3, without[:, 0] * 0.2 - 3
+    background[:, 0] = 3 * torch.sign(background[:, 0])
+    pairs = concept_pairs(with_ @ turn, without @ turn, background @ turn, n=4000)
+    model = LinearIIN.fit_pairs(pairs.za, pairs.zb, pairs.shared, pairs.names, {"concept": 1})
+    moved = (model.swap(background @ turn, background.flip(0) @ turn, "concept") - background @ turn) @ turn.T
+    change = background.flip(0)[:, 0] - background[:, 0]
+    assert (moved[:, 0] - change).square().mean() < 0.3 * change.square().mean()
+    assert moved[:, 1:].square().mean() < 0.1 * change.square().mean()
