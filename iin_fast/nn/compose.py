@@ -1,7 +1,6 @@
 """A stack of layers as one flow, and as one program where every layer has a place in one."""
 
 import inspect
-import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from .actnorm import DataDependentStart
 from .border import is_sharded
 from .net_steps import NotAProgram, own
 from .program_flow import version
-from .row_flow import RowFlow
+from .row_flow import RowFlow, with_base
 
 __all__ = ["Compose"]
 
@@ -171,10 +170,9 @@ class Compose(RowFlow, nn.Module):
             if not inverse and plan.program and not all(all(start._started) for start in plan.starts):
                 self.initialize(x, context)  # layer by layer
             tensors = self._tensors(plan)
-            if tensors is not None:
-                narrow = x.device.type == "cpu" and x.dtype.itemsize == 2 and not torch.is_autocast_enabled("cpu")
-                if not narrow:
-                    return flow_program(x, context, tensors, plan.program, inverse=inverse, base=base)  # type: ignore[arg-type]
+            narrow = x.device.type == "cpu" and x.dtype.itemsize == 2 and not torch.is_autocast_enabled("cpu")
+            if tensors is not None and not narrow:  # the op has no 16-bit types on the CPU, the layers have
+                return flow_program(x, context, tensors, plan.program, inverse=inverse, base=base)  # type: ignore[arg-type]
         return self._layer_by_layer(x, context, inverse, base)
 
     def _layer_by_layer(self, x: Tensor, context: Tensor | None, inverse: bool, base: bool) -> tuple[Tensor, Tensor]:
@@ -183,9 +181,7 @@ class Compose(RowFlow, nn.Module):
             run: Any = layer.inverse if inverse else layer
             x, logdet = run(x, context) if context is not None and self._takes_context.get(type(layer)) else run(x)
             total = total + logdet
-        if base:
-            total = total - 0.5 * (x * x).sum(1) - 0.5 * self.dim * math.log(2 * math.pi)
-        return x, total
+        return x, with_base(x, total) if base else total
 
     def _like(self, x: Tensor | None = None) -> Tensor:
         """The first parameter; a stack without any has the type of its input."""

@@ -17,7 +17,7 @@ from ..ops.flow_program import LAYER_BY_LAYER, engine, flow_program, reference
 from .actnorm import DataDependentStart, start_values
 from .border import check_permutation
 from .net_steps import NotAProgram
-from .row_flow import RowFlow
+from .row_flow import RowFlow, with_base
 
 __all__ = ["Orders", "ProgramFlow", "Stacked", "draw_linear", "empty", "identity_spline_", "version"]
 
@@ -233,9 +233,7 @@ class ProgramFlow(RowFlow, DataDependentStart):
                     continue
                 x, logdet = reference._layer(layer, x, context, read, maps, inverse)
                 total = total + logdet
-        if base:
-            total = total - 0.5 * (x * x).sum(1) - 0.5 * self.dim * math.log(2 * math.pi)
-        return x.to(dtype), total
+        return x.to(dtype), with_base(x, total) if base else total
 
     def _permutations(self) -> list[int | None]:
         """For each layer the row of the buffer ``permutation`` that it reads, if it does."""

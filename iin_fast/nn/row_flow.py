@@ -11,7 +11,7 @@ from ..checks import autocast_enabled, check_device, check_dtype, check_features
 from .border import is_sharded
 from .distribution import Density, checked_shape
 
-__all__ = ["RowFlow"]
+__all__ = ["RowFlow", "with_base"]
 
 
 class RowFlow(Density):
@@ -108,6 +108,11 @@ class RowFlow(Density):
                 f"{where}: the parameters are sharded, and not gathered here; call initialize before fully_shard, and name "
                 f"methods other than forward with torch.distributed.fsdp.register_fsdp_forward_method(module, 'inverse')"
             )
+
+
+def with_base(z: Tensor, logdet: Tensor) -> Tensor:
+    """The log-det, and the log-density of a standard normal at z ``[batch, dim]``."""
+    return logdet - 0.5 * z.to(logdet.dtype).square().sum(1) - 0.5 * z.shape[1] * math.log(2 * math.pi)
 
 
 def _rows(value: Tensor | None, shape: Sequence[int]) -> Tensor | None:

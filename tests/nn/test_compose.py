@@ -265,6 +265,10 @@ def add_parametrization(stack: Compose) -> None:
     parametrize.register_parametrization(stack.layers[1], "weight", Twice())
 
 
+def another_class(stack: Compose) -> None:
+    stack.layers[2].__class__ = Other
+
+
 def load(stack: Compose) -> None:
     stack.load_state_dict({k: v if k.endswith("permutation") else v * 1.5 for k, v in stack.state_dict().items()})
 
@@ -275,7 +279,7 @@ def append(stack: Compose) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [swap_layer, swap_step, write_permutation, set_option, flip, new_parameter, add_hook, own_forward, add_parametrization, load, append],
+    [swap_layer, swap_step, write_permutation, set_option, flip, new_parameter, add_hook, own_forward, add_parametrization, another_class, load, append],
 )  # fmt: skip
 @pytest.mark.parametrize("copied", [False, True])
 def test_changes_count_from_the_next_call_on(change, copied):
@@ -302,6 +306,16 @@ def test_copies_are_their_own(name):
                 parameter += 0.1
         torch.testing.assert_close(twin(x), wanted, rtol=0, atol=0)
         stack = twin
+
+
+def test_sixteen_bits_run_layer_by_layer():
+    """Which the op for whole programs does not have on the CPU."""
+    stack, (x,) = make("squashes"), data()
+    wanted = stack.log_prob(x)
+    narrow = copy.deepcopy(stack).bfloat16()
+    found = narrow.log_prob(x.bfloat16())
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), wanted, rtol=0.1, atol=0.1)
 
 
 def test_what_a_user_can_do_with_a_program():
