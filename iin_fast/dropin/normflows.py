@@ -11,6 +11,7 @@ from ..functional import affine_coupling
 from . import splines
 from .base import Library
 from .known import Known, fits, large
+from .programs import normflows as programs
 
 __all__ = ["LIBRARY"]
 
@@ -90,7 +91,13 @@ def _refuse_mask(module: Any) -> str | None:
 
 
 def _masked(original: Any, self: Any, z: Tensor, inverse: bool) -> Any:
-    if not large(z, "identity") or not fits(z, self.b) or z.shape[1:] != self.b.shape[1:] or _refuse_mask(self):
+    if (
+        not isinstance(z, Tensor)
+        or not large(z, "identity")
+        or not fits(z, self.b)
+        or z.shape[1:] != self.b.shape[1:]
+        or _refuse_mask(self)
+    ):
         return original(self, z)
     z_masked = self.b * z
     scale, shift = self.s(z_masked), self.t(z_masked)
@@ -146,7 +153,9 @@ LIBRARY = Library(
             relies_on=SPLINE_FUNCTIONS,
             refuse=splines.refuse_tails(TAILS),
         ),
+        *(Known(name, programs.METHODS, root=True, whole=True) for name in (programs.FLOW, programs.CONDITIONAL)),
     ),
+    programs=programs.PROGRAMS,
     bases=frozenset({"normflows.flows.base.Flow"}),
     containers=frozenset(
         {

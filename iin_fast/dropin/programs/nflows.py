@@ -16,7 +16,20 @@ from . import nets
 from .plan import Atom, Maker, Programs, run
 from .watch import HOOKS, Unfit
 
-__all__ = ["FLOWS", "PROGRAMS", "flow_log_prob", "forward", "inverse"]
+__all__ = [
+    "FLOWS",
+    "PROGRAMS",
+    "expect_shape",
+    "flow_log_prob",
+    "forward",
+    "inverse",
+    "linear",
+    "lu_linear",
+    "masked",
+    "no_batch_norm",
+    "residual_net",
+    "spline_of",
+]
 
 T = "nflows.transforms"
 COMPOSITE, INVERSE = f"{T}.base.CompositeTransform", f"{T}.base.InverseTransform"
@@ -53,7 +66,7 @@ LINEAR = (*BOTH, "forward_no_cache", "inverse_no_cache", "_create_lower_upper", 
 PERMUTATION = (*BOTH, "_permute", "_inverse_permutation")
 
 
-def _shape(value: Any, *shape: int) -> None:
+def expect_shape(value: Any, *shape: int) -> None:
     if not isinstance(value, Tensor) or tuple(value.shape) != shape:
         raise Unfit(f"a tensor of shape {list(getattr(value, 'shape', []))}, expected {list(shape)}")
 
@@ -61,19 +74,19 @@ def _shape(value: Any, *shape: int) -> None:
 # ---------------------------------------------------------------- nets
 
 
-def _residual_net(maker: Maker, net: Any) -> Net:
+def residual_net(maker: Maker, net: Any) -> Net:
     wide = maker.context > 0
     blocks = []
     acts = set()
     for block in maker.watch.children(maker.get(net, "blocks")):
         maker.take(block)
-        _no_batch_norm(maker, block)
+        no_batch_norm(maker, block)
         nets.no_dropout(maker, maker.get(block, "dropout"))
         acts.add(nets.activation(maker, maker.get(block, "activation")))
-        inner, outer = (_linear(maker, layer) for layer in maker.watch.children(maker.get(block, "linear_layers")))
-        gate = _linear(maker, maker.get(block, "context_layer")) if wide else None
+        inner, outer = (linear(maker, layer) for layer in maker.watch.children(maker.get(block, "linear_layers")))
+        gate = linear(maker, maker.get(block, "context_layer")) if wide else None
         blocks.append(Block(inner, outer, gate=gate))
-    first, last = (_linear(maker, maker.get(net, name)) for name in ("initial_layer", "final_layer"))
+    first, last = (linear(maker, maker.get(net, name)) for name in ("initial_layer", "final_layer"))
     return residual(first, blocks, last, context=wide, **_same(acts))
 
 
@@ -84,17 +97,17 @@ def _same(acts: set[tuple[str, float]]) -> dict[str, Any]:
     return dict(zip(("activation", "slope"), act, strict=True)) if (act := next(iter(acts), None)) else {}
 
 
-def _linear(maker: Maker, layer: nn.Module) -> Weights:
+def linear(maker: Maker, layer: nn.Module) -> Weights:
     maker.take_torch(layer, nn.Linear)
     return maker.dense(layer)
 
 
-def _masked(maker: Maker, layer: nn.Module) -> Weights:
+def masked(maker: Maker, layer: nn.Module) -> Weights:
     maker.take(layer)
     return maker.dense(layer, "mask")
 
 
-def _no_batch_norm(maker: Maker, block: nn.Module) -> None:
+def no_batch_norm(maker: Maker, block: nn.Module) -> None:
     if maker.get(block, "use_batch_norm"):
         raise Unfit("batch norm in its net")
 
@@ -114,15 +127,15 @@ def _coupling_net(maker: Maker, net: nn.Module) -> tuple[Net, float | None]:
         raise Unfit(f"a {type(net).__name__} as its net")
     maker.get(net, "hidden_features")
     scale = net_scale(net, "hidden_features")
-    return (_residual_net if name == RESIDUAL_NET else _context_net)(maker, net), scale
+    return (residual_net if name == RESIDUAL_NET else _context_net)(maker, net), scale
 
 
 def _made(maker: Maker, made: Any) -> Net:
     maker.take(made)
     wide = maker.context > 0
     act = nets.activation(maker, maker.get(made, "activation"))
-    first, last = (_masked(maker, maker.get(made, name)) for name in ("initial_layer", "final_layer"))
-    shift = _linear(maker, maker.get(made, "context_layer")) if wide else None
+    first, last = (masked(maker, maker.get(made, name)) for name in ("initial_layer", "final_layer"))
+    shift = linear(maker, maker.get(made, "context_layer")) if wide else None
     blocks = tuple(maker.watch.children(maker.get(made, "blocks")))
     net = NetBuilder()
     value = net.dense(FEATURES, first)
@@ -137,15 +150,15 @@ def _made(maker: Maker, made: Any) -> Net:
         if name == MASKED_BLOCK:
             if maker.get(block, "batch_norm") is not None:
                 raise Unfit("batch norm in its net")
-            value = net.act(net.dense(value, _masked(maker, maker.get(block, "linear"))), *own)
+            value = net.act(net.dense(value, masked(maker, maker.get(block, "linear"))), *own)
             continue
         if name != MASKED_RESIDUAL:
             raise Unfit(f"a {type(block).__name__} in its net")
-        _no_batch_norm(maker, block)
-        inner, outer = (_masked(maker, layer) for layer in maker.watch.children(maker.get(block, "linear_layers")))
+        no_batch_norm(maker, block)
+        inner, outer = (masked(maker, layer) for layer in maker.watch.children(maker.get(block, "linear_layers")))
         step = net.dense(net.act(value, *own), inner)
         if wide:
-            step = net.add(step, net.dense(CONTEXT, _linear(maker, maker.get(block, "context_layer"))))
+            step = net.add(step, net.dense(CONTEXT, linear(maker, maker.get(block, "context_layer"))))
         value = net.add(value, net.dense(net.act(step, *own), outer))
     return net.build(net.dense(value, last))
 
@@ -153,14 +166,19 @@ def _made(maker: Maker, made: Any) -> Net:
 # ---------------------------------------------------------------- layers
 
 
-def _spline(maker: Maker, module: nn.Module, scale: float | None) -> Transformer:
-    if maker.get(module, "tails") != "linear":
+def spline_of(maker: Maker, module: nn.Module, bins: int, scale: float | None) -> Transformer:
+    """The spline of a module with these options; ``scale`` is that of its raw widths and heights."""
+    tails = maker.get(module, "tails")
+    if tails is None:
         raise Unfit("a spline without tails raises outside of its box")
+    if tails not in ("linear", "circular"):
+        raise Unfit(f"tails={tails!r}")
     bound, width, height, slope = (
         maker.number(module, name) for name in ("tail_bound", "min_bin_width", "min_bin_height", "min_derivative")
     )
     return spline(
-        int(maker.number(module, "num_bins")),
+        bins,
+        tails=tails,
         tail_bound=bound,
         min_bin_width=width,
         min_bin_height=height,
@@ -177,7 +195,7 @@ def _coupling(maker: Maker, name: str, module: Any) -> None:
     kept, moved = (maker.watch.values(module, f"{part}_features").tolist() for part in ("identity", "transform"))
     net, scale = _coupling_net(maker, maker.get(module, "transform_net"))
     if name == SPLINE:
-        transformer = _spline(maker, module, scale)
+        transformer = spline_of(maker, module, int(maker.number(module, "num_bins")), scale)
     elif name == AFFINE:
         transformer = affine(len(moved), "sigmoid", layout="shift_scale")
     else:
@@ -188,7 +206,7 @@ def _coupling(maker: Maker, name: str, module: Any) -> None:
 def _autoregressive(maker: Maker, name: str, module: Any) -> None:
     net = _made(maker, maker.get(module, "autoregressive_net"))
     if name == MASKED_SPLINE:
-        maker.autoregressive(net, _spline(maker, module, None))
+        maker.autoregressive(net, spline_of(maker, module, int(maker.number(module, "num_bins")), None))
         return
     if maker.number(module, "features") != maker.dim:
         raise Unfit(f"features is {module.features}, expected {maker.dim}")
@@ -196,10 +214,10 @@ def _autoregressive(maker: Maker, name: str, module: Any) -> None:
     maker.autoregressive(net, affine(maker.dim, "softplus", clamp=clamp, layout="interleaved"))
 
 
-def _lu(maker: Maker, module: Any) -> None:
+def lu_linear(maker: Maker, module: Any) -> None:
     if maker.get(module, "using_cache") and not maker.get(module, "training"):
         raise Unfit("using_cache")
-    _shape(module.bias, maker.dim)
+    expect_shape(module.bias, maker.dim)
     refs = (maker.parameter(module, n) for n in ("lower_entries", "upper_entries", "unconstrained_upper_diag", "bias"))
     maker.linear(*refs, eps=maker.number(module, "eps"))
 
@@ -211,7 +229,7 @@ def _permutation(maker: Maker, module: Any) -> None:
 
 
 def _act_norm(maker: Maker, module: Any) -> None:
-    _shape(module.shift, maker.dim)
+    expect_shape(module.shift, maker.dim)
     if maker.get(module, "training"):
         started = maker.get(module, "initialized")
         if not started:
@@ -224,7 +242,7 @@ def _act_norm(maker: Maker, module: Any) -> None:
 def _batch_norm(maker: Maker, module: Any) -> None:
     if maker.get(module, "training"):
         raise Unfit("batch norm in training mode")
-    _shape(module.bias, maker.dim)
+    expect_shape(module.bias, maker.dim)
     mean, variance = (maker.watch.values(module, name) for name in ("running_mean", "running_var"))
     eps = maker.number(module, "eps")
     maker.affine(maker.constant(mean), maker.constant(torch.sqrt(variance + eps)), inverse=True)
@@ -236,7 +254,7 @@ def _pointwise(maker: Maker, module: Any) -> None:
     shift, scale = (maker.watch.values(module, name) for name in ("_shift", "_scale"))
     for value in (shift, scale):
         if value.numel() != 1:
-            _shape(value, *(1,) * (value.dim() - 1), maker.dim)
+            expect_shape(value, *(1,) * (value.dim() - 1), maker.dim)
         if value.dim() > 2 or value.dtype not in (torch.float32, maker.dtype):
             raise Unfit("a shift or scale of another type")
     maker.affine(*(maker.constant(value.reshape(-1).expand(maker.dim)) for value in (shift, scale)))
@@ -250,7 +268,7 @@ def layer(maker: Maker, module: nn.Module) -> None:
     elif name in (MASKED_AFFINE, MASKED_SPLINE):
         _autoregressive(maker, name, module)
     elif name == LU:
-        _lu(maker, module)
+        lu_linear(maker, module)
     elif name in PERMUTATIONS:
         _permutation(maker, module)
     elif name == ACT_NORM:

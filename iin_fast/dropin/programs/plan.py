@@ -37,6 +37,7 @@ class Programs:
         flatten: the layers of a root in the order of its forward direction.
         layer: adds one layer of the library to a program, or raises ``Unfit``.
         sizes: number of features and of the context that a root expects, as far as its layers tell.
+        base: layers between a standard normal and what a root takes for its latent, where that is part of the base.
         step: runs a layer that is no part of a program: (layer, x, context, inverse) to the mapped x and its log-det.
         functions: for each class that a program stands for, the functions that say what it computes; a version of their
             source that is not known makes no program.
@@ -47,6 +48,7 @@ class Programs:
     sizes: Callable[[nn.Module], tuple[int, int]]
     step: Callable[[nn.Module, Tensor, Tensor | None, bool], tuple[Tensor, Tensor]]
     functions: Mapping[str, tuple[str, ...]]
+    base: Callable[["Maker", nn.Module], Iterator[Atom]] | None = None
 
 
 class Maker(ProgramBuilder):
@@ -109,12 +111,13 @@ class Maker(ProgramBuilder):
             raise Unfit(f"{name} is a {type(value).__name__}")
         return value
 
-    def parameter(self, module: nn.Module, name: str) -> Ref:
-        """A parameter or buffer, read where it is at every call; None is absent."""
+    def parameter(self, module: nn.Module, name: str, offset: int = 0) -> Ref:
+        """A parameter or buffer from an element on, read where it is at every call; None is absent."""
         for kind in ("_parameters", "_buffers"):
             space = vars(module)[kind]
             if name in space:
-                return self._place(space, name)
+                ref = self._place(space, name)
+                return ref._replace(offset=offset) if offset else ref
         raise Unfit(f"{name} is no parameter")
 
     def _place(self, space: Any, name: str) -> Ref:
@@ -138,6 +141,10 @@ class Maker(ProgramBuilder):
         self._constants[name] = value.detach().to(self.dtype).contiguous()
         return self._place(self._constants, name)
 
+    def fixed(self, matrix: Tensor) -> Weights:
+        """A linear layer that nobody trains."""
+        return Weights(matrix.shape[0], self.constant(matrix))
+
     def dense(self, module: nn.Module, mask: str | None = None) -> Weights:
         """A linear layer, under the mask of this name."""
         weight: Any = module._parameters.get("weight")
@@ -149,13 +156,19 @@ class Maker(ProgramBuilder):
     def append(self, atom: Atom) -> None:
         """A layer of the library, or its inverse."""
         module, inverse = atom
-        start = len(self._layers)
-        self.programs.layer(self, module)
         if inverse:
-            made = self._layers[start:]
-            del self._layers[start:]
-            for layer in reversed(made):
-                self.add(layer, inverse=True)
+            self.invert(lambda: self.programs.layer(self, module))
+        else:
+            self.programs.layer(self, module)
+
+    def invert(self, make: Callable[[], None]) -> None:
+        """The inverse of the layers that ``make`` adds."""
+        start = len(self._layers)
+        make()
+        made = self._layers[start:]
+        del self._layers[start:]
+        for layer in reversed(made):
+            self.add(layer, inverse=True)
 
     def piece(self) -> "Piece":
         """What runs.
@@ -180,16 +193,23 @@ class Piece:
         self, program: FlowProgram, spaces: list[Any], names: list[str], tensors: list[Tensor], dtype: torch.dtype
     ) -> None:
         self.program, self.spaces, self.names, self.dtype = program, spaces, names, dtype
+        offsets = [read.ref for reads in program.reads for read in reads if read.ref.offset]
+        self.shared = {ref.tensor for ref in offsets}
+        self.shapes = [tensor.shape for tensor in tensors]
         self.tensors: list[Any] = []
         self._check(tensors)
 
     def _check(self, tensors: list[Any]) -> None:
         if any(type(tensor) not in PLAIN for tensor in tensors):
             raise TypeError("a parameter is no plain tensor")
+        if [tensor.shape for tensor in tensors] != self.shapes:
+            raise ValueError("a parameter has another shape than before")
         check_parameters(torch.empty(0, self.program.dim, dtype=self.dtype), tensors, self.program)
         for layer, reads in zip(self.program.layers, self.program.reads, strict=True):
             for read in reads:  # the op reads as many elements as it needs; a library's layer wants its very shape
                 shape = tuple(tensors[read.ref.tensor].shape)
+                if read.ref.tensor in self.shared:  # several parts of one tensor, whose shape its maker has seen
+                    continue
                 if shape != read.shape and (len(read.shape) > 1 or math.prod(shape) != read.shape[0]):
                     raise ValueError(
                         f"{L.kind(layer)}: {read.name} has shape {list(shape)}, expected {list(read.shape)}"
@@ -224,12 +244,13 @@ def _differ(now: list[Any], then: list[Any]) -> bool:
 class Plan:
     """How a root runs on one kind of input: pieces, and layers of the library between them."""
 
-    def __init__(self, programs: Programs, watch: Watch, parts: Sequence["Piece | Atom"]) -> None:
-        self.watch, self.step = watch, programs.step
+    def __init__(self, programs: Programs, watch: Watch, parts: Sequence["Piece | Atom"], based: bool = True) -> None:
+        self.watch, self.step, self.based = watch, programs.step, based
         self.parts = tuple(parts) if any(isinstance(part, Piece) for part in parts) else ()
 
     def run(self, x: Tensor, context: Tensor | None, inverse: bool, base: bool) -> tuple[Tensor, Tensor, bool] | None:
         """The mapped x, its log-det, and whether that has the log-density of the base; None: run the library's own code."""
+        base = base and self.based
         if len(self.parts) == 1:
             found = self.parts[0].run(x, context, inverse, base)  # type: ignore[union-attr]
             return None if found is None else (*found, base)
@@ -256,7 +277,7 @@ class Cut(NamedTuple):
 
 
 def _make(
-    programs: Programs, root: nn.Module, dim: int, context: int, dtype: torch.dtype
+    programs: Programs, root: nn.Module, dim: int, context: int, dtype: torch.dtype, base: bool = False
 ) -> tuple[Plan, list[nn.Module], list[Cut]]:
     watch = Watch()
     maker = Maker(programs, watch, dim, context, dtype)
@@ -275,7 +296,15 @@ def _make(
             cuts.extend(Cut(module, "alone") for module, _ in held)
         maker, held = maker.twin(), []
 
-    for atom in programs.flatten(maker, root):
+    bases: list[Atom] = []
+    try:
+        atoms = list(programs.flatten(maker, root))
+        if base and programs.base is not None:
+            bases = list(programs.base(maker, root))
+            atoms = [*bases, *atoms]
+    except Unfit as error:
+        return Plan(programs, watch, []), [], [Cut(root, str(error))]
+    for atom in atoms:
         try:
             trial = maker.twin()
             trial.append(atom)
@@ -288,7 +317,10 @@ def _make(
             maker.append(atom)
             held.append(atom)
     close()
-    return Plan(programs, watch, parts), inside, cuts
+    based = not bases or (bool(parts) and isinstance(parts[0], Piece))
+    if not based:  # the base alone is the library's business
+        parts = [part for part in parts if isinstance(part, Piece) or part not in bases]
+    return Plan(programs, watch, parts, based), inside, cuts
 
 
 _plans: "WeakKeyDictionary[nn.Module, dict[Any, Plan]]" = WeakKeyDictionary()
@@ -320,7 +352,7 @@ def run(
     """
     if not _takes(x, context):
         return None
-    key = x.shape[1], 0 if context is None else context.shape[1], x.dtype
+    key = x.shape[1], 0 if context is None else context.shape[1], x.dtype, base and programs.base is not None
     plans = _plans.get(root)
     if plans is None:
         plans = _plans[root] = {}
