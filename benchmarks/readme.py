@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -111,6 +112,44 @@ def spline_table() -> str:
             f"Peak memory of forward + backward at {memory['rows']} x {memory['features']}, MiB above the inputs, gradients "
             f"included. {sizes}.",
         ]
+    return "\n".join(lines)
+
+
+ENGINE_RIVALS = ("flowjax", "nflows", "zuko", "normflows")
+
+
+def engine_table(name: str = "engine_cpu.json") -> str:
+    """Whole flows beside their rivals; nothing before there is a run."""
+    if not (RESULTS / name).exists():
+        return ""
+    result = json.loads((RESULTS / name).read_text())
+    machine, versions = result["machine"], result["versions"]
+    libraries = ", ".join(f"{library} {versions[library]}" for library in ("torch", "jax", *ENGINE_RIVALS))
+    lines = [
+        f"Medians in milliseconds, and how many times as long as ours; in brackets least and most. {machine['CPU']} "
+        f"({machine['CPU instruction set']}), {libraries}. All sides in one run, in turn, with 2 threads. The floor: the "
+        f"arithmetic of the nets at the {result['peaks']['gflops']:.0f} GFLOP/s that the same run measured.",
+        "",
+        f"| case | **iin-fast** | {' | '.join(ENGINE_RIVALS)} | × floor |",
+        f"|---|{'---:|' * (len(ENGINE_RIVALS) + 2)}",
+    ]
+    for case, found in result["cases"].items():
+        sides, ours = found["sides"], found["sides"]["iin-fast"]
+        cells = []
+        for rival in ENGINE_RIVALS:
+            row = sides.get(rival)
+            ratio = "" if row is None else f", {row['median'] / ours['median']:.1f} ×"
+            span = "" if row is None else f" ({row['min'] / ours['max']:.1f}–{row['max'] / ours['min']:.1f})"
+            cells.append(milliseconds(row) + ratio + span)
+        floor = f"{ours['median'] / found['floor']:.1f}"
+        lines.append(f"| {case} | {milliseconds(ours)} | {' | '.join(cells)} | {floor} |")
+    first = [row["first_call"] for row in (found["sides"]["iin-fast"] for found in result["cases"].values())]
+    compiled = [found["sides"]["flowjax"]["first_call"] for found in result["cases"].values()]
+    lines += [
+        "",
+        f"The first call took {1e3 * min(first):.0f} to {1e3 * max(first):.0f} ms here and {min(compiled):.1f} to "
+        f"{max(compiled):.1f} s in flowjax, which compiles.",
+    ]
     return "\n".join(lines)
 
 
@@ -314,8 +353,18 @@ PAGES = {
     "docs/composition.md": {"overhead": overhead_line},
     "docs/dropin.md": {"speed": dropin_table, "peers": peers_list},
     "docs/backends.md": {"backends": backend_table},
-    "README.md": {"speed": speed_table, "gpu": gpu_table, "demo": demo_table, "splines": spline_table},
-    "docs/performance.md": {"splines": spline_table, "spline accuracy": accuracy_table},
+    "README.md": {
+        "engine": engine_table,
+        "speed": speed_table,
+        "gpu": gpu_table,
+        "demo": demo_table,
+        "splines": spline_table,
+    },
+    "docs/performance.md": {
+        "engine avx2": partial(engine_table, "engine_cpu_avx2.json"),
+        "splines": spline_table,
+        "spline accuracy": accuracy_table,
+    },
 }
 
 
