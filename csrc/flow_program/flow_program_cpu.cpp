@@ -84,17 +84,32 @@ template <class T> ProgramJob<T> job_of(const Plan &plan, const Inputs &in, bool
   return job;
 }
 
+// What forward keeps where the caller leaves it open: everything while that fits the caches, x alone beyond
+// (benchmarks/results/engine_cpu.json).
+constexpr int64_t automatic = 3, automatic_bytes = 4 << 20;
+
+void check_keep(int64_t keep) {
+  STD_TORCH_CHECK(keep >= 0 && keep <= automatic, "flow_program: keep must be 0, 1, 2 or 3");
+}
+
+template <class T> int64_t chosen(const Plan &plan, int64_t batch, int64_t keep) {
+  if (keep != automatic)
+    return keep;
+  const int64_t size = batch == 0 ? 0 : IIN_FAST_LOOP(program_saved_size<T>)(plan.view, batch, Keep::all);
+  return static_cast<int64_t>(size * sizeof(T) <= automatic_bytes ? Keep::all : Keep::nothing);
+}
+
 std::tuple<Tensor, Tensor, Tensor> flow_program(const Tensor &x,                      // [batch, dim]
                                                 const std::optional<Tensor> &context, // [batch, context]
                                                 const std::vector<Tensor> &parameters, const std::string &program,
                                                 bool inverse, bool base, int64_t keep) {
   const std::shared_ptr<const Plan> plan = plan_of(program);
-  STD_TORCH_CHECK(keep >= 0 && keep <= 2, "flow_program: keep must be 0, 1 or 2");
+  check_keep(keep);
   const Inputs in = checked(*plan, x, context, parameters);
   Tensor y = new_empty(in.x, in.x.sizes()), logdet = new_empty(in.x, {in.x.size(0)}), saved = y;
   with_type(in.x.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    ProgramJob<T> job = job_of<T>(*plan, in, inverse, base, keep);
+    ProgramJob<T> job = job_of<T>(*plan, in, inverse, base, chosen<T>(*plan, in.x.size(0), keep));
     const int64_t size = job.batch == 0 ? 0 : IIN_FAST_LOOP(program_saved_size<T>)(plan->view, job.batch, job.keep);
     saved = new_empty(in.x, {size});
     if (job.batch == 0)
@@ -118,7 +133,7 @@ flow_program_backward(const Tensor &grad_y,      // [batch, dim]
                       const std::string &program, bool inverse, bool base, int64_t keep, bool context_grad,
                       const std::string &wanted) {
   const std::shared_ptr<const Plan> plan = plan_of(program);
-  STD_TORCH_CHECK(keep >= 0 && keep <= 2, "flow_program: keep must be 0, 1 or 2");
+  check_keep(keep);
   const Inputs in = checked(*plan, x, context, parameters);
   const ScalarType scalar = in.x.scalar_type();
   const int64_t batch = in.x.size(0);
@@ -145,12 +160,12 @@ flow_program_backward(const Tensor &grad_y,      // [batch, dim]
     if (batch == 0)
       return;
     ProgramBackwardJob<T> job{};
-    job.forward = job_of<T>(*plan, in, inverse, base, keep);
+    job.forward = job_of<T>(*plan, in, inverse, base, chosen<T>(*plan, batch, keep));
     STD_TORCH_CHECK(saved.numel() == IIN_FAST_LOOP(program_saved_size<T>)(plan->view, batch, job.forward.keep),
                     "flow_program: saved is not of this program and batch");
     const Tensor kept = contiguous(saved);
     const Tensor workspace = new_empty(in.x, {IIN_FAST_LOOP(program_workspace<T>)(job.forward, true) + 64});
-    job.forward.saved = keep > 0 ? static_cast<T *>(kept.mutable_data_ptr()) : nullptr; // only read
+    job.forward.saved = kept.numel() > 0 ? static_cast<T *>(kept.mutable_data_ptr()) : nullptr; // only read
     job.forward.workspace = aligned<T>(workspace);
     std::vector<T *> pointers(grads.size());
     for (size_t i = 0; i < grads.size(); ++i)

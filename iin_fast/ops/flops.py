@@ -66,11 +66,12 @@ def _program(x: Shape, context: Any, parameters: Any, program: str, inverse: boo
 
 
 def _program_backward(
-    grad_y: Shape, grad_logdet: Any, x: Any, saved: Any, context: Any, parameters: Any, program: str, inverse: bool,
+    grad_y: Shape, grad_logdet: Any, x: Any, saved: Shape, context: Any, parameters: Any, program: str, inverse: bool,
     base: bool, keep: int, context_grad: bool, wanted: str, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
     """Gradients of all activations, of the weights where they are wanted, and the map again where not all was kept."""
-    passes = 1 + ("1" in wanted) + (keep != KEEP["save"])
+    kept = prod(saved) > 0 and keep != KEEP["checkpoint"]
+    passes = 1 + ("1" in wanted) + (not kept)
     return passes * _program_products(grad_y[0], program, inverse)
 
 

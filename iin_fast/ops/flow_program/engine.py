@@ -19,8 +19,9 @@ __all__ = ["KEEP", "call", "has_values", "in_float32"]
 
 NAME = "iin_fast::flow_program"
 
-# What forward keeps for backward: codes of csrc/flow_program/flow_program_loops.h.
-KEEP = {"auto": 0, "recompute": 0, "checkpoint": 1, "save": 2}
+# What forward keeps for backward: codes of csrc/flow_program/flow_program_loops.h, and 3 by size (flow_program_cpu.cpp). A
+# compiled graph has to know how much that is, so there "auto" keeps nothing.
+KEEP = {"auto": 3, "recompute": 0, "checkpoint": 1, "save": 2}
 
 
 def in_float32(value: Any) -> Any:
@@ -58,7 +59,9 @@ def call(
     if _followed():
         tensors = (x, *parameters) if context is None else (x, context, *parameters)
         learns = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        found = op(x, context, list(parameters), program.text, inverse, base, keep if learns else 0)
+        found = op(
+            x, context, list(parameters), program.text, inverse, base, keep if learns and keep != KEEP["auto"] else 0
+        )
         return found[0], found[1]
     if torch.is_grad_enabled() and torch._C._any_requires_grad(x, context, *parameters):
         x, context = _alive(x), context if context is None else _alive(context)
