@@ -13,27 +13,15 @@ from torch.nn import functional as F
 
 from ..functional import affine_coupling, spline_coupling
 from .base import Library
-from .known import Known, fits, large, lookup
+from .known import Known, fits, large
+from .programs import freia as programs
+from .programs.freia import clamp_name
 
 __all__ = ["LIBRARY"]
 
 COUPLING = "FrEIA.modules.coupling_layers"
 BASE = f"{COUPLING}._BaseCouplingBlock"
 SPLINES = "FrEIA.modules.splines"
-
-
-def clamp_name(f_clamp: Callable[[Tensor], Tensor]) -> str | None:
-    """ "ATAN", "TANH" or "SIGMOID" for FrEIA's own clamp functions, None for a function of the user's."""
-    if f_clamp is torch.tanh:
-        return "TANH"
-    code = getattr(f_clamp, "__code__", None)
-    init = getattr(lookup(f"{BASE}.__init__"), "__code__", None)
-    if isinstance(code, CodeType) and isinstance(init, CodeType) and any(code is const for const in init.co_consts):
-        if "atan" in code.co_names:
-            return "ATAN"
-        if "sigmoid" in code.co_names:
-            return "SIGMOID"
-    return None
 
 
 def _couple(self: Any, x: Tensor, raw: Tensor, shift: Tensor, rev: bool) -> tuple[Tensor, Tensor]:
@@ -220,6 +208,7 @@ LIBRARY = Library(
             refuse=_refuse_conditional,
         ),
         Known("FrEIA.modules.all_in_one_block.AllInOneBlock", {"_affine": all_in_one}),
+        Known(programs.SEQUENCE, {"forward": programs.sequence_forward}, root=True, whole=True),
         Known(
             f"{SPLINES}.rational_quadratic.RationalQuadraticSpline",
             {"_coupling1": _spline("subnet1", "split_len1"), "_coupling2": _spline("subnet2", "split_len2")},
@@ -233,6 +222,7 @@ LIBRARY = Library(
             ),
         ),
     ),
+    programs=programs.PROGRAMS,
     left={f"{COUPLING}.NICECouplingBlock": "one addition; nothing to fuse"},
     bases=frozenset({"FrEIA.modules.base.InvertibleModule"}),
     containers=frozenset(

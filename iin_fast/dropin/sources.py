@@ -40,6 +40,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "zuko.flows.coupling.RealNVP": ("f2f771d00ad2",),
     "normflows.core.NormalizingFlow": ("92e252ab993c",),
     "normflows.core.ConditionalNormalizingFlow": ("e5a07c10b5ed",),
+    "FrEIA.framework.sequence_inn.SequenceINN": ("c2ac71cab985",),
     "iin.models.iin.EfficientVRNVP": ("141cf587b3f8",),
     "iin.models.iin.DoubleVectorCouplingBlock": ("62829e2ac537",),
     "iin.models.iin.VectorActNorm": ("1b2588cbc86f",),
@@ -127,4 +128,10 @@ PROGRAM_SOURCES: dict[str, tuple[str, ...]] = {
     "normflows.nets.made.MaskedResidualBlock": ("321af49d6cb6",),
     "normflows.nets.mlp.MLP": ("0036f01be261",),
     "normflows.distributions.base.DiagGaussian": ("a2e9a9099f9f",),
+    "FrEIA.modules.coupling_layers.GLOWCouplingBlock": ("109e541ecf34",),
+    "FrEIA.modules.coupling_layers.RNVPCouplingBlock": ("13bfb1f17032",),
+    "FrEIA.modules.coupling_layers.NICECouplingBlock": ("13356676e727",),
+    "FrEIA.modules.coupling_layers.AffineCouplingOneSided": ("f314ad51fa04",),
+    "FrEIA.modules.all_in_one_block.AllInOneBlock": ("03f9e076bdc0",),
+    "FrEIA.modules.fixed_transforms.PermuteRandom": ("8bdf9b68089c",),
 }

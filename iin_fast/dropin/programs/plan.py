@@ -60,6 +60,9 @@ class Maker(ProgramBuilder):
         self.spaces: list[Any] = []  # tensor i is spaces[i][names[i]]
         self.names: list[str] = []
         self._constants: dict[str, Tensor] = {}
+        self.computed: list[
+            tuple[int, Callable[[Tensor], Tensor]]
+        ] = []  # which tensors are made of those that are read
 
     def twin(self) -> "Maker":
         """An empty one for the same model."""
@@ -141,6 +144,15 @@ class Maker(ProgramBuilder):
         self._constants[name] = value.detach().to(self.dtype).contiguous()
         return self._place(self._constants, name)
 
+    def computed_from(self, module: nn.Module, name: str, function: Callable[[Tensor], Tensor]) -> Ref:
+        """What a function of torch makes of a parameter, at every call."""
+        space: Any = module._parameters
+        self.spaces.append(space)
+        self.names.append(name)
+        self.tensors.append(space[name])
+        self.computed.append((len(self.tensors) - 1, function))
+        return Ref(len(self.tensors) - 1)
+
     def fixed(self, matrix: Tensor) -> Weights:
         """A linear layer that nobody trains."""
         return Weights(matrix.shape[0], self.constant(matrix))
@@ -176,7 +188,7 @@ class Maker(ProgramBuilder):
         Raises:
             TypeError, ValueError: it does not fit together.
         """
-        return Piece(self.build(), self.spaces, self.names, self.tensors, self.dtype)
+        return Piece(self.build(), self.spaces, self.names, self.tensors, self.dtype, self.computed)
 
     @property
     def worth(self) -> bool:
@@ -190,9 +202,15 @@ class Piece:
     """A program and where its tensors lie."""
 
     def __init__(
-        self, program: FlowProgram, spaces: list[Any], names: list[str], tensors: list[Tensor], dtype: torch.dtype
+        self,
+        program: FlowProgram,
+        spaces: list[Any],
+        names: list[str],
+        tensors: list[Tensor],
+        dtype: torch.dtype,
+        computed: list[tuple[int, Callable[[Tensor], Tensor]]],
     ) -> None:
-        self.program, self.spaces, self.names, self.dtype = program, spaces, names, dtype
+        self.program, self.spaces, self.names, self.dtype, self.computed = program, spaces, names, dtype, computed
         offsets = [read.ref for reads in program.reads for read in reads if read.ref.offset]
         self.shared = {ref.tensor for ref in offsets}
         self.shapes = [tensor.shape for tensor in tensors]
@@ -214,8 +232,15 @@ class Piece:
                     raise ValueError(
                         f"{L.kind(layer)}: {read.name} has shape {list(shape)}, expected {list(read.shape)}"
                     )
-        check_data(tensors, self.program)
+        check_data(self._compute(tensors), self.program)
         self.tensors = tensors
+
+    def _compute(self, tensors: list[Any]) -> list[Any]:
+        if self.computed:
+            tensors = tensors.copy()
+            for place, function in self.computed:
+                tensors[place] = function(tensors[place])
+        return tensors
 
     def run(self, x: Tensor, context: Tensor | None, inverse: bool, base: bool) -> tuple[Tensor, Tensor] | None:
         """None: the parameters are not what they were, so the library's own code has to run.
@@ -227,6 +252,7 @@ class Piece:
         try:
             if tensors is not self.tensors and _differ(tensors, self.tensors):
                 self._check(tensors)
+            tensors = self._compute(tensors)
             wide = self.program.context
             return engine.call(x, context if wide else None, tensors, self.program, inverse, base, engine.KEEP["auto"])
         except (TypeError, ValueError, RuntimeError):

@@ -93,11 +93,14 @@ class Watch:
             yield self.read(space, name)
 
     def values(self, module: nn.Module, name: str) -> Tensor:
-        """A buffer whose values become part of the program."""
+        """A buffer, or a parameter that nobody trains, whose values become part of the program."""
         value: Any = self.get(module, name)
         if not isinstance(value, Tensor) or value.requires_grad or value.is_inference():
             raise Unfit(f"{name} is not a plain buffer")
-        entry = vars(module)["_buffers"], name, value, value._version
+        kind = "_buffers" if name in vars(module)["_buffers"] else "_parameters"
+        if name not in vars(module)[kind]:
+            raise Unfit(f"{name} is not a plain buffer")
+        entry = vars(module)[kind], name, value, value._version
         if not any(known[2] is value for known in self._buffers):
             self._buffers.append(entry)
         return value

@@ -61,7 +61,8 @@ def call(
         found = op(x, context, list(parameters), program.text, inverse, base, keep if learns else 0)
         return found[0], found[1]
     if torch.is_grad_enabled() and torch._C._any_requires_grad(x, context, *parameters):
-        return _Function.apply(x, context, program, inverse, base, keep, *parameters)  # type: ignore[no-any-return]
+        x, context = _alive(x), context if context is None else _alive(context)
+        return _apply(x, context, program, inverse, base, keep, *parameters)  # type: ignore[no-any-return]
     with torch._C._AutoDispatchBelowAutograd():
         y, logdet, _ = op(x, context, parameters, program.text, inverse, base, 0)
     return y, logdet
@@ -112,7 +113,7 @@ def _gradients(
     return (
         grad_x if need_x else None,
         grad_context if need_context else None,
-        [g if w == "1" else None for g, w in zip(found, wanted, strict=True)],
+        [g if w == "1" else None for g, w in zip(found, wanted, strict=True)] if "0" in wanted else found,
     )
 
 
@@ -173,6 +174,12 @@ class _Function(torch.autograd.Function):
         by_input = needed[0], needed[1], needed[6:]
         found = _gradients(ctx.options, grads, x, saved, context, parameters, by_input)
         return found[0], found[1], None, None, None, None, *found[2]
+
+
+# Function.apply looks in Python at every argument for wrappers of torch.func that outlived it. Parameters are many, and never
+# such wrappers, so call() looks at the others alone.
+_alive = torch._C._functorch.unwrap_if_dead
+_apply = super(torch.autograd.Function, _Function).apply
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

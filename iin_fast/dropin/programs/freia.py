@@ -1,0 +1,229 @@
+"""FrEIA: sequences of coupling blocks, all-in-one blocks and permutations, whose sub-nets are ``nn.Sequential``."""
+
+from collections.abc import Callable, Iterator, Sequence
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...flow import NetBuilder, affine
+from ...flow.builder import CONTEXT, FEATURES
+from ...flow.layers import Net, Transformer
+from ..generated import original
+from ..known import lookup, qualified
+from . import nets
+from .nflows import expect_shape
+from .plan import Atom, Maker, Programs, run
+from .watch import Unfit
+
+__all__ = ["PROGRAMS", "SEQUENCE", "clamp_name", "sequence_forward"]
+
+SEQUENCE = "FrEIA.framework.sequence_inn.SequenceINN"
+C = "FrEIA.modules.coupling_layers"
+BASE = f"{C}._BaseCouplingBlock"
+GLOW, RNVP, NICE, ONE_SIDED = (
+    f"{C}.{name}" for name in ("GLOWCouplingBlock", "RNVPCouplingBlock", "NICECouplingBlock", "AffineCouplingOneSided")
+)
+ALL_IN_ONE, PERMUTE = "FrEIA.modules.all_in_one_block.AllInOneBlock", "FrEIA.modules.fixed_transforms.PermuteRandom"
+NO_LOGDET = (NICE, PERMUTE)  # they give the float 0 as their log-det
+
+GLOBAL_SCALES: dict[str, Callable[[Tensor], Tensor]] = {
+    "SIGMOID": lambda a: 10 * torch.sigmoid(a - 2.0),
+    "SOFTPLUS": lambda a: 0.1 * nn.functional.softplus(a, beta=0.5),
+    "EXP": torch.exp,
+}
+
+
+def _own_code(function: Any, init: str) -> CodeType | None:
+    """The code of a function that ``init`` makes, or None for one of the user's."""
+    code, made_by = getattr(function, "__code__", None), getattr(lookup(init), "__code__", None)
+    known = isinstance(made_by, CodeType) and any(code is const for const in made_by.co_consts)
+    return code if known and isinstance(code, CodeType) else None
+
+
+def clamp_name(f_clamp: Callable[[Tensor], Tensor]) -> str | None:
+    """ "ATAN", "TANH" or "SIGMOID" for FrEIA's own clamp functions, None for a function of the user's."""
+    if f_clamp is torch.tanh:
+        return "TANH"
+    names = getattr(_own_code(f_clamp, f"{BASE}.__init__"), "co_names", ())
+    return "ATAN" if "atan" in names else "SIGMOID" if "sigmoid" in names else None
+
+
+def _global_scale(function: Any) -> Callable[[Tensor], Tensor]:
+    """What an all-in-one block does to its global scale."""
+    names = getattr(_own_code(function, f"{ALL_IN_ONE}.__init__"), "co_names", ())
+    for name in GLOBAL_SCALES:
+        if name.lower() in names:
+            return GLOBAL_SCALES[name]
+    raise Unfit("a global scale of its own")
+
+
+# ---------------------------------------------------------------- layers
+
+
+def _net(maker: Maker, block: Any, *names: str) -> Net:
+    """The outputs of sub-nets of the passive half and the condition, one behind the other."""
+    net = NetBuilder()
+    value = FEATURES
+    if maker.get(block, "conditional"):
+        if not maker.context:
+            raise Unfit("a condition is missing")
+        value = net.concat(FEATURES, CONTEXT)
+    parts = []
+    for name in names:
+        part = maker.get(block, name)
+        if type(part) is not nn.Sequential:
+            raise Unfit(f"a {type(part).__name__} as its net")
+        parts.append(nets.sequential(maker, net, value, part))
+    return net.build(*parts)
+
+
+def _clamped(maker: Maker, block: Any, features: int) -> Transformer:
+    name, clamp = clamp_name(maker.get(block, "f_clamp")), maker.number(block, "clamp")
+    if name not in ("ATAN", "TANH"):
+        raise Unfit(f"clamp_activation {name or 'of its own'}")
+    return affine(features, name.lower(), clamp=clamp)
+
+
+def _halves(maker: Maker, block: Any, first: str, second: str) -> tuple[range, range]:
+    one, two = int(maker.number(block, first)), int(maker.number(block, second))
+    if one + two != maker.dim:
+        raise Unfit(f"{one + two} channels, expected {maker.dim}")
+    return range(one), range(one, maker.dim)
+
+
+def _two_sided(maker: Maker, name: str, block: Any) -> None:
+    first, second = _halves(maker, block, "split_len1", "split_len2")
+    names = {
+        GLOW: (("subnet2",), ("subnet1",)),
+        RNVP: (("subnet_s2", "subnet_t2"), ("subnet_s1", "subnet_t1")),
+        NICE: (("F",), ("G",)),
+    }[name]
+    for passive, active, subnets in ((second, first, names[0]), (first, second, names[1])):
+        size = len(active)
+        transformer = affine(size, "none") if name == NICE else _clamped(maker, block, size)
+        maker.coupling(passive, active, _net(maker, block, *subnets), transformer)
+
+
+def _all_in_one(maker: Maker, block: Any) -> None:
+    if maker.get(block, "GIN") or maker.get(block, "householder") or maker.get(block, "reverse_pre_permute"):
+        raise Unfit("GIN, Householder reflections or a reversed permutation")
+    if maker.get(block, "input_rank") != 0:
+        raise Unfit("an image")
+    one, two = maker.get(block, "splits")
+    if one + two != maker.dim:
+        raise Unfit(f"{one + two} channels, expected {maker.dim}")
+    clamp = maker.number(block, "clamp")
+    transformer = affine(two, "tanh", clamp=clamp, gain=0.1)
+    maker.coupling(range(one), range(one, maker.dim), _net(maker, block, "subnet"), transformer)
+    for name in ("global_scale", "global_offset"):
+        expect_shape(block._parameters[name], 1, maker.dim)
+    scale = maker.computed_from(block, "global_scale", _global_scale(maker.get(block, "global_scale_activation")))
+    maker.affine(maker.parameter(block, "global_offset"), scale)
+    matrix, back = maker.watch.values(block, "w_perm"), maker.watch.values(block, "w_perm_inv")
+    expect_shape(matrix, maker.dim, maker.dim)
+    if not torch.equal(matrix.T, back):
+        raise Unfit("w_perm_inv is not the transpose of w_perm")
+    _rotation(maker, matrix)
+
+
+def _rotation(maker: Maker, matrix: Tensor) -> None:
+    """x matrix^T: a permutation, or a rotation by its factors, whose log-det of rounding errors nobody misses."""
+    index = matrix.argmax(1)
+    if torch.equal(matrix, torch.eye(maker.dim, dtype=matrix.dtype)[index]):
+        maker.permute(index.tolist())
+        return
+    permutation, lower, upper = torch.linalg.lu(matrix.double())
+    below, above = torch.tril_indices(maker.dim, maker.dim, -1), torch.triu_indices(maker.dim, maker.dim, 1)
+    values = lower[tuple(below)], upper[tuple(above)], upper.diagonal()
+    maker.linear(*(maker.constant(value) for value in values), form="plain")
+    maker.permute(permutation.argmax(1).tolist())
+
+
+def layer(maker: Maker, module: Any) -> None:
+    """Add a block of FrEIA."""
+    name = maker.take(module)
+    if name in (GLOW, RNVP, NICE):
+        _two_sided(maker, name, module)
+    elif name == ONE_SIDED:
+        first, second = _halves(maker, module, "split_len1", "split_len2")
+        maker.coupling(first, second, _net(maker, module, "subnet"), _clamped(maker, module, len(second)))
+    elif name == ALL_IN_ONE:
+        _all_in_one(maker, module)
+    elif name == PERMUTE:
+        order = maker.watch.values(module, "perm")
+        if not torch.equal(maker.watch.values(module, "perm_inv"), order.argsort()):
+            raise Unfit("perm_inv is not the inverse of perm")
+        maker.permute(order.tolist())
+    else:
+        raise Unfit(f"{type(module).__name__} has no place in a program")
+
+
+def flatten(maker: Maker, root: nn.Module) -> Iterator[Atom]:
+    """The blocks of a sequence."""
+    blocks = list(maker.watch.children(maker.get(root, "module_list")))
+    if _index(maker.get(root, "conditions")) is False:
+        raise Unfit("several conditions")
+    if all(_name(block) in NO_LOGDET for block in blocks):
+        raise Unfit("a sequence without log-det")
+    for block in blocks:
+        yield block, False
+
+
+def _name(block: nn.Module) -> str:
+    return qualified(original(type(block)) or type(block))
+
+
+def _index(conditions: Sequence[Any]) -> Any:
+    """The one condition of all blocks that have one; None: there is none, False: there are several."""
+    found = set(conditions) - {None}
+    return False if len(found) > 1 else next(iter(found), None)
+
+
+def sizes(root: Any) -> tuple[int, int]:
+    """Number of features and of the condition that the blocks tell."""
+    condition = 0
+    for block in root.module_list:
+        condition = max(condition, getattr(block, "condition_channels", getattr(block, "condition_length", 0)))
+    return int(root.shapes[0][0]), condition
+
+
+# ---------------------------------------------------------------- calls
+
+
+def step(module: Any, x: Tensor, context: Tensor | None, inverse: bool) -> tuple[Tensor, Tensor]:
+    """A block of FrEIA runs its own code."""
+    options = {"c": [context]} if context is not None and getattr(module, "conditional", False) else {}
+    (y,), logdet = module((x,), rev=inverse, jac=True, **options)
+    return y, logdet
+
+
+def sequence_forward(own: Any, self: Any, x_or_z: Any, c: Any = None, rev: Any = False, jac: Any = True) -> Any:
+    """``SequenceINN.forward``."""
+    found = None
+    if isinstance(x_or_z, Tensor) and not self.force_tuple_output and (rev is False or rev is True) and jac is True:
+        index = _index(self.conditions)
+        if index is None:
+            found = run(PROGRAMS, self, x_or_z, None, rev)
+        elif index is not False and isinstance(c, list | tuple) and index < len(c):
+            found = run(PROGRAMS, self, x_or_z, c[index], rev)
+    return own(self, x_or_z, c, rev, jac) if found is None else found[:2]
+
+
+TWO_SIDED = ("forward", "_coupling1", "_coupling2", f"{BASE}.__init__")
+
+PROGRAMS = Programs(
+    flatten,
+    layer,
+    sizes,
+    step,
+    functions={
+        GLOW: TWO_SIDED,
+        RNVP: TWO_SIDED,
+        NICE: TWO_SIDED,
+        ONE_SIDED: ("forward", f"{BASE}.__init__"),
+        ALL_IN_ONE: ("__init__", "forward", "_affine", "_permute", "_pre_permute"),
+        PERMUTE: ("forward",),
+    },
+)
