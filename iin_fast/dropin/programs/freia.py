@@ -129,11 +129,16 @@ def _all_in_one(maker: Maker, block: Any) -> None:
 
 
 def _rotation(maker: Maker, matrix: Tensor) -> None:
-    """x matrix^T: a permutation, or a rotation by its factors, whose log-det of rounding errors nobody misses."""
+    """x matrix^T: a permutation, or a rotation by its factors.
+
+    FrEIA rounds rotations to float32, takes the transpose for the inverse, and their log-det for 0.
+    """
     index = matrix.argmax(1)
     if torch.equal(matrix, torch.eye(maker.dim, dtype=matrix.dtype)[index]):
         maker.permute(index.tolist())
         return
+    if maker.dtype is not torch.float32:
+        raise Unfit("a soft permutation, which is a rotation to the precision of float32 only")
     permutation, lower, upper = torch.linalg.lu(matrix.double())
     below, above = torch.tril_indices(maker.dim, maker.dim, -1), torch.triu_indices(maker.dim, maker.dim, 1)
     values = lower[tuple(below)], upper[tuple(above)], upper.diagonal()

@@ -1,0 +1,162 @@
+"""FrEIA's sequences as programs: the same results, both directions, with and without a condition."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import Net
+from torch import Tensor, nn
+
+import iin_fast
+
+FrEIA = pytest.importorskip("FrEIA")
+import FrEIA.framework as Ff  # noqa: E402
+import FrEIA.modules as Fm  # noqa: E402
+
+DIM, CONDITION, BATCH = 5, 3, 7
+TOLERANCE = dict(rtol=1e-9, atol=1e-9)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def subnet(inputs: int, outputs: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(inputs, 8), nn.ReLU(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, outputs))
+
+
+def sequence(cls: Any, conditional: bool = False, **options: Any) -> nn.Module:
+    """Two blocks and a permutation between them."""
+    made = Ff.SequenceINN(DIM)
+    given = {"cond": 0, "cond_shape": (CONDITION,)} if conditional else {}
+    made.append(cls, subnet_constructor=subnet, **given, **options)
+    made.append(Fm.PermuteRandom)
+    made.append(cls, subnet_constructor=subnet, **given, **options)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.requires_grad:
+                parameter += 0.3 * torch.randn_like(parameter)
+    return made.double()
+
+
+BLOCKS: dict[str, Callable[[bool], nn.Module]] = {
+    "GLOW": lambda c: sequence(Fm.GLOWCouplingBlock, c),
+    "RNVP": lambda c: sequence(Fm.RNVPCouplingBlock, c, clamp_activation="TANH", clamp=1.3, split_len=2),
+    "one sided": lambda c: sequence(Fm.AffineCouplingOneSided, c),
+    "all in one": lambda c: sequence(Fm.AllInOneBlock, c),
+    "all in one, soft": lambda c: sequence(
+        Fm.AllInOneBlock, c, permute_soft=True, global_affine_type="SIGMOID", affine_clamping=1.2
+    ),
+    "all in one, exp": lambda c: sequence(Fm.AllInOneBlock, c, global_affine_type="EXP"),
+}
+
+
+def data(conditional: bool) -> tuple[Tensor, Tensor | None]:
+    x = torch.randn(BATCH, DIM, dtype=torch.float64, requires_grad=True)
+    return x, torch.randn(BATCH, CONDITION, dtype=torch.float64, requires_grad=True) if conditional else None
+
+
+def results(model: nn.Module, x: Tensor, c: Tensor | None, order: int = 1) -> list[Tensor]:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    wanted = [x, *parameters, *([] if c is None else [c])]
+    found = []
+    for rev in (False, True):
+        outputs = model(x, None if c is None else [c], rev=rev)
+        loss = sum(output.sin().sum() for output in outputs)
+        grads = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True, create_graph=order > 1)
+        found += [*outputs, *grads]
+        if order > 1:
+            loss = sum(g.sin().sum() for g in grads)
+            found += torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
+    return [f.detach() for f in found]
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_results_and_gradients_are_the_library_s(name: str, conditional: bool, calls: list[int]) -> None:
+    own, inputs = BLOCKS[name](conditional), data(conditional)
+    fast = copy.deepcopy(own)
+    report = iin_fast.accelerate(fast)
+    torch.testing.assert_close(results(fast, *inputs), results(own, *inputs), **TOLERANCE)
+    if "soft" in name:
+        assert not calls and "a soft permutation" in str(report), "a rotation in float32 only"
+        calls += [0, 0]
+    else:
+        line = next(line for line in report.lines if line.path == "")
+        assert line.why.startswith("3 of 3 layers run in programs"), str(report)
+    assert len(calls) == 2
+    single = copy.deepcopy(own).float(), copy.deepcopy(fast).float()
+    floats = [None if v is None else v.detach().float().requires_grad_() for v in inputs]
+    torch.testing.assert_close(results(single[1], *floats), results(single[0], *floats), rtol=1e-4, atol=1e-4)
+    assert len(calls) == 4
+    iin_fast.restore(fast)
+    assert [type(m) for m in fast.modules()] == [type(m) for m in own.modules()]
+
+
+def test_second_derivatives() -> None:
+    own, inputs = BLOCKS["all in one"](True), data(True)
+    fast = copy.deepcopy(own)
+    iin_fast.accelerate(fast)
+    torch.testing.assert_close(results(fast, *inputs, 2), results(own, *inputs, 2), **TOLERANCE)
+
+
+def test_what_cuts_a_program(calls: list[int]) -> None:
+    own = sequence(Fm.GLOWCouplingBlock)
+    own.append(Fm.GLOWCouplingBlock, subnet_constructor=Net)
+    own.append(Fm.NICECouplingBlock, subnet_constructor=subnet)
+    own.append(Fm.AllInOneBlock, subnet_constructor=subnet, gin_block=True)
+    own = own.double()
+    fast, (x, _) = copy.deepcopy(own), data(False)
+    report = iin_fast.accelerate(fast)
+    assert next(line.why for line in report.lines if line.path == "").startswith("4 of 6 layers"), str(report)
+    for rev in (False, True):
+        torch.testing.assert_close(fast(x, rev=rev), own(x, rev=rev), **TOLERANCE)
+    assert sorted(calls) == [2, 2, 5, 5]
+
+
+def test_a_sequence_without_log_det_gives_a_float_as_before(calls: list[int]) -> None:
+    own, (x, _) = sequence(Fm.NICECouplingBlock), data(False)
+    wanted = own(x)
+    iin_fast.accelerate(own)
+    found = own(x)
+    assert torch.equal(found[0], wanted[0]) and type(found[1]) is type(wanted[1]) is float and not calls
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x, c: (x[:, :4], [c]),
+        lambda x, c: (x, [c[:, :2]]),
+        lambda x, c: (x, [c[:3]]),
+        lambda x, c: (x, None),
+        lambda x, c: (x, []),
+        lambda x, c: (x.detach().float(), [c]),
+        lambda x, c: ((x,), [c]),
+        lambda x, c: (x[:0], [c[:0]]),
+    ],
+)
+@pytest.mark.parametrize("name", ["GLOW", "all in one"])
+def test_errors_are_the_library_s(name: str, change: Callable[[Tensor, Tensor], Any]) -> None:
+    own, (x, c) = BLOCKS[name](True), data(True)
+    fast = copy.deepcopy(own)
+    iin_fast.accelerate(fast)
+    given = change(x, c)
+    for rev in (False, True):
+        outcomes = []
+        for model in (own, fast):
+            try:
+                outcomes.append([part.shape for part in model(*given, rev=rev)])
+            except Exception as error:
+                outcomes.append((type(error), str(error)))
+        assert outcomes[0] == outcomes[1]
+
+
+def test_patch(calls: list[int]) -> None:
+    own, (x, _) = BLOCKS["all in one"](False), data(False)
+    wanted = own(x)
+    with iin_fast.patch("freia"):
+        torch.testing.assert_close(own(x), wanted, **TOLERANCE)
+    assert len(calls) == 1
