@@ -7,7 +7,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import cache, wraps
 from types import FunctionType, MappingProxyType
 from typing import Any
 
@@ -119,9 +119,9 @@ def fingerprint_of(cls: type, functions: tuple[str, ...]) -> str | None:
     return _digest(_functions(cls, functions))
 
 
-def _functions(cls: type, names: tuple[str, ...]) -> list[Any]:
+def _functions(cls: type, names: tuple[str, ...]) -> tuple[Any, ...]:
     """The library's own functions, also while its classes are patched."""
-    return [_own(lookup(name) if "." in name else getattr(cls, name, None)) for name in names]
+    return tuple(_own(lookup(name) if "." in name else getattr(cls, name, None)) for name in names)
 
 
 def _own(function: Any) -> Any:
@@ -129,25 +129,17 @@ def _own(function: Any) -> Any:
     return getattr(function, "_iin_fast_own", function)
 
 
-_reasons: dict[Any, str | None] = {}
-
-
 def unknown_functions(name: str, cls: type, names: tuple[str, ...]) -> str | None:
-    """Why a program can't stand for these functions of a class, or None; read once for each set of functions."""
-    functions = _functions(cls, names)
-    key = name, *map(id, functions)
-    if key not in _reasons:
-        found = _digest(functions)
-        if found is None:
-            _reasons[key] = "its source can't be read, or was changed at run time"
-        elif found not in PROGRAM_SOURCES.get(name, ()):
-            _reasons[key] = f"a version of its source that is not known ({found})"
-        else:
-            _reasons[key] = None
-    return _reasons[key]
+    """Why a program can't stand for these functions of a class, or None."""
+    found = _digest(_functions(cls, names))
+    if found is None:
+        return "its source can't be read, or was changed at run time"
+    return None if found in PROGRAM_SOURCES.get(name, ()) else f"a version of its source that is not known ({found})"
 
 
-def _digest(functions: list[Any]) -> str | None:
+@cache
+def _digest(functions: tuple[Any, ...]) -> str | None:
+    """One reading of the sources serves every model and every patch."""
     digest = hashlib.sha256()
     for function in functions:
         if isinstance(function, staticmethod):

@@ -405,6 +405,23 @@ def test_function_transforms_autocast_and_compile_run_the_library_s_code(calls: 
     assert calls == [4], "functional_call alone can be followed"
 
 
+def test_compiled_models_are_traced_as_before() -> None:
+    own, (x, _) = flow(*layered("affine", None)), data(None)
+    fast, x = copy.deepcopy(own), x.detach()
+    iin_fast.accelerate(fast)
+    for call in (lambda m, x: m.log_prob(x), lambda m, x: m._transform.inverse(x)[0]):
+        found = torch.compile(lambda x, call=call: call(fast, x), backend="eager", fullgraph=True)(x)
+        torch.testing.assert_close(found, call(own, x), **TOLERANCE)
+
+
+def test_entering_a_patch_again_reads_no_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    with iin_fast.patch("nflows"):
+        pass
+    monkeypatch.setattr(known, "_source", None)
+    with iin_fast.patch("nflows") as patched:
+        assert not patched.report.left
+
+
 def test_functional_call_has_the_gradients_of_its_own_parameters() -> None:
     made, (x, _) = flow(*layered("masked affine", None)), data(None)
     iin_fast.accelerate(made)

@@ -207,6 +207,8 @@ def step(module: Any, x: Tensor, context: Tensor | None, inverse: bool) -> tuple
 def sequence_forward(own: Any, self: Any, x_or_z: Any, c: Any = None, rev: Any = False, jac: Any = True) -> Any:
     """``SequenceINN.forward``."""
     found = None
+    if torch.compiler.is_compiling():
+        return own(self, x_or_z, c, rev, jac)
     if isinstance(x_or_z, Tensor) and not self.force_tuple_output and (rev is False or rev is True) and jac is True:
         index = _index(self.conditions)
         if index is None:

@@ -346,6 +346,8 @@ def inverse(original: Any, self: Any, inputs: Any, context: Any = None) -> Any:
 
 def flow_log_prob(original: Any, self: Any, inputs: Any, context: Any) -> Any:
     """``Flow._log_prob``: the log-density of a standard normal base is part of the program."""
+    if torch.compiler.is_compiling():
+        return original(self, inputs, context)
     embedded, transform, base = self._embedding_net(context), self._transform, self._distribution
     noise = None
     normal = f"{type(base).__module__}.{type(base).__qualname__}" == NORMAL and "_log_prob" not in vars(base)

@@ -385,6 +385,8 @@ def _is_gaussian(self: Any) -> bool:
 
 
 def _density(self: Any, x: Any, context: Any) -> Tensor | None:
+    if torch.compiler.is_compiling():
+        return None
     found = run(PROGRAMS, self, x, context, True, base=_is_gaussian(self))
     if found is None:
         return None
