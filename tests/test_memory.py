@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import iin_fast.memory
@@ -62,6 +63,7 @@ def test_commands_that_train_keep_their_memory(command: str, monkeypatch: pytest
     monkeypatch.setattr("iin_fast.train.train" if command == "train" else "iin_fast.demo.run_demo", reach)
     with pytest.raises(Reached):
         if command == "train":
+            np.savez(tmp_path / "latents.npz", z=np.eye(8, 4), labels=np.arange(8)[:, None] % 2, names=["a"])
             method.train(tmp_path / "latents.npz", tmp_path / "run")
         else:
             tools.demo(tmp_path / "demo")

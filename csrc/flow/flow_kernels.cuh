@@ -382,8 +382,9 @@ __global__ void __launch_bounds__(tile_threads) flow_table_kernel(const FlowWalk
              static_cast<int64_t>(gridDim.x) * tile_threads);
 }
 
+// Six blocks on a multiprocessor: for one more, nvcc would put values aside on sm_80.
 template <class Storage>
-__global__ void __launch_bounds__(tile_threads) flow_enter_kernel(const FlowWalk<Storage> walk, const bool inverse) {
+__global__ void __launch_bounds__(tile_threads, 6) flow_enter_kernel(const FlowWalk<Storage> walk, const bool inverse) {
   constexpr int warps = tile_threads / warp_lanes;
   enter_rows(walk, inverse, static_cast<int64_t>(blockIdx.x) * warps + threadIdx.x / warp_lanes,
              static_cast<int64_t>(gridDim.x) * warps);

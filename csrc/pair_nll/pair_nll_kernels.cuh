@@ -122,8 +122,9 @@ __global__ void __launch_bounds__(row_threads)
   }
 }
 
+// Five blocks on a multiprocessor: for one more, nvcc would put values aside on sm_100.
 template <class Storage, int vector>
-__global__ void __launch_bounds__(row_threads)
+__global__ void __launch_bounds__(row_threads, 5)
     pair_nll_backward_kernel(const DevicePairNllBackward<Storage> job, const __grid_constant__ FactorRange range,
                              const FactorWeights<compute_t<Storage>> when_shared, const int log_lanes) {
   using T = compute_t<Storage>;

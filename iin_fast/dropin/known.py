@@ -170,9 +170,13 @@ def _source(function: FunctionType) -> str | None:
     return "\n".join(lines)
 
 
-@torch.compiler.assume_constant_result  # else torch.compile, which one of the exporters uses, takes it for False
 def _in_onnx_export() -> bool:
     return torch.onnx.is_in_onnx_export()
+
+
+# torch.compile, which one of the exporters uses, would take it for False. This is torch.compiler.assume_constant_result
+# without an import of the compiler.
+_in_onnx_export._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def fits(*tensors: Any) -> bool:

@@ -145,13 +145,13 @@ def test_a_stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_ops_run_again_after_an_export(monkeypatch: pytest.MonkeyPatch) -> None:
     if not has("nflows"):
         pytest.skip("nflows is not installed")
-    from iin_fast.ops import spline_coupling
+    from iin_fast.ops.flow_program import engine
 
     model, x = nflows().eval(), torch.randn(20, 3)
     iin_fast.accelerate(model)
     calls = []
-    run = spline_coupling._calls["cpp"]
-    monkeypatch.setitem(spline_coupling._calls, "cpp", lambda *args: (calls.append(1), run(*args))[1])
+    run = engine.call
+    monkeypatch.setattr(engine, "call", lambda *args: (calls.append(1), run(*args))[1])
     torch.onnx.export(model, (x,), io.BytesIO(), dynamo=False)
     assert not calls
     model(x)

@@ -63,9 +63,9 @@ def _shared(shared, ends, long_row, column, factors, valid, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _difference_and_precision(a, b, m, REST: tl.constexpr, PRECISION: tl.constexpr):
+def _difference_and_precision(a, b, m, REST: tl.constexpr, INVERSE_VARIANCE: tl.constexpr):
     """b - m rho a, whose first difference is exact where b is near a, and 1 / (1 - m rho²)."""
-    return (b - m * a) + m * REST * a, m * PRECISION + (1 - m)
+    return (b - m * a) + m * REST * a, m * INVERSE_VARIANCE + (1 - m)
 
 
 @autotuned(_CONFIGS, key=["width", "batch_bucket"], fitting=_fitting)
@@ -88,7 +88,7 @@ def _forward(
     part,  # columns of a part
     batch_bucket,
     REST: tl.constexpr,  # 1 - rho, and 1 / (1 - rho²)
-    PRECISION: tl.constexpr,
+    INVERSE_VARIANCE: tl.constexpr,
     PER_ELEMENT: tl.constexpr,  # constants of an element, and of an element of a shared factor
     PER_SHARED: tl.constexpr,
     LOGDETS: tl.constexpr,  # whether this launch brings them
@@ -108,7 +108,7 @@ def _forward(
         a = tl.load(za + long_row * za_row + column, mask=valid, other=0.0).to(WIDE)
         b = tl.load(zb + long_row * zb_row + column, mask=valid, other=0.0).to(WIDE)
         m = _shared(shared, ends, long_row, column, factors, valid, WIDE)
-        difference, precision = _difference_and_precision(a, b, m, REST, PRECISION)
+        difference, precision = _difference_and_precision(a, b, m, REST, INVERSE_VARIANCE)
         energy = 0.5 * (a * a + difference * difference * precision) + (PER_ELEMENT + m * PER_SHARED)
         total, lost = add_term(total, lost, tl.where(valid, energy, 0.0))
     result = tl.sum(compensated(total, lost), 1)
@@ -139,7 +139,7 @@ def _backward(
     batch_bucket,
     RHO: tl.constexpr,
     REST: tl.constexpr,  # 1 - rho, and 1 / (1 - rho²)
-    PRECISION: tl.constexpr,
+    INVERSE_VARIANCE: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TILE: tl.constexpr,
@@ -154,7 +154,7 @@ def _backward(
     a = tl.load(za + long_row * za_row + column, mask=valid, other=0.0).to(WIDE)
     b = tl.load(zb + long_row * zb_row + column, mask=valid, other=0.0).to(WIDE)
     m = _shared(shared, ends, long_row, column, factors, valid, WIDE)
-    difference, precision = _difference_and_precision(a, b, m, REST, PRECISION)
+    difference, precision = _difference_and_precision(a, b, m, REST, INVERSE_VARIANCE)
     pull = difference * precision
     out = long_row * out_row + column
     tl.store(grad_a + out, (g * (a - m * RHO * pull)).to(grad_a.dtype.element_ty), mask=valid)
@@ -214,7 +214,7 @@ def pair_nll(
                 *(a[:, columns], b[:, columns], logdet_a, logdet_b, mask[:, factors], ends, sums[at:]),
                 *(batch, ends[-1], a.stride(0), b.stride(0), logdet_a.stride(0), logdet_b.stride(0), len(sizes)),
                 *(part, bucket(batch)),
-                **dict(REST=rest, PRECISION=1 / variance, PER_ELEMENT=per_element, PER_SHARED=per_shared),
+                **dict(REST=rest, INVERSE_VARIANCE=1 / variance, PER_ELEMENT=per_element, PER_SHARED=per_shared),
                 **dict(LOGDETS=at == 0, WIDE=tl_dtype(loss.dtype), BLOCK_N=block),
             )
             at += parts
@@ -242,7 +242,7 @@ def pair_nll_backward(
                 tiles(batch, ends[-1], block),
                 *(grad, a[:, columns], b[:, columns], mask[:, factors], ends, grad_a[:, columns], grad_b[:, columns]),
                 *(batch, ends[-1], grad.stride(0), a.stride(0), b.stride(0), width, len(sizes), bucket(batch)),
-                **dict(RHO=rho, REST=rest, PRECISION=1 / variance, WIDE=tl_dtype(za.dtype), BLOCK_N=block),
+                **dict(RHO=rho, REST=rest, INVERSE_VARIANCE=1 / variance, WIDE=tl_dtype(za.dtype), BLOCK_N=block),
             )
     return grad_a, grad_b
 
