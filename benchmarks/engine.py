@@ -2,8 +2,8 @@
 python benchmarks/engine.py --jax PYTHON [--out OUT.json] [--only NAME …]
 
 PYTHON is that of an environment with jax and flowjax. All sides run in turn, several rounds, on the same number of threads. A
-step is loss, backward and Adam; all torch sides use torch's fused Adam. Sizes are those of the issue's table: the same number
-of layers, widths and depths on every side; what differs (permutations, ActNorm, MADE's residual blocks) is a library's own.
+step is loss, backward and Adam; all torch sides use torch's fused Adam. Every side has the same number
+of layers, widths and depths; what differs (permutations, ActNorm, MADE's residual blocks) is a library's own.
 """
 
 import argparse
