@@ -72,11 +72,11 @@ def ours(case: dict[str, Any]) -> nn.Module:
     dim, context = case["dim"], case["context_dim"]
     if case["kind"] == "autoregressive":
         return iin_fast.nn.MaskedAutoregressiveFlow(
-            dim, context, n_flows=case["layers"], hidden_dim=case["hidden"], hidden_depth=case["depth"]
+            dim, context, n_flows=case["layers"], hidden_dim=case["hidden"], hidden_depth=case["depth"] - 1
         )
     if case["transformer"] == "affine":
         return iin_fast.nn.RealNVP(
-            dim, context, n_flows=case["layers"], hidden_dim=case["hidden"], hidden_depth=case["depth"]
+            dim, context, n_flows=case["layers"], hidden_dim=case["hidden"], hidden_depth=case["depth"] - 1
         )
     return iin_fast.nn.NeuralSplineFlow(
         dim,
