@@ -214,7 +214,8 @@ def _fake(
     keep: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_parameters(x, parameters, FlowProgram.parse(program))
-    size = torch.library.get_ctx().new_dynamic_size() if keep else 0  # what is kept is the business of the engine
+    # what is kept is the business of the engine
+    size = torch.library.get_ctx().new_dynamic_size() if keep not in (0, KEEP["auto"]) else 0
     return x.new_empty(x.shape), x.new_empty(x.shape[:1]), x.new_empty(size)
 
 
