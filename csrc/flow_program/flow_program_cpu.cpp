@@ -85,7 +85,7 @@ template <class T> ProgramJob<T> job_of(const Plan &plan, const Inputs &in, bool
 }
 
 // What forward keeps where the caller leaves it open: everything while that fits the caches, x alone beyond
-// (benchmarks/results/engine_cpu.json).
+// (docs/performance.md has the three sizes that were tried; the bound between them is a guess).
 constexpr int64_t automatic = 3, automatic_bytes = 4 << 20;
 
 void check_keep(int64_t keep) {
