@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, is_fake
 
 from ... import _library  # noqa: F401  (loads the op)
 from ...flow import FlowProgram
@@ -214,8 +214,10 @@ def _fake(
     keep: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_parameters(x, parameters, FlowProgram.parse(program))
-    # what is kept is the business of the engine
-    size = torch.library.get_ctx().new_dynamic_size() if keep not in (0, KEEP["auto"]) else 0
+    try:  # what is kept is the business of the engine
+        size = torch.library.get_ctx().new_dynamic_size() if keep else 0
+    except DynamicOutputShapeException:  # FakeTensorMode alone knows no unknown sizes
+        size = 0
     return x.new_empty(x.shape), x.new_empty(x.shape[:1]), x.new_empty(size)
 
 
