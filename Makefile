@@ -96,7 +96,7 @@ cuda-load-check: dist/.built
 	  echo "== torch $$torch" && rm -rf build/torch-$$torch && $(PYTHON) -m venv build/torch-$$torch && \
 	  build/torch-$$torch/bin/python -m pip install --quiet torch==$$torch numpy typer rich && \
 	  build/torch-$$torch/bin/python -m pip install --quiet --no-deps --no-index dist/*.whl && \
-	  (cd build && torch-$$torch/bin/iin-fast info && torch-$$torch/bin/python ../tests/load_check.py && \
+	  (cd build && torch-$$torch/bin/iin-fast info && torch-$$torch/bin/python ../tests/packaging/load_check.py && \
 	   torch-$$torch/bin/iin-fast check) || exit 1; \
 	done
 

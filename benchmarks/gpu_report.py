@@ -3,7 +3,7 @@
 For each kernel of the built CUDA library and each of its targets: registers, shared memory, stack, spills, and how many
 of the instructions it has that it was written for (tensor cores, 16-byte access, asynchronous copies). The same for the
 Triton kernels, compiled for the same GPUs. Writes benchmarks/results/gpu_report.json and the table in
-docs/performance.md; `--check` only compares the table with the file. Ends with 1 if a kernel spills for want of registers,
+gpu_report.md; `--check` only compares the table with the file. Ends with 1 if a kernel spills for want of registers,
 or lacks an instruction that EXPECTED or EXPECTED_TRITON names.
 """
 
@@ -24,7 +24,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "gpu_report.json"
-DOCUMENT = ROOT / "docs" / "performance.md"
+DOCUMENT = RESULT.with_suffix(".md")
 BEGIN, END = "<!-- gpu report: written by benchmarks/gpu_report.py -->", "<!-- end of gpu report -->"
 TARGETS = (80, 90, 100)
 
@@ -320,7 +320,7 @@ def _worst(cases: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The part of docs/performance.md between the markers."""
+    """The part of benchmarks/results/gpu_report.md between the markers."""
     targets = [f"sm_{target}" for target in TARGETS]
     head = [
         f"| kernel | registers | shared memory, bytes | stack | spill instructions | holds, of {len(WANTED)} kinds |",
@@ -380,7 +380,7 @@ def _versions() -> dict[str, str]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="only compare docs/performance.md with the committed file")
+    parser.add_argument("--check", action="store_true", help="only compare the table with the committed file")
     parser.add_argument(
         "--no-triton", action="store_true", help="leave the Triton kernels as the committed file has them"
     )
@@ -391,7 +391,7 @@ def main(arguments: list[str] | None = None) -> int:
         text = DOCUMENT.read_text()
         same = written(text, json.loads(RESULT.read_text())) == text
         if not same:
-            print("docs/performance.md differs from benchmarks/results/gpu_report.json: run make gpu-report")
+            print("benchmarks/results/gpu_report.md differs from gpu_report.json beside it: run make gpu-report")
         return int(not same)
     cuobjdump = find_cuobjdump()
     if cuobjdump is None:

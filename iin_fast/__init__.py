@@ -1,12 +1,11 @@
-"""iin-fast: normalizing-flow layers at the speed of the hardware, and the Invertible Interpretation Network on them."""
+"""iin-fast: fused normalizing-flow layers for PyTorch, and the Invertible Interpretation Network on them."""
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import adapters, functional, nn, testing
+from . import adapters, allocator, functional, nn, testing
 from .backends import backend
 from .dropin import accelerate, patch, restore, unpatch
 from .iin import IIN, FactorLoss, Factors, LinearIIN, PairSampler, concept_pairs, estimate_factor_dims
-from .memory import keep_freed_memory
 from .ops.flops import register_formulas
 
 try:
@@ -25,11 +24,11 @@ __all__ = [
     "__version__",
     "accelerate",
     "adapters",
+    "allocator",
     "backend",
     "concept_pairs",
     "estimate_factor_dims",
     "functional",
-    "keep_freed_memory",
     "nn",
     "patch",
     "restore",

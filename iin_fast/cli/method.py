@@ -9,7 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from ..memory import keep_freed_memory
+from ..allocator import keep_freed_memory
 from .console import console
 
 __all__ = ["decode", "dims", "encode", "evaluate", "interpolate", "report", "sample", "score", "swap", "train"]

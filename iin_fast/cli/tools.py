@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from ..memory import keep_freed_memory
+from ..allocator import keep_freed_memory
 from .console import console
 
 __all__ = ["bench", "check", "demo", "info"]

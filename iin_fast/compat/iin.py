@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..checks import checked_int, checked_ints, checked_number
 from ..functional import pair_nll
 from .blocks import Flow, FullyConnected, PublishedNorm, Shuffle, double_coupling, flat
-from .published import Names, PublishedFlow
+from .state_dict_names import Names, PublishedFlow
 
 __all__ = [
     "BasicFullyConnectedNet",

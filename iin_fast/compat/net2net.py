@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from ..checks import checked_choice, checked_int, checked_number
 from .blocks import Flow, FullyConnected, PublishedNorm, Shuffle, double_coupling, flat
-from .published import Names, PublishedFlow
+from .state_dict_names import Names, PublishedFlow
 
 __all__ = [
     "NLL",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import Flow
-from ..nn.border import Entry, export_tensors, import_tensors
+from ..nn.state_dict_layout import Entry, export_tensors, import_tensors
 
 __all__ = ["convert_optimizer_state"]
 

@@ -11,10 +11,10 @@ from ..checks import checked_int
 from ..flow import FlowProgram, ProgramBuilder
 from ..ops.flow_program import flow_program
 from .actnorm import DataDependentStart
-from .border import is_sharded
 from .net_steps import NotAProgram, own
 from .program_flow import version
 from .row_flow import RowFlow, with_base
+from .state_dict_layout import is_sharded
 
 __all__ = ["Compose"]
 

@@ -20,9 +20,9 @@ from ..ops.flow import MEMORY
 from ..ops.flow import flow as flow_op
 from ..ops.flow.layout import pack
 from .actnorm import MIN_SPREAD, DataDependentStart, start_values
-from .border import Entry, export_tensors, import_tensors, is_sharded, keep_starts
 from .distribution import Density
 from .program_flow import draw_linear
+from .state_dict_layout import Entry, export_tensors, import_tensors, is_sharded, keep_starts
 
 __all__ = ["Flow"]
 
@@ -323,7 +323,7 @@ class Flow(DataDependentStart, Density):
             f"or [{self.n_flows}, {x.shape[0]}, {self.context_dim}]"
         )
 
-    # The state_dict border. Subclasses with other keys override ``entries`` alone.
+    # The layout of the state_dict. Subclasses with other keys override ``entries`` alone.
 
     def entries(self) -> Iterator[Entry]:
         for name, tensor in self._stored().items():

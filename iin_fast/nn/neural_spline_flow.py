@@ -11,8 +11,8 @@ from ..checks import checked_choice, checked_dtype, checked_int, checked_number
 from ..flow import Block, ProgramBuilder, Weights, residual, spline
 from ..ops.spline_coupling import check_options, parameter_count
 from .actnorm import MIN_SPREAD
-from .border import Entry, import_tensors, keep_starts
 from .program_flow import Orders, ProgramFlow, Stacked, draw_linear, empty, identity_spline_
+from .state_dict_layout import Entry, import_tensors, keep_starts
 
 __all__ = ["NeuralSplineFlow"]
 

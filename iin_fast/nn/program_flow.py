@@ -15,9 +15,9 @@ from ..flow import ABSENT, FlowProgram, ProgramBuilder, Ref
 from ..flow import layers as L
 from ..ops.flow_program import LAYER_BY_LAYER, engine, flow_program, reference
 from .actnorm import DataDependentStart, start_values
-from .border import check_permutation
 from .net_steps import NotAProgram
 from .row_flow import RowFlow, with_base
+from .state_dict_layout import check_permutation
 
 __all__ = ["Orders", "ProgramFlow", "Stacked", "draw_linear", "empty", "identity_spline_", "version"]
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..checks import autocast_enabled, check_device, check_dtype, check_features, check_floating
-from .border import is_sharded
 from .distribution import Density, checked_shape
+from .state_dict_layout import is_sharded
 
 __all__ = ["RowFlow", "with_base"]
 

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from ..compat.published import Names, published_entries
+from ..compat.state_dict_names import Names, published_entries
 from ..nn import Flow
-from ..nn.border import export_tensors
+from ..nn.state_dict_layout import export_tensors
 
 __all__ = ["EagerFlow", "eager_flow"]
 

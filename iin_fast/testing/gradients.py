@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from ..nn import Flow
-from ..nn.border import export_tensors
+from ..nn.state_dict_layout import export_tensors
 
 __all__ = ["published_grads"]
 

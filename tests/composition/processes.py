@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 
-from iin_fast.compat.published import PublishedFlow
+from iin_fast.compat.state_dict_names import PublishedFlow
 from iin_fast.nn import ActNorm, Flow, NeuralSplineFlow
 
 from .cases import DIM, MODULES, Case, normal, seeded, tensors

@@ -1,5 +1,5 @@
 """Tests of the Triton kernels in Triton's interpreter. It must be chosen before Triton is imported, and would change the
-rest of the suite, so tests/test_triton.py runs this folder in a process of its own."""
+rest of the suite, so tests/backends/test_triton.py runs this folder in a process of its own."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""nn.Flow as a module: properties of the map, data-dependent start, state_dict border, copies, errors."""
+"""nn.Flow as a module: properties of the map, data-dependent start, state_dict, copies, errors."""
 
 import copy
 import io
@@ -265,7 +265,7 @@ def test_no_call_reads_from_the_device():
         x.sum().item()
 
 
-# The state_dict border
+# The layout of the state_dict
 
 
 def test_state_dict_shows_matrices_not_panels():

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import iin_fast.memory
+import iin_fast.allocator
 
 PROBE = """
-import resource, sys, torch, iin_fast
-told = sys.argv[1] == "keep" and iin_fast.keep_freed_memory()
+import resource, sys, torch, iin_fast.allocator
+told = sys.argv[1] == "keep" and iin_fast.allocator.keep_freed_memory()
 pages = []
 for _ in range(40):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -36,7 +36,7 @@ def test_memory_stays_with_the_process() -> None:
 
 def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
-    assert iin_fast.keep_freed_memory() is False
+    assert iin_fast.allocator.keep_freed_memory() is False
 
 
 @pytest.mark.parametrize("command", ["train", "demo"])

@@ -90,7 +90,7 @@ print(len(seen), "kernels")
 
 def run(command: list[str], **variables: str) -> str:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | variables
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     environment["PYTHONPATH"] = os.pathsep.join([str(root), environment.get("PYTHONPATH", "")])
     done = subprocess.run([sys.executable, *command], env=environment, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]

@@ -15,7 +15,7 @@ import torch
 
 from iin_fast.backends import available
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def run(out: Path, *arguments: str, **variables: str) -> tuple[subprocess.CompletedProcess[str], dict]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-OBJECTS = Path(__file__).parents[1] / "build" / "cmake" / "CMakeFiles"
+OBJECTS = Path(__file__).parents[2] / "build" / "cmake" / "CMakeFiles"
 
 
 @pytest.mark.parametrize("isa", ["avx2", "avx512"])

@@ -1,4 +1,4 @@
-"""What a stacked flow shows at the state_dict border: which keys, in which order and shape.
+"""What a stacked flow shows in its state_dict: which keys, in which order and shape.
 
 A :class:`~iin_fast.nn.Flow` keeps its parameters stacked over blocks, halves and nets, weights in the panel layout of
 its kernels. Neither belongs in a checkpoint. An :class:`Entry` says, for one key, which stored tensor it is cut from;

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..nn import Flow
-from ..nn.border import Entry
+from ..nn.state_dict_layout import Entry
 
 __all__ = ["Names", "PublishedFlow", "published_entries"]
 

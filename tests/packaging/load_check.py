@@ -1,4 +1,4 @@
-"""Is the installed package whole beside the torch of this environment? python tests/load_check.py
+"""Is the installed package whole beside the torch of this environment? python tests/packaging/load_check.py
 
 For an environment with a CUDA build of torch (`make cuda-load-check`); a GPU is not needed.
 """

@@ -10,7 +10,7 @@ import pytest
 
 from iin_fast._library import libraries
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
