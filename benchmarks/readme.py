@@ -349,22 +349,66 @@ def overhead_line() -> str:
     )
 
 
+# What the README shows: result file, case, our label, the library that is replaced there.
+SUMMARY = (
+    ("engine_cpu.json", "NSF, step, batch 50", "neural spline flow, training step, 50 rows", "nflows"),
+    ("engine_cpu.json", "NSF, step, batch 256", "the same, 256 rows", "nflows"),
+    ("engine_cpu.json", "NSF, step, batch 4096", "the same, 4096 rows", "nflows"),
+    ("engine_cpu.json", "MAF, step, batch 50", "masked autoregressive flow, training step, 50 rows", "nflows"),
+    ("engine_cpu.json", "MAF, dim 10, sample, batch 10000", "the same, 10,000 samples", "nflows"),
+    ("engine_cpu.json", "RealNVP, step, batch 128", "RealNVP, training step, 128 rows", "normflows"),
+    ("flow_cpu.json", "forward, batch 25", "IIN of the published size, forward, 25 rows", "eager"),
+    ("flow_cpu.json", "forward, batch 4096", "the same, 4096 rows", "eager"),
+    ("flow_cpu.json", "training step, 25 pairs", "the same, training step, 25 pairs", "eager"),
+    ("spline_cpu.json", "forward + backward, 65536 x 32", "spline layer, forward + backward, 65536 x 32", "nflows"),
+)
+
+
+def summary_table() -> str:
+    """A few cases of all result files, each beside the library it replaces and the fastest other side of its run."""
+    lines = [
+        "| case | iin-fast, ms | the library's own code | fastest other side | × floor |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    machines = set()
+    for file, case, label, replaced in SUMMARY:
+        result = json.loads((RESULTS / file).read_text())
+        machines.add(f"{result['machine']['CPU']}, {result['machine']['CPU instruction set']}")
+        found = result["cases"][case]
+        sides = {
+            name: side for name, side in found.get("sides", found.get("systems", found)).items() if "median" in side
+        }
+        ours = sides.pop("iin-fast")
+        others = {name: side for name, side in sides.items() if not name.startswith("iin-fast")}
+        best = min(others, key=lambda name: others[name]["median"])
+        least = found["floor"] if "floor" in found else ours["median"] / ours["times_floor"]
+        cells = []
+        for name in (replaced, best):
+            shown = {"eager": "published code"}.get(name, name.replace("compile, frozen", "torch.compile"))
+            cells.append(f"{shown}: {others[name]['median'] / ours['median']:.1f} ×")
+        lines.append(f"| {label} | {milliseconds(ours)} | {cells[0]} | {cells[1]} | {ours['median'] / least:.1f} |")
+    return "\n".join(
+        [
+            f"How many times as long the other side takes; medians of runs in turn on one machine ({'; '.join(sorted(machines))}). "
+            "The floor is what the machine's arithmetic or memory allows at least. Steps are loss, backward and Adam.",
+            "",
+            *lines,
+        ]
+    )
+
+
 PAGES = {
     "docs/composition.md": {"overhead": overhead_line},
     "docs/dropin.md": {"speed": dropin_table, "peers": peers_list},
     "docs/backends.md": {"backends": backend_table},
-    "README.md": {
+    "README.md": {"summary": summary_table, "demo": demo_table, "gpu": gpu_table},
+    "docs/speed.md": {
         "engine": engine_table,
-        "speed": speed_table,
-        "gpu": gpu_table,
-        "demo": demo_table,
-        "splines": spline_table,
-    },
-    "docs/performance.md": {
         "engine avx2": partial(engine_table, "engine_cpu_avx2.json"),
+        "speed": speed_table,
         "splines": spline_table,
-        "spline accuracy": accuracy_table,
     },
+    "docs/performance.md": {"spline accuracy": accuracy_table},
 }
 
 
