@@ -10,7 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..allocator import keep_freed_memory
+from ..train import Settings
 from .console import console
+from .settings import settings_options
 
 __all__ = ["decode", "dims", "encode", "evaluate", "interpolate", "report", "sample", "score", "swap", "train"]
 
@@ -36,56 +38,11 @@ Context = Annotated[
 Factor = Annotated[list[str], typer.Option(show_default=False, help="a factor's name; several times for several")]
 
 
+@settings_options
 def train(
     latents: LatentsFile,
     out: Annotated[Path, typer.Option(show_default=False, help="the run folder; all that comes of it goes there")],
-    factors: Annotated[
-        str, typer.Option(help="sizes like digit=22,color=11; the rest is residual. Default: estimated from pairs")
-    ] = "",
-    context: Annotated[
-        str,
-        typer.Option(help="a concept that is not a factor but known: the flow is told its class, here and ever after"),
-    ] = "",
-    dims_method: Annotated[str, typer.Option(help="how sizes are estimated: published or paper")] = "published",
-    others: Annotated[
-        str,
-        typer.Option(help="in the concepts that a pair does not share, it may differ, agree, or fall as it may (any)"),
-    ] = "differ",
-    unlabelled: Annotated[
-        float | None,
-        typer.Option(help="share of the pairs that come from samples without labels. Default: half, if any"),
-    ] = None,
-    standardise: Annotated[
-        bool,
-        typer.Option(
-            "--standardise", help="features of one scale before the flow; constant ones and copies are set aside"
-        ),
-    ] = False,
-    rho: Annotated[float, typer.Option(help="correlation of a shared factor, between 0 and 1")] = 0.975,
-    n_flows: Annotated[int, typer.Option(help="blocks of the flow")] = 12,
-    hidden_dim: Annotated[int, typer.Option(help="width of its networks")] = 512,
-    hidden_depth: Annotated[int, typer.Option(help="hidden layers of its networks beside the first")] = 2,
-    coupling: Annotated[str, typer.Option(help="affine or spline")] = "affine",
-    batch: Annotated[int, typer.Option(help="pairs in a step, over all processes")] = 25,
-    steps: Annotated[int, typer.Option(help="optimizer steps")] = 10_000,
-    learning_rate: Annotated[float | None, typer.Option(help="of Adam. Default: 4.5e-6 × batch")] = None,
-    decay_start: Annotated[
-        int | None,
-        typer.Option(help="step from which the learning rate falls to 0 in a line. Default: half of the steps"),
-    ] = None,
-    noise: Annotated[
-        float,
-        typer.Option(help="added to the latents of every step, in deviations of each feature; 0.2 where there are few"),
-    ] = 0.0,
-    held_out: Annotated[float, typer.Option(help="share of the latents that is left alone")] = 0.1,
-    keep: Annotated[
-        str, typer.Option(help="the model that is left: last, or best, the one with the lowest held-out loss")
-    ] = "last",
-    precision: Annotated[str, typer.Option(help="32-true, 64-true or bf16-mixed")] = "32-true",
-    seed: Annotated[int, typer.Option(help="of weights, split and pairs")] = 0,
-    log_every: Annotated[int, typer.Option(help="steps between two lines of the log")] = 50,
-    held_out_every: Annotated[int, typer.Option(help="steps between two looks at held-out pairs")] = 500,
-    save_every: Annotated[int, typer.Option(help="steps between two checkpoints")] = 1000,
+    settings: Settings,
     resume: Annotated[
         bool, typer.Option("--resume", help="go on from the last checkpoint in --out, where there is one")
     ] = False,
@@ -101,35 +58,10 @@ def train(
     and after a crash the same command with --resume loses nothing.
     """
     from ..latents import load_latents
-    from ..train import Settings, held_out_rise, inspect_latents
+    from ..train import held_out_rise, inspect_latents
     from ..train import train as run_training
 
     keep_freed_memory()
-    settings = Settings(
-        factors=_sizes(factors),
-        context=context or None,
-        dims_method=dims_method,
-        others=others,
-        unlabelled=unlabelled,
-        standardise=standardise,
-        rho=rho,
-        n_flows=n_flows,
-        hidden_dim=hidden_dim,
-        hidden_depth=hidden_depth,
-        coupling=coupling,
-        batch=batch,
-        steps=steps,
-        learning_rate=learning_rate,
-        decay_start=decay_start,
-        noise=noise,
-        held_out=held_out,
-        keep=keep,
-        precision=precision,
-        seed=seed,
-        log_every=log_every,
-        held_out_every=held_out_every,
-        save_every=save_every,
-    )
     data = load_latents(latents)
     if not resume and os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
         for line in inspect_latents(data).lines():
@@ -412,21 +344,6 @@ def _correlations(pairs: dict[str, Any]) -> Table:
                 shown = ["" if value is None else f"{value:.2f}" for value in values]
                 table.add_row(f"pairs {text.format(escape(name))}", *shown, goal)
     return table
-
-
-def _sizes(text: str) -> dict[str, int] | None:
-    """``digit=22,color=11`` as a mapping."""
-    if not text:
-        return None
-    sizes: dict[str, int] = {}
-    for part in text.split(","):
-        name, equals, number = (piece.strip() for piece in part.rpartition("="))
-        if not equals or not name or not number.isdigit():
-            raise ValueError(f"--factors has {part!r}, expected sizes like digit=22,color=11")
-        if name in sizes:
-            raise ValueError(f"--factors names {name!r} twice")
-        sizes[name] = int(number)
-    return sizes
 
 
 def _class_or_file(text: str) -> int | Path | None:

@@ -26,18 +26,23 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
 class Settings:
     """What a training is told, checked; the same settings and data give the same model on the same machine.
 
+    Each field is an option of ``iin-fast train``, and its entry here is the option's help.
+
     Args:
-        factors: concept to number of dimensions; what they leave over is the residual. By default they are estimated
-            from pairs, see ``dims_method``. Concepts that are not named are left out.
+        factors: sizes like digit=22,color=11, a mapping of concept to number of dimensions; the rest is residual, and concepts
+            that are not named are left out. By default they are estimated from pairs, see ``dims_method``.
         context: a concept that is not a factor but known: the flow is conditional on its class (see ``context_dim`` of
             :class:`iin_fast.IIN`). Every latent needs its label.
-        dims_method: ``"published"`` or ``"paper"``, of :func:`iin_fast.estimate_factor_dims`.
-        others, unlabelled: which pairs are drawn, and how many from samples without any label; see
-            :class:`iin_fast.PairSampler`.
+        dims_method: how sizes are estimated: ``"published"`` or ``"paper"``, of :func:`iin_fast.estimate_factor_dims`.
+        others: in the concepts that a pair does not share, it may ``"differ"``, ``"agree"``, or fall as it may
+            (``"any"``); see :class:`iin_fast.PairSampler`.
+        unlabelled: share of the pairs that come from samples without any label; by default half, if there are any.
         standardise: features of mean 0 and deviation 1 before the flow, as a part of the model; constant ones and copies of
             others are set aside and come back as they were. See :class:`iin_fast.iin.Inputs`.
         rho: correlation of a shared factor, between 0 and 1 exclusive.
-        n_flows, hidden_dim, hidden_depth: of the flow; see :class:`iin_fast.IIN`.
+        n_flows: blocks of the flow; see :class:`iin_fast.IIN`.
+        hidden_dim: width of its networks.
+        hidden_depth: hidden layers of its networks beside the first.
         coupling: ``"affine"`` or ``"spline"``.
         batch: pairs in a step, over all processes; it holds twice as many latents.
         steps: optimizer steps.
@@ -51,8 +56,9 @@ class Settings:
             lowest held-out loss of all looks.
         precision: ``"32-true"``, ``"64-true"``, or ``"bf16-mixed"`` (autocast; parameters stay float32).
         seed: of weights, split and pairs.
-        log_every, held_out_every, save_every: steps between two lines of the log, two looks at held-out pairs, two
-            checkpoints.
+        log_every: steps between two lines of the log.
+        held_out_every: steps between two looks at held-out pairs.
+        save_every: steps between two checkpoints.
 
     Raises:
         TypeError, ValueError: a value of another type or out of range.

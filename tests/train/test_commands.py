@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +19,12 @@ pytest.importorskip("typer")
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
+import typer
 from typer.testing import CliRunner
 
 from iin_fast import IIN, concept_pairs, runs
 from iin_fast.cli import app
+from iin_fast.cli.settings import docstring_entries, settings_options
 from iin_fast.latents import Latents, load_latents, save_arrays
 from iin_fast.train import Settings, split_rows, train
 
@@ -61,6 +64,55 @@ def test_train(file, tmp_path):
     code, output = run(*again)
     assert code == 2 and "holds a run already" in output
     assert run(*again, "--resume")[0] == 0
+
+
+def test_every_setting_is_an_option():
+    """A field of Settings needs no more than its line and its entry in the docstring."""
+
+    @dataclass(frozen=True)
+    class More(Settings):
+        """More settings.
+
+        Args:
+            ENTRIES
+            warmup: steps with :attr:`a.rate` that rises from ``"none"``, to
+                all of it, in [0, 1].
+            careful: a flag.
+            sure: another.
+        """
+
+        warmup: float | None = 0.5
+        careful: bool = False
+        sure: bool = True
+
+    own = "\n            ".join(f"{field.name}: of {field.name}." for field in fields(Settings))
+    More.__doc__ = More.__doc__.replace("ENTRIES", own)
+    asked = []
+
+    def show(settings):
+        """Show."""
+        asked.append(settings)
+
+    app = typer.Typer()
+    app.command()(settings_options(show, More))
+
+    def ask(*words):
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    ask()
+    words = "--warmup 0.2 --careful --no-sure --factors a=1,b=2 --rho 0.9 --context c --standardise".split()
+    ask(*words)
+    given = {"factors": {"a": 1, "b": 2}, "rho": 0.9, "context": "c", "standardise": True}
+    assert asked == [More(), More(**given, warmup=0.2, careful=True, sure=False)]
+    text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", ask("--help")).split())
+    assert "steps with a.rate that rises from none, to all of it, in [0, 1] [default: 0.5]" in text
+    assert "of n_flows [default: 12]" in text
+
+
+def test_the_settings_say_what_each_option_is():
+    assert list(docstring_entries(Settings.__doc__)) == [field.name for field in fields(Settings)]
 
 
 def test_dims(file, latents):
