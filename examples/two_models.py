@@ -9,23 +9,23 @@ that read digit and hue from latents. The classifier has no decoder: what its la
 """
 
 import colorsys
+import shutil
 import time
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from common import arguments, write_results
 from pictures import sheet
 from torch import Tensor, nn
 
 import iin_fast
 from iin_fast.adapters import encode_all, from_layer
-from iin_fast.demo.data import ColoredPairs, Digits, colorize, draw_batch, draw_colors, jitter, load_digits
-from iin_fast.demo.first_stage import VAE, train_vae
-from iin_fast.demo.second_stage import draw_pair_latents, train_iin
-from iin_fast.demo.training import train
+from iin_fast.demo.data import Digits, colorize, draw_colors, jitter, load_digits
+from iin_fast.demo.first_stage import VAE, pair_latents, train_judge, train_vae
 from iin_fast.evaluate import evaluate
+from iin_fast.latents import Latents
+from iin_fast.train import Settings, train
 
 DIM = 64
 HUES = ("red", "yellow", "green", "cyan", "blue", "magenta")
@@ -51,6 +51,7 @@ class Classifier(nn.Module):
         self.head = nn.Linear(DIM, 10)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Logits of the digit."""
         return self.head(self.neck(self.body(images)).relu())
 
 
@@ -84,9 +85,8 @@ def paint(digits: Digits, random: torch.Generator, rounds: int) -> tuple[Tensor,
     return colorize(jitter(shapes, random), colors), torch.stack([labels, hues(colors)], 1)
 
 
-def sizes_of(encoder: Any, digits: Digits, n: int, seed: int) -> dict[str, Any]:
+def sizes_of(za: Tensor, zb: Tensor, shared: Tensor) -> dict[str, Any]:
     """Dimensions of digit, color and residual by either estimate, and how much pairs agree."""
-    za, zb, shared = draw_pair_latents(encoder, ColoredPairs(digits, seed=seed), n)
     factor = shared.int().argmax(1)
     sizes = {
         method: dict(
@@ -107,14 +107,27 @@ def sizes_of(encoder: Any, digits: Digits, n: int, seed: int) -> dict[str, Any]:
 
 
 def study(
-    encoder: Any, digits: Digits, test: Digits, *, steps: int, n_flows: int, rounds: int, most: int, seed: int
+    encoder: Any,
+    digits: Digits,
+    test: Digits,
+    run: Path,
+    *,
+    pairs: int,
+    steps: int,
+    n_flows: int,
+    rounds: int,
+    most: int,
+    seed: int,
 ) -> tuple[dict[str, Any], iin_fast.IIN]:
-    """Sizes, an IIN with them, and what its factors are worth on held-out digits."""
-    found = sizes_of(encoder, digits, 4000, seed)
-    start = torch.Generator().manual_seed(seed)
-    model = iin_fast.IIN(DIM, found["sizes"]["published"], n_flows, 256, generator=start)
-    for _ in train_iin(model, encoder, digits, steps=steps, seed=seed):
-        pass
+    """Sizes, an IIN with them, trained in the folder ``run``, and what its factors are worth on held-out digits."""
+    za, zb, shared = pair_latents(encoder, digits, pairs, seed=seed)
+    found = sizes_of(za, zb, shared)
+    sizes = {name: found["sizes"]["published"][name] for name in CONCEPTS}
+    options: dict[str, Any] = {"rho": 0.99, "n_flows": n_flows, "hidden_dim": 256, "batch": 64, "steps": steps}
+    options |= {"learning_rate": 3e-3, "decay_start": 0, "noise": 0.1, "seed": seed}
+    shutil.rmtree(run, ignore_errors=True)
+    data = Latents.of_pairs(za, zb, shared=shared, names=CONCEPTS)
+    model = train(data, run, Settings(sizes, **options), accelerator="cpu")
     random = torch.Generator().manual_seed(seed + 1)
     (images, labels), (test_images, test_labels) = paint(digits, random, rounds), paint(test, random, rounds)
     judged = evaluate(
@@ -134,20 +147,14 @@ def study(
 def main(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
     started = time.perf_counter()
     torch.manual_seed(seed)
-    random = torch.Generator().manual_seed(seed)
     digits, test = load_digits(seed)
     vae, classifier = VAE(DIM, width=16 if quick else 32), Classifier()
 
-    def loss() -> Tensor:
-        images, labels = draw_batch(digits, 64, random)
-        return F.cross_entropy(classifier(images), labels)
-
-    for _ in train_vae(vae, digits, steps=15 if quick else 2000, seed=seed):
-        pass
-    for _ in train(classifier, loss, torch.optim.Adam(classifier.parameters(), 2e-3), 15 if quick else 800):
-        pass
+    train_vae(vae, digits, steps=15 if quick else 2000, seed=seed)
+    train_judge(classifier, digits, steps=15 if quick else 800, seed=seed)
     encoders = {"autoencoder": vae, "classifier": Neck(classifier)}
     settings: dict[str, Any] = {
+        "pairs": 400 if quick else 20_000,
         "steps": 8 if quick else 1500,
         "n_flows": 2 if quick else 8,
         "rounds": 1 if quick else 4,
@@ -155,7 +162,7 @@ def main(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
     settings["most"] = 150 if quick else 2000
     found, models = {}, {}
     for name, encoder in encoders.items():
-        found[name], models[name] = study(encoder, digits, test, **settings, seed=seed)
+        found[name], models[name] = study(encoder, digits, test, out / name, **settings, seed=seed)
 
     images, labels = paint(test, torch.Generator().manual_seed(seed + 2), 1)
     with torch.no_grad():

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from html import escape
@@ -25,6 +27,7 @@ from .train import held_out_rise
 __all__ = ["write_report"]
 
 COLUMNS = {"iin": "IIN", "mean_shift": "mean shift", "linear_iin": "linear IIN", "pca": "PCA", "raw": "raw z"}
+COLUMNS_OF_SWAPS, ROWS_OF_SWAPS = 10, 6
 STEPS = 7  # of an interpolation
 
 # How entries of run.json read on the page; what is not here reads as it is written there.
@@ -76,7 +79,7 @@ def write_report(
 
     What is there is shown: the model (``config.json``, ``model.safetensors``), how it was made (``run.json``), its losses
     (``logs/metrics.csv``), its metrics (``evaluation.json``), and with ``latents`` what swapping and interpolating do, as
-    images, as texts, or as the labels of the nearest sample.
+    images, as texts, or as the labels of the nearest sample. Sheets of images are also written to ``pictures``, as files.
 
     Args:
         run_folder: where a training, or ``IIN.save``, wrote.
@@ -111,8 +114,8 @@ def write_report(
     shown = None if latents is None else _Shown(model, latents, decoder, images, split, known)
     sections = [
         _opening(model, run, evaluation, log),
-        _swaps(shown),
-        _interpolation(shown),
+        _swaps(shown, folder),
+        _interpolation(shown, folder),
         _metrics(evaluation),
         _heat(evaluation),
         _sizes(model, evaluation),
@@ -286,7 +289,7 @@ can be exchanged while the others stay.{trained}</p>
 <div class="cards">{"".join(cards)}</div>"""
 
 
-def _swaps(shown: _Shown | None) -> str:
+def _swaps(shown: _Shown | None, folder: Path) -> str:
     if shown is None or not shown.model.concepts:
         return ""
     if shown.is_mute:
@@ -296,9 +299,9 @@ decoder. With <code>images</code> (pictures or texts) in the file of latents, or
 interpolations appear here. What the factors are worth is in the metrics below.</p>"""
     body = ""
     for concept in shown.model.concepts:
-        columns = shown.varied(concept, 6)
+        columns = shown.varied(concept, COLUMNS_OF_SWAPS)
         others = [name for name in shown.names if name != concept]
-        rows = shown.varied(others[0] if others else concept, 5, columns)
+        rows = shown.varied(others[0] if others else concept, ROWS_OF_SWAPS, columns)
         if not rows or not columns:
             continue
         keep, give = np.repeat(rows, len(columns)), np.tile(columns, len(rows))
@@ -310,6 +313,7 @@ interpolations appear here. What the factors are worth is in the metrics below.<
             images = shown.seen(swapped, without)[0]
             grid = _grid(images.reshape(len(rows), len(columns), *images.shape[1:]))
             content = _with_margins(grid, shown.originals(columns), shown.originals(rows))
+            _write_sheet(folder, f"swap_{concept}", content)
             body += (
                 f"<div><h3>{escape(concept)}</h3>"
                 + pixels(
@@ -339,7 +343,7 @@ interpolations appear here. What the factors are worth is in the metrics below.<
     return f'<h2>Swapping one factor</h2><p>{how}</p><div class="pair">{body}</div>'
 
 
-def _interpolation(shown: _Shown | None) -> str:
+def _interpolation(shown: _Shown | None, folder: Path) -> str:
     if shown is None or shown.is_mute:
         return ""
     a, *rest = shown.varied(shown.names[0] if shown.names else None, 2)
@@ -358,6 +362,7 @@ def _interpolation(shown: _Shown | None) -> str:
     if shown.as_image:
         rows = ""
         ends = _grid(shown.originals([a, b])[None])
+        _write_sheet(folder, "interpolation", _grid(np.stack([shown.seen(line)[0] for line in lines.values()])))
         for label, line in lines.items():
             strip = _grid(shown.seen(line)[0][None])
             rows += f"<h3>{escape(label)}</h3>" + pixels(strip, f"interpolation: {label}", "", _scale(strip, 760))
@@ -764,6 +769,18 @@ def _with_margins(
     sheet[h + rule :, :w] = _grid(left[:, None])
     sheet[h + rule :, w + rule :] = body
     return sheet
+
+
+def _write_sheet(folder: Path, name: str, sheet: NDArray[np.float64]) -> None:
+    """A sheet on white, three pixels to each, as a file in ``pictures``; ``name`` without what a file's may not hold."""
+    from matplotlib import image as files
+
+    white = 1 - sheet[..., 3:] * (1 - sheet[..., :3])
+    stream = io.BytesIO()
+    files.imsave(stream, np.clip(white, 0, 1).repeat(3, axis=0).repeat(3, axis=1))
+    file = re.sub(r"[^-\w]+", "_", name)
+    (folder / "pictures").mkdir(exist_ok=True)
+    checkpoint._write(folder / "pictures" / f"{file}.png", stream.getvalue())
 
 
 def _scale(image: NDArray[np.float64], width: int) -> int:

@@ -246,6 +246,7 @@ def evaluate(
     run: PathLike,
     latents: Source | None = None,
     *,
+    learn_on: Source | None = None,
     concepts: Sequence[str] | None = None,
     decoder: Callable[[Tensor], Any] | str | None = None,
     judge: Callable[[Any], Any] | str | None = None,
@@ -260,6 +261,7 @@ def evaluate(
         run: the run folder.
         latents: by default those it was trained on: the held-out rows are scored, and judge, probes and baselines learn
             on the others. Other latents are all held out; one half is scored, the other is learned on.
+        learn_on: labelled latents that judge, probes and baselines learn on instead; then all that is held out is scored.
         concepts: which to look at; by default all.
         decoder, judge: who reads the swaps, as for :func:`iin_fast.evaluate.evaluate`; or where they are, for
             :func:`load_function`. A decoder is there for a judge of your own.
@@ -287,15 +289,26 @@ def evaluate(
     # A concept that is known anyway is none that factors should hold.
     names = [name for name in data.names if context is None or name != _context_name(folder)]
     if data.labels is None or not (names or concepts):
-        if concepts or judge is not None:
-            what = f"concepts is {list(concepts)}" if concepts else "judge is given"
+        if concepts or judge is not None or learn_on is not None:
+            given = "learn_on" if judge is None else "judge"
+            what = f"concepts is {list(concepts)}" if concepts else f"{given} is given"
             raise ValueError(f"evaluate: {what}, but {data.path or 'latents'} has no labels")
         return _evaluate_density(folder, model, data, context, train_rows, held_rows, seed)
+    learned, learned_context = data, context
+    if learn_on is not None:
+        learned = _latents(learn_on)
+        if learned.labels is None or learned.names != data.names:
+            raise ValueError(
+                f"evaluate: learn_on has labels of {list(learned.names)}, expected those of {list(data.names)}"
+            )
+        train_rows, learned_context = np.arange(learned.n), _z(folder, model, learned)[1]
     if train_rows is not None:
-        settings |= {"train_z": data.z[train_rows], "train_labels": data.labels[train_rows]}
+        assert learned.labels is not None
+        settings |= {"train_z": learned.z[train_rows], "train_labels": learned.labels[train_rows]}
     if context is not None:
         settings |= {"context": context[held_rows]}
-        settings |= {} if train_rows is None else {"train_context": context[train_rows]}
+        if train_rows is not None and learned_context is not None:
+            settings |= {"train_context": learned_context[train_rows]}
         concepts = concepts or names
     return write_evaluation(
         folder, data.z[held_rows], data.labels[held_rows], data.names, concepts=concepts, **settings

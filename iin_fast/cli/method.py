@@ -239,6 +239,10 @@ def evaluate(
             metavar="[LATENTS]", show_default=False, help="default: what train held out; others are all held out"
         ),
     ] = None,
+    learn_on: Annotated[
+        Path | None,
+        typer.Option(help="labelled latents that judge, probes and baselines learn on. Default: what train learned on"),
+    ] = None,
     concept: Annotated[
         list[str] | None, typer.Option(help="look at this one; several times for several. Default: all")
     ] = None,
@@ -260,6 +264,7 @@ def evaluate(
         found = run_evaluate(
             run,
             latents,
+            learn_on=learn_on,
             concepts=concept or None,
             decoder=decoder or None,
             judge=judge or None,
@@ -268,6 +273,16 @@ def evaluate(
             device=device,
             progress=lambda what: status.update(f"evaluating: {what}"),
         )
+    show_evaluation(found)
+    console.print(
+        f"written to {run / 'evaluation.json'}; iin-fast report {run} shows it with what each number means",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def show_evaluation(found: dict[str, Any]) -> None:
+    """The most telling numbers of an evaluation, as a table and a few lines."""
     likelihood = found["likelihood"]
     if found["concepts"]:
         console.print(_scores(found))
@@ -278,11 +293,6 @@ def evaluate(
     console.print(
         f"nats per dimension: {likelihood['iin']:.3f} (what it learned on: {likelihood['iin_learned_on']:.3f}; a Gaussian: "
         f"{likelihood['gaussian']:.3f}); largest inversion error {found['invertibility']['max']:.1e}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    console.print(
-        f"written to {run / 'evaluation.json'}; iin-fast report {run} shows it with what each number means",
         highlight=False,
         soft_wrap=True,
     )

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from ..allocator import keep_freed_memory
 from .console import console
+from .method import show_evaluation
 
 __all__ = ["bench", "check", "demo", "info"]
 
@@ -55,15 +56,17 @@ def check(
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="folder for pictures, metrics and report")] = Path("runs/demo"),
+    out: Annotated[Path, typer.Option(help="run folder, with pictures, evaluation and report")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="the whole run follows from it")] = 0,
     quick: Annotated[bool, typer.Option(help="a run of a minute that only shows that everything works")] = False,
 ) -> None:
-    """Coloured digits: train an autoencoder and an IIN on its latents, swap digit and colour, write a report."""
+    """Coloured digits: train an autoencoder and an IIN on its latents, swap digit and colour, evaluate, write a report."""
     from ..demo import run_demo
 
     keep_freed_memory()
-    run_demo(out, seed=seed, quick=quick)
+    found, page = run_demo(out, seed=seed, quick=quick, say=lambda line: console.print(line, highlight=False))
+    show_evaluation(found)
+    console.print(f"open {page}", highlight=False, soft_wrap=True)
 
 
 def bench(

@@ -11,6 +11,7 @@ from torch import Tensor
 __all__ = [
     "FACTORS",
     "IMAGE_SIZE",
+    "PALETTE",
     "ColoredPairs",
     "Digits",
     "colorize",
@@ -18,10 +19,19 @@ __all__ = [
     "draw_colors",
     "jitter",
     "load_digits",
+    "paint",
+    "read_color",
 ]
 
 IMAGE_SIZE = 32
-FACTORS = ("digit", "color")  # the order of the columns of ``shared``, and of every list of factors in the demo
+FACTORS = ("digit", "color")  # the order of the columns of ``shared`` and of labels
+# What images with labels are painted in; pairs have colors of their own, which no label could name.
+PALETTE = torch.tensor(
+    [
+        *((1.0, 0.15, 0.15), (1.0, 0.55, 0.1), (1.0, 0.95, 0.2), (0.2, 0.85, 0.25)),  # red, orange, yellow, green
+        *((0.2, 0.9, 0.95), (0.25, 0.35, 1.0), (0.95, 0.3, 0.9), (0.95, 0.95, 0.95)),  # cyan, blue, magenta, white
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -103,6 +113,24 @@ def draw_batch(digits: Digits, batch: int, generator: torch.Generator) -> tuple[
     index = torch.randint(len(digits), (batch,), generator=generator)
     shapes = jitter(digits.shapes[index], generator)
     return colorize(shapes, draw_colors(batch, generator)), digits.labels[index]
+
+
+def paint(digits: Digits, rounds: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Paints each digit ``rounds`` times, in colors of the palette: images, and digit and color ``[n, 2]``."""
+    labels = digits.labels.repeat(rounds)
+    color = torch.randint(len(PALETTE), (len(labels),), generator=generator)
+    return colorize(digits.shapes.repeat(rounds, 1, 1, 1), PALETTE[color]), torch.stack([labels, color], 1)
+
+
+def read_color(images: Tensor) -> Tensor:
+    """The color of the ink in ``images`` ``[batch, 3, h, w]``: RGB in [0, 1], ``[batch, 3]``.
+
+    The mean RGB over all pixels, each weighted by the fourth power of its intensity (its largest channel), so that the
+    ink counts, the ground doesn't, and the half-inked edge of a stroke hardly does. On an original image it gives the
+    color the digit was painted in to about 0.02.
+    """
+    weight = images.amax(1, keepdim=True) ** 4
+    return (weight * images).sum((2, 3)) / weight.sum((2, 3)).clamp_min(1e-8)
 
 
 class ColoredPairs:

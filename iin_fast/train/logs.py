@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,6 +16,7 @@ from ..iin import checkpoint
 
 __all__ = ["COLUMNS", "Bar", "Log", "event_writer", "held_out_rise"]
 
+EVERY = 20.0  # seconds between two lines of a bar that is no bar
 COLUMNS = (
     *("step", "loss", "nats_per_dim", "learning_rate", "samples_per_second"),
     *("held_out_loss", "held_out_nats_per_dim"),
@@ -68,9 +70,9 @@ class Log:
 
 
 class Bar:
-    """A progress bar with loss, nats per dimension, samples per second and the time left; none where ``show`` is False."""
+    """A progress bar with the time left, or outside of a terminal a line every 20 seconds; neither where ``show`` is False."""
 
-    def __init__(self, steps: int, done: int, show: bool) -> None:
+    def __init__(self, steps: int, done: int, show: bool, name: str = "training") -> None:
         self._bar: Any = None
         if not show:
             return
@@ -79,8 +81,9 @@ class Bar:
         except ImportError as error:
             raise ImportError("the progress bar needs rich: pip install 'iin-fast[cli]'") from error
         columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
-        self._bar = Progress("training", *columns)
-        self._task = self._bar.add_task("training", total=steps, completed=done, text="")
+        self._bar = Progress(f"{name:<11}", *columns)
+        self._task = self._bar.add_task(name, total=steps, completed=done, text="")
+        self._said = time.monotonic()
 
     def __enter__(self) -> Bar:
         if self._bar is not None:
@@ -93,17 +96,23 @@ class Bar:
         if self._bar is not None:
             self._bar.stop()
 
-    def step(self, done: int) -> None:
-        if self._bar is not None:
-            self._bar.update(self._task, completed=done)
+    def step(self, done: int, text: str | None = None) -> None:
+        """``done`` steps are; ``text`` is shown until another is given."""
+        if self._bar is None:
+            return
+        self._bar.update(self._task, completed=done, **({} if text is None else {"text": text}))
+        if not self._bar.console.is_terminal and time.monotonic() - self._said > EVERY:
+            self._said, task = time.monotonic(), self._bar.tasks[0]
+            left = "" if task.time_remaining is None else f", {task.time_remaining:.0f} s left"
+            self._bar.console.print(f"{task.description}: {done} of {task.total:.0f}{left}  {task.fields['text']}")
 
-    def tell(self, values: dict[str, float]) -> None:
-        if self._bar is not None:
-            text = (
-                f"loss {values['loss']:.3f}  {values['nats_per_dim']:.4f} nats/dim  "
-                f"{values['samples_per_second']:,.0f} samples/s"
-            )
-            self._bar.update(self._task, text=text)
+    def tell(self, done: int, values: dict[str, float]) -> None:
+        """What a training's log says after ``done`` steps."""
+        self.step(
+            done,
+            f"loss {values['loss']:.3f}  {values['nats_per_dim']:.4f} nats/dim  "
+            f"{values['samples_per_second']:,.0f} samples/s",
+        )
 
 
 def held_out_rise(run: str | os.PathLike[str]) -> str:

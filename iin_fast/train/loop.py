@@ -306,7 +306,7 @@ class _Training:
                 self.progress.best_loss = values["held_out_loss"]
         if log is not None:
             log.write(done, values)
-        bar.tell(values)
+        bar.tell(done, values)
         self.clock, self.since = time.perf_counter(), done
 
     @torch.no_grad()

@@ -28,7 +28,7 @@ def test_loss_likelihood_speed_and_time_left(console):
         for step in range(21, 61):
             console.now += 0.5
             bar.step(step)
-        bar.tell({"loss": 12.3456, "nats_per_dim": -0.98765, "samples_per_second": 12345.6})
+        bar.tell(60, {"loss": 12.3456, "nats_per_dim": -0.98765, "samples_per_second": 12345.6})
     last = console.export_text().splitlines()[-1]
     assert "60/100" in last
     assert "loss 12.346  -0.9877 nats/dim  12,346 samples/s" in last
@@ -38,8 +38,21 @@ def test_loss_likelihood_speed_and_time_left(console):
 def test_no_bar_where_none_is_wanted(console):
     with Bar(100, 0, False) as bar:
         bar.step(1)
-        bar.tell({"loss": 1.0, "nats_per_dim": 1.0, "samples_per_second": 1.0})
+        bar.tell(1, {"loss": 1.0, "nats_per_dim": 1.0, "samples_per_second": 1.0})
     assert console.export_text() == ""
+
+
+def test_outside_of_a_terminal_there_is_a_line_every_20_seconds(monkeypatch):
+    console = console_module.Console(file=io.StringIO(), force_terminal=False, width=160, get_time=lambda: now[0])
+    monkeypatch.setattr("rich.progress.get_console", lambda: console)
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    now = [0.0]
+    with Bar(100, 0, True, "judge") as bar:
+        for step in range(1, 101):
+            now[0] += 0.5
+            bar.step(step, f"loss {step}")
+        lines = console.file.getvalue().splitlines()
+    assert lines == ["judge: 41 of 100, 30 s left  loss 41", "judge: 82 of 100, 9 s left  loss 82"]
 
 
 def test_bar_says_what_the_log_says(console, latents, settings, tmp_path):
