@@ -8,6 +8,8 @@ from typing import Any, SupportsFloat
 import torch
 from torch import Tensor
 
+from .ops.types import FLOATING
+
 __all__ = [
     "autocast_enabled",
     "check_device",
@@ -27,8 +29,6 @@ __all__ = [
     "checked_number",
     "readable",
 ]
-
-FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def _short(dtype: torch.dtype) -> str:

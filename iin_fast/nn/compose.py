@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..checks import checked_int
 from ..flow import FlowProgram, ProgramBuilder
 from ..ops.flow_program import flow_program
+from ..ops.types import accumulator_type
 from .actnorm import DataDependentStart
 from .net_steps import NotAProgram, own
 from .program_flow import version
@@ -176,7 +177,7 @@ class Compose(RowFlow, nn.Module):
         return self._layer_by_layer(x, context, inverse, base)
 
     def _layer_by_layer(self, x: Tensor, context: Tensor | None, inverse: bool, base: bool) -> tuple[Tensor, Tensor]:
-        total = x.new_zeros(x.shape[0], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+        total = x.new_zeros(x.shape[0], dtype=accumulator_type(x.dtype))
         for layer in reversed(self.layers) if inverse else self.layers:
             run: Any = layer.inverse if inverse else layer
             x, logdet = run(x, context) if context is not None and self._takes_context.get(type(layer)) else run(x)

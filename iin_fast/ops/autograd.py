@@ -1,11 +1,25 @@
 """The autograd and autocast of an op, and the short way from Python to it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-__all__ = ["autocast_to_float32", "differentiable", "saved_tensors"]
+__all__ = ["autocast_to_float32", "by_definition", "followed", "saved_tensors", "short_call", "watched"]
+
+_BATCHED: Any = torch._C._parse_dispatch_key("Batched")
+
+
+def watched() -> bool:
+    """Whether something looks at every op of this call, as the compiler does: only the registered op will do."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_tracing()
+        or torch._C._is_any_autocast_enabled()
+    )
 
 
 def saved_tensors(ctx: Any, where: str) -> Any:
@@ -21,16 +35,55 @@ def saved_tensors(ctx: Any, where: str) -> Any:
         ) from error
 
 
-def differentiable(name: str, setup: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Attach autograd to the op ``name``, and give a function that calls it.
+def followed(*grads: Any) -> bool:
+    """Whether autograd looks into this backward, for gradients of gradients (create_graph=True) or to map it.
 
-    The op carries its autograd itself, for torch.compile, torch.export and whoever calls torch.ops. In plain eager mode
-    the function goes around that, through an autograd.Function of its own: the same values with less Python
-    (benchmarks/overhead.py measures both ways).
+    ``torch.autograd.functional.jacobian(vectorize=True)`` maps with batching rules of its own, without a way to add to them, and
+    none for ops with optional results.
     """
-    torch.library.register_autograd(name, backward, setup_context=setup)
-    namespace, op = name.split("::")
-    overload = getattr(getattr(torch.ops, namespace), op).default
+    return torch.is_grad_enabled() or any(g is not None and torch._C._dispatch_keys(g).has(_BATCHED) for g in grads)
+
+
+def _is_one(argument: Any) -> bool:
+    """Whether an op's argument has one gradient, or none: all have but lists of tensors."""
+    return not (isinstance(argument, list) and argument and isinstance(argument[0], Tensor))
+
+
+def by_definition(definition: Callable[..., Any], arguments: Sequence[Any], grads: Sequence[Any]) -> list[Any]:
+    """Gradients by plain torch, which autograd can differentiate again.
+
+    Args:
+        definition: ``(*arguments)`` -> the op's outputs that have gradients.
+        arguments: tensors, lists of tensors, None, and others.
+        grads: of the outputs; None for one that nothing depends on.
+
+    Returns:
+        as ``arguments``, None for what needs no gradient.
+    """
+    flat, spec = tree_flatten(list(arguments), is_leaf=_is_one)
+    with torch.enable_grad():
+        # aliases: what one input owes to another is the business of autograd beyond this op
+        flat = [t.view_as(t) if isinstance(t, Tensor) else t for t in flat]
+        outputs = definition(*tree_unflatten(flat, spec))
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    pairs = [(o, g) for o, g in zip(outputs, grads, strict=False) if g is not None and o.requires_grad]
+    wanted = [i for i, t in enumerate(flat) if isinstance(t, Tensor) and t.requires_grad]
+    found: Sequence[Any] = ()
+    if pairs and wanted:
+        inputs = [flat[i] for i in wanted]
+        found = torch.autograd.grad(
+            [o for o, _ in pairs], inputs, [g for _, g in pairs], create_graph=True, allow_unused=True
+        )
+    by_place = dict(zip(wanted, found, strict=False))
+    return tree_unflatten([by_place.get(i) for i in range(len(flat))], spec)  # type: ignore[no-any-return]
+
+
+def short_call(overload: Any, setup: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that calls an op with less Python than its registered autograd (benchmarks/overhead.py measures both).
+
+    The op carries its autograd itself, for torch.compile, torch.export and whoever calls torch.ops. In plain eager mode the
+    function goes around that, through an autograd.Function of its own.
+    """
 
     def forward(ctx: Any, *args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
@@ -39,15 +92,11 @@ def differentiable(name: str, setup: Callable[..., None], backward: Callable[...
         return result
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    function: Any = type(f"{namespace}_{op}", (torch.autograd.Function,), members)
+    name = overload.name().replace("::", "_")
+    function: Any = type(name, (torch.autograd.Function,), members)
 
     def call(*args: Any) -> Any:
-        if (
-            torch.compiler.is_compiling()
-            or torch._C._are_functorch_transforms_active()
-            or torch._C._is_tracing()
-            or torch._C._is_any_autocast_enabled()
-        ):
+        if watched():
             return overload(*args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return function.apply(*args)

@@ -33,7 +33,6 @@ __all__ = [
     "tile_of",
     "tiles",
     "tl_dtype",
-    "wide",
 ]
 
 INTERPRETED: bool = triton.knobs.runtime.interpret if hasattr(triton, "knobs") else False
@@ -52,11 +51,6 @@ def power_of_two(n: int) -> int:
 def bucket(batch: int) -> int:
     """The batch as a key of tuning: its power of two, at least 16, so that a varying batch does not tune at each call."""
     return max(16, power_of_two(batch))
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """What a kernel computes in for inputs of a dtype."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def tl_dtype(dtype: torch.dtype) -> Any:

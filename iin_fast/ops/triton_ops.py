@@ -11,20 +11,18 @@ from typing import Any
 import torch
 
 from .. import _library  # noqa: F401  (loads the compiled ops, whose schemas the twins take)
-from ..backends import register_triton
 
-__all__ = ["define_triton"]
+__all__ = ["define_twin"]
 
 _ops = torch.library.Library("iin_fast_triton", "DEF")
 
 
-def define_triton(op: str) -> None:
-    """Define the twins of ``iin_fast::<op>`` and of its backward, and register the backend."""
+def define_twin(op: str) -> None:
+    """Define the twins of ``iin_fast::<op>`` and of its backward."""
     for name in (op, f"{op}_backward"):
         schema = str(getattr(torch.ops.iin_fast, name).default._schema)
         _ops.define(schema.removeprefix("iin_fast::"))
         _ops.impl(name, _kernel(op, name), "CompositeExplicitAutograd")
-    register_triton(op)
 
 
 def _kernel(op: str, name: str) -> Callable[..., Any]:

@@ -1,14 +1,12 @@
 """Batching rules of the ops for ``torch.vmap``: the mapped dimension goes into the batch, one call does all."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["fold_rows", "front", "mapped_by_autograd", "one_by_one"]
-
-_BATCHED: Any = torch._C._parse_dispatch_key("Batched")
+__all__ = ["Rule", "fold_rows", "front", "one_by_one"]
 
 Rule = Callable[..., tuple[Any, Any]]
 
@@ -40,22 +38,22 @@ def fold_rows(op: Callable[..., Any]) -> Rule:
 
 
 def one_by_one(op: Callable[..., tuple[Any, ...]]) -> Rule:
-    """The rule of an op that takes one mapped index at a time, and gives several results."""
+    """The rule of an op that takes one mapped index at a time; arguments and results may be lists, results None."""
 
-    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        calls = [
-            op(*(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True)))
-            for i in range(info.batch_size)
-        ]
-        results = tuple(None if parts[0] is None else torch.stack(parts) for parts in zip(*calls, strict=True))
-        return results, tuple(None if t is None else 0 for t in results)
+    def at(value: Any, dim: Any, i: int) -> Any:
+        if isinstance(value, list):
+            return [at(v, None if dim is None else dim[k], i) for k, v in enumerate(value)]
+        return value if dim is None else value.select(dim, i)
+
+    def stack(parts: Sequence[Any]) -> tuple[Any, Any]:
+        if isinstance(parts[0], list):
+            values, dims = zip(*map(stack, zip(*parts, strict=True)), strict=True)
+            return list(values), list(dims)
+        return (None, None) if parts[0] is None else (torch.stack(list(parts)), 0)
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        calls = [op(*(at(arg, dim, i) for arg, dim in zip(args, in_dims, strict=True))) for i in range(info.batch_size)]
+        values, dims = zip(*map(stack, zip(*calls, strict=True)), strict=True)
+        return values, dims
 
     return rule
-
-
-def mapped_by_autograd(*grads: Tensor | None) -> bool:
-    """Whether autograd itself maps this backward, as ``torch.autograd.functional.jacobian(vectorize=True)`` does.
-
-    It has batching rules of its own, without a way to add to them, and none for ops with optional results.
-    """
-    return any(grad is not None and torch._C._dispatch_keys(grad).has(_BATCHED) for grad in grads)

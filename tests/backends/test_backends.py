@@ -17,6 +17,7 @@ import iin_fast
 from iin_fast import backends
 from iin_fast._library import cpu_isa, libraries
 from iin_fast.functional import affine_coupling
+from iin_fast.ops.registry import OPS, gpu_ops
 
 PROBE = """
 import torch, iin_fast
@@ -188,7 +189,6 @@ def test_environment_variable_selects_the_backend() -> None:
 
 
 ON_CUDA: Any = SimpleNamespace(device=torch.device("cuda"))
-OPS = ("affine_coupling", "flow", "pair_nll", "spline_coupling")
 needs_cuda_library = pytest.mark.skipif("cuda" not in libraries, reason="the build had no nvcc")
 
 
@@ -203,7 +203,7 @@ def test_a_driver_older_than_the_library_leaves_the_work_to_triton(
     monkeypatch.setattr(backends, "cuda_versions", lambda: (driver, runtime))
     monkeypatch.setattr(backends, "_too_old", None)
     other = "triton" if find_spec("triton") else "reference"
-    for op in OPS:
+    for op in gpu_ops():
         assert backends.chosen(op, ON_CUDA) == ("cpp" if serves else other)
         assert ("cpp" in backends.available(op, "cuda")) == serves
         assert "cpp" in backends.available(op, "cpu")
@@ -230,9 +230,10 @@ def test_rocm_has_no_compiled_library() -> None:
 import torch
 torch.version.hip = "6.4"
 from iin_fast import backend, backends
+from iin_fast.ops.registry import gpu_ops
 from types import SimpleNamespace
 x = SimpleNamespace(device=torch.device("cuda"))
-for op in ("affine_coupling", "flow", "pair_nll", "spline_coupling"):
+for op in gpu_ops():
     assert "cpp" in backends.available(op, "cpu") and "cpp" not in backends.available(op, "cuda")
     print(backends.chosen(op, x))
 try:
@@ -242,13 +243,14 @@ except backends.BackendUnavailable as error:
     print(error)
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split("\n")
-    assert set(out[:4]) == {"triton" if find_spec("triton") else "reference"}
-    assert "backend 'cpp' is forced, but on cuda only" in out[4]
-    assert ("no code for AMD GPUs" in out[4]) == ("cuda" in libraries)
+    assert set(out[:-2]) == {"triton" if find_spec("triton") else "reference"}
+    assert "backend 'cpp' is forced, but on cuda only" in out[-2]
+    assert ("no code for AMD GPUs" in out[-2]) == ("cuda" in libraries)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "xpu"])
 def test_autocast_is_registered_wherever_an_op_may_run(device: str) -> None:
-    for namespace in ("iin_fast", "iin_fast_triton"):
-        for op in OPS:
-            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{op}", f"Autocast{device.upper()}")
+    for op in OPS.values():
+        for backend in op.backends:
+            name = f"{backends.ops(backend).name}::{op.name}"
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(name, f"Autocast{device.upper()}")

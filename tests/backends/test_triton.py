@@ -25,6 +25,7 @@ import importlib, re, subprocess, sys, tempfile
 from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
+from iin_fast.ops.registry import gpu_ops
 from iin_fast.ops.triton_common import compile_case
 
 tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -39,7 +40,7 @@ def spills(case):
 
 
 seen, spilled = set(), []
-for op in ("affine_coupling", "pair_nll", "flow", "spline_coupling"):
+for op in gpu_ops():
     for case in importlib.import_module(f"iin_fast.ops.{op}.triton").compile_cases():
         assert re.match(op, case.name) and set(case.signature) == set(case.kernel.arg_names)
         # one of a kernel, its tile and its types; what is left out differs in flags
@@ -70,10 +71,11 @@ import importlib
 import torch
 torch.version.hip = "6.4"  # as a ROCm build of torch has it
 from triton.backends.compiler import GPUTarget
+from iin_fast.ops.registry import gpu_ops
 from iin_fast.ops.triton_common import compile_case
 
 seen = set()
-for op in ("affine_coupling", "pair_nll", "flow", "spline_coupling"):
+for op in gpu_ops():
     for case in importlib.import_module(f"iin_fast.ops.{op}.triton").compile_cases():
         dtype = next(t for t in ("bfloat16", "float64", "float32") if t in case.name)
         key = case.kernel, dtype

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from iin_fast import functional as F
 from iin_fast.ops.flow import flow as flow_op
+from iin_fast.ops.registry import OPS as REGISTERED
 
 from .cases import DIM, OPS, Call, Case, flow, gradients, normal, pair
 
@@ -84,7 +85,7 @@ def test_options_in_float64(case: Case):
 
 
 @pytest.mark.parametrize("batch", [0, 1])
-@pytest.mark.parametrize("name", ["affine_coupling", "spline_coupling", "pair_nll", "flow"])
+@pytest.mark.parametrize("name", REGISTERED)
 def test_tiny_batches(name: str, batch: int):
     check(recorded(next(case for case in OPS if case.name == name), batch))
 

@@ -16,8 +16,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from iin_fast.ops.registry import gpu_ops
+
 ROOT = Path(__file__).resolve().parents[2]
-OPS = ("affine_coupling", "pair_nll", "spline_coupling", "flow")
 BARRIER = re.compile(r"(__syncthreads\(\)|grid\.sync\(\)|wait_copies<[^;]*>\(\)|commit_copies\(\));")
 SECONDS = 1800  # of one barrier; a kernel that waits for ever is noticed, too
 
@@ -37,7 +38,9 @@ def belongs_to(path: Path) -> list[str]:
                 included(ROOT / "csrc" / name, seen)
         return seen
 
-    return [op for op in OPS if any(path in included(h, set()) for h in (ROOT / "csrc" / op).glob("*_kernels.cuh"))]
+    return [
+        op for op in gpu_ops() if any(path in included(h, set()) for h in (ROOT / "csrc" / op).glob("*_kernels.cuh"))
+    ]
 
 
 def barriers() -> Iterator[tuple[Path, int, str]]:

@@ -15,10 +15,11 @@ import iin_fast
 from flow.programs import KINDS, Drawn, programs, tame
 from flow.test_program import corrupted
 from iin_fast.flow import FlowProgram
-from iin_fast.ops.flow_program import engine, flow_program
+from iin_fast.ops.flow_program import flow_program
+from iin_fast.ops.flow_program.checks import KEEP
 from iin_fast.testing.backends import relative_error
 
-MEMORY = st.sampled_from(sorted(engine.KEEP))
+MEMORY = st.sampled_from(sorted(KEEP))
 EDGES = (1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129)  # of tiles of 16, 32 and 64 rows
 
 

@@ -14,7 +14,7 @@ from iin_fast.testing.backends import CASES, _run, dtypes_of
 
 def main(device: str, names: list[str]) -> None:
     ran: Counter[str] = Counter()
-    for op, (cases, _, _) in CASES.items():
+    for op, (cases, _) in CASES.items():
         for name in names:
             if name not in available(op, device):
                 continue

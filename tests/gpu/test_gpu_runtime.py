@@ -12,6 +12,7 @@ import iin_fast
 from iin_fast.backends import NAMES, available, backend
 from iin_fast.functional import affine_coupling, pair_nll, spline_coupling
 from iin_fast.nn import Flow
+from iin_fast.ops.registry import gpu_ops
 
 Leaves = list[Tensor]
 Call = Callable[[Leaves], tuple[Tensor, ...]]
@@ -68,8 +69,7 @@ def _case(op: str, device: str, batch: int = 50, seed: int = 0) -> tuple[Call, L
     return call, [leaf.requires_grad_() for leaf in leaves]
 
 
-OPS = ["affine_coupling", "pair_nll", "spline_coupling", "flow"]
-BOTH = [(op, name) for op in OPS for name in NAMES[1:]]
+BOTH = [(op, name) for op in gpu_ops() for name in NAMES[1:]]
 # With CUDA C++ a flow of 50 rows is one cooperative launch, one of 300 a launch for each layer.
 SIZED = [(op, name, batch) for op, name in BOTH for batch in ((50, 300) if op == "flow" else (50,))]
 LARGE = [(op, name, batch) for op, name in BOTH for batch in ((50, 300) if op == "flow" else (2000,))]

@@ -12,11 +12,12 @@ import torch
 from iin_fast._library import cuda_versions, libraries
 from iin_fast.backends import available
 from iin_fast.info import collect
+from iin_fast.ops.registry import gpu_ops
 
 if "cuda" not in libraries:
     pytest.skip("the build had no nvcc, so there is no CUDA library", allow_module_level=True)
 
-OPS = [op + end for op in ("affine_coupling", "flow", "pair_nll", "spline_coupling") for end in ("", "_backward")]
+OPS = [op + end for op in gpu_ops() for end in ("", "_backward")]
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -25,7 +26,7 @@ def test_ops_have_cuda_kernels(op: str) -> None:
 
 
 def test_the_backend_is_offered() -> None:
-    for op in ("affine_coupling", "flow", "pair_nll", "spline_coupling"):
+    for op in gpu_ops():
         assert "cpp" in available(op, "cuda")
 
 

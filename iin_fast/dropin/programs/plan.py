@@ -14,8 +14,10 @@ from torch.autograd import forward_ad
 from ...backends import chosen
 from ...flow import ABSENT, FlowProgram, ProgramBuilder, Ref, Weights
 from ...flow import layers as L
+from ...ops.autograd import watched
 from ...ops.flow_program import engine
-from ...ops.flow_program.checks import check_data, check_parameters
+from ...ops.flow_program.checks import KEEP, check_data, check_parameters
+from ...ops.types import FULL
 from ..generated import original
 from ..known import qualified, unknown_functions
 from .watch import GLOBAL_HOOKS, Unfit, Watch
@@ -23,7 +25,6 @@ from .watch import GLOBAL_HOOKS, Unfit, Watch
 __all__ = ["Atom", "Maker", "Programs", "Summary", "hopeless", "run", "summary"]
 
 PLAIN = (Tensor, nn.Parameter)
-TYPES = (torch.float32, torch.float64)
 CHEAP = (L.Affine, L.Permute, L.Activation)  # alone, an op costs more than torch's own few kernels
 
 Atom = tuple[nn.Module, bool]  # a layer of the library, and whether its inverse stands in the forward direction
@@ -254,7 +255,7 @@ class Piece:
                 self._check(tensors)
             tensors = self._compute(tensors)
             wide = self.program.context
-            return engine.call(x, context if wide else None, tensors, self.program, inverse, base, engine.KEEP["auto"])
+            return engine.call(x, context if wide else None, tensors, self.program, inverse, base, KEEP["auto"])
         except (TypeError, ValueError, RuntimeError):
             return None
 
@@ -354,7 +355,7 @@ _plans: "WeakKeyDictionary[nn.Module, dict[Any, Plan]]" = WeakKeyDictionary()
 
 def _takes(x: Any, context: Any) -> bool:
     """Whether a program can run on this input; what it can't, the library's own code takes or refuses."""
-    if engine._followed() or type(x) not in PLAIN or x.dim() != 2 or x.dtype not in TYPES:
+    if watched() or type(x) not in PLAIN or x.dim() != 2 or x.dtype not in FULL:
         return False
     rows = x.shape[0]
     if rows == 0 or not x.is_cpu:

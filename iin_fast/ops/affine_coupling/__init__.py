@@ -3,18 +3,16 @@
 Files: reference.py (plain torch, the definition), csrc/affine_coupling (CPU and CUDA) and triton.py.
 """
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ...backends import chosen, ops, register_library
+from ...backends import chosen
 from ...checks import check_floating, check_like, checked_choice, checked_flag, checked_number
-from ..autograd import autocast_to_float32, differentiable, saved_tensors
-from ..triton_ops import define_triton
-from ..vmap import fold_rows, mapped_by_autograd
+from ..autograd import saved_tensors
+from ..registry import Op, register
+from ..types import accumulator_type
 from . import reference
 
 __all__ = ["SQUASHES", "affine_coupling", "check_options"]
@@ -28,9 +26,6 @@ SQUASHES: dict[str, tuple[int, float]] = {
     "none": (4, 1.0),
 }
 _NAMES = {code: name for name, (code, _) in SQUASHES.items()}
-
-register_library("affine_coupling")
-define_triton("affine_coupling")
 
 
 def affine_coupling(
@@ -126,7 +121,7 @@ def check_options(op: str, squash: str, clamp: float | None) -> tuple[int, float
 def _fake(
     x: Tensor, raw_scale: Tensor | None, shift: Tensor, squash: int, clamp: float, inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = accumulator_type(x.dtype)
     return x.new_empty(x.shape), x.new_empty(x.shape[:1], dtype=wide)
 
 
@@ -144,39 +139,21 @@ def _fake_backward(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, raw_scale, shift, ctx.squash, ctx.clamp, ctx.inverse = inputs
-    ctx.save_for_backward(x, raw_scale, shift, output[0] if ctx.inverse else None)
+    x, raw_scale, shift, *ctx.options = inputs
+    inverse = ctx.options[2]
+    ctx.save_for_backward(x, raw_scale, shift, output[0] if inverse else None)
 
 
-def _backward(backend: str, ctx: Any, grad_y: Tensor, grad_logdet: Tensor) -> tuple[Tensor | None, ...]:
-    x, raw_scale, shift, y = saved_tensors(ctx, "affine_coupling")
-    # create_graph=True: derivatives of derivatives come from the definition itself
-    if torch.is_grad_enabled() or mapped_by_autograd(grad_y, grad_logdet):
-        with torch.enable_grad():
-            # aliases: what one input owes to another is the business of autograd beyond this op
-            x, shift = x.view_as(x), shift.view_as(shift)
-            raw_scale = None if raw_scale is None else raw_scale.view_as(raw_scale)
-            inputs = [t for t in (x, raw_scale, shift) if t is not None]
-            outputs = reference.affine_coupling(x, raw_scale, shift, _NAMES[ctx.squash], ctx.clamp, ctx.inverse)
-        differentiable = [(o, g) for o, g in zip(outputs, (grad_y, grad_logdet), strict=True) if o.requires_grad]
-        wanted = [t for t in inputs if t.requires_grad]
-        found = torch.autograd.grad(
-            [o for o, _ in differentiable], wanted, [g for _, g in differentiable], create_graph=True, allow_unused=True
-        )
-        grads = dict(zip(map(id, wanted), found, strict=True))
-        return grads.get(id(x)), grads.get(id(raw_scale)), grads.get(id(shift)), None, None, None
-    value = y if ctx.inverse else x
-    grad_x, grad_raw, grad_shift = ops(backend).affine_coupling_backward(
-        grad_y, grad_logdet, value, raw_scale, ctx.squash, ctx.clamp, ctx.inverse
-    )
-    return grad_x, grad_raw, grad_shift, None, None, None
+def _definition(ctx: Any) -> tuple[Callable[..., Any], Sequence[Any]]:
+    squash, clamp, inverse = ctx.options
+    tensors = saved_tensors(ctx, "affine_coupling")[:3]
+    return reference.affine_coupling, (*tensors, _NAMES[squash], clamp, inverse)
 
 
-_calls: dict[str, Callable[..., Any]] = {}
-for _backend, _name in (("cpp", "iin_fast::affine_coupling"), ("triton", "iin_fast_triton::affine_coupling")):
-    torch.library.register_fake(_name, _fake)
-    torch.library.register_fake(f"{_name}_backward", _fake_backward)
-    _calls[_backend] = differentiable(_name, _setup, partial(_backward, _backend))
-    torch.library.register_vmap(_name, fold_rows(ops(_backend).affine_coupling))
-    torch.library.register_vmap(f"{_name}_backward", fold_rows(ops(_backend).affine_coupling_backward))
-    autocast_to_float32(_name)
+def _backward(kernel: Any, ctx: Any, grad_y: Tensor, grad_logdet: Tensor) -> tuple[Tensor | None, ...]:
+    x, raw_scale, _, y = saved_tensors(ctx, "affine_coupling")
+    value = x if y is None else y
+    return *kernel(grad_y, grad_logdet, value, raw_scale, *ctx.options), None, None, None
+
+
+_calls = register(Op("affine_coupling", _setup, _backward, _definition, _fake, _fake_backward))

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..types import accumulator_type
+
 __all__ = ["affine_coupling", "log_scale"]
 
 
@@ -32,7 +34,7 @@ def affine_coupling(
     clamp: float,
     inverse: bool,
 ) -> tuple[Tensor, Tensor]:  # [batch, ...], [batch]
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = accumulator_type(x.dtype)
     v, t = x.to(wide), shift.to(wide)
     if raw_scale is None:
         y = v - t if inverse else v + t

@@ -33,8 +33,8 @@ from ..triton_common import (
     tile_of,
     tiles,
     tl_dtype,
-    wide,
 )
+from ..types import accumulator_type
 
 __all__ = ["affine_coupling", "affine_coupling_backward", "compile_cases"]
 
@@ -168,7 +168,7 @@ def affine_coupling(
 ) -> tuple[Tensor, Tensor]:
     """As torch.ops.iin_fast.affine_coupling: y like x, logdet [batch]."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    logdet = torch.empty(x.shape[:1], dtype=wide(x.dtype), device=x.device)
+    logdet = torch.empty(x.shape[:1], dtype=accumulator_type(x.dtype), device=x.device)
     batch, width = x.shape[0], _width(x)
     if y.numel() == 0:
         return y, logdet.zero_()
@@ -231,7 +231,7 @@ def compile_cases() -> list[CompileCase]:
             for batch, width in ((4096, 32), (25, 31), (16, 65536)) if squash == 1 else ((4096, 32),):
                 x = torch.empty(batch, width, dtype=dtype, device="meta")
                 raw = None if squash == 4 else x
-                logdet = x.new_empty(batch, dtype=wide(dtype))
+                logdet = x.new_empty(batch, dtype=accumulator_type(dtype))
                 label = f"affine_coupling {name} {str(dtype).removeprefix('torch.')} [{batch}, {width}]"
                 for inverse in (False, True) if dtype == torch.float32 and batch == 4096 else (False,):
                     which = f"{label} inverse" if inverse else label

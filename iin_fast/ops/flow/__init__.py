@@ -1,17 +1,16 @@
 """The op ``flow``: a whole stack of flow blocks in one call. Argument checks, choice of the backend, autograd.
 
 Files: reference.py (plain torch, the definition), layout.py (how weights lie), saved.py (what a GPU keeps for backward),
-csrc/flow (CPU and CUDA) and triton.py.
+flops.py, csrc/flow (CPU and CUDA) and triton.py.
 """
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...backends import chosen, ops, register_library
+from ...backends import chosen
 from ...checks import (
     autocast_enabled,
     check_device,
@@ -23,10 +22,10 @@ from ...checks import (
     checked_flag,
     checked_number,
 )
-from ..autograd import autocast_to_float32, differentiable
-from ..triton_ops import define_triton
-from ..vmap import front, mapped_by_autograd, one_by_one
-from . import reference
+from ..registry import Op, register
+from ..types import FLOATING, FULL, accumulator_type
+from ..vmap import Rule, front, one_by_one
+from . import flops, reference
 from .layout import pack, unpack
 from .saved import saved_bytes
 
@@ -37,11 +36,6 @@ MEMORY = ("auto", "save", "invert")
 AUTO_SAVE_BYTES = 256 * 2**20
 """``memory="auto"`` saves activations up to this many bytes and inverts beyond (docs/performance.md)."""
 
-register_library("flow")
-define_triton("flow")
-
-_TYPES = (torch.float32, torch.float64)
-_GPU_TYPES = (*_TYPES, torch.bfloat16, torch.float16)
 _PARAMETERS = (
     "loc",
     "scale",
@@ -152,7 +146,7 @@ def _check(x: Tensor, context: Tensor | None, parameters: tuple[Tensor, ...], pe
     check_floating(op, "x", x)
     backend = chosen(op, x)
     dtype, device = x.dtype, x.device
-    types = _TYPES if backend == "cpp" and device.type == "cpu" else _GPU_TYPES
+    types = FULL if backend == "cpp" and device.type == "cpu" else FLOATING
     alike = dtype in types  # the usual, in one look; what differs is looked at closely
     for value in parameters if context is None else (*parameters, context):
         if not isinstance(value, Tensor) or value.dtype != dtype or value.device != device:
@@ -235,7 +229,6 @@ def _saved_size(x: Tensor, hidden: int, depth: int, context: Tensor | None, n_fl
     return 2 * n_flows * batch * (padded(row) + padded(dim // 2) + 2 * (depth + 1) * padded(hidden))
 
 
-@torch.library.register_fake("iin_fast::flow")
 def _fake(
     x: Tensor,
     context: Tensor | None,
@@ -296,66 +289,39 @@ def _fake_backward(
     )
 
 
-def _setup(backend: str, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.options, ctx.tf32 = inputs[11:15], inputs[16]
     y, _, saved = output
     # Saved activations make the output needless; a GPU's inverse reads it still. What is read is a copy: the user may
     # change the output in place.
     inverse, save = inputs[14:16]
-    needless = save and not (inverse and (backend == "triton" or inputs[0].device.type != "cpu"))
+    needless = save and not (inverse and saved.dtype == torch.uint8)
     ctx.mark_non_differentiable(saved)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(None if needless else y.clone(), saved, *inputs[:11])
 
 
+def _definition(ctx: Any) -> tuple[Callable[..., Any], Sequence[Any]]:
+    return reference.flow, (*ctx.saved_tensors[2:], *ctx.options)
+
+
 def _backward(
-    backend: str, ctx: Any, grad_y: Tensor | None, grad_logdet: Tensor | None, _: Any
+    kernel: Any, ctx: Any, grad_y: Tensor | None, grad_logdet: Tensor | None, _: Any
 ) -> tuple[Tensor | None, ...]:
+    needed = ctx.needs_input_grad
+    if grad_y is None and grad_logdet is None:
+        return (None,) * len(needed)
     y, saved, *tensors = ctx.saved_tensors
     y = tensors[0] if y is None else y  # for its shape
     leaky_slope, activation_slope, _, inverse = ctx.options
-    nothing = (None,) * 6
-    if grad_y is None and grad_logdet is None:
-        return (None,) * 11 + nothing
-    # create_graph=True: derivatives of derivatives come from the definition itself
-    if torch.is_grad_enabled() or mapped_by_autograd(grad_y, grad_logdet):
-        with torch.enable_grad():
-            # aliases: what one input owes to another is the business of autograd beyond this op
-            tensors = [t if t is None else t.view_as(t) for t in tensors]
-            outputs = reference.flow(*tensors, *ctx.options)
-        wanted = [i for i, t in enumerate(tensors) if t is not None and t.requires_grad]
-        pairs = [(o, g) for o, g in zip(outputs, (grad_y, grad_logdet), strict=True) if g is not None]
-        found = torch.autograd.grad(
-            [o for o, _ in pairs],
-            [tensors[i] for i in wanted],
-            [g for _, g in pairs],
-            create_graph=True,
-            allow_unused=True,
-        )
-        grads = dict(zip(wanted, found, strict=True))
-        return tuple(grads.get(i) for i in range(11)) + nothing
     grad_y = torch.zeros_like(y) if grad_y is None else grad_y
-    if grad_logdet is None:
-        grad_logdet = y.new_zeros(y.shape[0], dtype=torch.float64 if y.dtype == torch.float64 else torch.float32)
-    context, weights = tensors[1], tensors[4:10]
-    found = ops(backend).flow_backward(
-        grad_y,
-        grad_logdet,
-        y,
-        saved,
-        *tensors[1:],
-        leaky_slope,
-        activation_slope,
-        inverse,
-        context is not None and ctx.needs_input_grad[1],
-        any(ctx.needs_input_grad[4 : 4 + len(weights)]),
-        ctx.tf32,
-    )
-    needed = ctx.needs_input_grad
-    return tuple(g if needed[i] else None for i, g in enumerate(found)) + (None, *nothing)
+    grad_logdet = y.new_zeros(y.shape[0], dtype=accumulator_type(y.dtype)) if grad_logdet is None else grad_logdet
+    context_grad, weight_grads = tensors[1] is not None and needed[1], any(needed[4:10])
+    options = leaky_slope, activation_slope, inverse, context_grad, weight_grads, ctx.tf32
+    found = kernel(grad_y, grad_logdet, y, saved, *tensors[1:], *options)
+    return *(g if n else None for g, n in zip(found, needed, strict=False)), *(None,) * (len(needed) - len(found))
 
 
-@torch.library.register_fake("iin_fast_triton::flow")
 def _fake_triton(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     loc, bias_in, bias_hidden, inverse, save = rest[1], rest[4], rest[6], rest[13], rest[14]
     return _fake_gpu(x, loc.shape[0], bias_in.shape[3], bias_hidden.shape[3], inverse, save)
@@ -365,27 +331,39 @@ def _fake_gpu(
     x: Tensor, n_flows: int, hidden: int, depth: int, inverse: bool, save: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     size = saved_bytes(x, hidden, depth, n_flows, inverse) if save else 0
-    logdet = x.new_empty(x.shape[:1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    logdet = x.new_empty(x.shape[:1], dtype=accumulator_type(x.dtype))
     return x.new_empty(x.shape), logdet, x.new_empty(size, dtype=torch.uint8)
 
 
-def _vmap(backend: str, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+def _vmap(op: Callable[..., Any]) -> Rule:
     """Rows of x and context go into one batch; flows of several sets of parameters run one by one."""
-    (x, context, *rest), (x_dim, context_dim, *rest_dims), size = args, in_dims, info.batch_size
-    if any(dim is not None for dim in rest_dims):
-        results, _ = one_by_one(ops(backend).flow)(info, in_dims, *args)
-        return results, (0, 0, 0)
-    batch = front(x, x_dim, size).shape[1]
-    if context is not None:  # [size, 1 or n_flows, batch, context_dim]
-        context = front(context, context_dim, size).transpose(0, 1).flatten(1, 2)
-    y, logdet, saved = ops(backend).flow(front(x, x_dim, size).flatten(0, 1), context, *rest)
-    return (y.reshape(size, batch, y.shape[1]), logdet.reshape(size, batch), saved), (0, 0, None)
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        (x, context, *rest), (x_dim, context_dim, *rest_dims), size = args, in_dims, info.batch_size
+        if any(dim is not None for dim in rest_dims):
+            return one_by_one(op)(info, in_dims, *args)
+        batch = front(x, x_dim, size).shape[1]
+        if context is not None:  # [size, 1 or n_flows, batch, context_dim]
+            context = front(context, context_dim, size).transpose(0, 1).flatten(1, 2)
+        y, logdet, saved = op(front(x, x_dim, size).flatten(0, 1), context, *rest)
+        return (y.reshape(size, batch, y.shape[1]), logdet.reshape(size, batch), saved), (0, 0, None)
+
+    return rule
 
 
-_calls: dict[str, Callable[..., Any]] = {}
-for _backend_name, _name in (("cpp", "iin_fast::flow"), ("triton", "iin_fast_triton::flow")):
-    torch.library.register_fake(f"{_name}_backward", _fake_backward)
-    _calls[_backend_name] = differentiable(_name, partial(_setup, _backend_name), partial(_backward, _backend_name))
-    torch.library.register_vmap(_name, partial(_vmap, _backend_name))
-    torch.library.register_vmap(f"{_name}_backward", one_by_one(ops(_backend_name).flow_backward))
-    autocast_to_float32(_name)
+_calls = register(
+    Op(
+        "flow",
+        _setup,
+        _backward,
+        _definition,
+        _fake,
+        _fake_backward,
+        _fake_triton,
+        vmap=_vmap,
+        vmap_backward=one_by_one,
+        flops=flops.forward,
+        flops_backward=flops.backward,
+        cpu_types=FULL,
+    )
+)

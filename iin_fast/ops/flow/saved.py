@@ -6,6 +6,8 @@ No Triton here: torch.compile asks for the size. CUDA C++ has the pieces in arra
 import torch
 from torch import Tensor
 
+from ..types import accumulator_type
+
 __all__ = ["piece_bytes", "pieces_of", "saved_bytes"]
 
 Piece = tuple[tuple[int, ...], torch.dtype]
@@ -19,7 +21,7 @@ def pieces_of(x: Tensor, hidden: int, depth: int, n_flows: int, keep_coupled: bo
         keep_coupled: also what couplings put out.
     """
     batch, dim = x.shape
-    steps, out, wide = 2 * n_flows, dim // 2, torch.float64 if x.dtype == torch.float64 else torch.float32
+    steps, out, wide = 2 * n_flows, dim // 2, accumulator_type(x.dtype)
     return [
         ((steps or 2, batch, dim), wide),
         (((steps or 1) if keep else 0, batch, out), wide),

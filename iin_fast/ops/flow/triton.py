@@ -25,8 +25,8 @@ from ..triton_common import (
     power_of_two,
     recorded,
     tl_dtype,
-    wide,
 )
+from ..types import accumulator_type
 from . import triton_kernels as kernels
 from .saved import piece_bytes, pieces_of, saved_bytes
 from .triton_kernels import (
@@ -76,7 +76,7 @@ class _Walk:
         self.log_slope = 0.0
         if exact_logdet and self.slope != 1:
             self.log_slope = torch.tensor(self.slope, dtype=torch.float64).log().item()
-        self.wide = wide(x.dtype)
+        self.wide = accumulator_type(x.dtype)
         self.constants = dict(WIDE=tl_dtype(x.dtype), PRECISION=_precision(x.dtype, tf32))
         # a tile of rows and of columns for the kernels that are not tuned, since their parts are counted by tiles
         self.block_m = 16 if self.batch <= 128 else 32 if x.dtype == torch.float64 else 64
@@ -230,7 +230,7 @@ def flow(
     parameters = (loc, scale, weight_in, bias_in, weight_hidden, bias_hidden, weight_out, bias_out, permutation)
     x = x if x.stride(1) == 1 else x.contiguous()
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    logdet = torch.empty(x.shape[0], dtype=wide(x.dtype), device=x.device)
+    logdet = torch.empty(x.shape[0], dtype=accumulator_type(x.dtype), device=x.device)
     size = saved_bytes(x, bias_in.shape[3], bias_hidden.shape[3], loc.shape[0], inverse) if save else 0
     saved = torch.empty(size, dtype=torch.uint8, device=x.device)
     if x.shape[0] == 0:
@@ -296,7 +296,7 @@ def flow_backward(
     grads = [like(w) if weight_grads else None for w in weights]
     sums = None  # of the gradient of the context
     if context_grad and context is not None:
-        sums = torch.zeros(context.shape, dtype=wide(y.dtype), device=device)
+        sums = torch.zeros(context.shape, dtype=accumulator_type(y.dtype), device=device)
     if batch > 0:
         y = y if y.stride(1) == 1 else y.contiguous()
         grad_y = grad_y if grad_y.stride(1) == 1 else grad_y.contiguous()
@@ -508,7 +508,7 @@ def compile_cases() -> list[CompileCase]:
                     calls[label] = partial(flow, x, context, *parameters, *slopes, False, inverse, True, False)
                     size = saved_bytes(x, hidden, depth, n, inverse)
                     saved = torch.empty(size, dtype=torch.uint8, device="meta")
-                    grad_logdet = logdet.to(wide(dtype))
+                    grad_logdet = logdet.to(accumulator_type(dtype))
                     options = (*slopes, inverse, width > 0, True, False)
                     calls[f"{label} backward"] = partial(
                         flow_backward, x, grad_logdet, x, saved, context, *parameters, *options

@@ -10,23 +10,19 @@ import torch
 from torch import Tensor
 
 from ... import backends
-from ...backends import chosen, register_library, register_triton
-from ...checks import FLOATING, autocast_enabled
+from ...backends import chosen
+from ...checks import autocast_enabled, checked_choice
 from ...flow import FlowProgram
 from ...flow import layers as L
 from ..affine_coupling import SQUASHES
 from ..affine_coupling import affine_coupling as fused_affine
 from ..affine_coupling.reference import affine_coupling
 from ..spline_coupling import spline_coupling as fused_spline
+from ..types import FLOATING, FULL
 from . import engine, reference
-from .checks import check_data, check_parameters, check_rows
+from .checks import KEEP, check_data, check_parameters, check_rows
 
 __all__ = ["flow_program"]
-
-ENGINE_TYPES = (torch.float32, torch.float64)
-
-register_library("flow_program")
-register_triton("flow_program")
 
 
 def flow_program(
@@ -75,8 +71,7 @@ def flow_program(
         >>> torch.allclose(back, x, atol=1e-6)
         True
     """
-    if memory not in engine.KEEP:
-        raise ValueError(f"flow_program: memory is {memory!r}, expected one of {', '.join(engine.KEEP)}")
+    checked_choice("flow_program", "memory", memory, tuple(KEEP))
     if isinstance(x, Tensor) and autocast_enabled(x):  # a density is no place for products of 8 bits of precision
         x, context = engine.in_float32(x), engine.in_float32(context)
         parameters = [engine.in_float32(p) for p in parameters]
@@ -84,8 +79,8 @@ def flow_program(
             return flow_program(x, context, parameters, program, inverse=inverse, base=base, memory=memory)
     backend = chosen("flow_program", x)
     if backend == "cpp" and x.device.type == "cpu":
-        check_rows(x, context, program, ENGINE_TYPES)
-        return _run(x, context, parameters, program, inverse, base, engine.KEEP[memory])
+        check_rows(x, context, program, FULL)
+        return _run(x, context, parameters, program, inverse, base, KEEP[memory])
     check_rows(x, context, program, FLOATING)
     check_parameters(x, parameters, program)
     if engine.has_values(x):

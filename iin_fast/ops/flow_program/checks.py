@@ -12,9 +12,13 @@ from ...flow import FlowProgram
 from ...flow import layers as L
 from .reference import _parameter, feature_order
 
-__all__ = ["check_data", "check_parameters", "check_rows"]
+__all__ = ["KEEP", "check_data", "check_parameters", "check_rows"]
 
 OP = "flow_program"
+
+# What forward keeps for backward: codes of csrc/flow_program/flow_program_loops.h, and 3 by size (flow_program_cpu.cpp). A
+# compiled graph has to know how much that is, so there "auto" keeps nothing.
+KEEP = {"auto": 3, "recompute": 0, "checkpoint": 1, "save": 2}
 
 
 def check_rows(x: Tensor, context: Tensor | None, program: FlowProgram, types: tuple[torch.dtype, ...]) -> None:

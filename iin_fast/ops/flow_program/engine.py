@@ -1,27 +1,22 @@
 """The compiled op ``iin_fast::flow_program`` to torch: autograd, fake kernels, autocast, vmap, and the short way from Python."""
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, is_fake
 
-from ... import _library  # noqa: F401  (loads the op)
 from ...flow import FlowProgram
-from ..autograd import autocast_to_float32
-from ..vmap import front, mapped_by_autograd
-from . import reference
-from .checks import check_parameters
+from ..autograd import by_definition, followed, watched
+from ..registry import Op, register
+from ..types import FULL
+from ..vmap import Rule, front, one_by_one
+from . import flops, reference
+from .checks import KEEP, check_parameters
 
-__all__ = ["KEEP", "call", "has_values", "in_float32"]
-
-NAME = "iin_fast::flow_program"
-
-# What forward keeps for backward: codes of csrc/flow_program/flow_program_loops.h, and 3 by size (flow_program_cpu.cpp). A
-# compiled graph has to know how much that is, so there "auto" keeps nothing.
-KEEP = {"auto": 3, "recompute": 0, "checkpoint": 1, "save": 2}
+__all__ = ["call", "has_values", "in_float32"]
 
 
 def in_float32(value: Any) -> Any:
@@ -30,19 +25,9 @@ def in_float32(value: Any) -> Any:
     return value.float() if narrow else value
 
 
-def _followed() -> bool:
-    """Whether something looks at every op of this call: only the registered op will do."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._is_tracing()
-        or torch._C._is_any_autocast_enabled()
-    )
-
-
 def has_values(x: Tensor) -> bool:
     """Whether the values of this call's tensors can be read: not while it is traced or mapped, nor on device meta."""
-    return not (_followed() or x.is_meta or is_fake(x))
+    return not (watched() or x.is_meta or is_fake(x))
 
 
 def call(
@@ -56,7 +41,7 @@ def call(
 ) -> tuple[Tensor, Tensor]:
     """Run the compiled op."""
     op = torch.ops.iin_fast.flow_program.default
-    if _followed():
+    if watched():
         tensors = (x, *parameters) if context is None else (x, context, *parameters)
         learns = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         found = op(
@@ -101,13 +86,10 @@ def _gradients(
     """Gradients of x, context and each parameter; None where none is needed."""
     grad_y, grad_logdet = grads
     need_x, need_context, need_parameters = needed
-    program, inverse, base, keep = options
-    wanted = _wanted(program, need_parameters)
     if grad_y is None and grad_logdet is None:
         return None, None, [None] * len(parameters)
-    # create_graph=True: derivatives of derivatives come from the definition itself
-    if torch.is_grad_enabled() or mapped_by_autograd(grad_y, grad_logdet):
-        return _by_definition(options, grads, x, context, parameters, need_x, need_context, wanted)
+    program, inverse, base, keep = options
+    wanted = _wanted(program, need_parameters)
     grad_y = x.new_zeros(x.shape) if grad_y is None else grad_y
     grad_logdet = x.new_zeros(x.shape[0]) if grad_logdet is None else grad_logdet
     grad_x, grad_context, found = torch.ops.iin_fast.flow_program_backward.default(
@@ -120,31 +102,10 @@ def _gradients(
     )
 
 
-def _by_definition(
-    options: _Options,
-    grads: tuple[Tensor | None, ...],  # of y and of the log-det
-    x: Tensor,
-    context: Tensor | None,
-    parameters: Sequence[Tensor],
-    need_x: bool,
-    need_context: bool,
-    wanted: str,
-) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
-    with torch.enable_grad():
-        # aliases: what one input owes to another is the business of autograd beyond this op
-        x = x.view_as(x)
-        context = None if context is None else context.view_as(context)
-        parameters = [p.view_as(p) for p in parameters]
-        outputs = reference.flow_program(x, context, parameters, options.program, options.inverse, options.base)
-    inputs = [x] if need_x else []
-    inputs += [context] if need_context and context is not None else []
-    inputs += [p for p, w in zip(parameters, wanted, strict=True) if w == "1"]
-    pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
-    found = torch.autograd.grad(
-        [o for o, _ in pairs], inputs, [g for _, g in pairs], create_graph=True, allow_unused=True
-    )
-    by_input = dict(zip(map(id, inputs), found, strict=True))
-    return by_input.get(id(x)), by_input.get(id(context)), [by_input.get(id(p)) for p in parameters]
+def _definition(ctx: Any) -> tuple[Callable[..., Any], Sequence[Any]]:
+    x, _, context, *parameters = ctx.saved_tensors
+    program, inverse, base, _ = ctx.options
+    return partial(reference.flow_program, program=program, inverse=inverse, base=base), (x, context, parameters)
 
 
 class _Function(torch.autograd.Function):
@@ -172,10 +133,13 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        x, saved, context, *parameters = ctx.saved_tensors
         needed = ctx.needs_input_grad
-        by_input = needed[0], needed[1], needed[6:]
-        found = _gradients(ctx.options, grads, x, saved, context, parameters, by_input)
+        if followed(*grads):
+            found: Sequence[Any] = by_definition(*_definition(ctx), grads)
+        else:
+            x, saved, context, *parameters = ctx.saved_tensors
+            by_input = needed[0], needed[1], needed[6:]
+            found = _gradients(ctx.options, grads, x, saved, context, parameters, by_input)
         return found[0], found[1], None, None, None, None, *found[2]
 
 
@@ -193,7 +157,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
     ctx.save_for_backward(x, output[2], context, *parameters)
 
 
-def _backward(ctx: Any, grad_y: Tensor | None, grad_logdet: Tensor | None, _: Any) -> tuple[Any, ...]:
+def _backward(kernel: Any, ctx: Any, grad_y: Tensor | None, grad_logdet: Tensor | None, _: Any) -> tuple[Any, ...]:
     x, saved, context, *parameters = ctx.saved_tensors
     need_x, need_context, need_parameters, *_ = ctx.needs_input_grad
     needed = need_x, need_context, tuple(need_parameters)
@@ -240,44 +204,34 @@ def _fake_backward(
     return x.new_empty(x.shape), grad_context, found
 
 
-def _vmap(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
+def _vmap(op: Callable[..., Any]) -> Rule:
     """Rows of x and context go into one batch; programs with several sets of parameters run one by one."""
-    (x, context, parameters, *rest), (x_dim, context_dim, parameter_dims, *_), size = args, in_dims, info.batch_size
-    op = torch.ops.iin_fast.flow_program
-    if any(dim is not None for dim in parameter_dims or ()):
-        return _one_by_one(op, info, in_dims, *args)
-    batch = front(x, x_dim, size).shape[1]
-    context = None if context is None else front(context, context_dim, size).flatten(0, 1)
-    y, logdet, saved = op(front(x, x_dim, size).flatten(0, 1), context, parameters, *rest)
-    return (y.reshape(size, batch, y.shape[1]), logdet.reshape(size, batch), saved), (0, 0, None)
+
+    def rule(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
+        (x, context, parameters, *rest), (x_dim, context_dim, parameter_dims, *_), size = args, in_dims, info.batch_size
+        if any(dim is not None for dim in parameter_dims or ()):
+            return one_by_one(op)(info, in_dims, *args)
+        batch = front(x, x_dim, size).shape[1]
+        context = None if context is None else front(context, context_dim, size).flatten(0, 1)
+        y, logdet, saved = op(front(x, x_dim, size).flatten(0, 1), context, parameters, *rest)
+        return (y.reshape(size, batch, y.shape[1]), logdet.reshape(size, batch), saved), (0, 0, None)
+
+    return rule
 
 
-def _one_by_one(op: Any, info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
-    """One mapped index at a time, arguments and results may hold lists."""
-
-    def at(value: Any, dim: Any, i: int) -> Any:
-        if isinstance(value, list):
-            return [at(v, None if dim is None else dim[k], i) for k, v in enumerate(value)]
-        return value if dim is None else value.select(dim, i)
-
-    def stack(parts: list[Any]) -> Any:
-        return [stack(list(p)) for p in zip(*parts, strict=True)] if isinstance(parts[0], list) else torch.stack(parts)
-
-    def front_of(value: Any) -> Any:
-        return [front_of(v) for v in value] if isinstance(value, list) else 0
-
-    calls = [op(*(at(arg, dim, i) for arg, dim in zip(args, in_dims, strict=True))) for i in range(info.batch_size)]
-    results = tuple(stack(list(parts)) for parts in zip(*calls, strict=True))
-    return results, tuple(front_of(part) for part in results)
-
-
-def _vmap_backward(info: Any, in_dims: Any, *args: Any) -> tuple[Any, Any]:
-    return _one_by_one(torch.ops.iin_fast.flow_program_backward, info, in_dims, *args)
-
-
-torch.library.register_fake(NAME, _fake)
-torch.library.register_fake(f"{NAME}_backward", _fake_backward)
-torch.library.register_autograd(NAME, _backward, setup_context=_setup)
-torch.library.register_vmap(NAME, _vmap)
-torch.library.register_vmap(f"{NAME}_backward", _vmap_backward)
-autocast_to_float32(NAME)
+register(
+    Op(
+        "flow_program",
+        _setup,
+        _backward,
+        _definition,
+        _fake,
+        _fake_backward,
+        vmap=_vmap,
+        vmap_backward=one_by_one,
+        flops=flops.forward,
+        flops_backward=flops.backward,
+        cpu_types=FULL,
+        on_gpus=False,
+    )
+)

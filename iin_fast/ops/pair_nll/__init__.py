@@ -4,13 +4,12 @@ Files: reference.py (plain torch, the definition), csrc/pair_nll (CPU and CUDA) 
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...backends import chosen, ops, register_library
+from ...backends import chosen
 from ...checks import (
     autocast_enabled,
     check_device,
@@ -23,15 +22,11 @@ from ...checks import (
     checked_ints,
     checked_number,
 )
-from ..autograd import autocast_to_float32, differentiable
-from ..triton_ops import define_triton
-from ..vmap import fold_rows
+from ..registry import Op, register
+from ..types import accumulator_type
 from . import reference
 
 __all__ = ["pair_nll"]
-
-register_library("pair_nll")
-define_triton("pair_nll")
 
 
 def pair_nll(
@@ -78,7 +73,7 @@ def pair_nll(
     check_rank(op, "za", za, "[batch, dim]", 2)
     check_like(op, "zb", zb, za.shape, "like za", za, "za")
     autocast = autocast_enabled(za)
-    wide = torch.float64 if za.dtype == torch.float64 else torch.float32
+    wide = accumulator_type(za.dtype)
     for name, logdet in (("logdet_a", logdet_a), ("logdet_b", logdet_b)):
         check_floating(op, name, logdet)
         check_shape(op, name, logdet, za.shape[:1], "(one number a pair)")
@@ -123,29 +118,18 @@ def _fake_backward(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    za, zb, logdet_a, logdet_b, shared, ctx.sizes, ctx.rho, ctx.normalized = inputs
+    za, zb, _, _, shared, ctx.sizes, ctx.rho, _ = inputs
     ctx.save_for_backward(za, zb, shared)
 
 
-def _backward(backend: str, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _definition(ctx: Any) -> tuple[Callable[..., Any], Sequence[Any]]:
     za, zb, shared = ctx.saved_tensors
-    if torch.is_grad_enabled():  # create_graph=True: plain torch, which autograd follows
-        rho, wide = ctx.rho, grad.dtype
-        m = shared.to(wide).repeat_interleave(torch.tensor(ctx.sizes, device=za.device), 1)
-        a, b = za.to(wide), zb.to(wide)
-        difference, precision = reference.difference_and_precision(a, b, m, rho)
-        pull = difference * precision
-        grad_a, grad_b = grad[:, None] * (a - m * rho * pull), grad[:, None] * pull
-        return grad_a.to(za.dtype), grad_b.to(zb.dtype), -grad, -grad, None, None, None, None
-    grad_a, grad_b = ops(backend).pair_nll_backward(grad, za, zb, shared, ctx.sizes, ctx.rho)
-    return grad_a, grad_b, -grad, -grad, None, None, None, None
+    zeros = za.new_zeros(len(za), dtype=accumulator_type(za.dtype)).requires_grad_()  # log-dets: only their sign counts
+    return reference.pair_nll, (za, zb, zeros, zeros, shared, ctx.sizes, ctx.rho, False)
 
 
-_calls: dict[str, Callable[..., Any]] = {}
-for _backend, _name in (("cpp", "iin_fast::pair_nll"), ("triton", "iin_fast_triton::pair_nll")):
-    torch.library.register_fake(_name, _fake)
-    torch.library.register_fake(f"{_name}_backward", _fake_backward)
-    _calls[_backend] = differentiable(_name, _setup, partial(_backward, _backend))
-    torch.library.register_vmap(_name, fold_rows(ops(_backend).pair_nll))
-    torch.library.register_vmap(f"{_name}_backward", fold_rows(ops(_backend).pair_nll_backward))
-    autocast_to_float32(_name)
+def _backward(kernel: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return *kernel(grad, *ctx.saved_tensors, ctx.sizes, ctx.rho), -grad, -grad, None, None, None, None
+
+
+_calls = register(Op("pair_nll", _setup, _backward, _definition, _fake, _fake_backward))

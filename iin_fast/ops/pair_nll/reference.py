@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..types import accumulator_type
+
 __all__ = ["difference_and_precision", "pair_nll"]
 
 
@@ -28,7 +30,7 @@ def pair_nll(
     rho: float,
     normalized: bool,
 ) -> Tensor:  # [batch]
-    wide = torch.float64 if za.dtype == torch.float64 else torch.float32
+    wide = accumulator_type(za.dtype)
     a, b = za.to(wide), zb.to(wide)
     loss = 0.5 * a.square().sum(1) - logdet_a - logdet_b
     for k, (a_k, b_k) in enumerate(zip(a.split(list(sizes), 1), b.split(list(sizes), 1), strict=True)):

@@ -33,8 +33,8 @@ from ..triton_common import (
     tile_of,
     tiles,
     tl_dtype,
-    wide,
 )
+from ..types import accumulator_type
 
 __all__ = ["compile_cases", "pair_nll", "pair_nll_backward"]
 
@@ -253,7 +253,7 @@ def compile_cases() -> list[CompileCase]:
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         for batch, sizes in ((25, [22, 11, 31]), (4096, [3, 4, 5]), (16, [60000, 5536])):
             z = torch.empty(batch, sum(sizes), dtype=dtype, device="meta")
-            logdet = z.new_empty(batch, dtype=wide(dtype))
+            logdet = z.new_empty(batch, dtype=accumulator_type(dtype))
             shared = torch.empty(batch, len(sizes), dtype=torch.bool, device="meta")
             label = f"pair_nll {str(dtype).removeprefix('torch.')} [{batch}, {sum(sizes)}]"
             calls[label] = partial(pair_nll, z, z, logdet, logdet, shared, sizes, 0.975, True)

@@ -4,14 +4,13 @@ Files: reference.py (plain torch, the definition), csrc/spline_coupling (CPU and
 """
 
 import math
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...backends import chosen, needs_definition, ops, register_library
+from ...backends import chosen, needs_definition
 from ...checks import (
     autocast_enabled,
     check_device,
@@ -21,9 +20,8 @@ from ...checks import (
     checked_int,
     checked_number,
 )
-from ..autograd import autocast_to_float32, differentiable
-from ..triton_ops import define_triton
-from ..vmap import fold_rows
+from ..registry import Op, register
+from ..types import accumulator_type
 from . import reference
 
 __all__ = ["check_options", "parameter_count", "rational_quadratic_spline", "spline_coupling"]
@@ -33,9 +31,6 @@ TAILS = {"linear": 0, "none": 1, "circular": 2}
 PARAMETERIZATIONS = {"nflows": 0, "zuko": 1}
 _TAILS = {code: name for name, code in TAILS.items()}
 _FORMS = {code: name for name, code in PARAMETERIZATIONS.items()}
-
-register_library("spline_coupling")
-define_triton("spline_coupling")
 
 
 def parameter_count(bins: int, tails: str | None = "linear") -> int:
@@ -300,7 +295,7 @@ def _run(
 
 
 def _fake(x: Tensor, parameters: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = accumulator_type(x.dtype)
     return x.new_empty(x.shape), x.new_empty(x.shape[:1], dtype=wide)
 
 
@@ -315,29 +310,14 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     ctx.save_for_backward(x, parameters)
 
 
-def _backward(backend: str, ctx: Any, grad_y: Tensor, grad_logdet: Tensor) -> tuple[Tensor | None, ...]:
-    x, parameters = ctx.saved_tensors
-    nothing = (None,) * len(ctx.options)
-    if torch.is_grad_enabled():  # create_graph=True: derivatives of derivatives come from the definition itself
-        bins, tails, form, left, right, bottom, top, width, height, slope, inverse = ctx.options
-        # aliases: what one input owes to another is the business of autograd beyond this op
-        x, parameters = x.view_as(x), parameters.view_as(parameters)
-        outputs = reference.spline_coupling(
-            x, parameters, bins, _TAILS[tails], _FORMS[form], (left, right, bottom, top), width, height, slope, inverse
-        )
-        wanted = [t for t in (x, parameters) if t.requires_grad]
-        found = torch.autograd.grad(outputs, wanted, [grad_y, grad_logdet], create_graph=True, allow_unused=True)
-        grads = dict(zip(map(id, wanted), found, strict=True))
-        return grads.get(id(x)), grads.get(id(parameters)), *nothing
-    grad_x, grad_parameters = ops(backend).spline_coupling_backward(grad_y, grad_logdet, x, parameters, *ctx.options)
-    return grad_x, grad_parameters, *nothing
+def _definition(ctx: Any) -> tuple[Callable[..., Any], Sequence[Any]]:
+    bins, tails, form, left, right, bottom, top, width, height, slope, inverse = ctx.options
+    options = bins, _TAILS[tails], _FORMS[form], (left, right, bottom, top), width, height, slope, inverse
+    return reference.spline_coupling, (*ctx.saved_tensors, *options)
 
 
-_calls: dict[str, Callable[..., Any]] = {}
-for _backend, _name in (("cpp", "iin_fast::spline_coupling"), ("triton", "iin_fast_triton::spline_coupling")):
-    torch.library.register_fake(_name, _fake)
-    torch.library.register_fake(f"{_name}_backward", _fake_backward)
-    _calls[_backend] = differentiable(_name, _setup, partial(_backward, _backend))
-    torch.library.register_vmap(_name, fold_rows(ops(_backend).spline_coupling))
-    torch.library.register_vmap(f"{_name}_backward", fold_rows(ops(_backend).spline_coupling_backward))
-    autocast_to_float32(_name)
+def _backward(kernel: Any, ctx: Any, grad_y: Tensor, grad_logdet: Tensor) -> tuple[Tensor | None, ...]:
+    return *kernel(grad_y, grad_logdet, *ctx.saved_tensors, *ctx.options), *(None,) * len(ctx.options)
+
+
+_calls = register(Op("spline_coupling", _setup, _backward, _definition, _fake, _fake_backward))

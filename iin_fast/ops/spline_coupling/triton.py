@@ -33,8 +33,8 @@ from ..triton_common import (
     sum_parts,
     tile_of,
     tl_dtype,
-    wide,
 )
+from ..types import accumulator_type
 
 __all__ = ["compile_cases", "spline_coupling", "spline_coupling_backward"]
 
@@ -485,7 +485,7 @@ def spline_coupling(
     """As torch.ops.iin_fast.spline_coupling: y [batch, features], logdet [batch]."""
     batch, features = x.shape
     y = torch.empty(batch, features, dtype=x.dtype, device=x.device)
-    logdet = torch.empty(batch, dtype=wide(x.dtype), device=x.device)
+    logdet = torch.empty(batch, dtype=accumulator_type(x.dtype), device=x.device)
     if y.numel() == 0:
         return y, logdet.zero_()
     x, parameters, block_f = _laid_out(x, parameters, bins)
@@ -555,7 +555,7 @@ def compile_cases() -> list[CompileCase]:
     for dtype, bins, tails, form in shapes:
         count = 2 * bins + (bins - 1, bins + 1, bins)[tails]
         x = torch.empty(4096, 32, dtype=dtype, device="meta")
-        parameters, logdet = x.new_empty(4096, 32, count), x.new_empty(4096, dtype=wide(dtype))
+        parameters, logdet = x.new_empty(4096, 32, count), x.new_empty(4096, dtype=accumulator_type(dtype))
         for inverse in (False, True):
             options = (bins, tails, form, -3.0, 3.0, -3.0, 3.0, 1e-3, 1e-3, 1e-3, inverse)
             label = f"spline_coupling {str(dtype).removeprefix('torch.')} bins {bins} {('nflows', 'zuko')[form]}"

@@ -1,0 +1,92 @@
+"""The table of ops: all that torch has to know of each. Whatever lists ops reads it here.
+
+A new op is a folder beside the others: reference.py has its definition, ``__init__.py`` checks the arguments and registers an
+:class:`Op`, csrc/<op> and triton.py have its kernels. The schema is what csrc/<op> defines; its twin in Triton takes the same.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..backends import ops, register_library, register_triton
+from .autograd import autocast_to_float32, by_definition, followed, short_call
+from .triton_ops import define_twin
+from .types import FLOATING
+from .vmap import Rule, fold_rows
+
+__all__ = ["OPS", "Op", "gpu_ops", "register"]
+
+
+def _no_products(*_: Any, **__: Any) -> int:
+    return 0
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op ``name`` and the op ``name_backward`` of its gradients."""
+
+    name: str
+    setup: Callable[..., None]
+    """(ctx, inputs, output): saves what backward needs."""
+    backward: Callable[..., tuple[Any, ...]]
+    """(kernel, ctx, *gradients of the outputs) -> a gradient or None for each input; ``kernel`` is the backward op."""
+    definition: Callable[[Any], tuple[Callable[..., Any], Sequence[Any]]]
+    """ctx -> the map in plain torch, and its arguments: the first inputs of the op. Gradients of gradients come from it."""
+    fake: Callable[..., Any]
+    fake_backward: Callable[..., Any]
+    fake_triton: Callable[..., Any] | None = None
+    """The fake kernel of the twin, where it gives other sizes."""
+    vmap: Callable[[Callable[..., Any]], Rule] = fold_rows
+    vmap_backward: Callable[[Callable[..., Any]], Rule] = fold_rows
+    flops: Callable[..., int] = _no_products
+    """(shapes and options of the op) -> flops of its matrix products."""
+    flops_backward: Callable[..., int] = _no_products
+    cpu_types: tuple[torch.dtype, ...] = FLOATING
+    """What the compiled op takes on a CPU."""
+    on_gpus: bool = True
+    """Has kernels for GPUs, in CUDA C++ and in Triton. One without runs there as a sequence of other ops."""
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """The backends with kernels of this op."""
+        return ("cpp", "triton") if self.on_gpus else ("cpp",)
+
+
+OPS: dict[str, Op] = {}
+
+
+def gpu_ops() -> list[str]:
+    """The names of all ops with kernels for GPUs."""
+    return [name for name, op in OPS.items() if op.on_gpus]
+
+
+def register(op: Op) -> dict[str, Callable[..., Any]]:
+    """Tell torch all of it; gives the short way from Python to the op, for each backend that has it."""
+    OPS[op.name] = op
+    register_library(op.name)
+    register_triton(op.name)
+    if op.on_gpus:
+        define_twin(op.name)
+    return {backend: _register(op, backend) for backend in op.backends}
+
+
+def _register(op: Op, backend: str) -> Callable[..., Any]:
+    namespace, library = ops(backend), torch.library
+    forward, kernel = getattr(namespace, op.name), getattr(namespace, f"{op.name}_backward")
+    name, name_backward = f"{namespace.name}::{op.name}", f"{namespace.name}::{op.name}_backward"
+
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        if followed(*grads):
+            found = by_definition(*op.definition(ctx), grads)
+            return *found, *(None,) * (len(ctx.needs_input_grad) - len(found))
+        return op.backward(kernel.default, ctx, *grads)
+
+    library.register_fake(name, (backend == "triton" and op.fake_triton) or op.fake)
+    library.register_fake(name_backward, op.fake_backward)
+    library.register_autograd(name, backward, setup_context=op.setup)
+    library.register_vmap(name, op.vmap(forward))
+    library.register_vmap(name_backward, op.vmap_backward(kernel))
+    autocast_to_float32(name)
+    return short_call(forward.default, op.setup, backward)
