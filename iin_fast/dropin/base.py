@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from .known import Known, lookup
 from .programs import Programs
+from .registry import Entry, lookup
 
 __all__ = ["Library"]
 
@@ -31,7 +31,7 @@ class Library:
     package: str
     modules: tuple[str, ...]
     install: str
-    entries: tuple[Known, ...]
+    entries: tuple[Entry, ...]
     left: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     bases: frozenset[str] = frozenset()
     containers: frozenset[str] = frozenset()
@@ -39,10 +39,10 @@ class Library:
     programs: Programs | None = None
 
     @property
-    def known(self) -> dict[str, Known]:
+    def by_name(self) -> dict[str, Entry]:
         return {entry.name: entry for entry in self.entries}
 
     def classes(self) -> dict[str, type]:
         """The known classes that are loaded."""
-        found = {name: lookup(name) for name in self.known}
+        found = {name: lookup(name) for name in self.by_name}
         return {name: cls for name, cls in found.items() if isinstance(cls, type)}

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from ..functional import affine_coupling, spline_coupling
 from .base import Library
-from .known import Known, fits, large
 from .programs import freia as programs
 from .programs.freia import clamp_name
+from .registry import Entry, eligible, worth_it
 
 __all__ = ["LIBRARY"]
 
@@ -36,8 +36,8 @@ def _couple(self: Any, x: Tensor, raw: Tensor, shift: Tensor, rev: bool) -> tupl
     return affine_coupling(x, raw, shift, squash="tanh", clamp=float(self.clamp), inverse=rev)
 
 
-def _takes(self: Any, x: Any, *conditions: Any, scale: str = "clamped") -> bool:
-    return large(x, scale) and x.dim() == self.ndims + 1 and x.numel() > 0 and fits(x, *conditions)
+def _takes(self: Any, x: Any, *conditions: Any) -> bool:
+    return worth_it(x) and x.dim() == self.ndims + 1 and x.numel() > 0 and eligible(x, *conditions)
 
 
 def _glow(net: str, length: str) -> Callable[..., Any]:
@@ -52,7 +52,7 @@ def _glow(net: str, length: str) -> Callable[..., Any]:
 
 def _gin(net: str, length: str) -> Callable[..., Any]:
     def coupling(original: Any, self: Any, x: Tensor, u: Tensor, rev: bool = False) -> Any:
-        if not _takes(self, x, u, scale="identity"):
+        if not _takes(self, x, u):
             return original(self, x, u, rev)
         raw, shift = getattr(self, net)(u).split([getattr(self, length)] * 2, dim=1)
         s = self.clamp * self.f_clamp(raw)
@@ -97,7 +97,7 @@ def _divides(code: CodeType) -> bool:
 
 def all_in_one(original: Any, self: Any, x: Tensor, a: Tensor, rev: bool = False) -> Any:
     """``AllInOneBlock._affine``."""
-    if not large(x, "clamped") or torch.compiler.is_compiling() or not fits(x, a):
+    if not worth_it(x) or torch.compiler.is_compiling() or not eligible(x, a):
         return original(self, x, a, rev)
     if x.numel() == 0 or not self.clamp > 0:
         return original(self, x, a, rev)
@@ -119,7 +119,7 @@ def _spline(net: str, length: str) -> Callable[..., Any]:
     """
 
     def coupling(original: Any, self: Any, x: Tensor, u: Tensor, rev: bool = False) -> Any:
-        if not fits(x, u, self.spline_base.default_domain) or x.numel() == 0:
+        if not eligible(x, u, self.spline_base.default_domain) or x.numel() == 0:
             return original(self, x, u, rev)
         base = self.spline_base
         p = base.split_parameters(getattr(self, net)(u), getattr(self, length))
@@ -179,11 +179,12 @@ def _scaled_slope(raw: Tensor, scale: Tensor) -> Tensor:
     return torch.where(low, log, slope + torch.log(-torch.expm1(-slope)))
 
 
-def _two_sided(name: str, make: Callable[..., Any], nets1: tuple[str, ...], nets2: tuple[str, ...]) -> Known:
-    return Known(
+def _two_sided(name: str, make: Callable[..., Any], nets1: tuple[str, ...], nets2: tuple[str, ...]) -> Entry:
+    return Entry(
         f"{COUPLING}.{name}",
         {"_coupling1": make(*nets1), "_coupling2": make(*nets2)},
         relies_on=(f"{BASE}.__init__", f"{BASE}.forward"),
+        affine=True,
     )
 
 
@@ -200,16 +201,19 @@ LIBRARY = Library(
         _two_sided("GLOWCouplingBlock", _glow, ("subnet2", "split_len1"), ("subnet1", "split_len2")),
         _two_sided("RNVPCouplingBlock", _rnvp, ("subnet_s2", "subnet_t2"), ("subnet_s1", "subnet_t1")),
         _two_sided("GINCouplingBlock", _gin, ("subnet2", "split_len1"), ("subnet1", "split_len2")),
-        Known(f"{COUPLING}.AffineCouplingOneSided", {"forward": one_sided}, relies_on=(f"{BASE}.__init__",)),
-        Known(
+        Entry(
+            f"{COUPLING}.AffineCouplingOneSided", {"forward": one_sided}, relies_on=(f"{BASE}.__init__",), affine=True
+        ),
+        Entry(
             f"{COUPLING}.ConditionalAffineTransform",
             {"forward": conditional},
             relies_on=(f"{BASE}.__init__",),
             refuse=_refuse_conditional,
+            affine=True,
         ),
-        Known("FrEIA.modules.all_in_one_block.AllInOneBlock", {"_affine": all_in_one}),
-        Known(programs.SEQUENCE, {"forward": programs.sequence_forward}, root=True, whole=True),
-        Known(
+        Entry("FrEIA.modules.all_in_one_block.AllInOneBlock", {"_affine": all_in_one}, affine=True),
+        Entry(programs.SEQUENCE, {"forward": programs.sequence_forward}, root=True, whole=True),
+        Entry(
             f"{SPLINES}.rational_quadratic.RationalQuadraticSpline",
             {"_coupling1": _spline("subnet1", "split_len1"), "_coupling2": _spline("subnet2", "split_len2")},
             relies_on=(

@@ -1,11 +1,11 @@
 """The libraries that are known, by top-level package. None of them is imported here."""
 
-from . import freia, nflows, normflows, published, zuko
+from . import compvis, freia, nflows, normflows, zuko
 from .base import Library
 
 __all__ = ["LIBRARIES", "Library"]
 
 LIBRARIES: dict[str, Library] = {
     library.package: library
-    for library in (nflows.LIBRARY, normflows.LIBRARY, freia.LIBRARY, zuko.LIBRARY, *published.LIBRARIES)
+    for library in (nflows.LIBRARY, normflows.LIBRARY, freia.LIBRARY, zuko.LIBRARY, *compvis.LIBRARIES)
 }

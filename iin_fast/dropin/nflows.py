@@ -7,8 +7,8 @@ from torch import Tensor
 from ..functional import affine_coupling
 from . import splines
 from .base import Library
-from .known import Known, fits, large
 from .programs import nflows as programs
+from .registry import Entry, eligible, worth_it
 
 __all__ = ["LIBRARY"]
 
@@ -18,7 +18,7 @@ SPLINE_FUNCTIONS = (f"{SPLINE}.unconstrained_rational_quadratic_spline", f"{SPLI
 
 
 def _affine(original: Any, self: Any, inputs: Tensor, transform_params: Tensor, inverse: bool) -> Any:
-    if not large(inputs, "sigmoid") or not fits(inputs, transform_params):
+    if not worth_it(inputs) or not eligible(inputs, transform_params):
         return original(self, inputs=inputs, transform_params=transform_params)
     shift, raw = transform_params.split([self.num_transform_features] * 2, dim=1)
     return affine_coupling(inputs, raw, shift, squash="sigmoid", inverse=inverse)
@@ -33,7 +33,7 @@ def affine_inverse(original: Any, self: Any, inputs: Tensor, transform_params: T
 
 
 def _additive(original: Any, self: Any, inputs: Tensor, transform_params: Tensor, inverse: bool) -> Any:
-    if not fits(inputs, transform_params) or inputs.shape != transform_params.shape:
+    if not worth_it(inputs) or not eligible(inputs, transform_params) or inputs.shape != transform_params.shape:
         return original(self, inputs=inputs, transform_params=transform_params)
     # one addition; nflows also multiplies by ones, and sums their logarithms
     outputs = inputs - transform_params if inverse else inputs + transform_params
@@ -56,39 +56,41 @@ LIBRARY = Library(
     modules=("nflows.transforms",),
     install="pip install nflows",
     entries=(
-        Known(
+        Entry(
             f"{COUPLING}.AffineCouplingTransform",
             {"_coupling_transform_forward": affine_forward, "_coupling_transform_inverse": affine_inverse},
             relies_on=(f"{COUPLING}.AffineCouplingTransform._scale_and_shift",),
+            affine=True,
         ),
-        Known(
+        Entry(
             f"{COUPLING}.AdditiveCouplingTransform",
             {"_coupling_transform_forward": additive_forward, "_coupling_transform_inverse": additive_inverse},
             relies_on=(f"{COUPLING}.AdditiveCouplingTransform._scale_and_shift",),
+            affine=True,
         ),
-        Known(
+        Entry(
             f"{COUPLING}.PiecewiseRationalQuadraticCouplingTransform",
             {"_coupling_transform": splines.coupling},
             relies_on=(f"{COUPLING}.PiecewiseRationalQuadraticCouplingTransform._piecewise_cdf", *SPLINE_FUNCTIONS),
             refuse=splines.refuse_tails((None, "linear")),
         ),
-        Known(
+        Entry(
             "nflows.transforms.autoregressive.MaskedPiecewiseRationalQuadraticAutoregressiveTransform",
             {"_elementwise": splines.autoregressive},
             relies_on=SPLINE_FUNCTIONS,
             refuse=splines.refuse_tails((None, "linear")),
         ),
-        Known(
+        Entry(
             "nflows.transforms.nonlinearities.PiecewiseRationalQuadraticCDF",
             {"_spline": splines.cdf},
             relies_on=SPLINE_FUNCTIONS,
             refuse=splines.refuse_tails((None, "linear")),
         ),
-        Known(programs.COMPOSITE, TWO_WAYS, relies_on=(f"{programs.COMPOSITE}._cascade",), root=True, whole=True),
-        Known(programs.INVERSE, TWO_WAYS, root=True, whole=True),
-        Known(programs.MASKED_AFFINE, TWO_WAYS, root=True, whole=True),
+        Entry(programs.COMPOSITE, TWO_WAYS, relies_on=(f"{programs.COMPOSITE}._cascade",), root=True, whole=True),
+        Entry(programs.INVERSE, TWO_WAYS, root=True, whole=True),
+        Entry(programs.MASKED_AFFINE, TWO_WAYS, root=True, whole=True),
         *(
-            Known(name, {"_log_prob": programs.flow_log_prob}, relies_on=(f"{programs.NORMAL}._log_prob",), whole=True)
+            Entry(name, {"_log_prob": programs.flow_log_prob}, relies_on=(f"{programs.NORMAL}._log_prob",), whole=True)
             for name in programs.FLOWS
         ),
     ),

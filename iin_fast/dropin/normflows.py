@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from ..functional import affine_coupling
 from . import splines
 from .base import Library
-from .known import Known, fits, large
 from .programs import normflows as programs
+from .registry import Entry, eligible, worth_it
 
 __all__ = ["LIBRARY"]
 
@@ -36,11 +36,11 @@ def _refuse_affine(module: Any) -> str | None:
 
 def _affine(original: Any, self: Any, z: Any, inverse: bool) -> Any:
     z1, z2 = z
-    if not isinstance(z2, Tensor) or not large(z2, "identity"):
+    if not isinstance(z2, Tensor) or not worth_it(z2):
         return original(self, z)
     param = self.param_map(z1)
     shift, raw = param[:, 0::2, ...], param[:, 1::2, ...]
-    if not fits(z2, param) or shift.shape != z2.shape:
+    if not eligible(z2, param) or shift.shape != z2.shape:
         return _given(original, self, z, param)
     # "sigmoid" divides by sigmoid(raw + 2), "sigmoid_inv" multiplies
     s = raw if self.scale_map == "exp" else F.logsigmoid(raw + 2)
@@ -50,7 +50,7 @@ def _affine(original: Any, self: Any, z: Any, inverse: bool) -> Any:
     return [z1, z2], log_det
 
 
-class _Given:
+class _WithResults:
     """A stand-in ``self`` whose conditioner has run already, so that a fallback doesn't run it (and its hooks) twice."""
 
     def __init__(self, module: Any, **results: Any) -> None:
@@ -63,7 +63,7 @@ class _Given:
 
 
 def _given(original: Any, self: Any, z: Any, param: Tensor) -> Any:
-    return original(_Given(self, param_map=param), z)
+    return original(_WithResults(self, param_map=param), z)
 
 
 def affine_forward(original: Any, self: Any, z: Any) -> Any:
@@ -93,16 +93,16 @@ def _refuse_mask(module: Any) -> str | None:
 def _masked(original: Any, self: Any, z: Tensor, inverse: bool) -> Any:
     if (
         not isinstance(z, Tensor)
-        or not large(z, "identity")
-        or not fits(z, self.b)
+        or not worth_it(z)
+        or not eligible(z, self.b)
         or z.shape[1:] != self.b.shape[1:]
         or _refuse_mask(self)
     ):
         return original(self, z)
     z_masked = self.b * z
     scale, shift = self.s(z_masked), self.t(z_masked)
-    if not fits(z, scale, shift) or not z.shape == scale.shape == shift.shape:
-        return original(_Given(self, s=scale, t=shift), z)
+    if not eligible(z, scale, shift) or not z.shape == scale.shape == shift.shape:
+        return original(_WithResults(self, s=scale, t=shift), z)
     rest = 1 - self.b
     scale, shift = (rest * torch.where(torch.isfinite(value), value, torch.nan) for value in (scale, shift))
     return affine_coupling(z, scale, shift, squash="identity", inverse=inverse)
@@ -124,36 +124,38 @@ LIBRARY = Library(
     modules=("normflows",),
     install="pip install normflows",
     entries=(
-        Known(
+        Entry(
             f"{AFFINE}.AffineCoupling",
             {"forward": affine_forward, "inverse": affine_inverse},
             refuse=_refuse_affine,
+            affine=True,
         ),
-        Known(
+        Entry(
             f"{AFFINE}.MaskedAffineFlow",
             {"forward": masked_forward, "inverse": masked_inverse},
             refuse=_refuse_mask,
+            affine=True,
             rechecks=False,  # it reads the mask; _masked asks where the fused op is to run
         ),
-        Known(
+        Entry(
             f"{NEURAL}.coupling.PiecewiseRationalQuadraticCoupling",
             {"_coupling_transform": splines.coupling},
             relies_on=(f"{NEURAL}.coupling.PiecewiseRationalQuadraticCoupling._piecewise_cdf", *SPLINE_FUNCTIONS),
             refuse=splines.refuse_tails(TAILS),
         ),
-        Known(
+        Entry(
             f"{NEURAL}.coupling.PiecewiseRationalQuadraticCDF",
             {"_spline": splines.cdf},
             relies_on=SPLINE_FUNCTIONS,
             refuse=splines.refuse_tails(TAILS),
         ),
-        Known(
+        Entry(
             f"{NEURAL}.autoregressive.MaskedPiecewiseRationalQuadraticAutoregressive",
             {"_elementwise": splines.autoregressive},
             relies_on=SPLINE_FUNCTIONS,
             refuse=splines.refuse_tails(TAILS),
         ),
-        *(Known(name, programs.METHODS, root=True, whole=True) for name in (programs.FLOW, programs.CONDITIONAL)),
+        *(Entry(name, programs.METHODS, root=True, whole=True) for name in (programs.FLOW, programs.CONDITIONAL)),
     ),
     programs=programs.PROGRAMS,
     bases=frozenset({"normflows.flows.base.Flow"}),

@@ -1,7 +1,7 @@
 """Fingerprints of the source that was read and tested for each class.
 
 nflows 0.14; normflows 1.7.3; zuko 1.6.0; FrEIA 0.2, and its repository at 4212496; CompVis/iin, net2net and invariances.
-``iin_fast.dropin.known.fingerprint`` computes them; a class with another one is left alone.
+``python -m iin_fast.dropin.fingerprint CLASS`` prints them; a class with another one is left alone.
 """
 
 __all__ = ["PROGRAM_SOURCES", "SOURCES"]

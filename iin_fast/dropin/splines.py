@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..functional import spline_coupling
 from ..ops.spline_coupling import parameter_count
-from .known import fits
+from .registry import eligible
 
 __all__ = ["cdf", "net_scale", "packed_spline", "refuse_tails"]
 
@@ -55,7 +55,7 @@ def packed_spline(
     inverse: bool,
 ) -> tuple[Tensor, Tensor] | None:  # [batch, ...], [batch]
     """The spline with the options of ``module``; None where the library's own code has to run."""
-    if not fits(x, parameters) or parameters.shape != (*x.shape, parameter_count(bins, module.tails)):
+    if not eligible(x, parameters) or parameters.shape != (*x.shape, parameter_count(bins, module.tails)):
         return None
     box = None
     if module.tails is None:

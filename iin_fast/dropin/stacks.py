@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from ..ops.flow import flow
 from ..ops.flow.layout import PANEL, pack, unpack
-from .generated import original
-from .known import fits, qualified
+from .class_factory import original
+from .registry import eligible, qualified
 
-__all__ = ["Block", "Stack", "Unfit", "freeze", "own_class", "run", "stack_of"]
+__all__ = ["Block", "Stack", "Unsupported", "freeze", "own_class", "run", "stack_of"]
 
 ROWS = 128
 """Smaller batches run block by block on the CPU unless frozen: laying out the weights costs more than the op saves
@@ -27,7 +27,7 @@ ROWS = 128
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-class Unfit(Exception):
+class Unsupported(Exception):
     """Why a stack can't run as one op."""
 
 
@@ -54,19 +54,19 @@ def _linears(net: nn.Module, use_tanh: bool) -> list[nn.Linear]:
     """The linear layers of a published MLP whose layers stand in ``main``."""
     layers = list(net.main)  # type: ignore[arg-type]
     if use_tanh and (not layers or type(layers.pop()) is not nn.Tanh):
-        raise Unfit("a net for the scale does not end with tanh")
+        raise Unsupported("a net for the scale does not end with tanh")
     found = []
     for i, layer in enumerate(layers):
         if type(layer) is not (nn.LeakyReLU if i % 2 else nn.Linear):
-            raise Unfit(f"a net with {type(layer).__name__}")
+            raise Unsupported(f"a net with {type(layer).__name__}")
         if isinstance(layer, nn.Linear):
             if layer.bias is None:
-                raise Unfit("a linear layer without bias")
+                raise Unsupported("a linear layer without bias")
             found.append(layer)
         elif layer.negative_slope != 0.01:
-            raise Unfit(f"LeakyReLU with slope {layer.negative_slope}")
+            raise Unsupported(f"LeakyReLU with slope {layer.negative_slope}")
     if len(layers) % 2 == 0 or len(found) < 2:
-        raise Unfit("a net that does not end with a linear layer")
+        raise Unsupported("a net that does not end with a linear layer")
     return found
 
 
@@ -111,21 +111,21 @@ class Stack:
     def __init__(self, root: nn.Module, blocks: Sequence[Block]) -> None:
         self.blocks = blocks
         if not blocks:
-            raise Unfit("no blocks")
+            raise Unsupported("no blocks")
         if len({(b.norm is None, b.shuffle is None, b.slope) for b in blocks}) > 1:
-            raise Unfit("blocks that differ")
+            raise Unsupported("blocks that differ")
         self.slope = blocks[0].slope
         # [block, half, net (s, t)] in the order of the op, each a list of linear layers
         nets = []
         for block in blocks:
             s, t = list(block.coupling.s), list(block.coupling.t)
             if len(s) != 2 or len(t) != 2:
-                raise Unfit(f"{len(s)} couplings in a block")
+                raise Unsupported(f"{len(s)} couplings in a block")
             for half in (0, 1):
                 nets += [_linears(s[half], True), _linears(t[half], False)]
         shapes = {tuple(tuple(layer.weight.shape) for layer in net) for net in nets}
         if len(shapes) > 1 or len({layer.weight.shape for net in nets for layer in net[1:-1]}) > 1:
-            raise Unfit("nets of different sizes")
+            raise Unsupported("nets of different sizes")
         self.first = [net[0] for net in nets]
         self.hidden = [layer for net in nets for layer in net[1:-1]]
         self.last = [net[-1] for net in nets]
@@ -182,7 +182,7 @@ class Stack:
         wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         if x.device.type == "cpu" and x.shape[0] < ROWS and (wanted or not self.frozen):
             return None
-        if not fits(x, *tensors) or not self.started():
+        if not eligible(x, *tensors) or not self.started():
             return None
         held = tensors + [block.shuffle.forward_shuffle_idx for block in self.blocks if block.shuffle is not None]
         if wanted:
@@ -257,7 +257,7 @@ def stack_of(root: nn.Module, blocks: Callable[[Any], list[Block]]) -> Stack | s
         return found
     try:
         found = Stack(root, blocks(root))
-    except (Unfit, AttributeError) as error:
+    except (Unsupported, AttributeError) as error:
         return str(error)
     _stacks[root] = found
     return found

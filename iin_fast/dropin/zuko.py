@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ..functional import affine_coupling, rational_quadratic_spline
 from .base import Library
-from .known import Known, fits, large
 from .programs import zuko as programs
+from .registry import Entry, eligible, worth_it
 
 __all__ = ["LIBRARY"]
 
@@ -24,7 +24,7 @@ RAW = "_iin_fast"
 COMPOSED_METHODS = ("__init__", "_call", "_inverse", "call_and_ladj", "log_abs_det_jacobian", "inv")
 
 
-class Later:
+class LazyAttribute:
     """An attribute that is computed at its first use; what the instance already holds comes first."""
 
     def __init__(self, compute: Any) -> None:
@@ -41,7 +41,7 @@ class Later:
 
 
 def affine_init(original: Any, self: Any, shift: Tensor, scale: Tensor, slope: float = 1e-3, **kwargs: Any) -> None:
-    if not (large(shift, "identity") and shift.shape == scale.shape and 0 < slope < 1 and fits(shift, scale)):
+    if not (worth_it(shift) and shift.shape == scale.shape and 0 < slope < 1 and eligible(shift, scale)):
         original(self, shift, scale, slope, **kwargs)
         return
     vars(self)[RAW] = ()
@@ -55,7 +55,7 @@ def _affine_scale(self: Any) -> None:
 
 
 def _affine(original: Any, self: Any, x: Tensor, inverse: bool) -> Tensor:
-    if RAW not in vars(self) or x.shape != self.shift.shape or not fits(x, self.log_scale, self.shift):
+    if RAW not in vars(self) or x.shape != self.shift.shape or not eligible(x, self.log_scale, self.shift):
         return original(self, x)  # type: ignore[no-any-return]
     return affine_coupling(x, self.log_scale, self.shift, squash="identity", inverse=inverse)[0]
 
@@ -79,7 +79,7 @@ def spline_init(
     **kwargs: Any,
 ) -> None:
     shapes = (widths.shape, heights.shape, (*derivatives.shape[:-1], derivatives.shape[-1] + 1))
-    simple = fits(widths, heights, derivatives) and shapes[0] == shapes[1] == shapes[2]
+    simple = eligible(widths, heights, derivatives) and shapes[0] == shapes[1] == shapes[2]
     if not simple or not isinstance(bound, int | float) or not bound > 0 or not 0 < slope < 1:
         original(self, widths, heights, derivatives, bound, slope, **kwargs)
         return
@@ -101,7 +101,7 @@ def _base_init(self: Any, **kwargs: Any) -> None:
 
 def _spline(self: Any, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor] | None:
     raw = vars(self).get(RAW)
-    if raw is None or not fits(x, raw[1]):
+    if raw is None or not eligible(x, raw[1]):
         return None
     _, widths, heights, derivatives, bound, slope = raw
     shape = torch.broadcast_shapes(x.shape, widths.shape[:-1])
@@ -133,7 +133,7 @@ def spline_call_and_ladj(original: Any, self: Any, x: Tensor) -> tuple[Tensor, T
 def state(self: Any) -> dict[str, Any]:
     """What pickle and deepcopy see: an object of the library's own class."""
     for name, attribute in vars(type(self)).items():
-        if isinstance(attribute, Later) and RAW in vars(self) and name not in vars(self):
+        if isinstance(attribute, LazyAttribute) and RAW in vars(self) and name not in vars(self):
             attribute.compute(self)
     kept = {name: value for name, value in vars(self).items() if name != RAW}
     return kept | {"_inv": None}
@@ -145,14 +145,15 @@ LIBRARY = Library(
     modules=("zuko.transforms",),
     install="pip install zuko",
     entries=(
-        Known(
+        Entry(
             AFFINE,
             {"__init__": affine_init, "_call": affine_call, "_inverse": affine_inverse},
-            attributes={"scale": Later(_affine_scale), "__getstate__": state},
+            attributes={"scale": LazyAttribute(_affine_scale), "__getstate__": state},
             relies_on=(f"{AFFINE}.log_abs_det_jacobian",),
+            affine=True,
             at_init=True,
         ),
-        Known(
+        Entry(
             SPLINE,
             {
                 "__init__": spline_init,
@@ -161,13 +162,13 @@ LIBRARY = Library(
                 "call_and_ladj": spline_call_and_ladj,
             },
             attributes={
-                **{name: Later(_knots) for name in ("horizontal", "vertical", "derivatives")},
+                **{name: LazyAttribute(_knots) for name in ("horizontal", "vertical", "derivatives")},
                 "__getstate__": state,
             },
             relies_on=(f"{SPLINE}.log_abs_det_jacobian", f"{SPLINE}.bin", f"{SPLINE}.searchsorted", f"{SPLINE}.bins"),
             at_init=True,
         ),
-        Known(
+        Entry(
             programs.COMPOSED,
             {"forward": programs.composed_forward},
             relies_on=tuple(f"{TRANSFORMS}.ComposedTransform.{name}" for name in COMPOSED_METHODS),
@@ -175,7 +176,7 @@ LIBRARY = Library(
             whole=True,
         ),
         *(
-            Known(
+            Entry(
                 name,
                 {"forward": programs.flow_forward},
                 relies_on=tuple(f"{programs.NORMALIZING}.{name}" for name in ("__init__", "log_prob", "rsample")),

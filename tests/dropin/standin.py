@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from iin_fast.dropin import known, sources
+from iin_fast.dropin import registry, sources
 from iin_fast.dropin.library import LIBRARIES
 
 NAME = "iin.models.iin"
@@ -131,6 +131,6 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     for cls in CLASSES:
         setattr(module, cls.__name__, cls)
     monkeypatch.setitem(sys.modules, NAME, module)
-    for name, entry in LIBRARIES["iin"].known.items():
+    for name, entry in LIBRARIES["iin"].by_name.items():
         cls = getattr(module, name.rsplit(".", 1)[1])
-        monkeypatch.setitem(sources.SOURCES, name, (known.fingerprint(cls, entry),))
+        monkeypatch.setitem(sources.SOURCES, name, (registry.fingerprint(cls, entry),))

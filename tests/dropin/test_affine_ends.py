@@ -10,7 +10,7 @@ from cases import Case, Net, all_cases
 from torch import Tensor, nn
 
 import iin_fast
-from iin_fast.dropin import known
+from iin_fast.dropin import registry
 
 NAMES = ("affine", "masked", "MAF", "Coupling", "Conditional", "AllInOne")
 CASES = [case for case in all_cases() if any(n in case.name for n in NAMES) and "pline" not in case.name]
@@ -18,7 +18,7 @@ CASES = [case for case in all_cases() if any(n in case.name for n in NAMES) and 
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(known, "SMALL", {})
+    monkeypatch.setattr(registry, "AFFINE_DEVICES", ("cpu",))
 
 
 def tensors(result: Any) -> Iterator[Tensor]:

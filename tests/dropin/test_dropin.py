@@ -23,17 +23,19 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrize
 
 import iin_fast
-from iin_fast.dropin import known, published, sources, stacks, swap
-from iin_fast.dropin.generated import original
-from iin_fast.dropin.swap import _holders, _patched
+from iin_fast.dropin import registry, sources, stacks
+from iin_fast.dropin.accelerate import _holders, _patched
+from iin_fast.dropin.class_factory import original
 
 nflows = pytest.importorskip("nflows.transforms")
 zuko = pytest.importorskip("zuko")
 
+ACCELERATE = importlib.import_module("iin_fast.dropin.accelerate")  # the function has the name of its module
+
 
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(known, "SMALL", {})
+    monkeypatch.setattr(registry, "AFFINE_DEVICES", ("cpu",))
     monkeypatch.setattr(stacks, "ROWS", 0)
     yield
     assert not _patched and not _holders, "a test left a library patched"
@@ -327,26 +329,23 @@ def test_function_transforms_and_forward_mode_run_the_own_code(monkeypatch: pyte
     assert torch.allclose(torch.func.vmap(torch.func.jacfwd(lambda row: flow(row[None])[0][0]))(x), expected)
 
 
-def test_small_couplings_stay_with_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(known, "SMALL", {"sigmoid": 8192})
-    calls = ops_called(monkeypatch, "affine_coupling")
-    flow = affine()
-    iin_fast.accelerate(flow)
-    flow(torch.randn(8, 3))
-    assert not calls
-    flow(torch.randn(4096, 3))
-    assert calls
-
-
-def test_actnorm_alone_stays_with_plain_torch_on_the_cpu(stack: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    norm, x, reads = stack.flow[0].flow[0], torch.randn(9, 6, dtype=torch.float64), []
-    wanted = norm(x)
-    iin_fast.accelerate(norm)
-    started = published._has_started
-    monkeypatch.setattr(published, "_has_started", lambda module: (reads.append(module), started(module))[1])
-    for small, fast in (({"norm": sys.maxsize}, []), ({}, [norm])):
-        monkeypatch.setattr(known, "SMALL", small)
-        assert all(torch.equal(a, b) for a, b in zip(norm(x), wanted, strict=True)) and reads == fast
+@pytest.mark.parametrize("how", ["accelerate", "patch"])
+def test_affine_layers_alone_run_the_own_code_on_the_cpu(
+    how: str, stack: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "AFFINE_DEVICES", ("cuda",))
+    calls, x = ops_called(monkeypatch, "affine_coupling"), torch.randn(4096, 6)
+    norm, flow = stack.flow[0].flow[0].float(), nflows.AffineCouplingTransform([1, 0] * 3, Net)
+    for module, name in ((norm, "iin"), (flow, "nflows")):
+        cls, wanted = type(module), module(x)
+        if how == "accelerate":
+            report = iin_fast.accelerate(module)
+            assert report.left[0].why == "alone on the CPU a fused op gains nothing" and type(module) is cls
+            found = module(x)
+        else:
+            with iin_fast.patch(name):
+                found = module(x)
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True)) and not calls
 
 
 def test_compiles_into_one_graph() -> None:
@@ -459,8 +458,8 @@ def test_an_exception_ends_the_block() -> None:
 def test_threads_leave_nothing_patched(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each step waits, so that the threads meet at every one of them."""
     for name in ("_patch", "_unpatch"):
-        step = getattr(swap, name)
-        monkeypatch.setattr(swap, name, lambda *args, step=step: (time.sleep(5e-4), step(*args)))
+        step = getattr(ACCELERATE, name)
+        monkeypatch.setattr(ACCELERATE, name, lambda *args, step=step: (time.sleep(5e-4), step(*args)))
     own, count, rounds = dict(vars(nflows.AffineCouplingTransform)), 3, 10
     barrier, seen = Barrier(count), []
 

@@ -10,7 +10,7 @@ from cases import Case, all_cases, has
 from torch import Tensor, nn
 
 import iin_fast
-from iin_fast.dropin import known, stacks
+from iin_fast.dropin import registry, stacks
 
 CASES = all_cases()
 LIBRARY = {"nflows": "nflows", "normflows": "normflows", "FrEIA": "freia", "zuko": "zuko"}
@@ -22,7 +22,7 @@ FLOOR = 1e-6  # what is always allowed, relative to the largest entry
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small affine couplings and small batches of stacks take the fused ops too."""
-    monkeypatch.setattr(known, "SMALL", {})
+    monkeypatch.setattr(registry, "AFFINE_DEVICES", ("cpu",))
     monkeypatch.setattr(stacks, "ROWS", 0)
 
 

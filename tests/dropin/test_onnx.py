@@ -12,7 +12,7 @@ from cases import has, spread
 from torch import Tensor, nn
 
 import iin_fast
-from iin_fast.dropin import known, stacks
+from iin_fast.dropin import registry, stacks
 
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")
@@ -22,7 +22,7 @@ pytest.importorskip("onnxscript")
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small affine couplings and small batches of stacks take the fused ops too."""
-    monkeypatch.setattr(known, "SMALL", {})
+    monkeypatch.setattr(registry, "AFFINE_DEVICES", ("cpu",))
     monkeypatch.setattr(stacks, "ROWS", 0)
 
 

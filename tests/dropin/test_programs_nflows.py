@@ -11,7 +11,7 @@ from cases import has, spread
 from torch import Tensor, nn
 
 import iin_fast
-from iin_fast.dropin import known
+from iin_fast.dropin import registry
 
 transforms = pytest.importorskip("nflows.transforms")
 flows = pytest.importorskip("nflows.flows")
@@ -417,7 +417,7 @@ def test_compiled_models_are_traced_as_before() -> None:
 def test_entering_a_patch_again_reads_no_source(monkeypatch: pytest.MonkeyPatch) -> None:
     with iin_fast.patch("nflows"):
         pass
-    monkeypatch.setattr(known, "_source", None)
+    monkeypatch.setattr(registry, "_source", None)
     with iin_fast.patch("nflows") as patched:
         assert not patched.report.left
 
@@ -532,9 +532,9 @@ def test_the_source_of_every_class_is_known() -> None:
     for library in LIBRARIES.values():
         if library.programs is not None and has(library.package):
             for name, functions in library.programs.functions.items():
-                cls = known.lookup(name)
+                cls = registry.lookup(name)
                 if cls is not None:
-                    assert known.unknown_functions(name, cls, functions) is None, name
+                    assert registry.unknown_functions(name, cls, functions) is None, name
 
 
 def test_a_class_that_was_changed_at_run_time_is_in_no_program(monkeypatch: pytest.MonkeyPatch) -> None:

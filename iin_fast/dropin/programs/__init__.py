@@ -5,6 +5,6 @@ made of it and keeps them until :mod:`.watch` sees a change. What the layers of 
 """
 
 from .plan import Programs, Summary, run, summary
-from .watch import Unfit
+from .watch import Unsupported
 
-__all__ = ["Programs", "Summary", "Unfit", "run", "summary"]
+__all__ = ["Programs", "Summary", "Unsupported", "run", "summary"]

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from ...flow import NetBuilder, affine
 from ...flow.builder import CONTEXT, FEATURES
 from ...flow.layers import Net, Transformer
-from ..generated import original
-from ..known import lookup, qualified
+from ..class_factory import original
+from ..registry import lookup, qualified
 from . import nets
 from .nflows import expect_shape
 from .plan import Atom, Maker, Programs, run
-from .watch import Unfit
+from .watch import Unsupported
 
 __all__ = ["PROGRAMS", "SEQUENCE", "clamp_name", "sequence_forward"]
 
@@ -56,7 +56,7 @@ def _global_scale(function: Any) -> Callable[[Tensor], Tensor]:
     for name in GLOBAL_SCALES:
         if name.lower() in names:
             return GLOBAL_SCALES[name]
-    raise Unfit("a global scale of its own")
+    raise Unsupported("a global scale of its own")
 
 
 # ---------------------------------------------------------------- layers
@@ -68,13 +68,13 @@ def _net(maker: Maker, block: Any, *names: str) -> Net:
     value = FEATURES
     if maker.get(block, "conditional"):
         if not maker.context:
-            raise Unfit("a condition is missing")
+            raise Unsupported("a condition is missing")
         value = net.concat(FEATURES, CONTEXT)
     parts = []
     for name in names:
         part = maker.get(block, name)
         if type(part) is not nn.Sequential:
-            raise Unfit(f"a {type(part).__name__} as its net")
+            raise Unsupported(f"a {type(part).__name__} as its net")
         parts.append(nets.sequential(maker, net, value, part))
     return net.build(*parts)
 
@@ -82,14 +82,14 @@ def _net(maker: Maker, block: Any, *names: str) -> Net:
 def _clamped(maker: Maker, block: Any, features: int) -> Transformer:
     name, clamp = clamp_name(maker.get(block, "f_clamp")), maker.number(block, "clamp")
     if name not in ("ATAN", "TANH"):
-        raise Unfit(f"clamp_activation {name or 'of its own'}")
+        raise Unsupported(f"clamp_activation {name or 'of its own'}")
     return affine(features, name.lower(), clamp=clamp)
 
 
 def _halves(maker: Maker, block: Any, first: str, second: str) -> tuple[range, range]:
     one, two = int(maker.number(block, first)), int(maker.number(block, second))
     if one + two != maker.dim:
-        raise Unfit(f"{one + two} channels, expected {maker.dim}")
+        raise Unsupported(f"{one + two} channels, expected {maker.dim}")
     return range(one), range(one, maker.dim)
 
 
@@ -108,12 +108,12 @@ def _two_sided(maker: Maker, name: str, block: Any) -> None:
 
 def _all_in_one(maker: Maker, block: Any) -> None:
     if maker.get(block, "GIN") or maker.get(block, "householder") or maker.get(block, "reverse_pre_permute"):
-        raise Unfit("GIN, Householder reflections or a reversed permutation")
+        raise Unsupported("GIN, Householder reflections or a reversed permutation")
     if maker.get(block, "input_rank") != 0:
-        raise Unfit("an image")
+        raise Unsupported("an image")
     one, two = maker.get(block, "splits")
     if one + two != maker.dim:
-        raise Unfit(f"{one + two} channels, expected {maker.dim}")
+        raise Unsupported(f"{one + two} channels, expected {maker.dim}")
     clamp = maker.number(block, "clamp")
     transformer = affine(two, "tanh", clamp=clamp, gain=0.1)
     maker.coupling(range(one), range(one, maker.dim), _net(maker, block, "subnet"), transformer)
@@ -124,7 +124,7 @@ def _all_in_one(maker: Maker, block: Any) -> None:
     matrix, back = maker.watch.values(block, "w_perm"), maker.watch.values(block, "w_perm_inv")
     expect_shape(matrix, maker.dim, maker.dim)
     if not torch.equal(matrix.T, back):
-        raise Unfit("w_perm_inv is not the transpose of w_perm")
+        raise Unsupported("w_perm_inv is not the transpose of w_perm")
     _rotation(maker, matrix)
 
 
@@ -138,7 +138,7 @@ def _rotation(maker: Maker, matrix: Tensor) -> None:
         maker.permute(index.tolist())
         return
     if maker.dtype is not torch.float32:
-        raise Unfit("a soft permutation, which is a rotation to the precision of float32 only")
+        raise Unsupported("a soft permutation, which is a rotation to the precision of float32 only")
     permutation, lower, upper = torch.linalg.lu(matrix.double())
     below, above = torch.tril_indices(maker.dim, maker.dim, -1), torch.triu_indices(maker.dim, maker.dim, 1)
     values = lower[tuple(below)], upper[tuple(above)], upper.diagonal()
@@ -159,19 +159,19 @@ def layer(maker: Maker, module: Any) -> None:
     elif name == PERMUTE:
         order = maker.watch.values(module, "perm")
         if not torch.equal(maker.watch.values(module, "perm_inv"), order.argsort()):
-            raise Unfit("perm_inv is not the inverse of perm")
+            raise Unsupported("perm_inv is not the inverse of perm")
         maker.permute(order.tolist())
     else:
-        raise Unfit(f"{type(module).__name__} has no place in a program")
+        raise Unsupported(f"{type(module).__name__} has no place in a program")
 
 
 def flatten(maker: Maker, root: nn.Module) -> Iterator[Atom]:
     """The blocks of a sequence."""
     blocks = list(maker.watch.children(maker.get(root, "module_list")))
     if _index(maker.get(root, "conditions")) is False:
-        raise Unfit("several conditions")
+        raise Unsupported("several conditions")
     if all(_name(block) in NO_LOGDET for block in blocks):
-        raise Unfit("a sequence without log-det")
+        raise Unsupported("a sequence without log-det")
     for block in blocks:
         yield block, False
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from ...flow import NetBuilder
 from .plan import Maker
-from .watch import Unfit
+from .watch import Unsupported
 
 __all__ = ["activation", "no_dropout", "sequential"]
 
@@ -42,16 +42,16 @@ def activation(maker: Maker, value: Any) -> tuple[str, float]:
         try:
             return FUNCTIONS[value]
         except (KeyError, TypeError):
-            raise Unfit(f"activation {getattr(value, '__name__', value)}") from None
+            raise Unsupported(f"activation {getattr(value, '__name__', value)}") from None
     cls = type(value)
     if cls not in MODULES:
-        raise Unfit(f"activation {cls.__name__}")
+        raise Unsupported(f"activation {cls.__name__}")
     maker.take_torch(value, cls)
     kind, slope = MODULES[cls]
     if "inplace" in vars(value) and maker.get(value, "inplace"):
-        raise Unfit(f"{cls.__name__}(inplace=True)")
+        raise Unsupported(f"{cls.__name__}(inplace=True)")
     if cls is nn.GELU and maker.get(value, "approximate") != "none":
-        raise Unfit("GELU with approximate")
+        raise Unsupported("GELU with approximate")
     return kind, 0.0 if slope is None else maker.number(value, slope)
 
 
@@ -60,7 +60,7 @@ def no_dropout(maker: Maker, module: Any) -> None:
     maker.take_torch(module, nn.Dropout)
     p = maker.number(module, "p")
     if p > 0 and maker.get(module, "training"):
-        raise Unfit(f"dropout {p} in training mode")
+        raise Unsupported(f"dropout {p} in training mode")
 
 
 def sequential(maker: Maker, net: NetBuilder, value: int, module: nn.Module) -> int:

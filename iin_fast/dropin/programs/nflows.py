@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from ...flow import Block, NetBuilder, Weights, affine, residual, spline
 from ...flow.builder import CONTEXT, FEATURES
 from ...flow.layers import Net, Transformer
-from ..generated import original
-from ..known import qualified
+from ..class_factory import original
+from ..registry import qualified
 from ..splines import net_scale
 from . import nets
 from .plan import Atom, Maker, Programs, run
-from .watch import HOOKS, Unfit
+from .watch import HOOKS, Unsupported
 
 __all__ = [
     "FLOWS",
@@ -68,7 +68,7 @@ PERMUTATION = (*BOTH, "_permute", "_inverse_permutation")
 
 def expect_shape(value: Any, *shape: int) -> None:
     if not isinstance(value, Tensor) or tuple(value.shape) != shape:
-        raise Unfit(f"a tensor of shape {list(getattr(value, 'shape', []))}, expected {list(shape)}")
+        raise Unsupported(f"a tensor of shape {list(getattr(value, 'shape', []))}, expected {list(shape)}")
 
 
 # ---------------------------------------------------------------- nets
@@ -93,7 +93,7 @@ def residual_net(maker: Maker, net: Any) -> Net:
 def _same(acts: set[tuple[str, float]]) -> dict[str, Any]:
     """The one activation of all blocks."""
     if len(acts) > 1:
-        raise Unfit("activations that differ")
+        raise Unsupported("activations that differ")
     return dict(zip(("activation", "slope"), act, strict=True)) if (act := next(iter(acts), None)) else {}
 
 
@@ -109,13 +109,13 @@ def masked(maker: Maker, layer: nn.Module) -> Weights:
 
 def no_batch_norm(maker: Maker, block: nn.Module) -> None:
     if maker.get(block, "use_batch_norm"):
-        raise Unfit("batch norm in its net")
+        raise Unsupported("batch norm in its net")
 
 
 def _context_net(maker: Maker, module: Any) -> Net:
     """sbi's net for one feature: the context alone."""
     if not maker.context:
-        raise Unfit("a net of the context, without context")
+        raise Unsupported("a net of the context, without context")
     net = NetBuilder()
     return net.build(nets.sequential(maker, net, CONTEXT, maker.get(module, "spline_predictor")))
 
@@ -124,7 +124,7 @@ def _coupling_net(maker: Maker, net: nn.Module) -> tuple[Net, float | None]:
     """The net, and what scales widths and heights of a spline."""
     name = maker.take(net)
     if name not in (RESIDUAL_NET, CONTEXT_NET):
-        raise Unfit(f"a {type(net).__name__} as its net")
+        raise Unsupported(f"a {type(net).__name__} as its net")
     maker.get(net, "hidden_features")
     scale = net_scale(net, "hidden_features")
     return (residual_net if name == RESIDUAL_NET else _context_net)(maker, net), scale
@@ -149,11 +149,11 @@ def _made(maker: Maker, made: Any) -> Net:
         own = nets.activation(maker, maker.get(block, "activation"))
         if name == MASKED_BLOCK:
             if maker.get(block, "batch_norm") is not None:
-                raise Unfit("batch norm in its net")
+                raise Unsupported("batch norm in its net")
             value = net.act(net.dense(value, masked(maker, maker.get(block, "linear"))), *own)
             continue
         if name != MASKED_RESIDUAL:
-            raise Unfit(f"a {type(block).__name__} in its net")
+            raise Unsupported(f"a {type(block).__name__} in its net")
         no_batch_norm(maker, block)
         inner, outer = (masked(maker, layer) for layer in maker.watch.children(maker.get(block, "linear_layers")))
         step = net.dense(net.act(value, *own), inner)
@@ -170,9 +170,9 @@ def spline_of(maker: Maker, module: nn.Module, bins: int, scale: float | None) -
     """The spline of a module with these options; ``scale`` is that of its raw widths and heights."""
     tails = maker.get(module, "tails")
     if tails is None:
-        raise Unfit("a spline without tails raises outside of its box")
+        raise Unsupported("a spline without tails raises outside of its box")
     if tails not in ("linear", "circular"):
-        raise Unfit(f"tails={tails!r}")
+        raise Unsupported(f"tails={tails!r}")
     bound, width, height, slope = (
         maker.number(module, name) for name in ("tail_bound", "min_bin_width", "min_bin_height", "min_derivative")
     )
@@ -189,9 +189,9 @@ def spline_of(maker: Maker, module: nn.Module, bins: int, scale: float | None) -
 
 def _coupling(maker: Maker, name: str, module: Any) -> None:
     if maker.get(module, "unconditional_transform") is not None:
-        raise Unfit("apply_unconditional_transform")
+        raise Unsupported("apply_unconditional_transform")
     if maker.number(module, "features") != maker.dim:
-        raise Unfit(f"features is {module.features}, expected {maker.dim}")
+        raise Unsupported(f"features is {module.features}, expected {maker.dim}")
     kept, moved = (maker.watch.values(module, f"{part}_features").tolist() for part in ("identity", "transform"))
     net, scale = _coupling_net(maker, maker.get(module, "transform_net"))
     if name == SPLINE:
@@ -209,14 +209,14 @@ def _autoregressive(maker: Maker, name: str, module: Any) -> None:
         maker.autoregressive(net, spline_of(maker, module, int(maker.number(module, "num_bins")), None))
         return
     if maker.number(module, "features") != maker.dim:
-        raise Unfit(f"features is {module.features}, expected {maker.dim}")
+        raise Unsupported(f"features is {module.features}, expected {maker.dim}")
     clamp = maker.number(module, "_epsilon")
     maker.autoregressive(net, affine(maker.dim, "softplus", clamp=clamp, layout="interleaved"))
 
 
 def lu_linear(maker: Maker, module: Any) -> None:
     if maker.get(module, "using_cache") and not maker.get(module, "training"):
-        raise Unfit("using_cache")
+        raise Unsupported("using_cache")
     expect_shape(module.bias, maker.dim)
     refs = (maker.parameter(module, n) for n in ("lower_entries", "upper_entries", "unconstrained_upper_diag", "bias"))
     maker.linear(*refs, eps=maker.number(module, "eps"))
@@ -224,7 +224,7 @@ def lu_linear(maker: Maker, module: Any) -> None:
 
 def _permutation(maker: Maker, module: Any) -> None:
     if maker.get(module, "_dim") != 1:
-        raise Unfit(f"a permutation along dimension {module._dim}")
+        raise Unsupported(f"a permutation along dimension {module._dim}")
     maker.permute(maker.watch.values(module, "_permutation").tolist())
 
 
@@ -234,14 +234,14 @@ def _act_norm(maker: Maker, module: Any) -> None:
         started = maker.get(module, "initialized")
         if not started:
             maker.watch.until(started)
-            raise Unfit("an ActNorm that has not been started")
+            raise Unsupported("an ActNorm that has not been started")
         maker.watch.values(module, "initialized")
     maker.affine(maker.parameter(module, "shift"), maker.parameter(module, "log_scale"), form="exp")
 
 
 def _batch_norm(maker: Maker, module: Any) -> None:
     if maker.get(module, "training"):
-        raise Unfit("batch norm in training mode")
+        raise Unsupported("batch norm in training mode")
     expect_shape(module.bias, maker.dim)
     mean, variance = (maker.watch.values(module, name) for name in ("running_mean", "running_var"))
     eps = maker.number(module, "eps")
@@ -256,7 +256,7 @@ def _pointwise(maker: Maker, module: Any) -> None:
         if value.numel() != 1:
             expect_shape(value, *(1,) * (value.dim() - 1), maker.dim)
         if value.dim() > 2 or value.dtype not in (torch.float32, maker.dtype):
-            raise Unfit("a shift or scale of another type")
+            raise Unsupported("a shift or scale of another type")
     maker.affine(*(maker.constant(value.reshape(-1).expand(maker.dim)) for value in (shift, scale)))
 
 
@@ -278,7 +278,7 @@ def layer(maker: Maker, module: nn.Module) -> None:
     elif name in POINTWISE:
         _pointwise(maker, module)
     elif name != IDENTITY:
-        raise Unfit(f"{type(module).__name__} has no place in a program")
+        raise Unsupported(f"{type(module).__name__} has no place in a program")
 
 
 def flatten(maker: Maker, root: nn.Module, inverse: bool = False, top: bool = True) -> Iterator[Atom]:
@@ -293,7 +293,7 @@ def flatten(maker: Maker, root: nn.Module, inverse: bool = False, top: bool = Tr
         inner = [maker.get(root, "_transform")] if qualified(cls) == INVERSE else None
         if inner is None:
             inner = list(maker.watch.children(maker.get(root, "_transforms")))
-    except Unfit:
+    except Unsupported:
         yield root, inverse
         return
     swap = inverse != (qualified(cls) == INVERSE)

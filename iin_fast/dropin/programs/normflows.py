@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from ...flow import NetBuilder, affine
 from ...flow.builder import CONTEXT, FEATURES
 from ...flow.layers import Net
-from ..generated import original
-from ..known import qualified
+from ..class_factory import original
+from ..registry import qualified
 from ..splines import net_scale
 from . import nets
 from .nflows import expect_shape, linear, lu_linear, masked, no_batch_norm, residual_net, spline_of
 from .plan import Atom, Maker, Programs, run
-from .watch import Unfit, Watch
+from .watch import Unsupported, Watch
 
 __all__ = ["CONDITIONAL", "FLOW", "METHODS", "PROGRAMS"]
 
@@ -61,14 +61,14 @@ def _plain_net(maker: Maker, net: NetBuilder, value: int, module: Any) -> int:
     if type(module) is nn.Sequential:
         return nets.sequential(maker, net, value, module)
     if maker.take(module) != MLP:
-        raise Unfit(f"a {type(module).__name__} as its net")
+        raise Unsupported(f"a {type(module).__name__} as its net")
     return nets.sequential(maker, net, value, maker.get(module, "net"))
 
 
 def _residual(maker: Maker, module: Any) -> Net:
     maker.take(module)
     if maker.get(module, "preprocessing") is not None:
-        raise Unfit("a net with preprocessing")
+        raise Unsupported("a net with preprocessing")
     return residual_net(maker, module)
 
 
@@ -86,11 +86,11 @@ def _made(maker: Maker, made: Any) -> Net:
         act = nets.activation(maker, maker.get(block, "activation"))
         if name == MASKED_BLOCK:
             if wide or maker.get(block, "batch_norm") is not None:
-                raise Unfit("a feedforward block with context or batch norm")
+                raise Unsupported("a feedforward block with context or batch norm")
             value = net.act(net.dense(value, masked(maker, maker.get(block, "linear"))), *act)
             continue
         if name != MASKED_RESIDUAL:
-            raise Unfit(f"a {type(block).__name__} in its net")
+            raise Unsupported(f"a {type(block).__name__} in its net")
         no_batch_norm(maker, block)
         inner, outer = (masked(maker, layer) for layer in maker.watch.children(maker.get(block, "linear_layers")))
         step = net.dense(net.act(value, *act), inner)
@@ -107,19 +107,19 @@ def _made(maker: Maker, made: Any) -> Net:
 def _block(maker: Maker, module: Any) -> None:
     parts = tuple(maker.watch.children(maker.get(module, "flows")))
     if [maker.take(part) for part in parts] != [SPLIT, COUPLING, MERGE]:
-        raise Unfit("a block of other parts")
+        raise Unsupported("a block of other parts")
     mode = maker.get(parts[0], "mode")
     if mode not in ("channel", "channel_inv") or maker.get(parts[2], "mode") != mode:
-        raise Unfit(f"split_mode={mode!r}")
+        raise Unsupported(f"split_mode={mode!r}")
     half = (maker.dim + 1) // 2
     kept, moved = range(half), range(half, maker.dim)
     if mode == "channel_inv":
         kept, moved = moved, kept
     scale = maker.get(parts[1], "scale")
     if scale is not True and scale is not False:
-        raise Unfit(f"scale={scale!r}")
+        raise Unsupported(f"scale={scale!r}")
     if scale and maker.get(parts[1], "scale_map") != "exp":
-        raise Unfit(f"scale_map={parts[1].scale_map!r}")
+        raise Unsupported(f"scale_map={parts[1].scale_map!r}")
     net = NetBuilder()
     built = net.build(_plain_net(maker, net, FEATURES, maker.get(parts[1], "param_map")))
     transformer = (
@@ -133,7 +133,7 @@ def _masked_affine(maker: Maker, module: Any) -> None:
     mask = maker.watch.values(module, "b")
     expect_shape(mask, 1, maker.dim)
     if not bool(((mask == 0) | (mask == 1)).all()):
-        raise Unfit("a mask with values other than 0 and 1")
+        raise Unsupported("a mask with values other than 0 and 1")
     every = torch.eye(maker.dim)
     kept, moved = (part.nonzero().flatten().tolist() for part in (mask[0] == 1, mask[0] == 0))
     net = NetBuilder()
@@ -147,7 +147,7 @@ def _masked_affine(maker: Maker, module: Any) -> None:
 
     scale, shift = mapped("s"), mapped("t")
     if scale is None and shift is None:
-        raise Unfit("neither scale nor shift")
+        raise Unsupported("neither scale nor shift")
     if shift is None:
         shift = net.dense(spread, maker.fixed(torch.zeros(len(moved), maker.dim)))
     if scale is None:
@@ -159,7 +159,7 @@ def _masked_affine(maker: Maker, module: Any) -> None:
 def _coupled(maker: Maker, module: Any) -> None:
     maker.take(module)
     if maker.number(module, "features") != maker.dim:
-        raise Unfit(f"features is {module.features}, expected {maker.dim}")
+        raise Unsupported(f"features is {module.features}, expected {maker.dim}")
     kept, moved = (maker.watch.values(module, f"{part}_features").tolist() for part in ("identity", "transform"))
     inner = maker.get(module, "transform_net")
     net = _residual(maker, inner)
@@ -200,12 +200,12 @@ def _affine(maker: Maker, module: Any, started: bool) -> None:
         flag = maker.get(module, "data_dep_init_done")
         if not flag > 0:
             maker.watch.until(flag)
-            raise Unfit("an ActNorm that has not been started")
+            raise Unsupported("an ActNorm that has not been started")
         maker.watch.values(module, "data_dep_init_done")
     for name in ("s", "t"):
         expect_shape(getattr(module, name), 1, maker.dim)
     if maker.dim == 1:
-        raise Unfit("one feature, which it takes for a batch")
+        raise Unsupported("one feature, which it takes for a batch")
     maker.affine(maker.parameter(module, "t"), maker.parameter(module, "s"), form="exp")
 
 
@@ -214,33 +214,33 @@ def _permute(maker: Maker, module: Any) -> None:
     if mode == "shuffle":
         order = maker.watch.values(module, "perm")
         if not torch.equal(maker.watch.values(module, "inv_perm"), order.argsort()):
-            raise Unfit("inv_perm is not the inverse of perm")
+            raise Unsupported("inv_perm is not the inverse of perm")
         maker.permute(order.tolist())
     elif mode == "swap" and channels == maker.dim:
         half = maker.dim // 2
         maker.permute([*range(half, maker.dim), *range(half)])
     else:
-        raise Unfit(f"mode={mode!r}")
+        raise Unsupported(f"mode={mode!r}")
 
 
 def _lu_permute(maker: Maker, module: Any) -> None:
     permutation, lu = maker.get(module, "permutation"), maker.get(module, "linear")
     if (maker.take(permutation), maker.take(lu)) != (PERMUTATION, LU) or maker.get(permutation, "_dim") != 1:
-        raise Unfit("other parts")
+        raise Unsupported("other parts")
     maker.permute(maker.watch.values(permutation, "_permutation").tolist())
     lu_linear(maker, lu)
 
 
 def _autoregressive(maker: Maker, module: Any) -> None:
     if maker.number(module, "features") != maker.dim:
-        raise Unfit(f"features is {module.features}, expected {maker.dim}")
+        raise Unsupported(f"features is {module.features}, expected {maker.dim}")
     net = _made(maker, maker.get(module, "autoregressive_net"))
     maker.autoregressive(net, affine(maker.dim, "sigmoid", layout="interleaved"))
 
 
 def _gaussian(maker: Maker, module: Any) -> None:
     if maker.get(module, "temperature") is not None:
-        raise Unfit("a base with a temperature")
+        raise Unsupported("a base with a temperature")
     for name in ("loc", "log_scale"):
         expect_shape(getattr(module, name), 1, maker.dim)
     maker.affine(maker.parameter(module, "loc"), maker.parameter(module, "log_scale"), form="exp")
@@ -266,7 +266,7 @@ def layer(maker: Maker, module: Any) -> None:
             GAUSSIAN: _gaussian,
         }
         if name not in makers:
-            raise Unfit(f"{type(module).__name__} has no place in a program")
+            raise Unsupported(f"{type(module).__name__} has no place in a program")
         makers[name](maker, module)
 
 
@@ -278,7 +278,7 @@ def flatten(maker: Maker, root: nn.Module, inverse: bool = False, top: bool = Tr
         if name == CONDITIONAL:
             for part in inner:
                 if qualified(original(type(part)) or type(part)) in WITHOUT_CONTEXT:
-                    raise Unfit(f"{type(part).__name__} takes no context")
+                    raise Unsupported(f"{type(part).__name__} takes no context")
         for part in inner:
             yield from flatten(maker, part, top=False)
         return
@@ -288,7 +288,7 @@ def flatten(maker: Maker, root: nn.Module, inverse: bool = False, top: bool = Tr
     try:
         maker.take(root)
         inner = [maker.get(root, "flow")] if name == REVERSE else list(maker.watch.children(maker.get(root, "_flows")))
-    except Unfit:
+    except Unsupported:
         yield root, inverse
         return
     for part in reversed(inner) if inverse else inner:
@@ -378,7 +378,7 @@ def _is_gaussian(self: Any) -> bool:
         try:
             q0 = maker.get(self, "q0")
             good = maker.take(q0) == GAUSSIAN and maker.get(q0, "temperature") is None and len(q0.shape) == 1
-        except Unfit:
+        except Unsupported:
             good = False
         found = _gaussians[self] = watch, good
     return found[1]

@@ -18,9 +18,9 @@ from ...ops.autograd import watched
 from ...ops.flow_program import engine
 from ...ops.flow_program.checks import KEEP, check_data, check_parameters
 from ...ops.types import FULL
-from ..generated import original
-from ..known import qualified, unknown_functions
-from .watch import GLOBAL_HOOKS, Unfit, Watch
+from ..class_factory import original
+from ..registry import qualified, unknown_functions
+from .watch import GLOBAL_HOOKS, Unsupported, Watch
 
 __all__ = ["Atom", "Maker", "Programs", "Summary", "hopeless", "run", "summary"]
 
@@ -36,7 +36,7 @@ class Programs:
 
     Args:
         flatten: the layers of a root in the order of its forward direction.
-        layer: adds one layer of the library to a program, or raises ``Unfit``.
+        layer: adds one layer of the library to a program, or raises ``Unsupported``.
         sizes: number of features and of the context that a root expects, as far as its layers tell.
         base: layers between a standard normal and what a root takes for its latent, where that is part of the base.
         step: runs a layer that is no part of a program: (layer, x, context, inverse) to the mapped x and its log-det.
@@ -73,7 +73,7 @@ class Maker(ProgramBuilder):
         """The library's class of a module whose call the program stands for.
 
         Raises:
-            Unfit: it is of another class or version, was changed, or has hooks.
+            Unsupported: it is of another class or version, was changed, or has hooks.
         """
         cls: Any = original(type(module)) or type(module)
         name = qualified(cls)
@@ -81,28 +81,28 @@ class Maker(ProgramBuilder):
         functions = self.programs.functions.get(name)
         if functions is None:
             base = next((b for b in cls.__mro__[1:] if qualified(b) in self.programs.functions), None)
-            raise Unfit(
+            raise Unsupported(
                 f"{cls.__name__} has no place in a program" if base is None else f"a subclass of {base.__name__}"
             )
         own = next((f for f in functions if f in vars(module)), None)
         if own is not None:
-            raise Unfit(f"the instance has its own {own}")
-        self.known(name, cls)
+            raise Unsupported(f"the instance has its own {own}")
+        self.expect_source(name, cls)
         return name
 
-    def known(self, name: str, cls: Any) -> None:
+    def expect_source(self, name: str, cls: Any) -> None:
         """Refuse a class whose source is not known."""
         reason = unknown_functions(name, cls, self.programs.functions[name])
         if reason is not None:
-            raise Unfit(f"{cls.__name__}: {reason}")
+            raise Unsupported(f"{cls.__name__}: {reason}")
 
     def take_torch(self, module: nn.Module, cls: type[nn.Module]) -> None:
         """A module of torch whose call the program stands for: exactly of a class, and nothing changed on it."""
         self.watch.module(module)
         if type(module) is not cls:
-            raise Unfit(f"a {type(module).__name__}, expected {cls.__name__}")
+            raise Unsupported(f"a {type(module).__name__}, expected {cls.__name__}")
         if "forward" in vars(module):
-            raise Unfit(f"a {cls.__name__} with its own forward")
+            raise Unsupported(f"a {cls.__name__} with its own forward")
 
     def get(self, module: nn.Module, name: str) -> Any:
         """An attribute or child."""
@@ -112,7 +112,7 @@ class Maker(ProgramBuilder):
         """An attribute that is a number."""
         value = self.get(module, name)
         if not isinstance(value, int | float):
-            raise Unfit(f"{name} is a {type(value).__name__}")
+            raise Unsupported(f"{name} is a {type(value).__name__}")
         return value
 
     def parameter(self, module: nn.Module, name: str, offset: int = 0) -> Ref:
@@ -122,7 +122,7 @@ class Maker(ProgramBuilder):
             if name in space:
                 ref = self._place(space, name)
                 return ref._replace(offset=offset) if offset else ref
-        raise Unfit(f"{name} is no parameter")
+        raise Unsupported(f"{name} is no parameter")
 
     def _place(self, space: Any, name: str) -> Ref:
         tensor = space[name]
@@ -130,7 +130,7 @@ class Maker(ProgramBuilder):
             self.watch.read(space, name)
             return ABSENT
         if type(tensor) not in PLAIN:
-            raise Unfit(f"{name} is a {type(tensor).__name__}")
+            raise Unsupported(f"{name} is a {type(tensor).__name__}")
         ref = self.ref(tensor)
         if ref.tensor == len(self.names):
             self.spaces.append(space)
@@ -162,7 +162,7 @@ class Maker(ProgramBuilder):
         """A linear layer, under the mask of this name."""
         weight: Any = module._parameters.get("weight")
         if weight is None or weight.dim() != 2:
-            raise Unfit("a linear layer without weight")
+            raise Unsupported("a linear layer without weight")
         place = ABSENT if mask is None else self.parameter(module, mask)
         return Weights(weight.shape[0], self.parameter(module, "weight"), self.parameter(module, "bias"), place)
 
@@ -320,7 +320,7 @@ def _make(
             inside.extend(module for module, _ in held)
         else:
             parts.extend(held)
-            cuts.extend(Cut(module, "alone") for module, _ in held)
+            cuts.extend(Cut(module, "alone it gains nothing") for module, _ in held)
         maker, held = maker.twin(), []
 
     bases: list[Atom] = []
@@ -329,14 +329,14 @@ def _make(
         if base and programs.base is not None:
             bases = list(programs.base(maker, root))
             atoms = [*bases, *atoms]
-    except Unfit as error:
+    except Unsupported as error:
         return Plan(programs, watch, []), [], [Cut(root, str(error))]
     for atom in atoms:
         try:
             trial = maker.twin()
             trial.append(atom)
             trial.piece()
-        except (Unfit, TypeError, ValueError) as error:
+        except (Unsupported, TypeError, ValueError) as error:
             close()
             parts.append(atom)
             cuts.append(Cut(atom[0], str(error)))

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["GLOBAL_HOOKS", "HOOKS", "Unfit", "Watch"]
+__all__ = ["GLOBAL_HOOKS", "HOOKS", "Unsupported", "Watch"]
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 GLOBAL_HOOKS: list[Any] = [getattr(torch_module, f"_global{name}") for name in HOOKS]
 
 
-class Unfit(Exception):
+class Unsupported(Exception):
     """Why a layer is no part of a program."""
 
 
@@ -60,7 +60,7 @@ class Watch:
         """A module whose call the program stands for: it must have no hooks, and no new attributes.
 
         Raises:
-            Unfit: it has hooks.
+            Unsupported: it has hooks.
         """
         if (id(vars(module)), "") in self._seen:
             return
@@ -70,20 +70,20 @@ class Watch:
             self._seen.discard((id(vars(module)), ""))
             self._hooked += hooks
             self._hooks_then += map(len, hooks)
-            raise Unfit(f"a hook on its {type(module).__name__}")
+            raise Unsupported(f"a hook on its {type(module).__name__}")
         self._hooks += hooks
 
     def get(self, module: nn.Module, name: str) -> Any:
         """An attribute, parameter, buffer or child of a module.
 
         Raises:
-            Unfit: there is none of that name.
+            Unsupported: there is none of that name.
         """
         own = vars(module)
         for space in (own, own["_parameters"], own["_buffers"], own["_modules"]):
             if name in space:
                 return self.read(space, name)
-        raise Unfit(f"no attribute {name}")
+        raise Unsupported(f"no attribute {name}")
 
     def children(self, module: nn.Module) -> Iterator[Any]:
         """The children of a container."""
@@ -96,10 +96,10 @@ class Watch:
         """A buffer, or a parameter that nobody trains, whose values become part of the program."""
         value: Any = self.get(module, name)
         if not isinstance(value, Tensor) or value.requires_grad or value.is_inference():
-            raise Unfit(f"{name} is not a plain buffer")
+            raise Unsupported(f"{name} is not a plain buffer")
         kind = "_buffers" if name in vars(module)["_buffers"] else "_parameters"
         if name not in vars(module)[kind]:
-            raise Unfit(f"{name} is not a plain buffer")
+            raise Unsupported(f"{name} is not a plain buffer")
         entry = vars(module)[kind], name, value, value._version
         if not any(known[2] is value for known in self._buffers):
             self._buffers.append(entry)

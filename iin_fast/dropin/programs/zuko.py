@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from ...flow import NetBuilder, Weights, affine, spline
 from ...flow.builder import CONTEXT, FEATURES
 from ...flow.layers import Net, Transformer
-from ..generated import Generated, generate, original
-from ..known import lookup, qualified
+from ..class_factory import FastClass, generate, original
+from ..registry import lookup, qualified
 from . import nets
 from .plan import Atom, Maker, Programs, hopeless, run
-from .watch import HOOKS, Unfit, Watch
+from .watch import HOOKS, Unsupported, Watch
 
 __all__ = ["COMPOSED", "FLOWS", "PROGRAMS", "composed_forward", "flow_forward"]
 
@@ -54,7 +54,7 @@ CALL = ("__init__", "_call", "_inverse", "log_abs_det_jacobian")
 def _linear(maker: Maker, layer: nn.Module) -> Weights:
     name = maker.take(layer)
     if name not in (LINEAR, MASKED_LINEAR):
-        raise Unfit(f"a {type(layer).__name__} in its net")
+        raise Unsupported(f"a {type(layer).__name__} in its net")
     return maker.dense(layer, "mask" if name == MASKED_LINEAR else None)
 
 
@@ -74,9 +74,9 @@ def _steps(maker: Maker, net: NetBuilder, value: int, module: nn.Module) -> int:
 def _net(maker: Maker, module: nn.Module, features: bool = True) -> Net:
     """A net of the features and the context, or of the context alone."""
     if maker.take(module) not in (MASKED_NET, NET):
-        raise Unfit(f"a {type(module).__name__} as its net")
+        raise Unsupported(f"a {type(module).__name__} as its net")
     if type(module).forward is not nn.Sequential.forward or "forward" in vars(module):
-        raise Unfit("a net with its own forward")
+        raise Unsupported("a net with its own forward")
     net = NetBuilder()
     value = (net.concat(FEATURES, CONTEXT) if maker.context else FEATURES) if features else CONTEXT
     return net.build(_steps(maker, net, value, module))
@@ -89,34 +89,34 @@ def _univariate(maker: Maker, module: Any, features: int) -> Transformer:
     made = maker.get(module, "univariate")
     shapes = [tuple(shape) for shape in maker.get(module, "shapes")]
     if maker.get(module, "total") != sum(map(math.prod, shapes)):
-        raise Unfit("a total that does not fit its shapes")
+        raise Unsupported("a total that does not fit its shapes")
     options: dict[str, Any] = {}
     if isinstance(made, partial):
         if made.args:
-            raise Unfit("univariate has arguments of its own")
+            raise Unsupported("univariate has arguments of its own")
         options, made = dict(made.keywords), made.func
     cls = original(made) or made
     name = qualified(cls) if isinstance(cls, type) else getattr(cls, "__name__", str(cls))
     if name not in (AFFINE, SPLINE, ADDITIVE):
-        raise Unfit(f"univariate {name}")
-    maker.known(name, cls)
+        raise Unsupported(f"univariate {name}")
+    maker.expect_source(name, cls)
     slope, bound = options.pop("slope", 1e-3), options.pop("bound", 5.0)
     numbers = isinstance(slope, float) and isinstance(bound, int | float)
     if options or not numbers or not 0 < slope < 1 or not bound > 0:
-        raise Unfit(f"univariate with {', '.join(options) or 'a slope or bound that is not known'}")
+        raise Unsupported(f"univariate with {', '.join(options) or 'a slope or bound that is not known'}")
     if name == ADDITIVE and shapes == [()]:
         return affine(features, "none")
     if name == AFFINE and shapes == [(), ()]:
         return affine(features, "softclip", clamp=-math.log(slope), layout="interleaved_shift_first")
     if name == SPLINE and len(shapes) == 3 and shapes[0] and shapes == [(b := shapes[0][0],), (b,), (b - 1,)]:
         return spline(b, tail_bound=float(bound), min_derivative=slope, parameterization="zuko")
-    raise Unfit(f"univariate {name} with shapes {shapes}")
+    raise Unsupported(f"univariate {name} with shapes {shapes}")
 
 
 def _masked(maker: Maker, module: Any) -> None:
     order = maker.get(module, "order")
     if order is not None and int(maker.watch.values(module, "order").max()) >= maker.number(module, "passes"):
-        raise Unfit("fewer passes than its order needs")
+        raise Unsupported("fewer passes than its order needs")
     net = _net(maker, maker.get(module, "hyper"))
     maker.autoregressive(net, _univariate(maker, module, maker.dim))
 
@@ -124,7 +124,7 @@ def _masked(maker: Maker, module: Any) -> None:
 def _coupling(maker: Maker, module: Any) -> None:
     mask = maker.watch.values(module, "mask")
     if mask.numel() != maker.dim:
-        raise Unfit(f"a mask of {mask.numel()} features, expected {maker.dim}")
+        raise Unsupported(f"a mask of {mask.numel()} features, expected {maker.dim}")
     kept, moved = (part.nonzero().flatten().tolist() for part in (mask, ~mask))
     net = _net(maker, maker.get(module, "hyper"))
     maker.coupling(kept, moved, net, _univariate(maker, module, len(moved)))
@@ -132,7 +132,7 @@ def _coupling(maker: Maker, module: Any) -> None:
 
 def _elementwise(maker: Maker, module: Any) -> None:
     if not maker.context:
-        raise Unfit("an element-wise transformation without context")
+        raise Unsupported("an element-wise transformation without context")
     net = _net(maker, maker.get(module, "hyper"), features=False)
     maker.coupling((), range(maker.dim), net, _univariate(maker, module, maker.dim))
 
@@ -144,21 +144,21 @@ def _unconditional(maker: Maker, module: Any) -> None:
     name = qualified(cls) if isinstance(cls, type) else str(cls)
     named, count = maker.get(module, "_keys"), maker.get(module, "_nargs")
     if name == PERMUTATION and (count, named) in ((1, []), (0, ["order"])):
-        maker.known(name, cls)
+        maker.expect_source(name, cls)
         maker.permute(maker.watch.values(module, "_0" if count else "order").tolist())
         return
     if name not in (AFFINE, TORCH_AFFINE):
-        raise Unfit(f"{name} has no place in a program")
+        raise Unsupported(f"{name} has no place in a program")
     if name == AFFINE:
-        maker.known(name, cls)
+        maker.expect_source(name, cls)
     first = "shift" if name == AFFINE else "loc"
     names = [f"_{i}" for i in range(count)] if count else named
     if not (count == 2 and not named) and not (count == 0 and sorted(named) == sorted([first, "scale"])):
-        raise Unfit(f"{cls.__name__} with arguments of its own")
+        raise Unsupported(f"{cls.__name__} with arguments of its own")
     shift, scale = (maker.watch.values(module, n) for n in (names if count else (first, "scale")))
     for value in (shift, scale):
         if value.dim() > 1 or value.numel() not in (1, maker.dim):
-            raise Unfit(f"a shift or scale of shape {list(value.shape)}")
+            raise Unsupported(f"a shift or scale of shape {list(value.shape)}")
     if name == AFFINE:
         scale = scale / (1 + abs(scale / math.log(1e-3)))
     refs = (maker.constant(value.reshape(-1).expand(maker.dim)) for value in (shift, scale))
@@ -170,7 +170,7 @@ def layer(maker: Maker, module: nn.Module) -> None:
     name = maker.take(module)
     makers = {MASKED: _masked, COUPLING: _coupling, ELEMENTWISE: _elementwise, UNCONDITIONAL: _unconditional}
     if name not in makers:
-        raise Unfit(f"{type(module).__name__} has no place in a program")
+        raise Unsupported(f"{type(module).__name__} has no place in a program")
     makers[name](maker, module)
 
 
@@ -187,7 +187,7 @@ def flatten(maker: Maker, root: nn.Module, inverse: bool = False, top: bool = Tr
             inner = [maker.get(root, "transform")]
         else:
             inner = list(maker.watch.children(maker.get(root, "transforms")))
-    except Unfit:
+    except Unsupported:
         yield root, inverse
         return
     for module in reversed(inner) if inverse else inner:
@@ -222,7 +222,7 @@ def step(module: Any, x: Tensor, context: Tensor | None, inverse: bool) -> tuple
 RAW = "_iin_fast"
 
 
-class Later:
+class LazyAttribute:
     """An attribute that the library's own object gives at its first use; what the instance already holds comes first."""
 
     def __set_name__(self, owner: type, name: str) -> None:
@@ -245,7 +245,7 @@ def state(self: Any) -> dict[str, Any]:
 
 WHERE = "_iin_fast_where"  # root, context, inverse
 
-_made: dict[str, Generated] = {}
+_made: dict[str, FastClass] = {}
 
 
 def _class(name: str, namespace: dict[str, Any]) -> Any:
@@ -307,7 +307,7 @@ def _composed(root: nn.Module, context: Tensor | None, inverse: bool, own: Any) 
             "_inverse": back,
             "call_and_ladj": call_and_ladj,
             "inv": property(inv),
-            **{n: Later() for n in ("transforms", "domain_dim", "codomain_dim")},
+            **{n: LazyAttribute() for n in ("transforms", "domain_dim", "codomain_dim")},
             "_cache_size": 0,
             "_inv": None,
         },
@@ -346,12 +346,12 @@ def _is_standard(maker: Maker, flow: Any) -> bool:
         base = maker.get(flow, "base")
         if maker.take(base) != BASE or maker.get(base, "f") is not lookup(DIAG_NORMAL):
             return False
-        maker.known(DIAG_NORMAL, lookup(DIAG_NORMAL))
+        maker.expect_source(DIAG_NORMAL, lookup(DIAG_NORMAL))
         if maker.get(base, "_nargs") != 0 or sorted(maker.get(base, "_keys")) != ["loc", "scale"]:
             return False
         loc, scale = (maker.watch.values(base, name) for name in ("loc", "scale"))
         return loc.dim() == scale.dim() == 1 and bool((loc == 0).all()) and bool((scale == 1).all())
-    except Unfit:
+    except Unsupported:
         return False
 
 
@@ -384,7 +384,7 @@ def flow_forward(own: Any, self: Any, c: Any = None) -> Any:
         NORMALIZING,
         {
             "log_prob": log_prob,
-            **{n: Later() for n in ("transform", "base", "reinterpreted", "_batch_shape", "_event_shape")},
+            **{n: LazyAttribute() for n in ("transform", "base", "reinterpreted", "_batch_shape", "_event_shape")},
         },
     )
     made: Any = object.__new__(cls)

@@ -16,10 +16,11 @@ from typing import Any
 
 from torch import nn
 
-from .generated import Generated, generate, original
-from .known import Known, qualified
+from . import registry
+from .class_factory import FastClass, generate, original
 from .library import LIBRARIES, Library
 from .programs import summary
+from .registry import Entry, qualified
 from .report import Line, Report
 from .stacks import freeze
 
@@ -30,12 +31,12 @@ BY_NAME = {library.name: library for library in LIBRARIES.values()}
 
 
 _lock = RLock()  # what is generated, patched and held changes under it
-_classes: dict[type, Generated] = {}
+_classes: dict[type, FastClass] = {}
 _patched: dict[type, dict[str, Any]] = {}  # what each patched class had of its own
 _holders: dict[str, set["Patch"]] = {}  # who keeps a library patched
 
 
-def _fast(cls: type, known: Known) -> Generated:
+def _fast(cls: type, known: Entry) -> FastClass:
     """The generated subclass of ``cls``. What a user derives from it runs the library's own code, as it may override any."""
     if cls not in _classes:
 
@@ -53,7 +54,7 @@ def _by_torch(cls: type) -> bool:
     return first is not cls and original(first) is not None
 
 
-def _why_not(module: Any, cls: type, known: Known) -> str | None:
+def _why_not(module: Any, cls: type, known: Entry) -> str | None:
     """Why ``module``, an instance of exactly ``cls``, can't be sped up, or None."""
     reason = known.unknown_source(cls)
     if reason is None:
@@ -61,7 +62,14 @@ def _why_not(module: Any, cls: type, known: Known) -> str | None:
         if own:
             return f"the instance has its own {own[0]}"
         reason = known.refuse(module) if known.refuse is not None else None
+    if reason is None and known.affine and (device := _device(module)) not in registry.AFFINE_DEVICES:
+        reason = f"{registry.ALONE}{device.upper()} a fused op gains nothing"
     return reason
+
+
+def _device(module: nn.Module) -> str:
+    """The type of the device that holds what a module computes with."""
+    return next((t.device.type for t in (*module.parameters(), *module.buffers())), "cpu")
 
 
 def accelerate(model: nn.Module, *, frozen: bool = False) -> Report:
@@ -91,7 +99,7 @@ def accelerate(model: nn.Module, *, frozen: bool = False) -> Report:
     with _lock:
         for path, module in model.named_modules():
             freeze(module, frozen)
-            if isinstance(type(module), Generated):
+            if isinstance(type(module), FastClass):
                 name, fast = qualified(type(module)), original(type(module)) is not None or _by_torch(type(module))
                 lines.append(Line(path, name, fast, "already" if fast else "derived from an accelerated class"))
                 continue
@@ -104,7 +112,7 @@ def accelerate(model: nn.Module, *, frozen: bool = False) -> Report:
 def _with_programs(model: nn.Module, lines: Iterable[Line]) -> Iterator[Line]:
     """The lines with what runs in programs, and why the rest does not."""
     paths = {id(module): path for path, module in model.named_modules()}
-    known: dict[str, Known] = {}
+    known: dict[str, Entry] = {}
     roots: dict[str, str] = {}
     said: dict[str, str] = {}
     done: set[int] = set()  # modules that a program stands for
@@ -112,7 +120,7 @@ def _with_programs(model: nn.Module, lines: Iterable[Line]) -> Iterator[Line]:
         cls: Any = type(module)
         own = original(cls) or cls
         library = LIBRARIES.get(own.__module__.split(".")[0])
-        entry = None if library is None or (own is cls and own not in _patched) else library.known.get(qualified(own))
+        entry = None if library is None or (own is cls and own not in _patched) else library.by_name.get(qualified(own))
         if library is None or library.programs is None or entry is None:
             continue
         known[paths[id(module)]] = entry
@@ -137,7 +145,7 @@ def _with_programs(model: nn.Module, lines: Iterable[Line]) -> Iterator[Line]:
                 yield replace(line, replaced=False, why=said[path])
             elif any(p.startswith(f"{path}." if path else "") for p in inside):
                 yield line
-        elif path in said and line.why in ("", "no faster form"):
+        elif path in said and (line.why in ("", "no faster form") or line.why.startswith(registry.ALONE)):
             yield replace(line, why=f"in no program: {said[path]}")
         else:
             yield line
@@ -155,7 +163,7 @@ def _library_of(module: nn.Module) -> Library | None:
 def _accelerate(path: str, module: nn.Module, library: Library) -> Iterator[Line]:
     cls: type = type(module)
     name = qualified(cls)
-    known = library.known.get(name)
+    known = library.by_name.get(name)
     if known is not None and cls in _patched:
         yield Line(path, name, True, "by patch")
     elif known is not None:
@@ -169,7 +177,7 @@ def _accelerate(path: str, module: nn.Module, library: Library) -> Iterator[Line
     elif name in library.left:
         yield Line(path, name, False, library.left[name])
     else:
-        base = next((b for b in cls.__mro__[1:] if (k := library.known.get(qualified(b))) and not k.whole), None)
+        base = next((b for b in cls.__mro__[1:] if (k := library.by_name.get(qualified(b))) and not k.whole), None)
         if base is not None:
             yield Line(path, name, False, f"a subclass of {base.__name__}")
         elif not any(vars(module).get(attribute) is not None for attribute in library.attributes) and any(
@@ -188,13 +196,13 @@ def _accelerate(path: str, module: nn.Module, library: Library) -> Iterator[Line
         label = (
             f"{name}.{attribute} = {qualified(maker) if isinstance(maker, type) else getattr(maker, '__name__', maker)}"
         )
-        made = library.known.get(qualified(maker)) if isinstance(maker, type) else None
+        made = library.by_name.get(qualified(maker)) if isinstance(maker, type) else None
         if made is None:
             if any(qualified(b) in library.bases for b in cls.__mro__):  # and not a distribution
                 yield Line(path, label, False, "no faster form")
         elif maker in _patched:
             yield Line(path, label, True, "by patch")
-        elif (reason := made.unknown_source(maker)) is not None:
+        elif (reason := _why_not(module, maker, made)) is not None:
             yield Line(path, label, False, reason)
         else:
             fast: Any = _fast(maker, made)
@@ -310,7 +318,7 @@ def _hold(holder: Patch) -> list[Line]:
         _holders.setdefault(name, set()).add(holder)
         library = BY_NAME[name]
         for cls_name, cls in library.classes().items():
-            known = library.known[cls_name]
+            known = library.by_name[cls_name]
             reason = None if cls in _patched else known.unknown_source(cls)
             if reason is None and cls not in _patched:
                 _patch(cls, known)
@@ -319,7 +327,7 @@ def _hold(holder: Patch) -> list[Line]:
     return lines
 
 
-def _becoming(cls: type, fast: Generated) -> Callable[..., None]:
+def _becoming(cls: type, fast: FastClass) -> Callable[..., None]:
     """An ``__init__`` of ``cls`` that makes instances of exactly ``cls`` fast ones."""
     own = vars(cls)["__init__"]
 
@@ -335,7 +343,7 @@ def _becoming(cls: type, fast: Generated) -> Callable[..., None]:
     return init
 
 
-def _patch(cls: type, known: Known) -> None:
+def _patch(cls: type, known: Entry) -> None:
     fast: dict[str, Any]
     if known.at_init:
         fast = {"__init__": _becoming(cls, _fast(cls, known))}

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..functional import affine_coupling
 from .base import Library
-from .known import Known, fits, large
-from .stacks import Block, Unfit, own_class, run, stack_of
+from .registry import Entry, eligible, worth_it
+from .stacks import Block, Unsupported, own_class, run, stack_of
 
 __all__ = ["LIBRARIES"]
 
@@ -23,7 +23,7 @@ INVARIANCES = "invariances.model.blocks"
 
 def _expect(module: Any, name: str) -> Any:
     if own_class(module) != name:
-        raise Unfit(f"it holds a {own_class(module)}")
+        raise Unsupported(f"it holds a {own_class(module)}")
     return module
 
 
@@ -48,7 +48,7 @@ def _couple(self: Any, x: Tensor, context: Tensor | None, reverse: bool) -> tupl
 
 
 def _even(x: Any, *others: Any) -> bool:
-    return large(x, "identity") and fits(x, *others) and x.shape[1] % 2 == 0 and x.numel() == x.shape[0] * x.shape[1]
+    return worth_it(x) and eligible(x, *others) and x.shape[1] % 2 == 0 and x.numel() == x.shape[0] * x.shape[1]
 
 
 def coupling_flat(original: Any, self: Any, x: Tensor, reverse: bool = False) -> Any:
@@ -92,7 +92,7 @@ def _has_started(self: Any) -> bool:
 
 def _norm(squeezes_all: bool) -> Callable[..., Any]:
     def norm(original: Any, self: Any, input: Tensor, reverse: bool = False, **conditioning: Any) -> Any:
-        if reverse or not large(input, "norm") or not fits(input, self.scale):
+        if reverse or not worth_it(input) or not eligible(input, self.scale):
             return original(self, input, reverse, **conditioning)
         if input.dim() not in (2, 4) or not _has_started(self):
             return original(self, input, reverse, **conditioning)
@@ -125,7 +125,7 @@ def iin_blocks(root: Any) -> list[Block]:
     found = []
     for block in root.flow:
         if len(_expect(block, f"{IIN}.Flow").flow) != 3:
-            raise Unfit("blocks that are not ActNorm, coupling and shuffle")
+            raise Unsupported("blocks that are not ActNorm, coupling and shuffle")
         norm, coupling, shuffle = block.flow
         found.append(
             Block(
@@ -135,7 +135,7 @@ def iin_blocks(root: Any) -> list[Block]:
             )
         )
         if not norm.logdet:
-            raise Unfit("ActNorm without log-det")
+            raise Unsupported("ActNorm without log-det")
     return found
 
 
@@ -158,7 +158,7 @@ def _flat_blocks(blocks: str, norm: str) -> Callable[[Any], list[Block]]:
                 f"{blocks}.PureAffineDoubleCouplingFlowBlock",
                 f"{blocks}.ConditionalFlatDoubleCouplingFlowBlock",
             ):
-                raise Unfit(f"it holds a {name}")
+                raise Unsupported(f"it holds a {name}")
             if name == f"{blocks}.ConditionalFlatDoubleCouplingFlowBlock":
                 _expect(block.coupling, f"{blocks}.ConditionalDoubleVectorCouplingBlock")
                 if own_class(block.activation) == f"{blocks}.InvLeakyRelu":
@@ -277,7 +277,7 @@ LIBRARIES = (
         modules=(IIN,),
         install="put CompVis/iin on the Python path",
         entries=(
-            Known(
+            Entry(
                 f"{IIN}.EfficientVRNVP",
                 {"forward": iin_stack},
                 relies_on=(
@@ -291,9 +291,9 @@ LIBRARIES = (
                 refuse=_refuse(iin_blocks),
                 note="as one op",
             ),
-            Known(f"{IIN}.DoubleVectorCouplingBlock", {"forward": coupling_flat}),
-            Known(f"{IIN}.VectorActNorm", {"forward": _norm(squeezes_all=True)}),
-            Known(f"{IIN}.Shuffle", {"forward": shuffle}),
+            Entry(f"{IIN}.DoubleVectorCouplingBlock", {"forward": coupling_flat}, affine=True),
+            Entry(f"{IIN}.VectorActNorm", {"forward": _norm(squeezes_all=True)}, affine=True),
+            Entry(f"{IIN}.Shuffle", {"forward": shuffle}),
         ),
     ),
     Library(
@@ -303,7 +303,7 @@ LIBRARIES = (
         install="put CompVis/net2net on the Python path",
         entries=(
             *(
-                Known(
+                Entry(
                     f"{FLAT}.{name}",
                     {"forward": flat_stack},
                     relies_on=_net2net_parts,
@@ -312,24 +312,24 @@ LIBRARIES = (
                 )
                 for name in ("UnconditionalFlatCouplingFlow", "PureAffineFlatCouplingFlow")
             ),
-            Known(
+            Entry(
                 f"{FLAT}.ConditionalFlatCouplingFlow",
                 {"forward": _conditional(net2net_blocks, _embedded, ((), (1, 1)))},
                 relies_on=_net2net_parts,
                 refuse=_net2net_refuse,
                 note="as one op",
             ),
-            Known(
+            Entry(
                 f"{BLOCKS}.ConditionalFlow",
                 {"forward": _conditional(net2net_blocks, _as_given, ((),))},
                 relies_on=_net2net_parts,
                 refuse=_net2net_refuse,
                 note="as one op",
             ),
-            Known(f"{BLOCKS}.DoubleVectorCouplingBlock", {"forward": coupling_four}),
-            Known(f"{BLOCKS}.ConditionalDoubleVectorCouplingBlock", {"forward": coupling_conditional}),
-            Known(f"{NET}.ActNorm", {"forward": _norm(squeezes_all=False)}),
-            Known(f"{BLOCKS}.Shuffle", {"forward": shuffle}),
+            Entry(f"{BLOCKS}.DoubleVectorCouplingBlock", {"forward": coupling_four}, affine=True),
+            Entry(f"{BLOCKS}.ConditionalDoubleVectorCouplingBlock", {"forward": coupling_conditional}, affine=True),
+            Entry(f"{NET}.ActNorm", {"forward": _norm(squeezes_all=False)}, affine=True),
+            Entry(f"{BLOCKS}.Shuffle", {"forward": shuffle}),
         ),
     ),
     Library(
@@ -338,16 +338,18 @@ LIBRARIES = (
         modules=(INVARIANCES,),
         install="put CompVis/invariances on the Python path",
         entries=(
-            Known(
+            Entry(
                 f"{INVARIANCES}.ConditionalFlow",
                 {"forward": _conditional(invariances_blocks, _as_given, ((),))},
                 relies_on=_invariances_parts,
                 refuse=_invariances_refuse,
                 note=NO_OUTPUTS,
             ),
-            Known(f"{INVARIANCES}.ConditionalDoubleVectorCouplingBlock", {"forward": coupling_conditional}),
-            Known(f"{INVARIANCES}.ActNorm", {"forward": _norm(squeezes_all=False)}),
-            Known(f"{INVARIANCES}.Shuffle", {"forward": shuffle}),
+            Entry(
+                f"{INVARIANCES}.ConditionalDoubleVectorCouplingBlock", {"forward": coupling_conditional}, affine=True
+            ),
+            Entry(f"{INVARIANCES}.ActNorm", {"forward": _norm(squeezes_all=False)}, affine=True),
+            Entry(f"{INVARIANCES}.Shuffle", {"forward": shuffle}),
         ),
     ),
 )

@@ -17,12 +17,23 @@ from torch import Tensor
 from ..backends import chosen
 from .sources import PROGRAM_SOURCES, SOURCES
 
-__all__ = ["Known", "fits", "fingerprint", "fingerprint_of", "large", "lookup", "qualified", "unknown_functions"]
+__all__ = [
+    "AFFINE_DEVICES",
+    "ALONE",
+    "Entry",
+    "eligible",
+    "fingerprint",
+    "fingerprint_of",
+    "lookup",
+    "qualified",
+    "unknown_functions",
+    "worth_it",
+]
 
-SMALL = {"clamped": 2048, "identity": 65536, "sigmoid": 65536, "norm": sys.maxsize}
-"""Affine couplings of fewer elements stay with the library's own operations on the CPU: there a call of a fused op costs
-more than the few kernels it replaces, the cheaper the scale the longer (benchmarks/dropin.py). The fast form of ActNorm
-spares a GPU's synchronisation, of which a CPU has none."""
+AFFINE_DEVICES = ("cuda",)
+"""Where an affine layer outside of a program takes a fused op. On a CPU one call of it costs as much as the few kernels that
+it replaces. The fast form of ActNorm spares a GPU's synchronisation, of which a CPU has none."""
+ALONE = "alone on the "  # so that a reason begins
 
 
 def qualified(cls: type) -> str:
@@ -43,7 +54,7 @@ def lookup(name: str) -> Any:
 
 
 @dataclass(frozen=True)
-class Known:
+class Entry:
     """A class that can be sped up.
 
     Args:
@@ -59,6 +70,7 @@ class Known:
             so that they stay whole when the patch ends before they do.
         root: instances run what they hold, or themselves, as programs.
         whole: the fast methods do nothing but run programs.
+        affine: a fused op pays on the ``AFFINE_DEVICES`` alone.
     """
 
     name: str
@@ -71,6 +83,7 @@ class Known:
     at_init: bool = False
     root: bool = False
     whole: bool = False
+    affine: bool = False
 
     def unknown_source(self, cls: type) -> str | None:
         """Why the source of ``cls`` is not one that is known, or None."""
@@ -106,7 +119,7 @@ def _method(
     return method
 
 
-def fingerprint(cls: type, known: Known) -> str | None:
+def fingerprint(cls: type, known: Entry) -> str | None:
     """A hash of the source of all functions that a fast form stands for; comments at the end, spaces and docstrings aside.
 
     None where a source can't be read, or where a function was put in at run time.
@@ -179,7 +192,7 @@ def _in_onnx_export() -> bool:
 _in_onnx_export._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def fits(*tensors: Any) -> bool:
+def eligible(*tensors: Any) -> bool:
     """Whether the ops take these: float32 or float64, all alike, on a CPU or an NVIDIA GPU.
 
     Under torch.func transforms and forward-mode differentiation the library's own code runs. So it does in an export to
@@ -203,6 +216,6 @@ def fits(*tensors: Any) -> bool:
     return not any(wrapped(tensor) for tensor in tensors)
 
 
-def large(x: Tensor, scale: str) -> bool:
-    """Whether a layer with this kind of scale is worth its fast form (see ``SMALL``)."""
-    return x.device.type != "cpu" or x.numel() >= SMALL.get(scale, 0)
+def worth_it(x: Tensor) -> bool:
+    """Whether an affine layer outside of a program takes its fast form on the device of ``x``."""
+    return x.device.type in AFFINE_DEVICES
