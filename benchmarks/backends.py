@@ -1,6 +1,6 @@
 """Every backend that this machine has, for every op: python benchmarks/backends.py [OUT.json]
 
-What decides iin_fast.backends.PREFERRED and the table in docs/backends.md. Backends in turn in one run; on a GPU if there is
+The table in docs/backends.md, which decides the order of iin_fast.backends.chosen. Backends in turn in one run; on a GPU if there is
 one, else on the CPU.
 """
 

@@ -69,13 +69,6 @@ _thread = _Thread()
 
 _implemented: dict[str, set[tuple[str, str]]] = {}
 
-PREFERRED: dict[tuple[str, str], str] = {}
-"""(op, device type) -> the backend that a measurement found the fastest there, before the order in ``chosen``.
-
-Empty: on the CPU the compiled library is the only candidate beside the reference, and no GPU was at hand to measure on.
-An entry names the result file in benchmarks/results that says so.
-"""
-
 
 def register(op: str, name: str, device: str) -> None:
     """Declare that ``op`` has an implementation ``name`` for tensors on ``device`` (a device type such as "cpu")."""
@@ -150,7 +143,7 @@ def needs_definition() -> bool:
 
 
 def chosen(op: str, x: Tensor) -> str:
-    """The backend for this call of ``op``: the forced one, else the preferred one, else cpp, triton, reference.
+    """The backend for this call of ``op``: the forced one, else cpp, triton, reference.
 
     Raises:
         BackendUnavailable: a backend is forced that has no implementation of ``op`` on the device of ``x``, or none for
@@ -166,7 +159,7 @@ def chosen(op: str, x: Tensor) -> str:
                 f"run it; use iin_fast.backend('reference') there, or torch.autograd"
             )
         return "reference"
-    if forced is None and not PREFERRED and ("cpp", device) in _implemented.get(op, ()):  # the usual, in one look
+    if forced is None and ("cpp", device) in _implemented.get(op, ()):  # the usual, in one look
         if device != "cuda" or not _driver_is_too_old():
             return "cpp"
     have = available(op, device)
@@ -177,9 +170,6 @@ def chosen(op: str, x: Tensor) -> str:
                 + _remedy(forced, device)
             )
         return forced
-    preferred = PREFERRED.get((op, device))
-    if preferred in have:
-        return preferred
     return "cpp" if "cpp" in have else have[-1]
 
 
