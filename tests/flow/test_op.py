@@ -286,7 +286,7 @@ def test_a_parameter_that_changed_in_place_is_refused() -> None:
 
 
 def test_memory_is_checked() -> None:
-    with pytest.raises(ValueError, match="memory is 'invert', expected one of auto, recompute"):
+    with pytest.raises(ValueError, match="memory is 'invert', expected one of 'auto', 'recompute'"):
         run(example(), memory="invert")
 
 
