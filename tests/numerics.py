@@ -101,6 +101,11 @@ def check_not_finite(got: Tensor, want: Tensor, label: object, how: str = "kinds
         assert torch.equal(what(got), what(want)), (label, what.__name__, got, want)
 
 
+def of_gradients(squash: str) -> str:
+    """How gradients of a squash are checked: that of softclip is a difference of two products in the definition."""
+    return "places" if squash == "softclip" else "kinds"
+
+
 def at_the_edge_of_overflow() -> tuple[list[Tensor], list[Tensor]]:
     """x, raw and shift of float32 couplings with squash "identity", the gradient of y, and the gradients in float64.
 

@@ -12,70 +12,35 @@
 
 namespace iin_fast {
 
-// Values are part of the op's schema (iin_fast/ops/affine_coupling/__init__.py holds the names).
-enum class Squash : int64_t { identity = 0, tanh = 1, atan = 2, sigmoid = 3, none = 4, softplus = 5, softclip = 6 };
+// All squashes, with their codes in the op's schema (iin_fast/ops/affine_coupling/reference.py, SQUASHES).
+#define IIN_FAST_SQUASHES(X) X(identity, 0) X(tanh, 1) X(atan, 2) X(sigmoid, 3) X(none, 4) X(softplus, 5) X(softclip, 6)
+
+#define IIN_FAST_CODE(name, code) name = code,
+enum class Squash : int64_t { IIN_FAST_SQUASHES(IIN_FAST_CODE) };
+#undef IIN_FAST_CODE
+
+#define IIN_FAST_ONE(name, code) +1
+constexpr int64_t squash_count = IIN_FAST_SQUASHES(IIN_FAST_ONE);
+#undef IIN_FAST_ONE
 
 // Calls f with the squash and the direction as compile-time constants.
 template <class F> IIN_FAST_HD void with_constants(Squash squash, bool inverse, F &&f) {
   switch (squash) {
-  case Squash::identity:
-    return inverse ? f(std::integral_constant<Squash, Squash::identity>(), std::true_type())
-                   : f(std::integral_constant<Squash, Squash::identity>(), std::false_type());
-  case Squash::tanh:
-    return inverse ? f(std::integral_constant<Squash, Squash::tanh>(), std::true_type())
-                   : f(std::integral_constant<Squash, Squash::tanh>(), std::false_type());
-  case Squash::atan:
-    return inverse ? f(std::integral_constant<Squash, Squash::atan>(), std::true_type())
-                   : f(std::integral_constant<Squash, Squash::atan>(), std::false_type());
-  case Squash::sigmoid:
-    return inverse ? f(std::integral_constant<Squash, Squash::sigmoid>(), std::true_type())
-                   : f(std::integral_constant<Squash, Squash::sigmoid>(), std::false_type());
-  case Squash::none:
-    return inverse ? f(std::integral_constant<Squash, Squash::none>(), std::true_type())
-                   : f(std::integral_constant<Squash, Squash::none>(), std::false_type());
-  case Squash::softplus:
-    return inverse ? f(std::integral_constant<Squash, Squash::softplus>(), std::true_type())
-                   : f(std::integral_constant<Squash, Squash::softplus>(), std::false_type());
-  case Squash::softclip:
-    return inverse ? f(std::integral_constant<Squash, Squash::softclip>(), std::true_type())
-                   : f(std::integral_constant<Squash, Squash::softclip>(), std::false_type());
+#define IIN_FAST_CASE(name, code)                                                                                      \
+  case Squash::name:                                                                                                   \
+    return inverse ? f(std::integral_constant<Squash, Squash::name>(), std::true_type())                               \
+                   : f(std::integral_constant<Squash, Squash::name>(), std::false_type());
+    IIN_FAST_SQUASHES(IIN_FAST_CASE)
+#undef IIN_FAST_CASE
   }
 }
 
 // Squashes that make the scale itself, whose logarithm is s.
 template <Squash squash> constexpr bool makes_scale = squash == Squash::sigmoid || squash == Squash::softplus;
 
-// The scale, and d log(scale) / draw. sigmoid(raw + 2) + 0.001; softplus(raw) + clamp, where clamp is the least scale.
-template <Squash squash, class T> IIN_FAST_HD T scale_of(T raw, T clamp, T &derivative) {
-  if constexpr (squash == Squash::sigmoid) {
-    const T unit = math::sigmoid(raw + T(2)), scale = unit + T(1e-3);
-    derivative = unit * (T(1) - unit) / scale;
-    return scale;
-  } else {
-    const T scale = math::softplus(raw) + clamp;
-    derivative = math::sigmoid(raw) / scale;
-    return scale;
-  }
-}
-
-// s of raw, for squashes whose s comes first. `clamp` bounds |s| for tanh, atan and softclip.
-template <Squash squash, class T> IIN_FAST_HD T log_scale(T raw, T clamp) {
-  if constexpr (squash == Squash::identity)
-    return raw;
-  else if constexpr (squash == Squash::tanh)
-    return clamp * math::tanh(raw);
-  else if constexpr (squash == Squash::atan)
-    return clamp * T(0.636) * math::atan(raw);
-  else if constexpr (squash == Squash::softclip)
-    return raw / (T(1) + math::abs(raw / clamp));
-  else {
-    static_assert(squash == Squash::none);
-    return T(0);
-  }
-}
-
-// s and ds / draw.
-template <Squash squash, class T> IIN_FAST_HD T log_scale(T raw, T clamp, T &derivative) {
+// s of raw, or the scale where the squash makes that; and ds / draw. `clamp` bounds |s| for tanh, atan and softclip,
+// and is the least scale for softplus.
+template <Squash squash, class T> IIN_FAST_HD T squash_of(T raw, T clamp, T &derivative) {
   if constexpr (squash == Squash::identity) {
     derivative = T(1);
     return raw;
@@ -86,6 +51,14 @@ template <Squash squash, class T> IIN_FAST_HD T log_scale(T raw, T clamp, T &der
   } else if constexpr (squash == Squash::atan) {
     derivative = clamp * T(0.636) / (T(1) + raw * raw);
     return clamp * T(0.636) * math::atan(raw);
+  } else if constexpr (squash == Squash::sigmoid) {
+    const T unit = math::sigmoid(raw + T(2)), scale = unit + T(1e-3);
+    derivative = unit * (T(1) - unit) / scale;
+    return scale;
+  } else if constexpr (squash == Squash::softplus) {
+    const T scale = math::softplus(raw) + clamp;
+    derivative = math::sigmoid(raw) / scale;
+    return scale;
   } else if constexpr (squash == Squash::softclip) {
     const T shrink = T(1) / (T(1) + math::abs(raw / clamp));
     derivative = shrink * shrink;
@@ -99,13 +72,13 @@ template <Squash squash, class T> IIN_FAST_HD T log_scale(T raw, T clamp, T &der
 
 // One element: the transformed value, and its term of the log-det of the map that is computed.
 template <Squash squash, bool inverse, class T> IIN_FAST_HD T couple(T x, T raw, T shift, T clamp, T &logdet) {
+  T derivative;
   if constexpr (makes_scale<squash>) {
-    T derivative;
-    const T scale = scale_of<squash>(raw, clamp, derivative), s = math::log(scale);
+    const T scale = squash_of<squash>(raw, clamp, derivative), s = math::log(scale);
     logdet = inverse ? -s : s;
     return inverse ? (x - shift) / scale : x * scale + shift;
   } else {
-    const T s = log_scale<squash>(raw, clamp);
+    const T s = squash_of<squash>(raw, clamp, derivative);
     logdet = inverse ? -s : s;
     if constexpr (squash == Squash::none)
       return inverse ? x - shift : x + shift;
@@ -124,11 +97,11 @@ IIN_FAST_HD CouplingGradient<T> couple_backward(T value, T raw, T clamp, T grad_
   T derivative, slope, grad_x; // slope: what multiplies x in the forward map
   const T sign = inverse ? T(-1) : T(1);
   if constexpr (makes_scale<squash>) {
-    const T scale = scale_of<squash>(raw, clamp, derivative);
+    const T scale = squash_of<squash>(raw, clamp, derivative);
     slope = scale;
     grad_x = inverse ? grad_y / scale : grad_y * scale;
   } else {
-    const T s = log_scale<squash>(raw, clamp, derivative);
+    const T s = squash_of<squash>(raw, clamp, derivative);
     slope = squash == Squash::none ? T(1) : math::exp(sign * s);
     grad_x = squash == Squash::none ? grad_y : grad_y * slope;
   }

@@ -14,8 +14,7 @@ inline void check_like(const char *op, const char *name, const Tensor &t, const 
 }
 
 inline void check_raw(const char *op, const std::optional<Tensor> &raw, const Tensor &x, int64_t squash) {
-  STD_TORCH_CHECK(squash >= 0 && squash <= static_cast<int64_t>(Squash::none), op, ": squash ", squash,
-                  " is not a known code");
+  STD_TORCH_CHECK(squash >= 0 && squash < squash_count, op, ": squash ", squash, " is not a known code");
   STD_TORCH_CHECK(raw.has_value() == (static_cast<Squash>(squash) != Squash::none), op,
                   ": raw_scale must be given, except for squash none");
   if (raw.has_value())

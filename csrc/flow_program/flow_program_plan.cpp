@@ -287,7 +287,7 @@ private:
     if (kind == "affine") {
       l.transformer = TransformerKind::affine;
       AffineTransformer &t = l.affine;
-      t.squash = integer(0, 6), t.clamp = number(), t.gain = number();
+      t.squash = integer(0, squash_count - 1), t.clamp = number(), t.gain = number();
       t.scale_at = integer(-1, most), t.scale_step = integer(0, most);
       t.shift_at = integer(0, most), t.shift_step = integer(0, most);
       const bool additive = t.squash == static_cast<int64_t>(Squash::none);

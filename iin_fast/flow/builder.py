@@ -150,7 +150,7 @@ def affine(
 
     Args:
         features: number of transformed features.
-        squash: a name of ``iin_fast.flow.layers.SQUASHES``; "none" has shifts alone.
+        squash: as of :func:`iin_fast.functional.affine_coupling`; "none" has shifts alone.
         clamp: bound of the log-scale (tanh, atan, softclip), or what is added to the scale (softplus).
         gain: multiplies all raw values.
         layout: "scale_shift" (all scales, then all shifts), "shift_scale", or "interleaved" (scale and shift of a feature side by side).

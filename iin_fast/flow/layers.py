@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
-from ..ops.affine_coupling import SQUASHES as COUPLING_SQUASHES
+from ..ops.affine_coupling import SQUASHES
 from ..ops.spline_coupling import PARAMETERIZATIONS, TAILS, check_options, parameter_count
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "FORMS",
     "MOST",
     "ORDERS",
-    "SQUASHES",
     "STORAGES",
     "Act",
     "Activation",
@@ -48,12 +47,6 @@ ORDERS = ("scale_first", "shift_first")  # x * s + t, s * (x + t)
 FORMS = ("plain", "exp", "softplus")  # s = raw, exp(raw), softplus(raw) + eps
 STORAGES = ("packed", "square")
 ACTS = ("none", "relu", "leaky_relu", "elu", "silu", "gelu", "tanh", "sigmoid")
-
-SQUASHES = {name: code for name, (code, _) in COUPLING_SQUASHES.items()} | {"softplus": 5, "softclip": 6}
-"""What maps a raw scale to the log-scale: those of ``affine_coupling``, and two of other libraries.
-
-"softplus": the scale is softplus(raw) + clamp. "softclip": the log-scale is raw / (1 + |raw| / clamp).
-"""
 
 
 class Ref(NamedTuple):
@@ -254,7 +247,7 @@ class AffineTransformer:
     def check(self, features: int, raw: int) -> None:
         _expect_name("squash", self.squash, tuple(SQUASHES))
         _expect_number("gain", self.gain, "a finite number", True)
-        if self.squash == "softplus":
+        if SQUASHES[self.squash].clamp_is == "least scale":
             _expect_number("clamp", self.clamp, "at least 0", self.clamp >= 0)
         else:
             _expect_number("clamp", self.clamp, "a number above 0", self.clamp > 0)

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+from ..ops.affine_coupling import SQUASHES
 from ..ops.spline_coupling import PARAMETERIZATIONS, TAILS
 from . import layers as L
 
@@ -54,7 +55,7 @@ _NAMES: dict[tuple[type, str], Mapping[str, int]] = {
     (L.Linear, "storage"): _codes(L.STORAGES),
     (L.Linear, "form"): _codes(L.FORMS),
     (L.Act, "kind"): _codes(L.ACTS),
-    (L.AffineTransformer, "squash"): L.SQUASHES,
+    (L.AffineTransformer, "squash"): {name: squash.code for name, squash in SQUASHES.items()},
     (L.SplineTransformer, "tails"): TAILS,
     (L.SplineTransformer, "form"): PARAMETERIZATIONS,
 }

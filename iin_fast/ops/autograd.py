@@ -5,14 +5,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-__all__ = ["autocast_to_float32", "by_definition", "followed", "saved_tensors", "short_call", "watched"]
+__all__ = [
+    "autocast_to_float32",
+    "by_definition",
+    "differentiated",
+    "saved_tensors",
+    "short_call",
+    "followed",
+    "has_values",
+]
 
 _BATCHED: Any = torch._C._parse_dispatch_key("Batched")
 
 
-def watched() -> bool:
+def followed() -> bool:
     """Whether something looks at every op of this call, as the compiler does: only the registered op will do."""
     return (
         torch.compiler.is_compiling()
@@ -35,7 +44,12 @@ def saved_tensors(ctx: Any, where: str) -> Any:
         ) from error
 
 
-def followed(*grads: Any) -> bool:
+def has_values(x: Tensor) -> bool:
+    """Whether the values of this call's tensors can be read: not while it is traced or mapped, nor on device meta."""
+    return not (followed() or x.is_meta or is_fake(x))
+
+
+def differentiated(*grads: Any) -> bool:
     """Whether autograd looks into this backward, for gradients of gradients (create_graph=True) or to map it.
 
     ``torch.autograd.functional.jacobian(vectorize=True)`` maps with batching rules of its own, without a way to add to them, and
@@ -96,7 +110,7 @@ def short_call(overload: Any, setup: Callable[..., None], backward: Callable[...
     function: Any = type(name, (torch.autograd.Function,), members)
 
     def call(*args: Any) -> Any:
-        if watched():
+        if followed():
             return overload(*args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return function.apply(*args)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..backends import ops, register_library, register_triton
-from .autograd import autocast_to_float32, by_definition, followed, short_call
+from .autograd import autocast_to_float32, by_definition, differentiated, short_call
 from .triton_ops import define_twin
 from .types import FLOATING
 from .vmap import Rule, fold_rows
@@ -78,7 +78,7 @@ def _register(op: Op, backend: str) -> Callable[..., Any]:
     name, name_backward = f"{namespace.name}::{op.name}", f"{namespace.name}::{op.name}_backward"
 
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        if followed(*grads):
+        if differentiated(*grads):
             found = by_definition(*op.definition(ctx), grads)
             return *found, *(None,) * (len(ctx.needs_input_grad) - len(found))
         return op.backward(kernel.default, ctx, *grads)

@@ -28,6 +28,7 @@ __all__ = [
     "power_of_two",
     "recorded",
     "rows",
+    "softplus",
     "sum_parts",
     "tanh",
     "tile_of",
@@ -242,6 +243,15 @@ def atan(x):
         total = q * ((1 - 2 * ((TERMS - i) % 2)) / (2 * (TERMS - i) + 1) + total)
     result = offset + (u + u * total)
     return tl.where(x < 0, -result, result)
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)), without overflow or cancellation, and its derivative, the sigmoid."""
+    e = tl.exp(-tl.abs(x))
+    u = 1 + e
+    log1p = tl.log(u) - ((u - 1) - e) / u  # what rounding took from u comes back
+    return tl.maximum(x, 0.0) + log1p, tl.where(x >= 0, 1 / u, e / u)
 
 
 @triton.jit

@@ -21,7 +21,8 @@ from iin_fast.flow import (
     residual,
     spline,
 )
-from iin_fast.flow.layers import ACTS, FORMS, ORDERS, SQUASHES, Net, SplineTransformer, Transformer
+from iin_fast.flow.layers import ACTS, FORMS, ORDERS, Net, SplineTransformer, Transformer
+from iin_fast.ops.affine_coupling import SQUASHES
 
 __all__ = ["KINDS", "Drawn", "masks", "programs", "tame"]
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 import iin_fast.nn as ours
 from iin_fast.flow import ABSENT, Block, ProgramBuilder, Ref, Weights, affine, mlp, residual, spline
 from iin_fast.flow.layers import Net
+from iin_fast.ops.affine_coupling import SQUASHES
 from iin_fast.ops.flow_program import flow_program
 
 transforms = pytest.importorskip("nflows.transforms")
@@ -92,14 +93,13 @@ def test_spline_coupling(swap: bool) -> None:
     same(builder, coupling, coupling, coupling.inverse)
 
 
-@pytest.mark.parametrize("squash", ["tanh", "atan", "sigmoid", "identity", "none"])
+@pytest.mark.parametrize("squash", SQUASHES)
 def test_affine_coupling(squash: str) -> None:
     net = nn.Sequential(nn.Linear(3, 8), nn.SiLU(), nn.Linear(8, 2 if squash == "none" else 4))
     coupling = shaken(ours.AffineCoupling(DIM, net, squash=squash))
     builder = ProgramBuilder(DIM)
     conditioner = mlp([put(builder, net[0]), put(builder, net[2])], activation="silu")
-    clamp = 2.0 if squash == "atan" else 1.0
-    builder.coupling(range(3), range(3, 5), conditioner, affine(2, squash, clamp=clamp))
+    builder.coupling(range(3), range(3, 5), conditioner, affine(2, squash, clamp=SQUASHES[squash].clamp))
     same(builder, coupling, coupling, coupling.inverse)
 
 

@@ -1,6 +1,8 @@
 """affine_coupling: every backend against the definition, and the properties of the map."""
 
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -122,6 +124,28 @@ def test_clamp_bounds_the_scale() -> None:
     assert 8 * 0.49 * 0.9 < soft.abs().max() + 8 and soft.abs().max() <= 8 * 0.5 * 0.636 * torch.pi / 2
 
 
+@pytest.mark.parametrize("eps", [None, 0.0, 0.25])
+def test_softplus_scales_by_no_less_than_the_clamp(eps: float | None) -> None:
+    x, raw, shift = inputs((4, 8), torch.float64, "softplus", scale=10.0)
+    scale = torch.nn.functional.softplus(raw, threshold=1000) + (1e-3 if eps is None else eps)
+    y, logdet = affine_coupling(x, raw, shift, squash="softplus", clamp=eps)
+    assert_close(y, x * scale + shift)
+    assert_close(logdet, scale.log().sum(1))
+
+
+def test_codes_are_those_of_the_library() -> None:
+    """The names and codes in the header, and that the library refuses any other code."""
+    header = (Path(__file__).parents[2] / "csrc/affine_coupling/affine_coupling.h").read_text()
+    found = re.search(r"#define IIN_FAST_SQUASHES\(X\)(.*?)\n\n", header, re.DOTALL)
+    assert found
+    codes = {name: int(code) for name, code in re.findall(r"X\((\w+), (\d+)\)", found[1])}
+    assert codes == {name: squash.code for name, squash in SQUASHES.items()}
+    x = torch.randn(2, 3)
+    for code in (-1, len(SQUASHES)):
+        with pytest.raises(RuntimeError, match="is not a known code"):
+            torch.ops.iin_fast.affine_coupling(x, x, x, code, 1.0, False)
+
+
 def test_no_row_leaks_into_another_and_nan_is_not_hidden() -> None:
     x, raw, shift = inputs((3, 8), torch.float32, "tanh")
     clean = affine_coupling(x, raw, shift)
@@ -135,7 +159,7 @@ def test_no_row_leaks_into_another_and_nan_is_not_hidden() -> None:
 @pytest.mark.parametrize("squash", SQUASHES)
 @pytest.mark.parametrize("inverse", [False, True])
 def test_opcheck(squash: str, inverse: bool) -> None:
-    code, clamp = SQUASHES[squash]
+    code, clamp = SQUASHES[squash].code, SQUASHES[squash].clamp
     arguments = inputs((3, 4), torch.float32, squash)
     torch.library.opcheck(torch.ops.iin_fast.affine_coupling, (*arguments, code, clamp, inverse))
     with_grad = [a if a is None else a.detach().requires_grad_() for a in arguments]
@@ -194,6 +218,9 @@ class TestBadInput:
         self.check(ValueError, "shift is on meta, expected cpu like x", x, x, x.to("meta"))
         self.check(ValueError, "squash is 'relu', expected one of 'identity', 'tanh'", x, x, x, squash="relu")
         self.check(ValueError, "clamp is 0.0", x, x, x, clamp=0.0)
+        self.check(
+            ValueError, "clamp is -0.1, expected a finite number at least 0", x, x, x, squash="softplus", clamp=-0.1
+        )
         self.check(ValueError, "clamp is nan", x, x, x, clamp=float("nan"))
         self.check(ValueError, "squash 'identity' takes none", x, x, x, squash="identity", clamp=1.0)
         self.check(ValueError, "raw_scale is None", x, None, x)

@@ -5,7 +5,7 @@ import ctypes
 import pytest
 import torch
 from cuda_emulator import LaunchPlan, call, data, load, matrix, type_name
-from numerics import at_the_edge_of_overflow, check_not_finite, check_sums, long_terms, spoiled
+from numerics import at_the_edge_of_overflow, check_not_finite, check_sums, long_terms, of_gradients, spoiled
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -31,7 +31,7 @@ def forward(
         load("affine_coupling").coupling_forward,
         *(type_name(x.dtype), matrix(x), matrix(raw), matrix(shift), data(y), data(logdet)),
         *(ctypes.c_int64(x.shape[0]), ctypes.c_int64(x.shape[1]), ctypes.c_double(clamp)),
-        *(ctypes.c_int64(SQUASHES[squash][0]), ctypes.c_bool(inverse), ctypes.byref(plan)),
+        *(ctypes.c_int64(SQUASHES[squash].code), ctypes.c_bool(inverse), ctypes.byref(plan)),
     )
     return y, logdet
 
@@ -53,7 +53,7 @@ def backward(
         *(type_name(value.dtype), matrix(value), matrix(raw), matrix(grad_y), data(grad_logdet)),
         *(data(grad_x), data(grad_raw), data(grad_shift)),
         *(ctypes.c_int64(value.shape[0]), ctypes.c_int64(value.shape[1]), ctypes.c_double(clamp)),
-        *(ctypes.c_int64(SQUASHES[squash][0]), ctypes.c_bool(inverse), ctypes.byref(plan)),
+        *(ctypes.c_int64(SQUASHES[squash].code), ctypes.c_bool(inverse), ctypes.byref(plan)),
     )
     return [grad for grad in (grad_x, grad_raw, grad_shift) if grad is not None]
 
@@ -119,7 +119,7 @@ def test_what_is_not_finite(squash: str, inverse: bool) -> None:
         y, logdet = forward(x, raw, shift, squash, 1.5, inverse, LaunchPlan())
         grads = backward(y if inverse else x, raw, grad_y, grad_logdet, squash, 1.5, inverse, LaunchPlan())
         for i, (got, want) in enumerate(zip([y, logdet, *grads], [truth, truth_logdet, *truths], strict=True)):
-            check_not_finite(got, want, (squash, inverse, i))
+            check_not_finite(got, want, (squash, inverse, i), "kinds" if i < 2 else of_gradients(squash))
 
 
 def test_gradients_at_the_edge_of_overflow() -> None:

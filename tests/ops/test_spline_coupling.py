@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor
 
 import iin_fast
 from iin_fast.functional import rational_quadratic_spline, spline_coupling
+from iin_fast.ops import spline_coupling as op
 from iin_fast.ops.spline_coupling import parameter_count
 
 TAILS = ["linear", "circular", None]
@@ -25,6 +27,13 @@ def case(rows: int, features: int, bins: int, tails: str | None, dtype=torch.flo
     x = 2.5 * torch.randn(rows, features, generator=random, dtype=torch.float64)
     raw = spread * torch.randn(rows, features, parameter_count(bins, tails), generator=random, dtype=torch.float64)
     return x.to(dtype), raw.to(dtype)
+
+
+@pytest.mark.parametrize(("kind", "codes"), [("Tails", op.TAILS), ("Parameterization", op.PARAMETERIZATIONS)])
+def test_codes_are_those_of_the_library(kind: str, codes: dict[str, int]):
+    header = (Path(__file__).parents[2] / "csrc/spline_coupling/spline_coupling.h").read_text()
+    found = re.search(rf"enum class {kind} : int64_t {{(.*?)}}", header)
+    assert found and {name: int(code) for name, code in re.findall(r"(\w+) = (\d+)", found[1])} == codes
 
 
 def both(x: Tensor, raw: Tensor, **options):

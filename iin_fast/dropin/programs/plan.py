@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from ...backends import chosen
 from ...flow import ABSENT, FlowProgram, ProgramBuilder, Ref, Weights
 from ...flow import layers as L
-from ...ops.autograd import watched
+from ...ops.autograd import followed
 from ...ops.flow_program import engine
 from ...ops.flow_program.checks import KEEP, check_data, check_parameters
 from ...ops.types import FULL
@@ -355,7 +355,7 @@ _plans: "WeakKeyDictionary[nn.Module, dict[Any, Plan]]" = WeakKeyDictionary()
 
 def _takes(x: Any, context: Any) -> bool:
     """Whether a program can run on this input; what it can't, the library's own code takes or refuses."""
-    if watched() or type(x) not in PLAIN or x.dim() != 2 or x.dtype not in FULL:
+    if followed() or type(x) not in PLAIN or x.dim() != 2 or x.dtype not in FULL:
         return False
     rows = x.shape[0]
     if rows == 0 or not x.is_cpu:

@@ -14,18 +14,11 @@ from ..autograd import saved_tensors
 from ..registry import Op, register
 from ..types import accumulator_type
 from . import reference
+from .reference import SQUASHES
 
 __all__ = ["SQUASHES", "affine_coupling", "check_options"]
 
-# Codes of csrc/affine_coupling/affine_coupling.h, and the default clamp of each.
-SQUASHES: dict[str, tuple[int, float]] = {
-    "identity": (0, 1.0),
-    "tanh": (1, 1.0),
-    "atan": (2, 2.0),
-    "sigmoid": (3, 1.0),
-    "none": (4, 1.0),
-}
-_NAMES = {code: name for name, (code, _) in SQUASHES.items()}
+_NAMES = {squash.code: name for name, squash in SQUASHES.items()}
 
 
 def affine_coupling(
@@ -42,22 +35,24 @@ def affine_coupling(
     Forward: :math:`y = x \exp(s) + t`, :math:`\log|\det| = \sum_j s_j`; inverse: :math:`x = (y - t)\exp(-s)`,
     :math:`\log|\det| = -\sum_j s_j`, with :math:`s` = squash(``raw_scale``) and :math:`t` = ``shift``:
 
-    ============  =========================================  =================
-    squash        s                                          used by
-    ============  =========================================  =================
-    ``tanh``      clamp · tanh(raw), clamp 1 by default      IIN, FrEIA
-    ``atan``      clamp · 0.636 · atan(raw), clamp 2         FrEIA's soft clamp
-    ``sigmoid``   log(sigmoid(raw + 2) + 0.001)              nflows
-    ``identity``  raw                                        RealNVP, Glow
-    ``none``      0 (additive coupling)                      NICE
-    ============  =========================================  =================
+    ============  ============================================  ==================
+    squash        s                                             used by
+    ============  ============================================  ==================
+    ``tanh``      clamp · tanh(raw), clamp 1 by default         IIN, FrEIA
+    ``atan``      clamp · 0.636 · atan(raw), clamp 2            FrEIA's soft clamp
+    ``sigmoid``   log(sigmoid(raw + 2) + 0.001)                 nflows
+    ``softplus``  log(softplus(raw) + clamp), clamp 0.001       nflows
+    ``softclip``  raw / (1 + \|raw\| / clamp), clamp log(1000)  zuko
+    ``identity``  raw                                           RealNVP, Glow
+    ``none``      0 (additive coupling)                         NICE
+    ============  ============================================  ==================
 
     Args:
         x: ``[batch, ...]``, float32, float64, bfloat16 or float16, any strides; batch may be 0.
         raw_scale: like ``x``; None, and only None, for squash "none".
         shift: like ``x``.
         squash: name of the function that maps ``raw_scale`` to the log-scale.
-        clamp: bound of \|s\|, above 0; only for tanh and atan.
+        clamp: bound of \|s\|, above 0, for tanh, atan and softclip; the least scale, at least 0, for softplus; else None.
         inverse: compute x from y.
 
     Returns:
@@ -67,8 +62,7 @@ def affine_coupling(
 
     Raises:
         TypeError: a dtype that is not floating, or dtypes that differ; a clamp that is no number.
-        ValueError: shapes or devices that differ, an unknown squash, a clamp that is not positive and finite or has no
-            meaning.
+        ValueError: shapes or devices that differ, an unknown squash, a clamp that is out of range or has no meaning.
 
     References:
         Dinh, Sohl-Dickstein, Bengio: Density estimation using Real NVP, 2017, Eq. 7-8.
@@ -107,15 +101,16 @@ def check_options(op: str, squash: str, clamp: float | None) -> tuple[int, float
 
     Raises:
         TypeError: a clamp that is no number.
-        ValueError: an unknown squash, a clamp that is not positive and finite or has no meaning.
+        ValueError: an unknown squash, a clamp that is out of range or has no meaning.
     """
     checked_choice(op, "squash", squash, tuple(SQUASHES))
-    code, default = SQUASHES[squash]
+    code, _, default, meaning = SQUASHES[squash]
     if clamp is None:
         return code, default
-    if squash not in ("tanh", "atan"):
+    if meaning == "no option":
         raise ValueError(f"{op}: clamp is {clamp!r}, expected None: squash {squash!r} takes none")
-    return code, checked_number(op, "clamp", clamp, above=0)
+    bounds = {"least": 0.0} if meaning == "least scale" else {"above": 0.0}
+    return code, checked_number(op, "clamp", clamp, **bounds)
 
 
 def _fake(

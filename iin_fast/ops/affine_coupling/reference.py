@@ -1,29 +1,40 @@
 """Affine coupling in plain torch: the executable definition that every backend is tested against."""
 
+import math
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..types import accumulator_type
 
-__all__ = ["affine_coupling", "log_scale"]
+__all__ = ["SQUASHES", "Squash", "affine_coupling"]
 
 
-def log_scale(raw: Tensor, squash: str, clamp: float) -> Tensor:
-    """s of raw, for every squash but "none"."""
-    if squash == "identity":
-        return raw
-    if squash == "tanh":
-        return clamp * torch.tanh(raw)
-    if squash == "atan":
-        return clamp * 0.636 * torch.atan(raw)
-    if squash == "sigmoid":
-        return torch.log(torch.sigmoid(raw + 2) + 1e-3)
-    if squash == "softplus":  # of flow programs, as softclip
-        return torch.log(clamp - F.logsigmoid(-raw))  # torch's softplus has a step at its threshold
-    if squash == "softclip":
-        return raw / (1 + raw.abs() / clamp)
-    raise ValueError(f"affine_coupling: squash {squash!r} has no scale")
+class Squash(NamedTuple):
+    """What maps a raw scale to the log-scale s."""
+
+    code: int
+    """In csrc/affine_coupling/affine_coupling.h and in the text of a flow program."""
+    log_scale: Callable[[Tensor, float], Tensor]
+    """(raw, clamp) -> s"""
+    clamp: float = 1.0
+    """Its default."""
+    clamp_is: Literal["no option", "bound of |s|", "least scale"] = "no option"
+
+
+SQUASHES = {
+    "identity": Squash(0, lambda raw, _: raw),
+    "tanh": Squash(1, lambda raw, clamp: clamp * torch.tanh(raw), 1.0, "bound of |s|"),
+    "atan": Squash(2, lambda raw, clamp: clamp * 0.636 * torch.atan(raw), 2.0, "bound of |s|"),
+    "sigmoid": Squash(3, lambda raw, _: torch.log(torch.sigmoid(raw + 2) + 1e-3)),
+    "none": Squash(4, lambda raw, _: torch.zeros_like(raw)),
+    # torch's softplus has a step at its threshold
+    "softplus": Squash(5, lambda raw, clamp: torch.log(clamp - F.logsigmoid(-raw)), 1e-3, "least scale"),
+    "softclip": Squash(6, lambda raw, clamp: raw / (1 + raw.abs() / clamp), math.log(1e3), "bound of |s|"),
+}
 
 
 def affine_coupling(
@@ -39,7 +50,7 @@ def affine_coupling(
     if raw_scale is None:
         y = v - t if inverse else v + t
         return y.to(x.dtype), v.new_zeros(x.shape[0])
-    s = log_scale(raw_scale.to(wide), squash, clamp)
+    s = SQUASHES[squash].log_scale(raw_scale.to(wide), clamp)
     y = (v - t) * torch.exp(-s) if inverse else v * torch.exp(s) + t
     logdet = s.flatten(1).sum(1) if x.dim() > 1 else s
     return y.to(x.dtype), -logdet if inverse else logdet

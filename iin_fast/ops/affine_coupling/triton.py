@@ -28,6 +28,7 @@ from ..triton_common import (
     power_of_two,
     recorded,
     rows,
+    softplus,
     sum_parts,
     tanh,
     tile_of,
@@ -35,6 +36,7 @@ from ..triton_common import (
     tl_dtype,
 )
 from ..types import accumulator_type
+from .reference import SQUASHES
 
 __all__ = ["affine_coupling", "affine_coupling_backward", "compile_cases"]
 
@@ -47,18 +49,29 @@ _CONFIGS = [
 ]
 _WIDEST = 512  # columns of a tile, at most the smallest tile
 
+_IDENTITY, _TANH, _ATAN, _SIGMOID, _NONE, _SOFTPLUS, _SOFTCLIP = (tl.constexpr(s.code) for s in SQUASHES.values())
+
 
 @triton.jit
 def log_scale(raw, SQUASH: tl.constexpr, CLAMP: tl.constexpr):
-    """s and ds / draw, by the codes of SQUASHES; "none" never gets here."""
-    if SQUASH == 0:
+    """s and ds / draw."""
+    tl.static_assert(SQUASH != _NONE)
+    if SQUASH == _IDENTITY:
         return raw, tl.zeros_like(raw) + 1
-    elif SQUASH == 1:
+    elif SQUASH == _TANH:
         unit = tanh(raw)
         return CLAMP * unit, CLAMP * (1 - unit * unit)
-    elif SQUASH == 2:
+    elif SQUASH == _ATAN:
         return CLAMP * 0.636 * atan(raw), CLAMP * 0.636 / (1 + raw * raw)
+    elif SQUASH == _SOFTPLUS:
+        soft, derivative = softplus(raw)
+        scale = soft + CLAMP
+        return tl.log(scale), derivative / scale
+    elif SQUASH == _SOFTCLIP:
+        shrink = 1 / (1 + tl.abs(raw / CLAMP))
+        return raw * shrink, shrink * shrink
     else:
+        tl.static_assert(SQUASH == _SIGMOID)
         unit = 1 / (1 + tl.exp(-(raw + 2)))
         scale = unit + 1e-3
         return tl.log(scale), unit * (1 - unit) / scale
@@ -97,7 +110,7 @@ def _forward(
         valid = (row < batch)[:, None] & (column < width)
         v = tl.load(x + long_row * x_row + column, mask=valid, other=0.0).to(WIDE)
         t = tl.load(shift + long_row * shift_row + column, mask=valid, other=0.0).to(WIDE)
-        if SQUASH == 4:
+        if SQUASH == _NONE:
             result = v - t if INVERSE else v + t
         else:
             s, _ = log_scale(tl.load(raw + long_row * raw_row + column, mask=valid, other=0.0).to(WIDE), SQUASH, CLAMP)
@@ -140,7 +153,7 @@ def _backward(
     long_row = row.to(tl.int64)[:, None]
     out = long_row * width + column
     g = tl.load(grad_y + long_row * grad_row + column, mask=valid, other=0.0).to(WIDE)
-    if SQUASH == 4:
+    if SQUASH == _NONE:
         gx = g
     else:
         gl = tl.load(grad_logdet + row.to(tl.int64) * grad_logdet_row, mask=row < batch, other=0.0).to(WIDE)[:, None]
@@ -225,18 +238,18 @@ def compile_cases() -> list[CompileCase]:
     """The kernels of representative calls, for triton.compile: name, kernel, signature, constexprs, options."""
     calls: dict[str, Callable[[], Any]] = {}
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        for squash, name in ((1, "tanh"), (2, "atan"), (3, "sigmoid"), (4, "none")):
-            if squash != 1 and dtype != torch.float32:
+        for name, (squash, _, clamp, _) in SQUASHES.items():
+            if name != "tanh" and dtype != torch.float32:
                 continue
-            for batch, width in ((4096, 32), (25, 31), (16, 65536)) if squash == 1 else ((4096, 32),):
+            for batch, width in ((4096, 32), (25, 31), (16, 65536)) if name == "tanh" else ((4096, 32),):
                 x = torch.empty(batch, width, dtype=dtype, device="meta")
-                raw = None if squash == 4 else x
+                raw = None if name == "none" else x
                 logdet = x.new_empty(batch, dtype=accumulator_type(dtype))
                 label = f"affine_coupling {name} {str(dtype).removeprefix('torch.')} [{batch}, {width}]"
                 for inverse in (False, True) if dtype == torch.float32 and batch == 4096 else (False,):
                     which = f"{label} inverse" if inverse else label
-                    arguments = (raw, x, squash, 1.0, inverse)
+                    arguments = (raw, x, squash, clamp, inverse)
                     calls[which] = partial(affine_coupling, x, *arguments)
-                    back = (x, logdet, x, raw, squash, 1.0, inverse)
+                    back = (x, logdet, x, raw, squash, clamp, inverse)
                     calls[f"{which} backward"] = partial(affine_coupling_backward, *back)
     return recorded(calls)

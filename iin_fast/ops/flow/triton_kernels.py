@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from ..triton_common import INTERPRETED, add_term, autotuned, compensated, tanh
+from .layout import PANEL
 
 __all__ = [
     "DENORMALIZE",
@@ -31,6 +32,11 @@ __all__ = [
 # Maps of columns to the next stage, and operations on the way.
 IDENTITY, SWAP, UNSWAP, TABLE = 0, 1, 2, 3
 KEEP, NORMALIZE, DENORMALIZE, NORMALIZE_GRAD, DENORMALIZE_GRAD = 0, 1, 2, 3, 4
+# The same for kernels, which read no plain numbers from outside.
+_SWAP, _UNSWAP, _TABLE = map(tl.constexpr, (SWAP, UNSWAP, TABLE))
+_NORMALIZE, _DENORMALIZE = map(tl.constexpr, (NORMALIZE, DENORMALIZE))
+_NORMALIZE_GRAD, _DENORMALIZE_GRAD = map(tl.constexpr, (NORMALIZE_GRAD, DENORMALIZE_GRAD))
+_PANEL = tl.constexpr(PANEL)
 
 
 def _fitting(configs: list[triton.Config], arguments: dict[str, Any], **constants: Any) -> list[triton.Config]:
@@ -86,18 +92,18 @@ def _dot(a, b, acc, PRECISION: tl.constexpr, WIDE: tl.constexpr):
 @triton.jit
 def _panel(first, inside, outside):
     """The panel of output ``first``: where it begins in a weight, its first output, its width."""
-    start = first // 64 * 64
-    return start * inside, start, tl.minimum(64, outside - start)
+    start = first // _PANEL * _PANEL
+    return start * inside, start, tl.minimum(_PANEL, outside - start)
 
 
 @triton.jit
 def _move(column, table, conditioning, transformed, MAP: tl.constexpr):
     """Where a column of a stage goes. (swap: the halves change place; a table is clamped: it may hold anything.)"""
-    if MAP == 1:
+    if MAP == _SWAP:
         return tl.where(column < conditioning, column + transformed, column - conditioning)
-    elif MAP == 2:
+    elif MAP == _UNSWAP:
         return tl.where(column < transformed, column + conditioning, column - transformed)
-    elif MAP == 3:
+    elif MAP == _TABLE:
         dim = conditioning + transformed
         to = tl.load(table + column, mask=column < dim, other=0).to(tl.int32)
         return tl.minimum(tl.maximum(to, 0), dim - 1)
@@ -108,13 +114,13 @@ def _move(column, table, conditioning, transformed, MAP: tl.constexpr):
 @triton.jit
 def _pass(value, column, to, valid, loc, scale, dim, SLOPE: tl.constexpr, OP: tl.constexpr, WIDE: tl.constexpr):
     """ActNorm with activation, or its inverse, of a value on its way; and 1.0 where the activation scaled."""
-    if OP == 1:
+    if OP == _NORMALIZE:
         lo = tl.load(loc + to, mask=column < dim, other=0.0).to(WIDE)
         sc = tl.load(scale + to, mask=column < dim, other=1.0).to(WIDE)
         value = sc * (value + lo)
         negative = value < 0
         value = tl.where(negative, value * SLOPE, value)
-    elif OP == 2:
+    elif OP == _DENORMALIZE:
         lo = tl.load(loc + column, mask=column < dim, other=0.0).to(WIDE)
         sc = tl.load(scale + column, mask=column < dim, other=1.0).to(WIDE)
         negative = value < 0
@@ -129,11 +135,11 @@ def _pass_gradient(
     g, value, gl, column, to, valid, loc, scale, loc_parts, scale_parts, dim,
     SLOPE: tl.constexpr, OP: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Backward of _pass for gradient g [rows, columns]. ``value``: what ActNorm put out (OP 3) or its inverse (OP 4).
+    """Backward of _pass for gradient g [rows, columns]. ``value``: what ActNorm put out (NORMALIZE_GRAD) or its inverse (DENORMALIZE_GRAD).
 
     Stores the sums over this program's rows of the gradients of loc and scale.
     """
-    if OP == 3:
+    if OP == _NORMALIZE_GRAD:
         at = column
         sc = tl.load(scale + at, mask=at < dim, other=1.0).to(WIDE)
         negative = value < 0
@@ -142,7 +148,7 @@ def _pass_gradient(
         grad_scale = (g * before + gl) / sc
         g = g * sc
         grad_loc = g
-    elif OP == 4:
+    elif OP == _DENORMALIZE_GRAD:
         at = to
         lo = tl.load(loc + at, mask=at < dim, other=0.0).to(WIDE)
         sc = tl.load(scale + at, mask=at < dim, other=1.0).to(WIDE)
@@ -151,7 +157,7 @@ def _pass_gradient(
         grad_loc = -g
         g = g / sc
         g = tl.where(sc * shifted < 0, g / SLOPE, g)
-    if OP >= 3:
+    if OP == _NORMALIZE_GRAD or OP == _DENORMALIZE_GRAD:
         part = tl.program_id(0) * dim + at
         inside = tl.max(valid.to(tl.int32), 0)[None, :] > 0
         tl.store(loc_parts + part, tl.sum(tl.where(valid, grad_loc, 0.0), 0)[None, :], mask=inside)
@@ -203,7 +209,7 @@ def enter(
     valid = (row < batch)[:, None] & (column < dim)
     value = tl.load(source + long_row * source_row + column, mask=valid, other=0.0).to(WIDE)
     to = _move(column, table, conditioning, transformed, MAP)
-    if OP == 4:
+    if OP == _DENORMALIZE_GRAD:
         x = tl.load(values + long_row * values_row + column, mask=valid, other=0.0).to(WIDE)
         gl = tl.load(grad_logdet + row.to(tl.int64) * grad_logdet_row, mask=row < batch, other=0.0).to(WIDE)[:, None]
         value = _pass_gradient(

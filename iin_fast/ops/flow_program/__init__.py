@@ -16,7 +16,7 @@ from ...flow import FlowProgram
 from ...flow import layers as L
 from ..affine_coupling import SQUASHES
 from ..affine_coupling import affine_coupling as fused_affine
-from ..affine_coupling.reference import affine_coupling
+from ..autograd import has_values
 from ..spline_coupling import spline_coupling as fused_spline
 from ..types import FLOATING, FULL
 from . import engine, reference
@@ -83,7 +83,7 @@ def flow_program(
         return _run(x, context, parameters, program, inverse, base, KEEP[memory])
     check_rows(x, context, program, FLOATING)
     check_parameters(x, parameters, program)
-    if engine.has_values(x):
+    if has_values(x):
         _check_once(x, parameters, program)
     plain = backend == "reference" and (backends.needs_definition() or backends._forced == "reference")
     return reference.flow_program(
@@ -117,7 +117,7 @@ def _run(
     base: bool,
     keep: int,
 ) -> tuple[Tensor, Tensor]:
-    if not engine.has_values(x):  # traced or mapped: the fake kernel checks
+    if not has_values(x):  # traced or mapped: the fake kernel checks
         return engine.call(x, context, parameters, program, inverse, base, keep)
     _check_once(x, parameters, program)
     try:
@@ -130,9 +130,7 @@ def _run(
 def _affine(
     x: Tensor, raw: Tensor | None, shift: Tensor, squash: str, clamp: float, inverse: bool
 ) -> tuple[Tensor, Tensor]:
-    if squash not in SQUASHES:  # softplus and softclip, which the fused op does not have
-        return affine_coupling(x, raw, shift, squash, clamp, inverse)
-    bound = clamp if squash in ("tanh", "atan") else None
+    bound = None if SQUASHES[squash].clamp_is == "no option" else clamp
     return fused_affine(x, raw, shift, squash=squash, clamp=bound, inverse=inverse)
 
 

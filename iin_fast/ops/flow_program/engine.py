@@ -6,28 +6,23 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import DynamicOutputShapeException, is_fake
+from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
 from ...flow import FlowProgram
-from ..autograd import by_definition, followed, watched
+from ..autograd import by_definition, differentiated, followed
 from ..registry import Op, register
 from ..types import FULL
 from ..vmap import Rule, front, one_by_one
 from . import flops, reference
 from .checks import KEEP, check_parameters
 
-__all__ = ["call", "has_values", "in_float32"]
+__all__ = ["call", "in_float32"]
 
 
 def in_float32(value: Any) -> Any:
     """What autocast to float32 does: tensors of 16 bits are converted, all others stay."""
     narrow = isinstance(value, Tensor) and value.is_floating_point() and value.dtype.itemsize == 2
     return value.float() if narrow else value
-
-
-def has_values(x: Tensor) -> bool:
-    """Whether the values of this call's tensors can be read: not while it is traced or mapped, nor on device meta."""
-    return not (watched() or x.is_meta or is_fake(x))
 
 
 def call(
@@ -41,7 +36,7 @@ def call(
 ) -> tuple[Tensor, Tensor]:
     """Run the compiled op."""
     op = torch.ops.iin_fast.flow_program.default
-    if watched():
+    if followed():
         tensors = (x, *parameters) if context is None else (x, context, *parameters)
         learns = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
         found = op(
@@ -134,7 +129,7 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         needed = ctx.needs_input_grad
-        if followed(*grads):
+        if differentiated(*grads):
             found: Sequence[Any] = by_definition(*_definition(ctx), grads)
         else:
             x, saved, context, *parameters = ctx.saved_tensors

@@ -30,13 +30,17 @@ from ..triton_common import (
     power_of_two,
     recorded,
     rows,
+    softplus,
     sum_parts,
     tile_of,
     tl_dtype,
 )
 from ..types import accumulator_type
+from . import PARAMETERIZATIONS, TAILS
 
 __all__ = ["compile_cases", "spline_coupling", "spline_coupling_backward"]
+
+_LINEAR, _NO_TAILS, _CIRCULAR = (tl.constexpr(TAILS[name]) for name in ("linear", "none", "circular"))
 
 # Numbers of a tile (elements times padded bins) and warps; a thread holds a dozen values for each of its numbers.
 _CONFIGS = [
@@ -85,10 +89,8 @@ def _slope(raw, ZUKO: tl.constexpr, SOFTNESS: tl.constexpr, MIN_D: tl.constexpr)
         slope = tl.exp(raw * shrink)
         return slope, slope * shrink * shrink
     else:
-        e = tl.exp(-tl.abs(raw))
-        u = 1 + e
-        log1p = tl.log(u) - ((u - 1) - e) / u  # what rounding took from u comes back
-        return MIN_D + (tl.maximum(raw, 0.0) + log1p + 0 * raw), tl.where(raw >= 0, 1 / u, e / u)
+        soft, derivative = softplus(raw)
+        return MIN_D + (soft + 0 * raw), derivative
 
 
 @triton.jit
@@ -123,7 +125,7 @@ def _locate(
     LEAST: tl.constexpr = 2.0**-54 if WIDE == tl.float64 else 2.0**-25  # a quarter of the type's epsilon
     width = (RIGHT - LEFT) * _at_least(MIN_W + (1 - MIN_W * BINS) * _pick(share_w, here), LEAST)
     height = (TOP - BOTTOM) * _at_least(MIN_H + (1 - MIN_H * BINS) * _pick(share_h, here), LEAST)
-    if TAILS == 0:
+    if TAILS == _LINEAR:
         first = number - 1
         second = number
         has0 = number > 0
@@ -131,7 +133,7 @@ def _locate(
     else:
         first = number
         second = number + 1
-        if TAILS == 2:
+        if TAILS == _CIRCULAR:
             second = tl.where(second == BINS, 0, second)
         has0 = number >= 0
         has1 = number >= 0
@@ -276,7 +278,7 @@ def _forward(
             gained = -gained
         mapped = _held(mapped, within >= HIGH, LEFT if INVERSE else BOTTOM, RIGHT if INVERSE else TOP)
         outside = (value < within) | (value > within)
-        if TAILS == 1:  # straight on
+        if TAILS == _NO_TAILS:  # straight on
             edge = tl.where(value > within, slope1, slope0)
             excess = value - within
             mapped = tl.where(outside, mapped + (excess / edge if INVERSE else excess * edge), mapped)
@@ -396,7 +398,7 @@ def _backward(
     by_raw0 = by_slope0 * step0
     by_raw1 = by_slope1 * step1
     same = outside & (TAILS != 1)
-    if TAILS == 1:
+    if TAILS == _NO_TAILS:
         # beyond the box the coordinate is held at its edge, and a line of the outer slope goes on from there
         beyond = from_y * (excess / slope if INVERSE else excess)
         by_raw0 += tl.where(value < within, beyond * step0, 0.0)
@@ -421,8 +423,8 @@ def _backward(
     )
     if DERIVATIVES > 0:
         d = tl.arange(0, BLOCK_D)[None, None, :]
-        knot = d + 1 if TAILS == 0 else d  # the left end of bin `knot`, the right end of the one before
-        before = tl.where(knot == 0, BINS, knot) - 1 if TAILS == 2 else knot - 1
+        knot = d + 1 if TAILS == _LINEAR else d  # the left end of bin `knot`, the right end of the one before
+        before = tl.where(knot == 0, BINS, knot) - 1 if TAILS == _CIRCULAR else knot - 1
         n = number[:, :, None]
         gradient = tl.where(n == knot, by_raw0[:, :, None], 0.0)
         gradient += tl.where(n == before, by_raw1[:, :, None], 0.0)
@@ -435,12 +437,13 @@ def _constants(
 ) -> dict[str, Any]:
     left, right, bottom, top, min_width, min_height, min_derivative = limits
     softness = 0.0
-    if form == 1:
+    zuko = form == PARAMETERIZATIONS["zuko"]
+    if zuko:
         softness, min_width, min_height = 1 / math.log(min_derivative), 0.0, 0.0
     return dict(
         BINS=bins,
         TAILS=tails,
-        ZUKO=form == 1,
+        ZUKO=zuko,
         SOFTNESS=softness,
         LEFT=left,
         RIGHT=right,
