@@ -5,6 +5,8 @@
 
 namespace iin_fast {
 
+constexpr int panel_width = 64; // outputs of a panel of weights: PANEL in iin_fast/ops/flow/layout.py
+
 struct FlowSizes {
   int64_t batch, dim, n_flows, hidden, depth; // depth: hidden layers between the first and the last of a net
   int64_t context_dim, context_count;         // 0: no context; 1: one for all blocks; n_flows: one each

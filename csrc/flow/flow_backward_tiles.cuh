@@ -99,7 +99,7 @@ __device__ __forceinline__ void enter_backward_column(const FlowBackwardWalk<Sto
 }
 
 // Shapes of blocks: tiles of weights lie turned, as rows of outputs, so a step of the depth stays inside a panel.
-template <class P> constexpr int panel_depth = depth_of<P>(256) < flow_panel ? depth_of<P>(256) : flow_panel;
+template <class P> constexpr int panel_depth = depth_of<P>(256) < panel_width ? depth_of<P>(256) : panel_width;
 template <class P, bool wide, int buffers = wide ? 2 : 3>
 using BackTile = std::conditional_t<wide, Tile<P, 64, 64, depth_of<P>(128), 1, 2, 2, 1, buffers, false, true>,
                                     Tile<P, 32, 16, panel_depth<P>, 1, 1, 1, 4, buffers, false, true>>;
@@ -112,7 +112,8 @@ template <class P> using OuterTile = Tile<P, 64, 64, depth_of<P>(128), 1, 2, 2, 
 template <class Tile>
 __device__ __forceinline__ void load_turned(typename Tile::Storage *to, const typename Tile::Storage *weight,
                                             int inside, int outside, int input0, int k) {
-  const int start = k / flow_panel * flow_panel, width = outside - start < flow_panel ? outside - start : flow_panel;
+  const int start = k / panel_width * panel_width,
+            width = outside - start < panel_width ? outside - start : panel_width;
   const typename Tile::Storage *const from =
       weight + static_cast<int64_t>(start) * inside + static_cast<int64_t>(input0) * width + (k - start);
   load_tile<Tile::columns, Tile::depth, Tile::ldw>(to, from, width, inside - input0, width - (k - start),
@@ -322,8 +323,8 @@ __device__ __forceinline__ void weight_gradient_tile(const FlowBackwardWalk<type
           for (int row = share; row < Tile::depth; row += shares)
             total += widen(d_tile[row * Tile::ldw + column]);
       });
-  const int start = output0 / flow_panel * flow_panel;
-  const int width = outside - start < flow_panel ? outside - start : flow_panel;
+  const int start = output0 / panel_width * panel_width;
+  const int width = outside - start < panel_width ? outside - start : panel_width;
   weight += static_cast<int64_t>(start) * inside + (output0 - start);
   for (int at = threadIdx.x; at < Tile::rows * Tile::columns; at += tile_threads) {
     const int input = input0 + at / Tile::columns, output = at % Tile::columns;

@@ -25,8 +25,6 @@
 
 namespace iin_fast {
 
-constexpr int flow_panel = 64;
-
 enum class Move : int { keep, swap, unswap, table };
 enum class Pass : int { keep, normalize, denormalize };
 
@@ -229,8 +227,8 @@ template <class Storage> struct PanelTiles {
   int width, valid;    // of the panel, and from `first` on
   bool wide;
   __device__ PanelTiles(const Storage *weight, int inside, int outside, int first) {
-    const int start = first / flow_panel * flow_panel;
-    width = outside - start < flow_panel ? outside - start : flow_panel;
+    const int start = first / panel_width * panel_width;
+    width = outside - start < panel_width ? outside - start : panel_width;
     valid = width - (first - start);
     data = weight + static_cast<int64_t>(start) * inside + (first - start);
     wide = copies_wide(data, width);

@@ -11,12 +11,11 @@
 #pragma once
 
 #include "common/simd.h"
+#include "flow/flow.h"
 
 namespace iin_fast {
 namespace IIN_FAST_ISA {
 namespace {
-
-constexpr int64_t panel_width = 64; // layout.py, PANEL
 
 // Elements from one row of an activation to the next: whole cache lines, an odd number of them, since rows a power of
 // two apart would share the sets of the first cache.

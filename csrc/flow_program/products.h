@@ -3,8 +3,9 @@
 //
 //   multiply   C[rows, ld] = start + sum_k W[row, k] A[k, ld]: a dense layer, and with the strides of W exchanged its
 //              transpose. An element of W is broadcast, a vector of A serves all rows of a register tile.
-//   outer      dW[out, in] (+)= sum_r D[out, r] A^T[r, in] from A turned by `transpose`.
+//   outer      dW[out, in] (+)= sum_r D[out, r] A^T[r, in] from A turned by `transpose`: the same product.
 //
+// The products of csrc/flow/gemm.h have outputs in lanes and weights in panels that stream from memory: other tiles.
 // Register tiles are R rows x C vectors, for 16 or 32 vector registers.
 #pragma once
 
@@ -24,7 +25,7 @@ template <class T> struct Multiply {
   bool add;       // to what c holds, instead of start
 };
 
-constexpr int most_vectors = vector_registers == 32 ? 4 : 4;
+constexpr int most_vectors = 4;
 constexpr int most_rows(int vectors) {
   return vector_registers == 32 ? (vectors == 4   ? 6
                                    : vectors == 3 ? 8
@@ -89,8 +90,9 @@ template <class T, int C = most_vectors> MultiplyTile<T> multiply_with(int64_t r
   return multiply_of<T, C>(rows, std::make_integer_sequence<int, most_rows(C)>());
 }
 
-template <class T> void multiply(const Multiply<T> &whole, int64_t rows) {
-  const int64_t vectors = whole.ld / lanes<T>, parts = ceil_div(vectors, most_vectors);
+// `vectors` of each row of C.
+template <class T> void multiply(const Multiply<T> &whole, int64_t rows, int64_t vectors) {
+  const int64_t parts = ceil_div(vectors, most_vectors);
   for (int64_t part = 0, vector = 0; part < parts; ++part) {
     const int64_t next = (part + 1) * vectors / parts, width = next - vector;
     const int64_t tiles = ceil_div(rows, most_rows(width));
@@ -109,6 +111,8 @@ template <class T> void multiply(const Multiply<T> &whole, int64_t rows) {
     vector = next;
   }
 }
+
+template <class T> void multiply(const Multiply<T> &whole, int64_t rows) { multiply(whole, rows, whole.ld / lanes<T>); }
 
 // Single rows of a dense layer, wherever they lie.
 template <class T> struct MultiplyRows {
@@ -182,82 +186,9 @@ template <class T> struct Outer {
   bool add;
 };
 
-constexpr int outer_vectors = vector_registers == 32 ? 4 : 2;
-constexpr int outer_rows(int vectors) {
-  return vector_registers == 32 ? (vectors == 4 ? 6 : vectors == 3 ? 8 : 12) : (vectors == 2 ? 6 : 12);
-}
-
-template <class T, int R, int C> void outer_tile(const Outer<T> &p) {
-  constexpr int n = lanes<T>;
-  vec<T> sum[R][C];
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c)
-      sum[r][c] = p.add ? load(p.w + r * p.lda + c * n) : vec<T>{};
-  constexpr int groups = (R + 2) / 3;
-  const T *d[groups];
-#pragma GCC unroll 4
-  for (int g = 0; g < groups; ++g)
-    d[g] = p.d + 3 * g * p.ld;
-  const T *a = p.a;
-  const int64_t ld = p.ld, lda = p.lda;
-  for (int64_t row = 0; row < p.rows; ++row) {
-    vec<T> b[C];
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c)
-      b[c] = load(a + c * n);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const vec<T> value = broadcast(d[r / 3][(r % 3) * ld]);
-#pragma GCC unroll 4
-      for (int c = 0; c < C; ++c)
-        sum[r][c] += value * b[c];
-    }
-#pragma GCC unroll 4
-    for (int g = 0; g < groups; ++g)
-      ++d[g];
-    a += lda;
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c)
-      store(p.w + r * p.lda + c * n, sum[r][c]);
-}
-
-template <class T> using OuterTile = void (*)(const Outer<T> &);
-
-template <class T, int C, int... R> OuterTile<T> outer_of(int64_t rows, std::integer_sequence<int, R...>) {
-  static constexpr OuterTile<T> tiles[] = {outer_tile<T, R + 1, C>...};
-  return tiles[rows - 1];
-}
-
-template <class T, int C = outer_vectors> OuterTile<T> outer_with(int64_t rows, int64_t vectors) {
-  if constexpr (C > 1)
-    if (vectors < C)
-      return outer_with<T, C - 1>(rows, vectors);
-  return outer_of<T, C>(rows, std::make_integer_sequence<int, outer_rows(C)>());
-}
-
 // lda is padded to whole vectors; of the padding, what lies in the last vector of `in` is written.
-template <class T> void outer(const Outer<T> &whole, int64_t out, int64_t in) {
-  const int64_t vectors = ceil_div(in, lanes<T>), parts = ceil_div(vectors, outer_vectors);
-  for (int64_t part = 0, vector = 0; part < parts; ++part) {
-    const int64_t next = (part + 1) * vectors / parts, width = next - vector;
-    const int64_t tiles = ceil_div(out, outer_rows(width));
-    Outer<T> p = whole;
-    p.a += vector * lanes<T>;
-    p.w += vector * lanes<T>;
-    for (int64_t tile = 0, row = 0; tile < tiles; ++tile) {
-      const int64_t end = (tile + 1) * out / tiles;
-      outer_with<T>(end - row, width)(p);
-      p.d += (end - row) * p.ld;
-      p.w += (end - row) * p.lda;
-      row = end;
-    }
-    vector = next;
-  }
+template <class T> void outer(const Outer<T> &p, int64_t out, int64_t in) {
+  multiply<T>({p.d, p.ld, 1, p.rows, p.a, p.w, p.lda, nullptr, p.add}, out, ceil_div(in, lanes<T>));
 }
 
 // to[r, i] = from[i, r] for i < count, r < ld; `to` has rows of `stride`, whose padding up to a whole vector becomes 0.
