@@ -5,10 +5,9 @@ one, else on the CPU.
 """
 
 import json
-import statistics
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from iin_fast import functional as F
 from iin_fast import nn
 from iin_fast.backends import available, backend
+from iin_fast.bench.timing import in_turn, spread
 from iin_fast.info import collect
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -56,38 +56,29 @@ def cases() -> dict[str, tuple[str, Callable[[], Any]]]:
     return found
 
 
-def seconds(call: Callable[[], Any], training: bool) -> float:
+def run(call: Callable[[], Any], training: bool, which: str) -> None:
+    """The call on a backend, until the device has done it."""
+    with backend(which):
+        if training:
+            outputs = call()
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            torch.autograd.backward(list(outputs), [torch.ones_like(t) for t in outputs])
+        else:
+            with torch.no_grad():
+                call()
     if DEVICE == "cuda":
         torch.cuda.synchronize()
-    start = time.perf_counter()
-    if training:
-        outputs = call()
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        torch.autograd.backward(list(outputs), [torch.ones_like(t) for t in outputs])
-    else:
-        with torch.no_grad():
-            call()
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def main(out: Path, repeats: int = 15) -> None:
     results: dict[str, Any] = {"machine": collect(), "device": DEVICE, "cases": {}}
     for name, (op, call) in cases().items():
         for training in (False, True):
-            taken: dict[str, list[float]] = {which: [] for which in available(op, DEVICE)}
-            for turn in range(repeats + 2):  # two to warm up
-                for which, times in taken.items():
-                    with backend(which):
-                        elapsed = seconds(call, training)
-                    if turn >= 2:
-                        times.append(elapsed)
+            calls = {which: partial(run, call, training, which) for which in available(op, DEVICE)}
+            taken = in_turn(calls, repeats, warm_up=2)
             label = f"{name}, {'forward + backward' if training else 'forward'}"
-            results["cases"][label] = {
-                which: {"min": min(t), "median": statistics.median(t), "max": max(t)} for which, t in taken.items()
-            }
-            print(label, {which: f"{1e3 * statistics.median(t):.2f} ms" for which, t in taken.items()}, flush=True)
+            results["cases"][label] = found = {which: spread(t) for which, t in taken.items()}
+            print(label, {which: f"{1e3 * t['median']:.2f} ms" for which, t in found.items()}, flush=True)
     out.write_text(json.dumps(results, indent=1) + "\n")
 
 

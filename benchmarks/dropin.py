@@ -11,21 +11,21 @@ import argparse
 import copy
 import importlib.util
 import json
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from peers import commits, paths, versions
+from peers import commits, paths
 from torch import Tensor, nn
 
 import iin_fast
-from iin_fast.info import collect
+from iin_fast.bench.timing import in_turn, spread
+from iin_fast.info import collect, versions
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "dropin_cpu.json"
@@ -208,16 +208,8 @@ def measure(model: Model, batch: int, repeats: int, warm_up: int, *, frozen: boo
         runs["inverse"] = inverse
     found: dict[str, Any] = {}
     for name, run in runs.items():
-        seconds: dict[str, list[float]] = {"own": [], "accelerated": []}
-        for turn in range(repeats + warm_up):
-            for side, module in (("own", own), ("accelerated", fast)):
-                start = time.perf_counter()
-                run(module)
-                if turn >= warm_up:
-                    seconds[side].append(time.perf_counter() - start)
-        found[name] = {
-            side: {"min": min(s), "median": statistics.median(s), "max": max(s)} for side, s in seconds.items()
-        }
+        times = in_turn({"own": partial(run, own), "accelerated": partial(run, fast)}, repeats, warm_up=warm_up)
+        found[name] = {side: spread(s) for side, s in times.items()}
         found[name]["speedup"] = found[name]["own"]["median"] / found[name]["accelerated"]["median"]
     return found
 

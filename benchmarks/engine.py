@@ -13,7 +13,6 @@ import subprocess
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,8 @@ from torch import Tensor, nn
 
 import iin_fast
 from iin_fast.bench.run import machine_peaks
-from iin_fast.info import collect
+from iin_fast.bench.timing import spread, time_of
+from iin_fast.info import collect, versions
 
 NSF = {
     "kind": "coupling",
@@ -200,9 +200,7 @@ def timed(call: Call, seconds: float) -> list[float]:
     times: list[float] = []
     end = time.perf_counter() + seconds
     while len(times) < 3 or time.perf_counter() < end:
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
+        times.append(time_of(call))
     return times
 
 
@@ -251,9 +249,7 @@ def run_case(
         if flow is None:
             continue
         calls[side] = torch_call(side, flow, case)
-        start = time.perf_counter()
-        calls[side]()
-        first = time.perf_counter() - start
+        first = time_of(calls[side])
         rows[side] = {"parameters": sum(p.numel() for p in flow.parameters()), "first_call": first, "times": []}
         timed(calls[side], seconds / 4)  # warm-up
     if jax is not None:
@@ -265,7 +261,7 @@ def run_case(
             rows["flowjax"]["times"] += [statistics.median(jax.measure(case, seconds)["times"])]
     for row in rows.values():
         times = row.pop("times")
-        row |= {"min": min(times), "median": statistics.median(times), "max": max(times)}
+        row |= spread(times)
     least = floor(case, rows["iin-fast"]["parameters"], peaks)
     print(case["name"], f"floor {least * 1e3:.2f} ms", flush=True)
     for side, row in rows.items():
@@ -286,7 +282,7 @@ def main() -> None:
     arguments = parser.parse_args()
     peaks = machine_peaks(False)
     jax = Jax(arguments.jax) if arguments.jax else None
-    libraries = {name: version(name) for name in ("torch", "nflows", "zuko", "normflows")}
+    libraries = versions("torch", "nflows", "zuko", "normflows")
     result = {
         "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": collect(),

@@ -12,9 +12,7 @@ For every op, without gradients and with them, in turn in one process:
 """
 
 import json
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ import torch
 from torch import Tensor
 
 from iin_fast import functional as F
+from iin_fast.bench.timing import in_turn, spread
 from iin_fast.info import collect
 from iin_fast.nn import Flow
 from iin_fast.ops.flow import flow as flow_op
@@ -95,15 +94,8 @@ def least(op: Any, arguments: tuple[Any, ...], gradients: bool) -> Callable[[], 
 
 
 def measure(calls: dict[str, Callable[[], Any]], windows: int = 300, repeats: int = 50) -> dict[str, dict[str, float]]:
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for window in range(windows + 5):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            for _ in range(repeats):
-                call()
-            if window >= 5:  # the first ones warm up
-                seconds[name].append((time.perf_counter() - start) / repeats * 1e6)
-    return {n: {"min": min(s), "median": statistics.median(s), "max": max(s)} for n, s in seconds.items()}
+    times = in_turn(calls, windows, repeats, warm_up=5)
+    return {name: spread([s * 1e6 for s in seconds]) for name, seconds in times.items()}
 
 
 def main(out: Path) -> None:

@@ -19,9 +19,7 @@ import tempfile
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-from peers import commit
-
-from iin_fast.info import collect
+from iin_fast.info import collect, commit_of
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -105,7 +103,7 @@ def outcomes(results: Path) -> dict[str, str]:
 
 
 def compare(name: str, source: Path | None) -> dict[str, object]:
-    version = {"commit": commit(source)} if source else {"version": importlib.metadata.version(SUITES[name][0])}
+    version = {"commit": commit_of(source, 40)} if source else {"version": importlib.metadata.version(SUITES[name][0])}
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         found = suite(name, source, scratch)

@@ -10,11 +10,11 @@
 """
 
 import importlib.util
-import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-__all__ = ["MODULES", "commit", "commits", "paths", "versions"]
+from iin_fast.info import commit_of
+
+__all__ = ["MODULES", "commits", "paths"]
 
 # folder, and a module that must then come from it
 MODULES = {
@@ -51,22 +51,5 @@ def paths(folder: Path, scratch: Path) -> list[str]:
     return found
 
 
-def commit(clone: Path) -> str:
-    """The commit of a clone, ``-dirty`` where its files were changed."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    return subprocess.run(command, cwd=clone, check=True, capture_output=True, text=True).stdout.strip()
-
-
 def commits(folder: Path | None) -> dict[str, str]:
-    return {} if folder is None else {name: commit(clone) for name, clone in clones(folder).items()}
-
-
-def versions(*names: str) -> dict[str, str]:
-    """Of the distributions that are installed."""
-    found = {}
-    for name in names:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            pass
-    return found
+    return {} if folder is None else {name: commit_of(clone, 40) or "unknown" for name, clone in clones(folder).items()}

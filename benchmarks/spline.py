@@ -13,10 +13,8 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -26,8 +24,9 @@ from zuko.transforms import MonotonicRQSTransform
 
 from iin_fast.bench.memory import peak_above
 from iin_fast.bench.run import machine_peaks
+from iin_fast.bench.timing import in_turn, spread
 from iin_fast.functional import rational_quadratic_spline, spline_coupling
-from iin_fast.info import collect
+from iin_fast.info import collect, versions
 
 BINS, BOUND = 8, 3.0
 PARTS = [BINS, BINS, BINS - 1]
@@ -114,7 +113,7 @@ def measure_memory(name: str, rows: int, features: int) -> None:
 def main(out: Path) -> None:
     results: dict = {
         "machine": collect(),
-        "peers": {n: version(n) for n in ("nflows", "zuko")},
+        "peers": versions("nflows", "zuko"),
         "bins": BINS,
         "peaks": machine_peaks(quick=False),
         "cases": {},
@@ -123,22 +122,14 @@ def main(out: Path) -> None:
     for rows, features, repeats, burst in SIZES:
         table = systems(*inputs(rows, features))
         for case in CASES:
-            seconds: dict[str, list[float]] = {name: [] for name in table}
-            for turn in range(repeats + 2):
-                for name, calls in table.items():
-                    start = time.perf_counter()
-                    for _ in range(burst):
-                        calls[case]()
-                    if turn >= 2:  # the first two are warm-up: torch.compile may need both
-                        seconds[name].append((time.perf_counter() - start) / burst)
+            # two rounds of warm-up: torch.compile may need both
+            seconds = in_turn({name: calls[case] for name, calls in table.items()}, repeats, burst, warm_up=2)
             medians = {name: statistics.median(s) for name, s in seconds.items()}
             label = f"{case}, {rows} x {features}" + (f", {burst} calls in a row" if burst > 1 else "")
             results["floors"][label] = least = floor(case, rows, features, results["peaks"])
             results["cases"][label] = {
                 name: {
-                    "min": min(s),
-                    "median": medians[name],
-                    "max": max(s),
+                    **spread(s),
                     "ours": medians[name] / medians["iin-fast"],
                     "times_floor": medians[name] / least,
                 }

@@ -11,14 +11,13 @@ Nothing is timed; the same machine gives the same numbers again.
 import itertools
 import json
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from iin_fast.info import collect
+from iin_fast.info import collect, versions
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "ops"))
@@ -100,7 +99,7 @@ def main(out: Path) -> None:
         cases.append(case_)
         worst = {q: {s: f"{r['max']:.0e}" for s, r in row.items()} for q, row in case_["off knots"].items()}
         print(peer.name, bins, spread, worst)
-    peers = {name: version(name) for name in ("nflows", "zuko")}
+    peers = versions("nflows", "zuko")
     result = {"machine": collect(), "peers": peers, "limit": LIMIT, "cases": cases}
     out.write_text(json.dumps(result, indent=1) + "\n")
 

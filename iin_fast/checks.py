@@ -16,6 +16,7 @@ __all__ = [
     "check_dtype",
     "check_features",
     "check_floating",
+    "check_kind",
     "check_latents",
     "check_like",
     "check_rank",
@@ -125,6 +126,13 @@ def checked_dtype(where: str, dtype: object) -> None:
     """Refuse what is no type of parameters; None is torch's default."""
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise TypeError(f"{where}: dtype is {dtype!r}, expected a real floating-point type, such as torch.float32")
+
+
+def check_kind(where: str, name: str, value: object, dtype: torch.dtype, expected: str) -> None:
+    """A tensor of a type that is not floating; ``expected`` says it in words."""
+    if not isinstance(value, Tensor) or value.dtype != dtype:
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{where}: {name} is {got}, expected {expected}")
 
 
 def check_floating(op: str, name: str, value: object, allowed: tuple[torch.dtype, ...] = FLOATING) -> Tensor:

@@ -2,6 +2,7 @@
 
 import platform
 import subprocess
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -10,17 +11,33 @@ from . import __version__
 from ._library import cpu_isa, cuda_versions, libraries, needed_driver
 from .backends import NAMES
 
-__all__ = ["collect"]
+__all__ = ["collect", "commit_of", "versions"]
+
+
+def commit_of(folder: Path, digits: int = 12) -> str | None:
+    """The commit of a clone, ``-dirty`` where its files were changed."""
+    command = ["git", "describe", "--always", "--dirty", f"--abbrev={digits}", "--exclude=*"]
+    found = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    return found.stdout.strip() if found.returncode == 0 else None
+
+
+def versions(*names: str) -> dict[str, str]:
+    """Of the distributions that are installed."""
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            pass
+    return found
 
 
 def commit() -> str:
     """The commit of the source tree that this runs from, or that the package was built from."""
     root = Path(__file__).parents[1]
-    if (root / ".git").exists():
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-        found = subprocess.run(command, cwd=root, capture_output=True, text=True)
-        if found.returncode == 0:
-            return found.stdout.strip()
+    found = commit_of(root) if (root / ".git").exists() else None
+    if found:
+        return found
     try:
         from ._build_info import COMMIT  # type: ignore[import-not-found,unused-ignore]
     except ImportError:

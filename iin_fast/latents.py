@@ -16,12 +16,12 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from .iin import checkpoint
+from .arrays import MISSING, to_numpy
+from .files import safetensors_library, serialize, write_file
 from .iin.factors import RESIDUAL
 
 __all__ = ["MISSING", "Latents", "class_context", "load_latents", "save_arrays"]
 
-MISSING = -1  # the label of a sample whose class is unknown
 
 # What a file may hold. ``donor`` and ``position`` are notes of the commands that write latents.
 _KNOWN = ("z", "labels", "names", "za", "zb", "factor", "shared", "images", "donor", "position")
@@ -309,11 +309,11 @@ def save_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Tensor | Arra
     elif file.suffix == ".safetensors":
         metadata = {k: json.dumps(v.tolist()) for k, v in plain.items() if v.dtype.kind == "U"}
         tensors = {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in plain.items() if v.dtype.kind != "U"}
-        data = checkpoint._serialize(tensors, metadata)
+        data = serialize(tensors, metadata)
     else:
         raise ValueError(f"{file}: ends in {file.suffix or 'nothing'!r}, expected .npz or .safetensors")
     file.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint._write(file, data)
+    write_file(file, data)
     return file
 
 
@@ -329,7 +329,7 @@ def _read_npz(file: Path) -> dict[str, Any]:
 
 
 def _read_safetensors(file: Path) -> dict[str, Any]:
-    safetensors = checkpoint._safetensors()
+    safetensors = safetensors_library()
     try:
         with safetensors.safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}
@@ -345,11 +345,8 @@ def _read_safetensors(file: Path) -> dict[str, Any]:
 
 
 def _array(where: str, name: str, values: Any) -> np.ndarray[Any, Any]:
-    if isinstance(values, Tensor):
-        values = values.detach().cpu()
-        return (values.double() if values.is_floating_point() else values).numpy()
     try:
-        return np.asarray(values)
+        return to_numpy(values)
     except ValueError as error:  # rows of unequal length
         raise ValueError(f"{where}: {name} is no array ({error})") from error
 

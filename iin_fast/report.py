@@ -18,7 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .iin import IIN, LinearIIN, checkpoint
+from .files import write_file
+from .iin import IIN, LinearIIN
 from .iin.factors import RESIDUAL
 from .latents import class_context
 from .page import card, page, pixels, plot, require_matplotlib, row, table
@@ -123,7 +124,7 @@ def write_report(
         _making(model, run, evaluation, log),
     ]
     path = folder / "report.html"
-    checkpoint._write(path, page(f"iin-fast: {_title(model)}", sections).encode())
+    write_file(path, page(f"iin-fast: {_title(model)}", sections).encode())
     return path
 
 
@@ -780,7 +781,7 @@ def _write_sheet(folder: Path, name: str, sheet: NDArray[np.float64]) -> None:
     files.imsave(stream, np.clip(white, 0, 1).repeat(3, axis=0).repeat(3, axis=1))
     file = re.sub(r"[^-\w]+", "_", name)
     (folder / "pictures").mkdir(exist_ok=True)
-    checkpoint._write(folder / "pictures" / f"{file}.png", stream.getvalue())
+    write_file(folder / "pictures" / f"{file}.png", stream.getvalue())
 
 
 def _scale(image: NDArray[np.float64], width: int) -> int:

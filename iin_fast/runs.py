@@ -17,7 +17,8 @@ from torch import Tensor
 
 from .checks import checked_int
 from .evaluate.likelihood import in_parts
-from .iin import IIN, Factors, checkpoint
+from .files import write_file
+from .iin import IIN, Factors
 from .iin.model import outlier_share
 from .latents import Latents, class_context, load_latents
 
@@ -486,7 +487,7 @@ def _evaluate_density(
             options[name] = data.shared[torch.from_numpy(units(data, rows))]
     result = evaluate_unlabelled(model, data.z[held_rows], data.z[train_rows], **options)
     text = json.dumps(result, indent=2, allow_nan=False) + "\n"
-    checkpoint._write(run / "evaluation.json", text.encode())
+    write_file(run / "evaluation.json", text.encode())
     return result
 
 

@@ -11,6 +11,7 @@ import iin_fast
 __all__ = [
     "at_the_edge_of_overflow",
     "check_not_finite",
+    "of_gradients",
     "spoiled",
     "RHOS",
     "SIZES",

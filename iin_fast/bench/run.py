@@ -3,20 +3,19 @@
 import gc
 import json
 import statistics
-import time
 from collections.abc import Callable
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..info import collect
+from ..info import collect, versions
 from ..nn import Flow
 from ..testing import eager_flow
 from .memory import measure
 from .systems import PUBLISHED, SYSTEMS, FlowSize, System, build
+from .timing import in_turn, spread, time_of
 from .workloads import WORKLOADS, Workload
 
 __all__ = ["machine_peaks", "run_bench"]
@@ -66,7 +65,7 @@ def run_bench(
     result: dict[str, Any] = {
         "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": collect(),
-        "versions": _versions(),
+        "versions": versions("torch", "numpy", "FrEIA", "nflows", "normflows"),
         "peaks": peaks,
         "cases": {},
     }
@@ -99,27 +98,9 @@ def run_bench(
 
 
 def _default_peers(quick: bool) -> list[str]:
-    installed = []
-    for name in SYSTEMS:
-        if name in ("FrEIA", "nflows", "normflows"):
-            try:
-                version(name)
-            except PackageNotFoundError:
-                continue
-        if quick and name.startswith("compile"):
-            continue
-        installed.append(name)
-    return installed
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in ("torch", "numpy", "FrEIA", "nflows", "normflows"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    libraries = {"FrEIA", "nflows", "normflows"}
+    missing = libraries - versions(*libraries).keys()
+    return [name for name in SYSTEMS if name not in missing and not (quick and name.startswith("compile"))]
 
 
 def machine_peaks(quick: bool) -> dict[str, float]:
@@ -127,22 +108,15 @@ def machine_peaks(quick: bool) -> dict[str, float]:
     source, target = torch.ones(2, (16 if quick else 64) * 2**20)
     target.copy_(source)
     gflops, read = torch.ops.iin_fast.machine_peaks(source)
-    copy = min(_timed(lambda: target.copy_(source)) for _ in range(10))
+    copy = min(time_of(lambda: target.copy_(source)) for _ in range(10))
     a, b = torch.randn(2, 2048, 2048)
-    product = min(_timed(lambda: torch.mm(a, b)) for _ in range(8))
+    product = min(time_of(lambda: torch.mm(a, b)) for _ in range(8))
     return {
         "gflops": gflops,
         "read_gbytes": read,
         "copy_gbytes": 2 * source.nbytes / copy / 1e9,
         "torch_mm_gflops": 2 * 2048**3 / product / 1e9,
     }
-
-
-def _timed(call: Callable[[], object], times: int = 1) -> float:
-    start = time.perf_counter()
-    for _ in range(times):
-        call()
-    return time.perf_counter() - start
 
 
 class _Bench:
@@ -171,26 +145,21 @@ class _Bench:
         for call in calls.values():
             call()
             call()
-        once = [_timed(call) for call in calls.values()]
+        once = [time_of(call) for call in calls.values()]
         # long enough that the first call after another system's turn does not decide
         inner = max(1, int((0.01 if self.quick else 0.05) / max(min(once), 1e-6)))
         repeats = 5 if self.quick else max(5, min(25, int(15 / (sum(once) * inner))))
-        times: dict[str, list[float]] = {name: [] for name in calls}
         gc.collect()
         gc.disable()
         try:
-            for _ in range(repeats):
-                for name, call in calls.items():
-                    times[name].append(_timed(call, inner) / inner)
+            times = in_turn(calls, repeats, inner)
         finally:
             gc.enable()
         base = statistics.median(times["eager"])
         floor = workload.floor(*self.peaks)
         systems = {
             name: {
-                "min": min(t),
-                "median": statistics.median(t),
-                "max": max(t),
+                **spread(t),
                 "times_eager": base / statistics.median(t),
                 "times_floor": statistics.median(t) / floor,
             }

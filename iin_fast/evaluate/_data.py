@@ -6,25 +6,22 @@ import importlib.util
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from ..arrays import MISSING, checked_latents, to_numpy
+
 __all__ = [
-    "MISSING",
     "Array",
     "Codes",
     "checked_factors",
     "checked_labels",
-    "checked_latents",
     "dense",
     "halves",
     "require_sklearn",
     "single_dimensions",
     "subset",
 ]
-
-MISSING = -1  # the label of a sample whose class is unknown
 
 _MOST = 10**5
 
@@ -36,19 +33,6 @@ def require_sklearn(where: str) -> None:
     """ImportError that names the extra, where scikit-learn is missing."""
     if importlib.util.find_spec("sklearn") is None:
         raise ImportError(f"{where} needs scikit-learn: pip install 'iin-fast[evaluate]'")
-
-
-def checked_latents(where: str, name: str, values: Tensor | ArrayLike) -> Array:
-    """Finite real numbers ``[n, dim]`` as float64."""
-    array = _numpy(values)
-    if array.dtype.kind != "f":
-        raise TypeError(f"{where}: {name} is {array.dtype}, expected real floating-point numbers")
-    if array.ndim != 2 or 0 in array.shape:
-        raise ValueError(f"{where}: {name} has shape {list(array.shape)}, expected [n, dim] with at least one sample")
-    latents: Array = array.astype(np.float64)
-    if not np.isfinite(latents).all():
-        raise ValueError(f"{where}: {name} has NaN or Inf, expected finite numbers")
-    return latents
 
 
 def checked_factors(where: str, factors: Mapping[str, Tensor | ArrayLike]) -> dict[str, Array]:
@@ -72,7 +56,7 @@ def checked_labels(
 ) -> Codes:
     """Integers ``[n, concepts]``, -1 where unknown; each concept with two classes at least among the known ones."""
     names = list(names)
-    table = _numpy(labels)
+    table = to_numpy(labels)
     if table.dtype.kind not in "iub":
         raise TypeError(f"{where}: {argument} is {table.dtype}, expected integers (-1 where a label is missing)")
     if table.shape != (n, len(names)):
@@ -121,10 +105,3 @@ def dense(codes: Codes) -> Codes:
     """Codes renumbered from 0 without gaps, in their order."""
     renumbered: Codes = np.unique(codes, return_inverse=True)[1]
     return renumbered
-
-
-def _numpy(values: Tensor | ArrayLike) -> NDArray[np.generic]:
-    if isinstance(values, torch.Tensor):
-        values = values.detach().cpu()
-        return (values.double() if values.is_floating_point() else values).numpy()
-    return np.asarray(values)

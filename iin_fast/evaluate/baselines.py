@@ -10,9 +10,10 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from ..arrays import MISSING, checked_latents
 from ..iin import LinearIIN, PairSampler
 from ..iin.factors import RESIDUAL
-from ._data import MISSING, Array, Codes, checked_labels, checked_latents, subset
+from ._data import Array, Codes, checked_labels, subset
 from .correlation import shared_correlation
 from .information import _in_bins, label_entropy
 

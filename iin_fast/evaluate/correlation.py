@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from ._data import MISSING, Array, Codes, checked_factors, checked_labels
+from ..arrays import MISSING, to_numpy
+from ._data import Array, Codes, checked_factors, checked_labels
 
 __all__ = ["pair_correlation", "shared_correlation"]
 
@@ -101,7 +102,7 @@ def shared_correlation(
     where = "shared_correlation"
     arrays = checked_factors(where, factors)
     n = len(next(iter(arrays.values())))
-    mask = shared.detach().cpu().numpy() if isinstance(shared, Tensor) else np.asarray(shared)
+    mask = to_numpy(shared)
     if mask.dtype != bool:
         raise TypeError(f"{where}: shared is {mask.dtype}, expected bool")
     if mask.shape != (n // 2, len(names)) or n % 2:

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from ._data import MISSING, Array, require_sklearn
+from ..arrays import MISSING
+from ._data import Array, require_sklearn
 from .probe import above_chance, balanced_accuracy, train_and_test
 
 __all__ = ["dci", "dci_from_importances"]

@@ -10,7 +10,8 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from ._data import MISSING, Array, Codes, checked_factors, checked_labels, dense, subset
+from ..arrays import MISSING
+from ._data import Array, Codes, checked_factors, checked_labels, dense, subset
 
 __all__ = ["factor_label_information", "label_entropy"]
 

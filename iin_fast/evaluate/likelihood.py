@@ -10,8 +10,8 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from ..arrays import checked_latents
 from ..iin import IIN
-from ._data import checked_latents
 
 __all__ = ["gaussian_nats_per_dim", "invertibility_error", "nats_per_dim", "normal_nats_per_dim"]
 

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from ._data import MISSING, Array, Codes, checked_factors, checked_labels, halves, require_sklearn, subset
+from ..arrays import MISSING
+from ._data import Array, Codes, checked_factors, checked_labels, halves, require_sklearn, subset
 
 __all__ = ["Probe", "above_chance", "balanced_accuracy", "leak", "train_and_test"]
 

@@ -13,9 +13,11 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from ..iin import IIN, checkpoint
+from ..arrays import checked_latents, to_numpy
+from ..files import write_file
+from ..iin import IIN
 from ..iin.model import unwrapped
-from ._data import Array, Codes, _numpy, checked_labels, checked_latents, halves, require_sklearn
+from ._data import Array, Codes, checked_labels, halves, require_sklearn
 from .baselines import LinearFactors, LinearRival, MeanShift
 from .correlation import pair_correlation, shared_correlation
 from .dci import dci
@@ -249,7 +251,7 @@ def evaluate_unlabelled(
         parts = {"iin": encode(model, x, context)}
         for kind in ("pca", "raw"):
             parts[kind] = LinearFactors.of_pairs(train, train_shared, names, model.sizes, kind).encode(x)  # type: ignore[arg-type]
-        rival = LinearRival.of_pairs(train, _numpy(train_shared), names, model.concepts)
+        rival = LinearRival.of_pairs(train, to_numpy(train_shared), names, model.concepts)
         if rival is not None:
             parts["linear_iin"] = rival.encode(x)
         result["pairs"] = {
@@ -276,7 +278,7 @@ def write_evaluation(
     """
     result = evaluate(IIN.load(run_folder, device=device), *args, **settings)
     text = json.dumps(result, indent=2, allow_nan=False) + "\n"
-    checkpoint._write(Path(run_folder) / "evaluation.json", text.encode())
+    write_file(Path(run_folder) / "evaluation.json", text.encode())
     return result
 
 
@@ -302,9 +304,7 @@ def _data(
     x = checked_latents(where, z_name, z)
     if x.shape[1] != dim:
         raise ValueError(f"{where}: {z_name} has shape {list(x.shape)}, expected [n, {dim}] like the model")
-    if isinstance(labels, Tensor):
-        labels = labels.detach().cpu().numpy()
-    table = np.asarray(labels)
+    table = to_numpy(labels)
     if concepts is not None and table.ndim == 2 and table.shape[1] == len(names):
         unknown = [name for name in concepts if name not in names]
         if unknown or not concepts:

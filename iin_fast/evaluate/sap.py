@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from ._data import MISSING, single_dimensions
+from ..arrays import MISSING
+from ._data import single_dimensions
 from .mig import gap
 from .probe import Probe, above_chance, balanced_accuracy, train_and_test
 

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from ._data import MISSING, Array, Codes, _numpy, checked_labels, checked_latents, require_sklearn, subset
+from ..arrays import MISSING, checked_latents, to_numpy
+from ._data import Array, Codes, checked_labels, require_sklearn, subset
 from .probe import Probe, balanced_accuracy
 
 __all__ = ["Judge", "Swap", "judge_accuracy", "latent_judge", "swap_success"]
@@ -44,7 +45,7 @@ def latent_judge(
         probes[name] = Probe(x[known], codes[known, j], "mlp", seed)
 
     def judge(latents: Any) -> dict[str, Array]:
-        return {name: probe(_numpy(latents).astype(np.float64)) for name, probe in probes.items()}
+        return {name: probe(to_numpy(latents).astype(np.float64)) for name, probe in probes.items()}
 
     return judge
 
@@ -86,7 +87,7 @@ def swap_success(
     Args:
         swap: (concept, rows that keep, rows that give) to latents ``[n, dim]``.
         labels: classes from 0, -1 where unknown: no donor and no keeper for that concept, and not judged on it.
-        names: of the concepts; all of them are watched.
+        names: of the concepts; all of them are followed.
         judge: latents to concept to class probabilities ``[n, classes]``, whose columns are the labels.
         concepts: which to swap; by default all.
         seen: what the judge gets to see, made of latents, such as a decoder; by default the latents.
@@ -137,7 +138,7 @@ def swap_outcomes(
 ) -> dict[str, Outcome]:
     """What :func:`swap_success` sums up, swap by swap: a seed gives the same rows and donors whatever swaps them."""
     where = "swap_success"
-    codes = checked_labels(where, labels, names, len(_numpy(labels)))
+    codes = checked_labels(where, labels, names, len(to_numpy(labels)))
     random = np.random.default_rng(seed)
     result: dict[str, Outcome] = {}
     for concept in names if concepts is None else concepts:
@@ -188,7 +189,7 @@ def _read(judge: Judge, what: Any, names: Sequence[str], n: int) -> dict[str, Co
         raise TypeError(f"swap_success: judge gave {came}, expected a mapping with each of {list(names)}")
     read = {}
     for name in names:
-        table = _numpy(found[name])
+        table = to_numpy(found[name])
         if table.ndim != 2 or len(table) != n:
             raise ValueError(f"swap_success: judge gave {name!r} of shape {list(table.shape)}, expected [{n}, classes]")
         read[name] = table.argmax(1)

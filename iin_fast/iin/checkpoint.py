@@ -6,15 +6,14 @@ files that do not belong together is refused. So is a parameter file whose conte
 
 import json
 import os
-import uuid
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..files import checksum, safetensors_library, serialize, write_file
 
 __all__ = ["DTYPES", "FORMAT", "VERSION", "check", "config_file", "load", "save"]
 
@@ -45,11 +44,11 @@ def save(path: str | os.PathLike[str], state: Mapping[str, Tensor], config: Mapp
         if not torch.isfinite(tensor).all():
             raise ValueError(f"IIN.save: parameter {name!r} has NaN or Inf, and would not load again")
     text = json.dumps({"format": FORMAT, "version": VERSION, **config}, indent=2) + "\n"
-    data = _serialize(tensors, {"config": text, "crc32": _checksum(tensors)})
+    data = serialize(tensors, {"config": text, "crc32": checksum(tensors)})
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
-        _write(tensor_file(path), data)
-        _write(config_file(path), text.encode())
+        write_file(tensor_file(path), data)
+        write_file(config_file(path), text.encode())
     except OSError as error:
         message = f"IIN.save: can't write to path {os.fspath(path)!r}: {error.strerror}"
         raise OSError(error.errno, message) from error
@@ -62,7 +61,7 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
         FileNotFoundError: one of the files is missing.
         ValueError: a file that is damaged or not of iin-fast.
     """
-    safetensors = _safetensors()
+    safetensors = safetensors_library()
     for file in (config_file(path), tensor_file(path)):
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no such file; IIN.load expects the folder that IIN.save wrote")
@@ -82,7 +81,7 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
         same = False
     if not same:
         raise ValueError(f"{file}: written with another configuration than {config_file(path).name} beside it")
-    if header["crc32"] != _checksum(tensors):
+    if header["crc32"] != checksum(tensors):
         raise ValueError(f"{file}: damaged, its parameters are not those that were written (CRC-32 differs)")
     del config["format"], config["version"]
     return tensors, config
@@ -110,58 +109,6 @@ def check(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], expected:
             raise ValueError(f"{file}: parameter {name!r} is {tensor.dtype}, expected {like.dtype}")
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{file}: parameter {name!r} has NaN or Inf")
-
-
-def _safetensors() -> ModuleType:
-    try:
-        import safetensors
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError("IIN.save and IIN.load need safetensors: pip install 'iin-fast[io]'") from error
-    return safetensors
-
-
-def _serialize(tensors: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
-    """A safetensors file; the same content gives the same bytes (safetensors itself shuffles the metadata)."""
-    data = memoryview(_safetensors().torch.save(tensors, metadata))
-    end = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(bytes(data[8:end]))
-    text = json.dumps({**header, "__metadata__": dict(sorted(metadata.items()))}, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at multiples of 8
-    return b"".join([len(text).to_bytes(8, "little"), text, data[end:]])
-
-
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    """CRC-32 of all bytes, in the order of the names."""
-    crc = 0
-    for _, tensor in sorted(tensors.items()):
-        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, crc)
-    return f"{crc:08x}"
-
-
-def _write(file: Path, data: bytes) -> None:
-    """The file appears with all of ``data`` or stays as it was, also when the machine stops."""
-    temporary = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
-    try:
-        with open(temporary, "xb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, file)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(file.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """New names in the folder reach the disk."""
-    if os.name == "posix":
-        opened = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(opened)
-        finally:
-            os.close(opened)
 
 
 def _parse(text: str) -> Any:

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from ..arrays import checked_latents, to_numpy
 from ..checks import checked_int
 
 __all__ = ["estimate_factor_dims"]
@@ -60,10 +61,10 @@ def estimate_factor_dims(
         [3, 1, 6]
     """
     where = "estimate_factor_dims"
-    a, b = _latents(where, "za", za), _latents(where, "zb", zb)
+    a, b = checked_latents(where, "za", za), checked_latents(where, "zb", zb)
     if a.shape != b.shape:
         raise ValueError(f"{where}: zb has shape {list(b.shape)}, expected {list(a.shape)} like za")
-    codes = _numpy(factor)
+    codes = to_numpy(factor)
     if codes.dtype.kind not in "iu":
         raise TypeError(f"{where}: factor is {codes.dtype}, expected integers")
     n, dim = a.shape
@@ -110,22 +111,3 @@ def _ratio(covariance: ArrayLike, variance: ArrayLike) -> NDArray[np.float64]:
     ratio = np.zeros_like(variance)
     np.divide(covariance, variance, out=ratio, where=variance > 0)
     return ratio
-
-
-def _numpy(values: Tensor | ArrayLike) -> NDArray[np.generic]:
-    if isinstance(values, Tensor):
-        values = values.detach().cpu()
-        return (values.double() if values.is_floating_point() else values).numpy()
-    return np.asarray(values)
-
-
-def _latents(where: str, name: str, values: Tensor | ArrayLike) -> NDArray[np.float64]:
-    array = _numpy(values)
-    if array.dtype.kind != "f":
-        raise TypeError(f"{where}: {name} is {array.dtype}, expected real floating-point numbers")
-    if array.ndim != 2 or 0 in array.shape:
-        raise ValueError(f"{where}: {name} has shape {list(array.shape)}, expected [n, dim] with at least one pair")
-    latents: NDArray[np.float64] = array.astype(np.float64)
-    if not np.isfinite(latents).all():
-        raise ValueError(f"{where}: {name} has NaN or Inf, expected finite numbers")
-    return latents

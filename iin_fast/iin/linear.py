@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_device, check_dtype, check_floating, check_rank, check_shape, checked_int
+from ..checks import check_device, check_dtype, check_floating, check_kind, check_rank, check_shape, checked_int
 from .factors import RESIDUAL, factor_sizes
 from .inputs import Inputs
 from .model import IIN
@@ -156,9 +156,7 @@ class LinearIIN(IIN):
         names = tuple(names)
         if not names or len(set(names)) < len(names) or RESIDUAL in names:
             raise ValueError(f"{where}: names is {list(names)}, expected different ones, none of them {RESIDUAL!r}")
-        if not isinstance(shared, Tensor) or shared.dtype != torch.bool:
-            kind = shared.dtype if isinstance(shared, Tensor) else type(shared).__name__
-            raise TypeError(f"{where}: shared is {kind}, expected a bool tensor [n, names]")
+        check_kind(where, "shared", shared, torch.bool, "a bool tensor [n, names]")
         check_shape(where, "shared", shared, (len(za), len(names)), "([pairs, names])")
         a = torch.arange(len(za))
         return cls._fit(where, torch.cat([za, zb]), a, a + len(za), shared, names, sizes)

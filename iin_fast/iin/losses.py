@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
-from ..checks import check_device, check_floating, check_latents, check_shape, checked_flag, checked_number
+from ..checks import check_device, check_floating, check_kind, check_latents, check_shape, checked_flag, checked_number
 from .factors import RESIDUAL, Factors
 from .model import IIN, unwrapped
 
@@ -136,8 +136,7 @@ class FactorLoss(nn.Module):
         """``shared`` as a boolean mask ``[batch, factors]``, the residual included."""
         concepts = [name for name in sizes if name != RESIDUAL]
         if isinstance(shared, Tensor):
-            if shared.dtype != torch.bool:
-                raise TypeError(f"FactorLoss: shared is {shared.dtype}, expected torch.bool")
+            check_kind("FactorLoss", "shared", shared, torch.bool, "torch.bool")
             if shared.shape != (batch, len(concepts)):
                 expected = f"[{batch}, {len(concepts)}], one column for each of {concepts}"
                 raise ValueError(f"FactorLoss: shared has shape {list(shared.shape)}, expected {expected}")

@@ -9,11 +9,10 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from ..arrays import MISSING, to_numpy
 from ..checks import checked_int
 
 __all__ = ["PairBatches", "PairSampler", "Pairs"]
-
-MISSING = -1  # a label that is not known
 
 # Draws per pair before the partners are listed. Acceptance is (1 - 1/values) per other concept for even labels, so two
 # or three concepts are done in a few rounds; lists serve the rest.
@@ -401,7 +400,7 @@ def _table(
 
 
 def _integers(name: str, values: Tensor | ArrayLike) -> NDArray[np.int64]:
-    array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    array = to_numpy(values)
     if array.size == 0:
         raise ValueError(f"PairSampler: {name} is empty, of shape {list(array.shape)}, expected at least one sample")
     if array.dtype.kind not in "iub":

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ..iin import checkpoint
+from ..files import write_file
 
 __all__ = ["COLUMNS", "Bar", "Log", "event_writer", "held_out_rise"]
 
@@ -43,7 +43,7 @@ class Log:
         folder = run / "logs"
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / "metrics.csv"
-        checkpoint._write(file, _until(file, step).encode())
+        write_file(file, _until(file, step).encode())
         self._stream = open(file, "a", newline="", encoding="utf-8")  # noqa: SIM115 (closed in close)
         self._writer = csv.DictWriter(self._stream, COLUMNS, lineterminator="\n")
         self._events: Any = event_writer()(str(folder), purge_step=step + 1 if step else None)  # type: ignore[no-untyped-call]

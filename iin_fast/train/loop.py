@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..files import safetensors_library, write_file
 from ..iin import IIN, FactorLoss, Factors, Inputs, checkpoint
 from ..iin.factors import RESIDUAL
 from ..latents import Latents, class_context, load_latents
@@ -382,10 +383,10 @@ class _Training:
             },
             "versions": _versions(),
         }
-        checkpoint._write(self.folder / "run.json", (json.dumps(record, indent=2) + "\n").encode())
+        write_file(self.folder / "run.json", (json.dumps(record, indent=2) + "\n").encode())
         buffer = io.BytesIO()
         np.savez(buffer, train=train_rows, held_out=held_rows)
-        checkpoint._write(self.folder / "split.npz", buffer.getvalue())
+        write_file(self.folder / "split.npz", buffer.getvalue())
 
 
 def _fabric(accelerator: str, devices: int, nodes: int, strategy: str, settings: Settings) -> Any:
@@ -395,7 +396,7 @@ def _fabric(accelerator: str, devices: int, nodes: int, strategy: str, settings:
     except ImportError as error:
         raise ImportError("train needs lightning-fabric: pip install 'iin-fast[train]'") from error
     event_writer()  # what is missing is said before a folder is made
-    checkpoint._safetensors()
+    safetensors_library()
     if strategy not in ("auto", "ddp"):
         raise ValueError(f"train: strategy is {strategy!r}, expected 'auto' or 'ddp'; a sharded one is not supported")
     if torch.distributed.is_available() and torch.distributed.is_torchelastic_launched():

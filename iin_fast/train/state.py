@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..files import checksum, safetensors_library, serialize, sync_folder, write_file
 from ..iin import IIN, checkpoint
 
 __all__ = ["Progress", "latest", "load", "publish", "save", "tidy"]
@@ -64,19 +65,19 @@ def save(run: Path, model: IIN, progress: Progress) -> Path:
     if progress.best is not None:
         record["best_loss"] = progress.best_loss
     text = json.dumps(record, indent=2) + "\n"
-    header = {"training": text, "crc32": checkpoint._checksum(tensors)}
+    header = {"training": text, "crc32": checksum(tensors)}
     try:
         temporary.mkdir(parents=True)
         model.save(temporary)
         if progress.best is not None:
             checkpoint.save(temporary / "best", progress.best, model.config)
-        checkpoint._write(temporary / "training.safetensors", checkpoint._serialize(tensors, header))
-        checkpoint._write(temporary / "training.json", text.encode())
+        write_file(temporary / "training.safetensors", serialize(tensors, header))
+        write_file(temporary / "training.json", text.encode())
         os.rename(temporary, folder / name)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    checkpoint._sync_folder(folder)
+    sync_folder(folder)
     publish(run, model, progress)
     tidy(run)
     return folder / name
@@ -115,7 +116,7 @@ def load(folder: Path, device: torch.device | str = "cpu") -> tuple[IIN, Progres
     for path in (file, beside):
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; the checkpoint is not whole")
-    safetensors = checkpoint._safetensors()
+    safetensors = safetensors_library()
     try:
         with safetensors.safe_open(file, framework="pt") as opened:
             header = opened.metadata() or {}
@@ -124,7 +125,7 @@ def load(folder: Path, device: torch.device | str = "cpu") -> tuple[IIN, Progres
         same = json.loads(header.get("training", "null")) == record
     except (safetensors.SafetensorError, ValueError) as error:
         raise ValueError(f"{folder}: damaged checkpoint ({error})") from error
-    if not same or record.get("format") != FORMAT or header.get("crc32") != checkpoint._checksum(tensors):
+    if not same or record.get("format") != FORMAT or header.get("crc32") != checksum(tensors):
         raise ValueError(f"{folder}: damaged checkpoint, {file.name} is not what was written with {beside.name}")
     if record["version"] != VERSION:
         raise ValueError(f"{folder}: version {record['version']!r} of the format, expected {VERSION}; update iin-fast")

@@ -8,6 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from iin_fast.files import checksum
 from iin_fast.iin import IIN, checkpoint
 
 
@@ -174,7 +175,7 @@ def rewrite(folder, tensors=None, config=None):
     if tensors is not None:
         tensors(state)
     text = json.dumps({**json.loads((folder / "config.json").read_text()), **(config or {})})
-    header = {"config": text, "crc32": checkpoint._checksum(state)}
+    header = {"config": text, "crc32": checksum(state)}
     safetensors.torch.save_file(state, folder / "model.safetensors", header)
     (folder / "config.json").write_text(text)
 

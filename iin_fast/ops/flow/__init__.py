@@ -16,6 +16,7 @@ from ...checks import (
     check_device,
     check_dtype,
     check_floating,
+    check_kind,
     check_rank,
     check_shape,
     checked_choice,
@@ -192,9 +193,7 @@ def _check(x: Tensor, context: Tensor | None, parameters: tuple[Tensor, ...], pe
         if value.shape != shapes[place]:
             like = f"for dim {dim}, context {wide}, {n_flows} flows, hidden {hidden}, depth {depth}"
             check_shape(op, _PARAMETERS[place], value, shapes[place], like)
-    if not isinstance(permutation, Tensor) or permutation.dtype != torch.int64:
-        got = permutation.dtype if isinstance(permutation, Tensor) else type(permutation).__name__
-        raise TypeError(f"{op}: permutation is {got}, expected an int64 tensor")
+    check_kind(op, "permutation", permutation, torch.int64, "an int64 tensor")
     if permutation.device != device:
         check_device(op, "permutation", permutation, x, "x")
     if permutation.shape != shapes[0]:

@@ -15,6 +15,7 @@ from ...checks import (
     check_device,
     check_dtype,
     check_floating,
+    check_kind,
     check_like,
     check_rank,
     check_shape,
@@ -79,9 +80,7 @@ def pair_nll(
         check_shape(op, name, logdet, za.shape[:1], "(one number a pair)")
         if logdet.dtype != wide and not autocast:
             check_dtype(op, name, logdet, wide, f"for samples of {str(za.dtype).removeprefix('torch.')}")
-    if not isinstance(shared, Tensor) or shared.dtype != torch.bool:
-        got = shared.dtype if isinstance(shared, Tensor) else type(shared).__name__
-        raise TypeError(f"{op}: shared is {got}, expected a bool tensor [batch, factors]")
+    check_kind(op, "shared", shared, torch.bool, "a bool tensor [batch, factors]")
     sizes = checked_ints(op, "sizes", sizes, least=0)
     check_shape(op, "shared", shared, (za.shape[0], len(sizes)), "([batch, factors], one column for each of sizes)")
     if sum(sizes) != za.shape[1]:
