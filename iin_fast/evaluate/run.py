@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -101,35 +101,25 @@ def evaluate(
     say = progress or (lambda what: None)
     names = list(names)
     x, codes = _data(where, "z", z, "labels", labels, names, concepts, model.dim)
+    source = "training samples"
     if (train_z is None) != (train_labels is None):
         raise ValueError(f"{where}: train_z and train_labels are needed together, one is missing")
     if train_z is None or train_labels is None:
+        source = "half of the held-out samples"
         first, second = halves(len(x), seed)
         train, train_codes, x, codes = x[first], codes[first], x[second], codes[second]
         if context is not None:
             train_context, context = context[first], context[second]
-        source = "half of the held-out samples"
     else:
         train, train_codes = _data(where, "train_z", train_z, "train_labels", train_labels, names, concepts, model.dim)
-        source = "training samples"
     if concepts is not None:
         names = list(concepts)
     codes = checked_labels(where, codes, names, len(x), "labels of the scored samples")
     train_codes = checked_labels(where, train_codes, names, len(train), "labels of the samples to learn on")
-    swapped = [name for name in names if name in model.concepts]
-    sizes = model.sizes
 
     say("factors")
-    as_tensor = torch.from_numpy
-    linear: dict[str, LinearFactors | LinearRival] = {}
-    for kind in ("raw", "pca"):
-        linear[kind] = LinearFactors(train, train_codes, names, sizes, kind, seed)  # type: ignore[arg-type]
-    rival = LinearRival.of(train, train_codes, names, swapped)
-    if rival is not None:
-        linear["linear_iin"] = rival
-    parts = {"iin": encode(model, x, context), **{kind: basis.encode(x) for kind, basis in linear.items()}}
-    train_parts = {"iin": encode(model, train, train_context)}
-    train_parts |= {kind: basis.encode(train) for kind, basis in linear.items()}
+    scored, learned_on = _Samples(x, codes, context), _Samples(train, train_codes, train_context)
+    task = _Task(model, names, scored, learned_on, decoder, judge, max_samples, seed)
     result: dict[str, Any] = {
         "format": "iin_fast.evaluation",
         "version": 1,
@@ -137,58 +127,147 @@ def evaluate(
         "samples": {"scored": len(x), "learned_on": len(train), "source": source, "most": max_samples},
         "concepts": names,
         "classes": {name: len(np.unique(codes[codes[:, j] >= 0, j])) for j, name in enumerate(names)},
-        "factors": sizes,
+        "factors": model.sizes,
+    }
+    for metric, take in METRICS.items():
+        say(metric)
+        result |= take(task)
+    return result
+
+
+class _Samples(NamedTuple):
+    """Latents with what is known of them."""
+
+    z: Array  # [n, dim]
+    codes: Codes  # [n, concepts]
+    context: Tensor | None  # [n, context_dim]
+
+
+class _Task:
+    """What all metrics are taken on: samples, and their factors as the IIN and the linear baselines see them."""
+
+    def __init__(
+        self,
+        model: IIN,
+        names: list[str],
+        scored: _Samples,
+        learned_on: _Samples,
+        decoder: Callable[[Tensor], Any] | None,
+        judge: Judge | None,
+        max_samples: int,
+        seed: int,
+    ) -> None:
+        self.model, self.names, self.scored, self.learned_on = model, names, scored, learned_on
+        self.decoder, self.judge, self.max_samples, self.seed = decoder, judge, max_samples, seed
+        self.swapped = [name for name in names if name in model.concepts]
+        z, codes = learned_on.z, learned_on.codes
+        self.linear: dict[str, LinearFactors | LinearRival] = {}
+        for kind in ("raw", "pca"):
+            self.linear[kind] = LinearFactors(z, codes, names, model.sizes, kind, seed)  # type: ignore[arg-type]
+        rival = LinearRival.of(z, codes, names, self.swapped)
+        if rival is not None:
+            self.linear["linear_iin"] = rival
+        # system to factor to [n, size]
+        self.factors, self.train_factors = (
+            {"iin": encode(model, of.z, of.context)} | {who: basis.encode(of.z) for who, basis in self.linear.items()}
+            for of in (scored, learned_on)
+        )
+
+    def each(self, metric: Callable[..., Any], learns: bool = False, **options: Any) -> dict[str, Any]:
+        """System to what ``metric`` says of its factors; one that learns gets those of the samples to learn on."""
+        found = {}
+        for who, factors in self.factors.items():
+            given = {"train_factors": self.train_factors[who], "train_labels": self.learned_on.codes} if learns else {}
+            found[who] = metric(factors, self.scored.codes, self.names, seed=self.seed, **given, **options)
+        return found
+
+    def both(self, metric: Callable[..., Any], learns: bool) -> dict[str, Any]:
+        """The same of whole factors and, as ``dimensions``, of single dimensions."""
+        options: dict[str, Any] = {"learns": learns, "max_samples": self.max_samples}
+        whole, single = self.each(metric, **options), self.each(metric, **options, dimensions=True)
+        return {who: {**found, "dimensions": single[who]} for who, found in whole.items()}
+
+
+def _swaps(task: _Task) -> dict[str, Any]:
+    """How swaps end, of every system with one, and in words; nothing where no concept has a factor."""
+    model, names, seed = task.model, task.names, task.seed
+    x, codes, context = task.scored
+    if not task.swapped:
+        return {}
+    judge, seen = task.judge, None
+    if judge is None:
+        judge = latent_judge(task.learned_on.z, task.learned_on.codes, names, seed=seed)
+    elif task.decoder is not None:
+        made = task.decoder
+
+        @torch.no_grad()
+        def seen(z: Array) -> Any:
+            return made(torch.from_numpy(z).to(model.device, model.dtype))
+
+    shift = MeanShift(task.learned_on.z, task.learned_on.codes, names)
+
+    @torch.no_grad()
+    def by_model(concept: str, keep: Codes, give: Codes) -> Array:
+        kept, given = (torch.from_numpy(x[rows]) for rows in (keep, give))
+        contexts = (None, None) if context is None else (context[keep], context[give])
+        swaps = [
+            model.swap(a, b, concept, context=own, donor_context=other)
+            for a, b, own, other in in_parts(model, 1024, kept, given, *contexts)
+        ]
+        return torch.cat(swaps).double().cpu().numpy()
+
+    def by_shift(concept: str, keep: Codes, give: Codes) -> Array:
+        column = codes[:, names.index(concept)]
+        return shift.swap(x[keep], column[keep], column[give], concept)
+
+    ways: dict[str, Callable[[str, Codes, Codes], Array]] = {"iin": by_model, "mean_shift": by_shift}
+    for kind, basis in task.linear.items():
+        ways[kind] = lambda concept, keep, give, basis=basis: basis.swap(x[keep], x[give], concept)  # type: ignore[misc]
+    outcomes = {
+        who: swap_outcomes(way, codes, names, judge, task.swapped, seen, task.max_samples, seed)
+        for who, way in ways.items()
+    }
+    swap = {
+        "judge": judge_accuracy(judge, x, codes, names, seen),
+        "chance": {name: 1.0 / len(np.unique(codes[codes[:, j] >= 0, j])) for j, name in enumerate(names)},
+        **{who: {concept: outcome.summary() for concept, outcome in of.items()} for who, of in outcomes.items()},
+    }
+    verdict = {
+        concept: swap_verdict(concept, {who: of[concept].both for who, of in outcomes.items()}, seed)
+        for concept in task.swapped
+    }
+    return {"swap": swap, "verdict": verdict}
+
+
+# What is taken, in this order: name to a function that adds to the result.
+METRICS: dict[str, Callable[[_Task], dict[str, Any]]] = {
+    "swap": _swaps,
+    "information": lambda task: {
+        "information": task.each(factor_label_information, max_samples=task.max_samples),
+    },
+    "dci": lambda task: {"dci": task.both(dci, learns=True)},
+    "mig": lambda task: {"mig": task.both(mig, learns=False)},
+    "sap": lambda task: {"sap": task.both(sap, learns=True)},
+    "leak": lambda task: {"leak": task.each(leak, learns=True, max_samples=task.max_samples)},
+    "likelihood": lambda task: _density(task.model, task.scored, task.learned_on),
+    "correlation": lambda task: {"correlation": task.each(pair_correlation)},
+    "invertibility": lambda task: _invertibility(task.model, task.scored),
+}
+
+
+def _density(model: IIN, scored: _Samples, learned_on: _Samples) -> dict[str, Any]:
+    return {
+        "likelihood": {
+            "iin": nats_per_dim(model, torch.from_numpy(scored.z), context=scored.context),
+            "iin_learned_on": nats_per_dim(model, torch.from_numpy(learned_on.z), context=learned_on.context),
+            "gaussian": gaussian_nats_per_dim(scored.z, learned_on.z),
+            "normal": normal_nats_per_dim(scored.z),
+        }
     }
 
-    if swapped:
-        say("swap")
-        result |= _swaps(
-            model, x, codes, context, train, train_codes, names, swapped, linear, decoder, judge, max_samples, seed
-        )
-    say("information")
-    result["information"] = {
-        who: factor_label_information(p, codes, names, max_samples=max_samples, seed=seed) for who, p in parts.items()
-    }
-    for metric, title in ((dci, "dci"), (mig, "mig"), (sap, "sap")):
-        say(title)
-        result[title] = {}
-        for who in parts:
-            learned: dict[str, Any] = (
-                {}
-                if metric is mig
-                else {
-                    "train_factors": train_parts[who],
-                    "train_labels": train_codes,
-                }
-            )
-            found = metric(parts[who], codes, names, max_samples=max_samples, seed=seed, **learned)
-            single = metric(parts[who], codes, names, dimensions=True, max_samples=max_samples, seed=seed, **learned)
-            result[title][who] = {**found, "dimensions": single}
-    say("leak")
-    result["leak"] = {
-        who: leak(
-            p,
-            codes,
-            names,
-            train_factors=train_parts[who],
-            train_labels=train_codes,
-            max_samples=max_samples,
-            seed=seed,
-        )
-        for who, p in parts.items()
-    }
-    say("likelihood")
-    result["likelihood"] = {
-        "iin": nats_per_dim(model, as_tensor(x), context=context),
-        "iin_learned_on": nats_per_dim(model, as_tensor(train), context=train_context),
-        "gaussian": gaussian_nats_per_dim(x, train),
-        "normal": normal_nats_per_dim(x),
-    }
-    say("correlation")
-    result["correlation"] = {who: pair_correlation(p, codes, names, seed=seed) for who, p in parts.items()}
-    say("invertibility")
-    result["invertibility"] = invertibility_error(model, as_tensor(x), context=context)
-    return result
+
+def _invertibility(model: IIN, scored: _Samples) -> dict[str, Any]:
+    return {"invertibility": invertibility_error(model, torch.from_numpy(scored.z), context=scored.context)}
 
 
 def evaluate_unlabelled(
@@ -230,7 +309,8 @@ def evaluate_unlabelled(
     x, train = checked_latents(where, "z", z), checked_latents(where, "train_z", train_z)
     if (shared is None) != (train_shared is None):
         raise ValueError(f"{where}: shared and train_shared are needed together, one is missing")
-    as_tensor = torch.from_numpy
+    nothing = np.zeros((0, 0), dtype=np.int64)
+    scored, learned_on = _Samples(x, nothing, context), _Samples(train, nothing, train_context)
     result: dict[str, Any] = {
         "format": "iin_fast.evaluation",
         "version": 1,
@@ -239,13 +319,8 @@ def evaluate_unlabelled(
         "concepts": [],
         "classes": {},
         "factors": model.sizes,
-        "likelihood": {
-            "iin": nats_per_dim(model, as_tensor(x), context=context),
-            "iin_learned_on": nats_per_dim(model, as_tensor(train), context=train_context),
-            "gaussian": gaussian_nats_per_dim(x, train),
-            "normal": normal_nats_per_dim(x),
-        },
-        "invertibility": invertibility_error(model, as_tensor(x), context=context),
+        **_density(model, scored, learned_on),
+        **_invertibility(model, scored),
     }
     if shared is not None and train_shared is not None:
         parts = {"iin": encode(model, x, context)}
@@ -311,62 +386,3 @@ def _data(
             raise ValueError(f"{where}: concepts is {list(concepts)}, expected some of {names}")
         table, names = table[:, [names.index(name) for name in concepts]], list(concepts)
     return x, checked_labels(where, table, names, len(x), labels_name)
-
-
-def _swaps(
-    model: IIN,
-    x: Array,
-    codes: Codes,
-    context: Tensor | None,
-    train: Array,
-    train_codes: Codes,
-    names: list[str],
-    swapped: list[str],
-    linear: Mapping[str, LinearFactors | LinearRival],
-    decoder: Callable[[Tensor], Any] | None,
-    judge: Judge | None,
-    max_swaps: int,
-    seed: int,
-) -> dict[str, Any]:
-    seen = None
-    if judge is None:
-        judge = latent_judge(train, train_codes, names, seed=seed)
-    elif decoder is not None:
-        made = decoder
-
-        @torch.no_grad()
-        def seen(z: Array) -> Any:
-            return made(torch.from_numpy(z).to(model.device, model.dtype))
-
-    shift = MeanShift(train, train_codes, names)
-
-    @torch.no_grad()
-    def by_model(concept: str, keep: Codes, give: Codes) -> Array:
-        kept, given = (torch.from_numpy(x[rows]) for rows in (keep, give))
-        contexts = (None, None) if context is None else (context[keep], context[give])
-        swaps = [
-            model.swap(a, b, concept, context=own, donor_context=other)
-            for a, b, own, other in in_parts(model, 1024, kept, given, *contexts)
-        ]
-        return torch.cat(swaps).double().cpu().numpy()
-
-    def by_shift(concept: str, keep: Codes, give: Codes) -> Array:
-        column = codes[:, names.index(concept)]
-        return shift.swap(x[keep], column[keep], column[give], concept)
-
-    ways: dict[str, Callable[[str, Codes, Codes], Array]] = {"iin": by_model, "mean_shift": by_shift}
-    for kind, basis in linear.items():
-        ways[kind] = lambda concept, keep, give, basis=basis: basis.swap(x[keep], x[give], concept)  # type: ignore[misc]
-    outcomes = {
-        who: swap_outcomes(way, codes, names, judge, swapped, seen, max_swaps, seed) for who, way in ways.items()
-    }
-    swap = {
-        "judge": judge_accuracy(judge, x, codes, names, seen),
-        "chance": {name: 1.0 / len(np.unique(codes[codes[:, j] >= 0, j])) for j, name in enumerate(names)},
-        **{who: {concept: outcome.summary() for concept, outcome in of.items()} for who, of in outcomes.items()},
-    }
-    verdict = {
-        concept: swap_verdict(concept, {who: of[concept].both for who, of in outcomes.items()}, seed)
-        for concept in swapped
-    }
-    return {"swap": swap, "verdict": verdict}
