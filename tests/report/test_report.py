@@ -18,7 +18,10 @@ pytest.importorskip("sklearn")
 
 import iin_fast
 from iin_fast.evaluate import write_evaluation
-from iin_fast.report import _as_images, _grid, _log, write_report
+from iin_fast.report import write_report
+from iin_fast.report.samples import Shown
+from iin_fast.report.sheets import as_images, grid
+from iin_fast.report.write import _log
 
 NAMES = ["shape", "<color>"]
 
@@ -130,6 +133,37 @@ def test_numbers_are_those_of_the_evaluation(run):
     assert "(median; slowest\n101, fastest 112)" in text
 
 
+def leaves(found, place=()):
+    """Where each leaf of nested dictionaries and lists is, and what it is; and where each key is, with None."""
+    for key, value in found.items() if isinstance(found, dict) else enumerate(found):
+        if isinstance(value, dict | list):
+            yield from leaves(value, (*place, key))
+        else:
+            yield (*place, key), value
+
+
+def test_no_markup_of_an_evaluation_reaches_the_page(run):
+    """Texts, names and numbers of evaluation.json may come from anywhere; what is no number where one is shown raises."""
+    shutil.rmtree(run / "logs")
+    whole = json.loads((run / "evaluation.json").read_text())
+    assert len(list(leaves(whole))) > 100
+    texts = 0
+    for place, _ in leaves(whole):
+        found = json.loads(json.dumps(whole))
+        inner = found
+        for key in place[:-1]:
+            inner = inner[key]
+        inner[place[-1]] = '<i class="x">\'&'
+        (run / "evaluation.json").write_text(json.dumps(found))
+        try:
+            text = write_report(run).read_text()
+        except (KeyError, TypeError, ValueError):
+            continue
+        assert "<i" not in text, place
+        texts += "class=&#34;x&#34;&gt;&#39;&amp;" in text
+    assert texts >= len(whole["verdict"]) + 1  # the verdicts, and the source of the samples, are shown
+
+
 def test_an_evaluation_without_the_linear_iin_is_shown(run):
     evaluation = json.loads((run / "evaluation.json").read_text())
     del evaluation["verdict"]
@@ -194,9 +228,7 @@ def test_without_decoder_the_nearest_sample_stands_in(run, latents):
 
 
 def test_nearest_sample_is_neither_of_the_two_it_was_made_of(run, latents):
-    from iin_fast.report import _Shown
-
-    shown = _Shown(iin_fast.IIN.load(run), latents, None, None, run / "split.npz")
+    shown = Shown(iin_fast.IIN.load(run), latents, None, None, run / "split.npz")
     assert shown.nearest(shown.z[[4, 7]]) == [4, 7]
     found = shown.nearest(shown.z[[4]], [[4, 9]])[0]
     distance = torch.cdist(shown.z[[4]], shown.z)[0]
@@ -204,12 +236,10 @@ def test_nearest_sample_is_neither_of_the_two_it_was_made_of(run, latents):
 
 
 def test_samples_shown_are_of_as_many_classes_as_there_are(run, latents):
-    from iin_fast.report import _Shown
-
     z, labels, names = latents
     labels = labels.clone()
     labels[100:110, 0] = -1
-    shown = _Shown(iin_fast.IIN.load(run), (z, labels, names), None, None, run / "split.npz")
+    shown = Shown(iin_fast.IIN.load(run), (z, labels, names), None, None, run / "split.npz")
     chosen = shown.varied("shape", 3)
     assert sorted(shown.labels[chosen, 0]) == [0, 1, 2]
     assert not set(shown.varied("shape", 5, chosen)) & set(chosen)
@@ -271,11 +301,11 @@ def test_log_skips_blanks_and_names_a_damaged_line(tmp_path):
     ],
 )
 def test_images_come_in_any_layout(images):
-    assert np.array_equal(_as_images(images), np.full((2, 4, 6, 3), 0.5))
+    assert np.array_equal(as_images(images), np.full((2, 4, 6, 3), 0.5))
 
 
 def test_bytes_and_grids():
-    images = _as_images(np.full((6, 4, 4), 255, dtype=np.uint8))
-    sheet = _grid(images.reshape(2, 3, 4, 4, 3))
+    images = as_images(np.full((6, 4, 4), 255, dtype=np.uint8))
+    sheet = grid(images.reshape(2, 3, 4, 4, 3))
     assert sheet.shape == (2 * 4 + 1, 3 * 4 + 2, 4)
     assert sheet[..., 3].sum() == 6 * 16 and sheet[4].sum() == 0  # gaps are seen through
