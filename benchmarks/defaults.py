@@ -30,9 +30,9 @@ import torch
 from numpy.typing import NDArray
 
 import iin_fast
+from iin_fast.data import Latents
 from iin_fast.evaluate import LinearFactors, MeanShift, judge_accuracy, latent_judge, swap_success
 from iin_fast.evaluate.baselines import LinearRival
-from iin_fast.latents import Latents
 from iin_fast.train import Settings, train
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -22,9 +22,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from iin_fast import runs
-from iin_fast.latents import save_arrays
-from iin_fast.train import Settings, train
+from iin_fast.data import save_arrays
+from iin_fast.train import Settings, run_folder, train
 
 COLORS = np.array([(1.0, 0.24, 0.2), (0.24, 0.82, 0.29), (0.25, 0.43, 0.94), (0.95, 0.77, 0.2)])
 CONCEPTS = ["digit", "color"]
@@ -100,8 +99,8 @@ def main(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
     run = out / "run"
     shutil.rmtree(run, ignore_errors=True)
     train(learned, run, settings, progress=not quick)
-    found = runs.evaluate(run, held_out, max_samples=60 if quick else 1000, seed=seed)
-    page = runs.report(run, held_out, decoder=decode)
+    found = run_folder.evaluate(run, held_out, max_samples=60 if quick else 1000, seed=seed)
+    page = run_folder.report(run, held_out, decoder=decode)
     for name, *size in (("report", 1100), ("report_top", 1100, 1480), ("report_phone", 390)):
         if not quick and not photograph(page, out / f"{name}.png", *size):
             print("no browser found: the page is not photographed")

@@ -22,7 +22,7 @@ from pictures import sheet
 from torch import Tensor, nn
 
 from iin_fast import IIN
-from iin_fast.adapters import encode_all
+from iin_fast.data import encode_all
 from iin_fast.evaluate import evaluate
 
 CLASSES = {"shape": 3, "size": 3, "direction": 4, "x": 4, "y": 4}

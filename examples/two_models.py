@@ -20,11 +20,10 @@ from pictures import sheet
 from torch import Tensor, nn
 
 import iin_fast
-from iin_fast.adapters import encode_all, from_layer
+from iin_fast.data import Latents, encode_all, from_layer
 from iin_fast.demo.data import Digits, colorize, draw_colors, jitter, load_digits
 from iin_fast.demo.first_stage import VAE, pair_latents, train_judge, train_vae
 from iin_fast.evaluate import evaluate
-from iin_fast.latents import Latents
 from iin_fast.train import Settings, train
 
 DIM = 64

@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import adapters, allocator, functional, nn, testing
+from . import allocator, data, functional, nn, testing
 from .backends import backend
 from .dropin import accelerate, patch, restore, unpatch
 from .iin import IIN, FactorLoss, Factors, LinearIIN, PairSampler, concept_pairs, estimate_factor_dims
@@ -23,10 +23,10 @@ __all__ = [
     "PairSampler",
     "__version__",
     "accelerate",
-    "adapters",
     "allocator",
     "backend",
     "concept_pairs",
+    "data",
     "estimate_factor_dims",
     "functional",
     "nn",

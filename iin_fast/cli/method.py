@@ -57,7 +57,7 @@ def train(
     likelihood; without labels at all the IIN is unsupervised. Ctrl-C writes a checkpoint; so does every --save-every steps,
     and after a crash the same command with --resume loses nothing.
     """
-    from ..latents import load_latents
+    from ..data import load_latents
     from ..train import held_out_rise, inspect_latents
     from ..train import train as run_training
 
@@ -102,8 +102,8 @@ def dims(
 
     With the same options these are the sizes that train takes without --factors.
     """
-    from ..latents import load_latents
-    from ..runs import dims as run_dims
+    from ..data import load_latents
+    from ..train.run_folder import dims as run_dims
 
     data = load_latents(latents)
     methods = ("published", "paper") if method == "both" else (method,)
@@ -118,8 +118,8 @@ def dims(
 
 def encode(run: Run, latents: LatentsFile, out: Out, device: Device = "cpu") -> None:
     """Translate latents into factors: one array \\[n, size] for each factor."""
-    from ..latents import save_arrays
-    from ..runs import encode as run_encode
+    from ..data import save_arrays
+    from ..train.run_folder import encode as run_encode
 
     factors = run_encode(run, latents, device=device)
     save_arrays(out, dict(factors))
@@ -135,8 +135,8 @@ def decode(
     device: Device = "cpu",
 ) -> None:
     """Translate factors back into latents z, which the pretrained model's own decoder reads."""
-    from ..latents import save_arrays
-    from ..runs import decode as run_decode
+    from ..data import save_arrays
+    from ..train.run_folder import decode as run_decode
 
     z = run_decode(run, factors, context=_class_or_file(context), device=device)
     save_arrays(out, {"z": z})
@@ -156,8 +156,8 @@ def swap(
     device: Device = "cpu",
 ) -> None:
     """Give each latent one factor of another sample; everything else stays. Writes z, and each donor's row."""
-    from ..latents import save_arrays
-    from ..runs import swap as run_swap
+    from ..data import save_arrays
+    from ..train.run_folder import swap as run_swap
 
     z, rows = run_swap(run, latents, factor, donors, seed=seed, device=device)
     save_arrays(out, {"z": z, "donor": rows})
@@ -181,8 +181,8 @@ def interpolate(
     """Walk from one sample towards another in one factor. Writes z, way after way, and each one's position from 0 to 1."""
     import torch
 
-    from ..latents import save_arrays
-    from ..runs import interpolate as run_interpolate
+    from ..data import save_arrays
+    from ..train.run_folder import interpolate as run_interpolate
 
     z = run_interpolate(run, latents, start, end, steps, factor or None, device=device)
     position = torch.linspace(0, 1, steps).repeat(len(start))
@@ -199,8 +199,8 @@ def sample(
     device: Device = "cpu",
 ) -> None:
     """Draw latents z from the IIN's distribution."""
-    from ..latents import save_arrays
-    from ..runs import sample as run_sample
+    from ..data import save_arrays
+    from ..train.run_folder import sample as run_sample
 
     z = run_sample(run, n, context=_class_or_file(context), seed=seed, device=device)
     save_arrays(out, {"z": z})
@@ -218,8 +218,8 @@ def score(
     device: Device = "cpu",
 ) -> None:
     """Find outliers: writes each latent's log_prob, in nats, and outlier_score, the share of usual ones that is likelier."""
-    from ..latents import save_arrays
-    from ..runs import score as run_score
+    from ..data import save_arrays
+    from ..train.run_folder import score as run_score
 
     log_prob, outlier_score = run_score(run, latents, held_in, device=device)
     save_arrays(out, {"log_prob": log_prob, "outlier_score": outlier_score})
@@ -258,7 +258,7 @@ def evaluate(
     device: Device = "cpu",
 ) -> None:
     """Take all metrics on held-out latents, beside what does without an IIN; writes RUN/evaluation.json."""
-    from ..runs import evaluate as run_evaluate
+    from ..train.run_folder import evaluate as run_evaluate
 
     with console.status("evaluating") as status:
         found = run_evaluate(
@@ -309,7 +309,7 @@ def report(
     ] = "",
 ) -> None:
     """Write RUN/report.html: one page with swaps, interpolations, metrics and how it was trained."""
-    from ..runs import report as run_report
+    from ..train.run_folder import report as run_report
 
     path = run_report(run, latents, decoder=decoder or None)
     console.print(f"written to {path}", highlight=False, soft_wrap=True)

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from ..latents import save_arrays
-from ..runs import evaluate, report
+from ..data import save_arrays
 from ..train import Settings, train
+from ..train.run_folder import evaluate, report
 from .data import FACTORS, Digits, load_digits, paint
 from .first_stage import VAE, Judge, pair_latents, train_judge, train_vae
 

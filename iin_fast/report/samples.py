@@ -12,8 +12,8 @@ from markupsafe import Markup, escape
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..data import class_context
 from ..iin import IIN
-from ..latents import class_context
 from .sheets import as_images, grid, inside, with_margins, write_sheet
 
 __all__ = ["Images", "Shown", "interpolations", "swaps"]

@@ -77,7 +77,7 @@ def write_report(
         run_folder: where a training, or ``IIN.save``, wrote.
         latents: what the pictures are made of: ``(z, labels, names)`` or an object with these attributes, ``z``
             ``[n, dim]``, ``labels`` ``[n, concepts]`` with -1 where unknown. Rows that ``split.npz`` holds out are
-            taken, if it is there; all rows of :class:`iin_fast.latents.Latents` that the run was not trained on.
+            taken, if it is there; all rows of :class:`iin_fast.data.Latents` that the run was not trained on.
         decoder: latents ``[m, dim]`` (a tensor) to images ``[m, h, w]``, ``[m, h, w, 3]`` or ``[m, 3, h, w]``, in
             [0, 1] or bytes.
         images: the samples themselves, one for each row of ``latents``: images as above, or texts. Without a decoder, a

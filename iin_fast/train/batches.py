@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..data import Latents
 from ..iin import PairSampler, estimate_factor_dims
-from ..latents import Latents
 
 __all__ = ["Batch", "Batches", "estimate_sizes", "split_rows"]
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ..data import MISSING, Latents
 from ..iin.inputs import Inputs, constant_features, copied_features
 from ..iin.linear import NULL_VARIANCE
-from ..latents import MISSING, Latents
 
 __all__ = ["Findings", "inspect_latents"]
 
@@ -76,7 +76,7 @@ def inspect_latents(latents: Latents) -> Findings:
     """Looks at latents before a training: what in them a flow can't learn from, or learns badly.
 
     Example:
-        >>> from iin_fast.latents import Latents
+        >>> from iin_fast.data import Latents
         >>> from iin_fast.train import inspect_latents
         >>> z = torch.cat([torch.randn(50, 3), torch.ones(50, 1)], 1)
         >>> inspect_latents(Latents.of(z)).lines()

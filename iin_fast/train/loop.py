@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..data import Latents, class_context, load_latents
 from ..files import safetensors_library, write_file
 from ..iin import IIN, FactorLoss, Factors, Inputs, checkpoint
 from ..iin.factors import RESIDUAL
-from ..latents import Latents, class_context, load_latents
 from . import state
 from .batches import Batch, Batches, estimate_sizes, split_rows, units
 from .logs import Bar, Log, event_writer, held_out_rise
@@ -59,7 +59,7 @@ def train(
     (what a resume needs). Several processes share the batch: they give the same result up to the rounding of sums.
 
     Args:
-        latents: a file for :func:`iin_fast.latents.load_latents`, or :class:`iin_fast.latents.Latents`.
+        latents: a file for :func:`iin_fast.data.load_latents`, or :class:`iin_fast.data.Latents`.
         out: the run folder; with several nodes one that all of them see.
         settings: what to train; by default :class:`Settings`' own defaults.
         resume: go on from the last checkpoint in ``out``, with the same latents and settings; without one, start. On one
@@ -86,7 +86,7 @@ def train(
 
     Example:
         >>> import tempfile, torch
-        >>> from iin_fast.latents import Latents
+        >>> from iin_fast.data import Latents
         >>> from iin_fast.train import Settings, train
         >>> latents = Latents.of(torch.randn(64, 6), {"digit": torch.arange(64) % 4})
         >>> with tempfile.TemporaryDirectory() as run:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from iin_fast import IIN
-from iin_fast.adapters import (
+from iin_fast.data import (
     Adapter,
     encode_all,
     from_huggingface,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from iin_fast.latents import Latents, load_latents, save_arrays
+from iin_fast.data import Latents, load_latents, save_arrays
 
 save_file = pytest.importorskip("safetensors.torch").save_file
 

@@ -13,10 +13,10 @@ pytest.importorskip("lightning_fabric")
 pytest.importorskip("tensorboard")
 
 import iin_fast
+from iin_fast.data import load_latents
 from iin_fast.demo import data, run_demo
 from iin_fast.demo.data import PALETTE, ColoredPairs, colorize, draw_colors, jitter, load_digits, paint, read_color
 from iin_fast.demo.first_stage import VAE, Judge, pair_latents
-from iin_fast.latents import load_latents
 
 
 def marked_digits(n):

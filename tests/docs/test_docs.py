@@ -158,7 +158,7 @@ def test_site_has_every_page(site: Path) -> None:
         "iin_fast.functional",
         "iin_fast.evaluate",
         "iin_fast.train",
-        "iin_fast.runs",
+        "iin_fast.train.run_folder",
     ],
 )
 def test_reference_is_complete(site: Path, module: str) -> None:

@@ -7,7 +7,7 @@ pytest.importorskip("lightning_fabric")
 pytest.importorskip("tensorboard")
 pytest.importorskip("safetensors")
 
-from iin_fast.latents import Latents, save_arrays
+from iin_fast.data import Latents, save_arrays
 from iin_fast.train import Settings
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from iin_fast.latents import Latents
+from iin_fast.data import Latents
 from iin_fast.train import Batches, Settings, estimate_sizes, split_rows
 
 

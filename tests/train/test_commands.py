@@ -22,11 +22,11 @@ pytest.importorskip("matplotlib")
 import typer
 from typer.testing import CliRunner
 
-from iin_fast import IIN, concept_pairs, runs
+from iin_fast import IIN, concept_pairs
 from iin_fast.cli import app
 from iin_fast.cli.settings import docstring_entries, settings_options
-from iin_fast.latents import Latents, load_latents, save_arrays
-from iin_fast.train import Settings, split_rows, train
+from iin_fast.data import Latents, load_latents, save_arrays
+from iin_fast.train import Settings, run_folder, split_rows, train
 
 COMMANDS = ("train", "dims", "encode", "decode", "swap", "interpolate", "sample", "score", "evaluate", "report")
 SMALL = "--n-flows 2 --hidden-dim 16 --batch 16 --learning-rate 3e-3 --accelerator cpu".split()
@@ -119,7 +119,7 @@ def test_dims(file, latents):
     code, output = run("dims", file)
     assert code == 0
     for method in ("published", "paper"):
-        sizes = runs.dims(latents, method=method)
+        sizes = run_folder.dims(latents, method=method)
         assert sum(sizes.values()) == 8
         assert method in output
         for name, size in sizes.items():
@@ -146,7 +146,9 @@ def test_dims_are_the_sizes_that_train_takes(kind, settings, tmp_path):
     data = made()
     settings = settings(factors=None, steps=1, held_out=0.5, **options)
     model = train(data, tmp_path / "run", settings, accelerator="cpu")
-    assert runs.dims(data, held_out=0.5, **options) == model.sizes != runs.dims(data, held_out=0.0, **options)
+    assert (
+        run_folder.dims(data, held_out=0.5, **options) == model.sizes != run_folder.dims(data, held_out=0.0, **options)
+    )
 
 
 def test_encode_and_decode(trained, file, latents, tmp_path):
@@ -162,7 +164,7 @@ def test_encode_and_decode(trained, file, latents, tmp_path):
     assert set(found) == {"digit", "color", "residual"}
     for name, part in expected.items():
         assert np.allclose(found[name], part, atol=1e-5)
-    assert torch.allclose(runs.decode(trained, runs.encode(trained, latents)), latents.z, atol=1e-4)
+    assert torch.allclose(run_folder.decode(trained, run_folder.encode(trained, latents)), latents.z, atol=1e-4)
 
 
 def test_swap(trained, file, latents, tmp_path):
@@ -171,7 +173,7 @@ def test_swap(trained, file, latents, tmp_path):
     assert code == 0 and "600 latents with another's digit" in output
     z, donor = (torch.from_numpy(np.load(out)[key]) for key in ("z", "donor"))
     assert sorted(donor.tolist()) == list(range(600)) and (donor != torch.arange(600)).all()
-    factors, before = runs.encode(trained, out), runs.encode(trained, latents)
+    factors, before = run_folder.encode(trained, out), run_folder.encode(trained, latents)
     assert torch.allclose(factors["digit"], before["digit"][donor], atol=1e-3)
     assert torch.allclose(factors["color"], before["color"], atol=1e-3)
     assert torch.allclose(factors["residual"], before["residual"], atol=1e-3)
@@ -246,8 +248,8 @@ def test_evaluate_with_a_judge_of_what_a_decoder_makes(trained, tmp_path):
     assert code == 0, output
     found = json.loads((trained / "evaluation.json").read_text())
     assert found["swap"]["judge"] == pytest.approx({"digit": 1 / 4, "color": 1 / 3})  # it always says 0
-    decode, judge = (runs.load_function(f"{mine}:{name}") for name in ("decode", "judge"))
-    assert found == runs.evaluate(trained, decoder=decode, judge=judge, max_samples=60)
+    decode, judge = (run_folder.load_function(f"{mine}:{name}") for name in ("decode", "judge"))
+    assert found == run_folder.evaluate(trained, decoder=decode, judge=judge, max_samples=60)
 
 
 @pytest.mark.parametrize("kind", ["pairs", "alone"])

@@ -15,10 +15,10 @@ pytest.importorskip("matplotlib")
 from torch.nn.functional import one_hot
 from typer.testing import CliRunner
 
-from iin_fast import IIN, runs
+from iin_fast import IIN
 from iin_fast.cli import app
-from iin_fast.latents import Latents, save_arrays
-from iin_fast.train import train
+from iin_fast.data import Latents, save_arrays
+from iin_fast.train import run_folder, train
 
 
 def run(*arguments):
@@ -45,7 +45,7 @@ def told(latents):
 def test_the_model_is_conditional_and_the_context_is_no_factor(trained, file):
     model = IIN.load(trained)
     assert model.context_dim == 4 and model.concepts == ("color",)
-    assert model.sizes == runs.dims(file, context="digit")
+    assert model.sizes == run_folder.dims(file, context="digit")
     assert record(trained)["settings"]["context"] == "digit"
 
 
@@ -106,7 +106,7 @@ def test_a_class_alone_makes_a_conditional_density(settings, tmp_path):
     model = train(data, run, options, accelerator="cpu")
     assert model.sizes == {"residual": 2} and model.context_dim == 4
     entropy = 0.5 * math.log(2 * math.pi * math.e) + math.log(0.3)  # of a class; that of all is 0.6 higher
-    found = runs.evaluate(run, data)
+    found = run_folder.evaluate(run, data)
     assert found["likelihood"]["iin"] == pytest.approx(entropy, abs=0.15)
     assert float(metrics(run)[-1]["held_out_nats_per_dim"]) == pytest.approx(entropy, abs=0.15)
 

@@ -16,7 +16,7 @@ DRIVER = """
 import json, os, shutil, signal, sys, time
 import torch
 import iin_fast.train, lightning_fabric, torch.utils.tensorboard, safetensors.torch
-from iin_fast.latents import load_latents
+from iin_fast.data import load_latents
 from iin_fast.train import Settings, train
 
 torch.set_num_threads(1)

@@ -13,7 +13,7 @@ import torch
 from run_folder import metrics, record
 
 from iin_fast import IIN, FactorLoss, PairSampler
-from iin_fast.latents import Latents
+from iin_fast.data import Latents
 from iin_fast.train import Batches, held_out_rise, split_rows, train
 from iin_fast.train.logs import Log
 

@@ -10,7 +10,7 @@ import torch
 from run_folder import metrics, record
 
 from iin_fast import IIN
-from iin_fast.latents import save_arrays
+from iin_fast.data import save_arrays
 from iin_fast.train import train
 
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from .checks import check_device, check_dtype, check_floating, check_shape, checked_int
+from ..checks import check_device, check_dtype, check_floating, check_shape, checked_int
 
 __all__ = [
     "Adapter",

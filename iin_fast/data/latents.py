@@ -16,12 +16,11 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from .arrays import MISSING, to_numpy
-from .files import safetensors_library, serialize, write_file
-from .iin.factors import RESIDUAL
+from ..arrays import MISSING, to_numpy
+from ..files import safetensors_library, serialize, write_file
+from ..iin.factors import RESIDUAL
 
 __all__ = ["MISSING", "Latents", "class_context", "load_latents", "save_arrays"]
-
 
 # What a file may hold. ``donor`` and ``position`` are notes of the commands that write latents.
 _KNOWN = ("z", "labels", "names", "za", "zb", "factor", "shared", "images", "donor", "position")
@@ -217,7 +216,7 @@ def load_latents(path: str | os.PathLike[str]) -> Latents:
 
     Example:
         >>> import tempfile, numpy as np
-        >>> from iin_fast.latents import load_latents
+        >>> from iin_fast.data import load_latents
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     np.savez(folder + "/latents.npz", z=np.ones((4, 2)), labels=np.arange(4)[:, None], names=["digit"])
         ...     latents = load_latents(folder + "/latents.npz")

@@ -15,12 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .checks import checked_int
-from .evaluate.likelihood import in_parts
-from .files import write_file
-from .iin import IIN, Factors
-from .iin.model import outlier_share
-from .latents import Latents, class_context, load_latents
+from ..checks import checked_int
+from ..data import Latents, class_context, load_latents
+from ..evaluate.likelihood import in_parts
+from ..files import write_file
+from ..iin import IIN, Factors
+from ..iin.model import outlier_share
 
 __all__ = [
     *("decode", "dims", "encode", "evaluate", "interpolate", "load_function", "report", "sample", "score", "swap"),
@@ -53,8 +53,8 @@ def dims(
     Raises:
         TypeError, ValueError: latents without labels and pairs, an unknown concept or method.
     """
-    from .train import Batches, estimate_sizes, split_rows
-    from .train.batches import units
+    from . import Batches, estimate_sizes, split_rows
+    from .batches import units
 
     data = _latents(latents)
     if data.kind == "unlabelled":
@@ -277,7 +277,7 @@ def evaluate(
         TypeError, ValueError, FileNotFoundError: no model in ``run``, latents that don't fit it or are not there, nothing
             held out.
     """
-    from .evaluate import write_evaluation
+    from ..evaluate import write_evaluation
 
     folder = Path(run)
     model = IIN.load(folder, device=device)
@@ -334,7 +334,7 @@ def report(
         ImportError: matplotlib is missing.
         TypeError, ValueError, FileNotFoundError: no model in ``run``, latents that don't fit it.
     """
-    from .report import write_report
+    from ..report import write_report
 
     folder = Path(run)
     if latents is None:
@@ -468,9 +468,9 @@ def _evaluate_density(
     seed: int,
 ) -> dict[str, Any]:
     """What can be said without labels."""
-    from .evaluate import evaluate_unlabelled
-    from .train import split_rows
-    from .train.batches import units
+    from ..evaluate import evaluate_unlabelled
+    from . import split_rows
+    from .batches import units
 
     source = "training samples"
     if train_rows is None:
@@ -492,7 +492,7 @@ def _evaluate_density(
 
 
 def _factor_file(file: Path) -> dict[str, Tensor]:
-    from .latents import _read_npz, _read_safetensors
+    from ..data.latents import _read_npz, _read_safetensors
 
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file, expected factors in .npz or .safetensors")

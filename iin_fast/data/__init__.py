@@ -1,0 +1,29 @@
+"""What comes in: adapters of pretrained models, and files of their latents."""
+
+from .adapters import (
+    Adapter,
+    HuggingFaceAdapter,
+    LayerAdapter,
+    encode_all,
+    from_huggingface,
+    from_layer,
+    pool_features,
+    unpool_features,
+)
+from .latents import MISSING, Latents, class_context, load_latents, save_arrays
+
+__all__ = [
+    "MISSING",
+    "Adapter",
+    "HuggingFaceAdapter",
+    "Latents",
+    "LayerAdapter",
+    "class_context",
+    "encode_all",
+    "from_huggingface",
+    "from_layer",
+    "load_latents",
+    "pool_features",
+    "save_arrays",
+    "unpool_features",
+]
