@@ -16,7 +16,7 @@ import torch
 from iin_fast import functional as F
 from iin_fast import nn
 from iin_fast.backends import available, backend
-from iin_fast.bench.timing import in_turn, spread
+from iin_fast.bench.timing import in_turn
 from iin_fast.info import collect
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -56,16 +56,12 @@ def cases() -> dict[str, tuple[str, Callable[[], Any]]]:
     return found
 
 
-def run(call: Callable[[], Any], training: bool, which: str) -> None:
-    """The call on a backend, until the device has done it."""
-    with backend(which):
+def run(which: str, call: Callable[[], Any], training: bool) -> None:
+    with backend(which), torch.set_grad_enabled(training):
+        outputs = call()
         if training:
-            outputs = call()
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
             torch.autograd.backward(list(outputs), [torch.ones_like(t) for t in outputs])
-        else:
-            with torch.no_grad():
-                call()
     if DEVICE == "cuda":
         torch.cuda.synchronize()
 
@@ -74,11 +70,10 @@ def main(out: Path, repeats: int = 15) -> None:
     results: dict[str, Any] = {"machine": collect(), "device": DEVICE, "cases": {}}
     for name, (op, call) in cases().items():
         for training in (False, True):
-            calls = {which: partial(run, call, training, which) for which in available(op, DEVICE)}
-            taken = in_turn(calls, repeats, warm_up=2)
+            taken = in_turn({which: partial(run, which, call, training) for which in available(op, DEVICE)}, repeats)
             label = f"{name}, {'forward + backward' if training else 'forward'}"
-            results["cases"][label] = found = {which: spread(t) for which, t in taken.items()}
-            print(label, {which: f"{1e3 * t['median']:.2f} ms" for which, t in found.items()}, flush=True)
+            results["cases"][label] = taken
+            print(label, {which: f"{1e3 * t['median']:.2f} ms" for which, t in taken.items()}, flush=True)
     out.write_text(json.dumps(results, indent=1) + "\n")
 
 

@@ -24,7 +24,7 @@ from peers import commits, paths
 from torch import Tensor, nn
 
 import iin_fast
-from iin_fast.bench.timing import in_turn, spread
+from iin_fast.bench.timing import in_turn
 from iin_fast.info import collect, versions
 
 ROOT = Path(__file__).parents[1]
@@ -208,8 +208,8 @@ def measure(model: Model, batch: int, repeats: int, warm_up: int, *, frozen: boo
         runs["inverse"] = inverse
     found: dict[str, Any] = {}
     for name, run in runs.items():
-        times = in_turn({"own": partial(run, own), "accelerated": partial(run, fast)}, repeats, warm_up=warm_up)
-        found[name] = {side: spread(s) for side, s in times.items()}
+        sides = {"own": partial(run, own), "accelerated": partial(run, fast)}
+        found[name] = in_turn(sides, repeats, warm_up=warm_up)
         found[name]["speedup"] = found[name]["own"]["median"] / found[name]["accelerated"]["median"]
     return found
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from iin_fast import functional as F
-from iin_fast.bench.timing import in_turn, spread
+from iin_fast.bench.timing import in_turn
 from iin_fast.info import collect
 from iin_fast.nn import Flow
 from iin_fast.ops.flow import flow as flow_op
@@ -94,8 +94,8 @@ def least(op: Any, arguments: tuple[Any, ...], gradients: bool) -> Callable[[], 
 
 
 def measure(calls: dict[str, Callable[[], Any]], windows: int = 300, repeats: int = 50) -> dict[str, dict[str, float]]:
-    times = in_turn(calls, windows, repeats, warm_up=5)
-    return {name: spread([s * 1e6 for s in seconds]) for name, seconds in times.items()}
+    found = in_turn(calls, windows, warm_up=5, burst=repeats)
+    return {name: {key: 1e6 * value for key, value in row.items()} for name, row in found.items()}
 
 
 def main(out: Path) -> None:

@@ -10,7 +10,6 @@ each system.
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from zuko.transforms import MonotonicRQSTransform
 
 from iin_fast.bench.memory import peak_above
 from iin_fast.bench.run import machine_peaks
-from iin_fast.bench.timing import in_turn, spread
+from iin_fast.bench.timing import in_turn
 from iin_fast.functional import rational_quadratic_spline, spline_coupling
 from iin_fast.info import collect, versions
 
@@ -122,18 +121,14 @@ def main(out: Path) -> None:
     for rows, features, repeats, burst in SIZES:
         table = systems(*inputs(rows, features))
         for case in CASES:
-            # two rounds of warm-up: torch.compile may need both
-            seconds = in_turn({name: calls[case] for name, calls in table.items()}, repeats, burst, warm_up=2)
-            medians = {name: statistics.median(s) for name, s in seconds.items()}
+            # two to warm up: torch.compile may need both
+            taken = in_turn({name: calls[case] for name, calls in table.items()}, repeats, warm_up=2, burst=burst)
+            medians = {name: row["median"] for name, row in taken.items()}
             label = f"{case}, {rows} x {features}" + (f", {burst} calls in a row" if burst > 1 else "")
             results["floors"][label] = least = floor(case, rows, features, results["peaks"])
             results["cases"][label] = {
-                name: {
-                    **spread(s),
-                    "ours": medians[name] / medians["iin-fast"],
-                    "times_floor": medians[name] / least,
-                }
-                for name, s in seconds.items()
+                name: {**row, "ours": row["median"] / medians["iin-fast"], "times_floor": row["median"] / least}
+                for name, row in taken.items()
             }
             print(label, {n: f"{1e3 * m:.2f} ms, {m / medians['iin-fast']:.1f}x" for n, m in medians.items()})
     rows, features = SIZES[0][:2]

@@ -1,8 +1,7 @@
 """One run that compares systems on workloads: table, JSON and pictures."""
 
-import gc
 import json
-import statistics
+import time
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,7 +14,7 @@ from ..nn import Flow
 from ..testing import eager_flow
 from .memory import measure
 from .systems import PUBLISHED, SYSTEMS, FlowSize, System, build
-from .timing import in_turn, spread, time_of
+from .timing import in_turn, time_of
 from .workloads import WORKLOADS, Workload
 
 __all__ = ["machine_peaks", "run_bench"]
@@ -29,8 +28,6 @@ def run_bench(
     out: Path, *, peers: list[str] | None = None, quick: bool = False, say: Callable[[str], None] = print
 ) -> dict[str, Any]:
     """Time our flow against others in one run.
-
-    Every repeat calls each system once, in turn, so that what disturbs the machine disturbs all of them.
 
     Args:
         out: folder that receives flow_cpu.json, flow_cpu_batch.png and flow_cpu_memory.png.
@@ -119,6 +116,12 @@ def machine_peaks(quick: bool) -> dict[str, float]:
     }
 
 
+def _timed(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
 class _Bench:
     """Times workloads on systems, each of which is built once for a size."""
 
@@ -149,20 +152,11 @@ class _Bench:
         # long enough that the first call after another system's turn does not decide
         inner = max(1, int((0.01 if self.quick else 0.05) / max(min(once), 1e-6)))
         repeats = 5 if self.quick else max(5, min(25, int(15 / (sum(once) * inner))))
-        gc.collect()
-        gc.disable()
-        try:
-            times = in_turn(calls, repeats, inner)
-        finally:
-            gc.enable()
-        base = statistics.median(times["eager"])
+        times = in_turn(calls, repeats, warm_up=0, burst=inner)
+        base = times["eager"]["median"]
         floor = workload.floor(*self.peaks)
         systems = {
-            name: {
-                **spread(t),
-                "times_eager": base / statistics.median(t),
-                "times_floor": statistics.median(t) / floor,
-            }
+            name: {**t, "times_eager": base / t["median"], "times_floor": t["median"] / floor}
             for name, t in times.items()
         }
         case = {"repeats": repeats, "calls_per_repeat": inner, "floor": floor, "target": workload.target}

@@ -1,5 +1,6 @@
-"""Times of calls that run in turn, so that what else the machine does meets them all alike."""
+"""How long calls take, measured in turn."""
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -8,25 +9,34 @@ __all__ = ["in_turn", "spread", "time_of"]
 
 
 def time_of(call: Callable[[], object], times: int = 1) -> float:
-    """Seconds of one call among ``times``."""
+    """Seconds of one call among ``times`` in a row."""
     start = time.perf_counter()
     for _ in range(times):
         call()
     return (time.perf_counter() - start) / times
 
 
-def in_turn(
-    calls: Mapping[str, Callable[[], object]], rounds: int, times: int = 1, warm_up: int = 0
-) -> dict[str, list[float]]:
-    """Seconds of each call in each round, in which it runs ``times``; the first ``warm_up`` rounds don't count."""
-    found: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(warm_up + rounds):
-        for name, call in calls.items():
-            taken = time_of(call, times)
-            if turn >= warm_up:
-                found[name].append(taken)
-    return found
-
-
 def spread(values: Sequence[float]) -> dict[str, float]:
     return {"min": min(values), "median": statistics.median(values), "max": max(values)}
+
+
+def in_turn(
+    calls: Mapping[str, Callable[[], object]], repeats: int, *, warm_up: int = 2, burst: int = 1
+) -> dict[str, dict[str, float]]:
+    """Seconds of each call: ``min``, ``median`` and ``max`` of ``repeats``.
+
+    Every repeat makes each call once, or ``burst`` times in a row, so that what disturbs the machine disturbs all of them.
+    The first ``warm_up`` repeats do not count.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    gc.collect()
+    gc.disable()
+    try:
+        for repeat in range(warm_up + repeats):
+            for name, call in calls.items():
+                taken = time_of(call, burst)
+                if repeat >= warm_up:
+                    seconds[name].append(taken)
+    finally:
+        gc.enable()
+    return {name: spread(taken) for name, taken in seconds.items()}
