@@ -26,6 +26,7 @@ from iin_fast import IIN, concept_pairs
 from iin_fast.cli import app
 from iin_fast.cli.settings import docstring_entries, settings_options
 from iin_fast.data import Latents, load_latents, save_arrays
+from iin_fast.evaluate import evaluate
 from iin_fast.train import Settings, run_folder, split_rows, train
 
 COMMANDS = ("train", "dims", "encode", "decode", "swap", "interpolate", "sample", "score", "evaluate", "report")
@@ -233,6 +234,30 @@ def test_evaluate_and_report(trained, file, latents, tmp_path):
     assert found["samples"]["source"] == "half of the held-out samples" and found["concepts"] == ["0"]
 
 
+def test_evaluate_learns_on_latents_that_are_named(trained, latents, tmp_path):
+    def saved(name, rows, names):
+        z, labels = latents.z[rows] + 0.01, latents.labels[rows]
+        return save_arrays(tmp_path / name, {"z": z, "labels": labels, "names": np.array(names)})
+
+    held = saved("held.npz", slice(0, 99), ["digit", "color"])
+    learn = saved("learn.npz", slice(99, 400), ["digit", "color"])
+    code, output = run("evaluate", trained, held, "--learn-on", learn, "--max-samples", 60)
+    assert code == 0, output
+    found = json.loads((trained / "evaluation.json").read_text())
+    assert found["samples"]["scored"] == 99 and found["samples"]["learned_on"] == 301
+    judged = evaluate(
+        IIN.load(trained),
+        *(load_latents(held).z, latents.labels[:99], ["digit", "color"]),
+        train_z=load_latents(learn).z,
+        train_labels=latents.labels[99:400],
+        max_samples=60,
+    )
+    assert json.loads(json.dumps(judged)) == found
+    others = saved("others.npz", slice(99, 400), ["digit", "hue"])
+    code, output = run("evaluate", trained, held, "--learn-on", others)
+    assert code == 2 and "learn_on has labels of ['digit', 'hue'], expected those of ['digit', 'color']" in output
+
+
 def test_evaluate_with_a_judge_of_what_a_decoder_makes(trained, tmp_path):
     mine = tmp_path / "mine.py"
     mine.write_text(
@@ -348,6 +373,7 @@ def test_errors_are_one_line_with_code_2(trained, file, latents, tmp_path):
         (("evaluate", trained, "--concept", "shape"), "concepts is ['shape'], expected some of ['digit', 'color']"),
         (("evaluate", trained, alone, "--concept", "digit"), "has no labels"),
         (("evaluate", trained, alone, "--judge", "json:dumps"), "judge is given, but"),
+        (("evaluate", trained, alone, "--learn-on", file), "learn_on is given, but"),
         (("evaluate", trained, "--decoder", "json:dumps"), "decoder is given without judge, expected both"),
         (("evaluate", trained, "--judge", "json:nothing"), "json has no function 'nothing'"),
         (("evaluate", trained, "--device", "abacus"), "abacus"),
