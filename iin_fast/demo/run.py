@@ -30,7 +30,7 @@ class Plan:
     """
 
     judge_steps: int = 800
-    vae_steps: int = 2800
+    vae_steps: int = 2000
     pairs: int = 20_000
     iin_steps: int = 2000
     n_flows: int = 8

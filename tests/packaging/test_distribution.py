@@ -73,6 +73,7 @@ def test_wheel_is_one_for_all_pythons(wheel: Path) -> None:
     assert ("iin_fast/lib/libiin_fast_cuda.so" in names) == (shutil.which("nvcc") is not None)
     assert not [name for name in names if "torch" in name or name.startswith(("tests/", "csrc/"))]
     assert "iin_fast/ops/flow/reference.py" in names
+    assert "iin_fast/report/templates/page.html" in names
 
 
 def test_wheel_works_away_from_the_source_tree(clean_python: Path, tmp_path: Path) -> None:
