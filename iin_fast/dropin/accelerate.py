@@ -6,6 +6,8 @@ own, so a saved model opens where iin-fast is not installed.
 """
 
 import importlib
+import importlib.metadata
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -19,6 +21,7 @@ from torch import nn
 from . import registry
 from .class_factory import FastClass, generate, original
 from .library import LIBRARIES, Library
+from .optimizers import ADAM, OPTIMIZERS, fused_init
 from .programs import summary
 from .registry import Entry, qualified
 from .report import Line, Report
@@ -28,6 +31,7 @@ __all__ = ["Patch", "accelerate", "patch", "restore", "unpatch"]
 
 MISSING: Any = object()
 BY_NAME = {library.name: library for library in LIBRARIES.values()}
+BACKENDS = {"sbi": ("nflows", "zuko")}  # whose models these libraries build
 
 
 _lock = RLock()  # what is generated, patched and held changes under it
@@ -88,6 +92,9 @@ def accelerate(model: nn.Module, *, frozen: bool = False) -> Report:
     Raises:
         TypeError: ``model`` is not a module.
 
+    Warns:
+        UserWarning: ``model`` holds modules of a known library, and none was replaced.
+
     Example:
         >>> report = accelerate(nn.Linear(2, 2))
         >>> print(report)
@@ -106,7 +113,12 @@ def accelerate(model: nn.Module, *, frozen: bool = False) -> Report:
             library = LIBRARIES.get(type(module).__module__.split(".")[0]) or _library_of(module)
             if library is not None:
                 lines.extend(_accelerate(path, module, library))
-        return Report(_with_programs(model, lines))
+        report = Report(_with_programs(model, lines))
+    if report.lines and not report.replaced:
+        packages = {line.name.split(".")[0] for line in report.lines}
+        for library in [LIBRARIES[package] for package in LIBRARIES if package in packages]:
+            _warn("accelerate", library)
+    return report
 
 
 def _with_programs(model: nn.Module, lines: Iterable[Line]) -> Iterator[Line]:
@@ -256,6 +268,9 @@ class Patch(AbstractContextManager["Patch"]):
         with _lock:
             self.report = Report(_hold(self))
 
+    def __repr__(self) -> str:
+        return str(self.report)
+
     def __enter__(self) -> "Patch":
         with _lock:
             _hold(self)
@@ -277,12 +292,12 @@ class Patch(AbstractContextManager["Patch"]):
 
 def _libraries(where: str, names: tuple[str, ...]) -> dict[str, Library]:
     for name in names:
-        if not isinstance(name, str) or name.lower() not in BY_NAME:
-            raise ValueError(f"{where}: library is {name!r}, expected one of {', '.join(BY_NAME)}")
-    return {name.lower(): BY_NAME[name.lower()] for name in names}
+        if not isinstance(name, str) or name.lower() not in {**BY_NAME, **BACKENDS}:
+            raise ValueError(f"{where}: library is {name!r}, expected one of {', '.join([*BY_NAME, *BACKENDS])}")
+    return {part: BY_NAME[part] for name in names for part in BACKENDS.get(name.lower(), (name.lower(),))}
 
 
-def patch(*names: str) -> Patch:
+def patch(*names: str, fused_optimizer: bool = False) -> Patch:
     """Speed up every model of these libraries in this process, present and future.
 
     ``patch("nflows", "zuko")`` stays until :func:`unpatch`; ``with patch("nflows"):`` until the end of the block, or of
@@ -290,10 +305,15 @@ def patch(*names: str) -> Patch:
     are not known, or an input of another type runs the library's own code.
 
     Args:
-        names: "nflows", "normflows", "freia", "zuko", "iin", "net2net", "invariances".
+        names: "nflows", "normflows", "freia", "zuko", "iin", "net2net", "invariances"; "sbi" means nflows and zuko.
+        fused_optimizer: every ``torch.optim.Adam`` and ``AdamW`` that is made meanwhile is torch's fused one, unless its
+            maker asked for another form.
 
     Returns:
-        An object with ``report``, which is also a context manager.
+        An object with ``report``, which is also a context manager; ``print`` shows the report.
+
+    Warns:
+        UserWarning: nothing of a library was replaced.
 
     Raises:
         ValueError: no name, or an unknown one.
@@ -308,7 +328,30 @@ def patch(*names: str) -> Patch:
                 importlib.import_module(module)
             except ImportError as error:
                 raise ImportError(f"patch: {library.name} can't be imported ({error}); {library.install}") from error
-    return Patch(libraries)
+    made = Patch([*libraries, *([OPTIMIZERS] if fused_optimizer else [])])
+    for library in libraries.values():
+        if not any(line.replaced for line in made.report.lines if line.name in library.by_name):
+            _warn("patch", library)
+    return made
+
+
+_warned: set[tuple[str, str]] = set()
+
+
+def _warn(where: str, library: Library) -> None:
+    """Say once that nothing of a library was replaced, and which versions would be."""
+    if (where, library.name) in _warned:
+        return
+    _warned.add((where, library.name))
+    try:
+        version = importlib.metadata.version(library.package)
+    except importlib.metadata.PackageNotFoundError:
+        version = "of an unknown version"
+    warnings.warn(
+        f"{where}: nothing of {library.package} was replaced. {library.package} {version} is installed; known: "
+        f"{', '.join(library.versions)}. The report tells the reasons.",
+        stacklevel=3,
+    )
 
 
 def _hold(holder: Patch) -> list[Line]:
@@ -316,6 +359,12 @@ def _hold(holder: Patch) -> list[Line]:
     lines = []
     for name in holder.names:
         _holders.setdefault(name, set()).add(holder)
+        if name == OPTIMIZERS:
+            if ADAM not in _patched:
+                own = vars(ADAM)["__init__"]
+                _patched[ADAM], ADAM.__init__ = {"__init__": own}, fused_init(own)  # type: ignore[method-assign]
+            lines.append(Line("", "torch.optim.Adam, torch.optim.AdamW", True, "those made from now on are fused"))
+            continue
         library = BY_NAME[name]
         for cls_name, cls in library.classes().items():
             known = library.by_name[cls_name]
@@ -368,7 +417,7 @@ def unpatch(*names: str) -> None:
 def _unpatch(name: str) -> None:
     """The classes of a library are its own again; nobody holds it."""
     _holders.pop(name, None)
-    for cls in BY_NAME[name].classes().values():
+    for cls in [ADAM] if name == OPTIMIZERS else BY_NAME[name].classes().values():
         for attribute, value in _patched.pop(cls, {}).items():
             if value is MISSING:
                 delattr(cls, attribute)

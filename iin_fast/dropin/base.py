@@ -20,6 +20,7 @@ class Library:
         modules: that hold the known classes.
         install: what to do where it is missing.
         entries: the known classes.
+        versions: that were read and tested.
         left: qualified names of classes that are looked at and left, with the reason.
         bases: classes whose instances are transforms of this library; those without an entry are reported.
         containers: transforms that only hold others, and are not reported.
@@ -32,6 +33,7 @@ class Library:
     modules: tuple[str, ...]
     install: str
     entries: tuple[Entry, ...]
+    versions: tuple[str, ...]
     left: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     bases: frozenset[str] = frozenset()
     containers: frozenset[str] = frozenset()

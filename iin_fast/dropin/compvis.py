@@ -273,6 +273,7 @@ _net2net_refuse, _invariances_refuse = _refuse(net2net_blocks), _refuse(invarian
 LIBRARIES = (
     Library(
         name="iin",
+        versions=("its repository",),
         package="iin",
         modules=(IIN,),
         install="put CompVis/iin on the Python path",
@@ -298,6 +299,7 @@ LIBRARIES = (
     ),
     Library(
         name="net2net",
+        versions=("its repository",),
         package="net2net",
         modules=(FLAT,),
         install="put CompVis/net2net on the Python path",
@@ -334,6 +336,7 @@ LIBRARIES = (
     ),
     Library(
         name="invariances",
+        versions=("its repository",),
         package="invariances",
         modules=(INVARIANCES,),
         install="put CompVis/invariances on the Python path",

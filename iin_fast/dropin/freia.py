@@ -226,6 +226,7 @@ LIBRARY = Library(
             ),
         ),
     ),
+    versions=("0.2", "its repository at 4212496"),
     programs=programs.PROGRAMS,
     left={f"{COUPLING}.NICECouplingBlock": "one addition; nothing to fuse"},
     bases=frozenset({"FrEIA.modules.base.InvertibleModule"}),

@@ -157,6 +157,7 @@ LIBRARY = Library(
         ),
         *(Entry(name, programs.METHODS, root=True, whole=True) for name in (programs.FLOW, programs.CONDITIONAL)),
     ),
+    versions=("1.7.3",),
     programs=programs.PROGRAMS,
     bases=frozenset({"normflows.flows.base.Flow"}),
     containers=frozenset(

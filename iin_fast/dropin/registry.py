@@ -3,9 +3,10 @@
 import ast
 import hashlib
 import inspect
+import linecache
 import sys
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, wraps
 from types import FunctionType, MappingProxyType
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..backends import chosen
-from .sources import PROGRAM_SOURCES, SOURCES
+from .sources import ALL_SOURCES, PROGRAM_SOURCES, SOURCES
 
 __all__ = [
     "AFFINE_DEVICES",
@@ -153,7 +154,7 @@ def unknown_functions(name: str, cls: type, names: tuple[str, ...]) -> str | Non
 @cache
 def _digest(functions: tuple[Any, ...]) -> str | None:
     """One reading of the sources serves every model and every patch."""
-    digest = hashlib.sha256()
+    plain = []
     for function in functions:
         if isinstance(function, staticmethod):
             function = function.__func__
@@ -161,11 +162,48 @@ def _digest(functions: tuple[Any, ...]) -> str | None:
             function = function.fget
         if not isinstance(function, FunctionType) or hasattr(function, "__wrapped__"):
             return None
-        source = _source(function)
+        plain.append(function)
+    quick = _hash(map(_lines, plain))
+    return quick if quick in ALL_SOURCES else _hash(map(_source, plain))
+
+
+def _hash(sources: Iterable[str | None]) -> str | None:
+    digest = hashlib.sha256()
+    for source in sources:
         if source is None:
             return None
         digest.update("".join(source.split()).encode())
     return digest.hexdigest()[:12]
+
+
+@cache
+def _lines(function: FunctionType) -> str:
+    """The source of a function without its docstring, by indentation alone.
+
+    A hundred times as fast as a parser. Where it is not what a parser finds, its hash is none that is known.
+    """
+    code = function.__code__
+    lines = linecache.getlines(code.co_filename)[code.co_firstlineno - 1 :]
+    depth, found = 0, []
+    for line in lines:  # the header
+        found.append(line)
+        depth += line.count("(") - line.count(")")
+        if depth == 0 and line.partition("#")[0].rstrip().endswith(":"):
+            break
+    margin = len(lines[0]) - len(lines[0].lstrip()) if lines else 0
+    quotes = ""
+    for number, line in enumerate(lines[len(found) :]):
+        text = line.lstrip()
+        if number == 0 and text.lstrip("r").startswith(('"""', "'''")):
+            quotes = text.lstrip("r")[:3]
+            text = text.lstrip("r")[3:]
+        if quotes:
+            quotes = "" if quotes in text else quotes
+        elif text and len(line) - len(text) <= margin:
+            break
+        else:
+            found.append(line)
+    return "".join(found)
 
 
 def _source(function: FunctionType) -> str | None:

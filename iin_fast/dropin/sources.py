@@ -4,7 +4,7 @@ nflows 0.14; normflows 1.7.3; zuko 1.6.0; FrEIA 0.2, and its repository at 42124
 ``python -m iin_fast.dropin.fingerprint CLASS`` prints them; a class with another one is left alone.
 """
 
-__all__ = ["PROGRAM_SOURCES", "SOURCES"]
+__all__ = ["ALL_SOURCES", "PROGRAM_SOURCES", "SOURCES"]
 
 SOURCES: dict[str, tuple[str, ...]] = {
     "nflows.transforms.coupling.AffineCouplingTransform": ("572b1da8e5a6",),
@@ -135,3 +135,5 @@ PROGRAM_SOURCES: dict[str, tuple[str, ...]] = {
     "FrEIA.modules.all_in_one_block.AllInOneBlock": ("03f9e076bdc0",),
     "FrEIA.modules.fixed_transforms.PermuteRandom": ("8bdf9b68089c",),
 }
+
+ALL_SOURCES = frozenset(h for table in (SOURCES, PROGRAM_SOURCES) for hashes in table.values() for h in hashes)

@@ -185,6 +185,7 @@ LIBRARY = Library(
             for name in programs.FLOWS
         ),
     ),
+    versions=("1.6.0",),
     programs=programs.PROGRAMS,
     bases=frozenset({"zuko.lazy.LazyTransform"}),
     containers=frozenset({"zuko.lazy.LazyComposedTransform", "zuko.lazy.LazyInverse"}),

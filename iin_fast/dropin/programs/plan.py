@@ -418,10 +418,13 @@ class Summary(NamedTuple):
 
 def summary(programs: Programs, root: nn.Module) -> Summary:
     """What a call of a root with the sizes that its layers tell will do."""
-    dtype = next((p.dtype for p in root.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    first = next((p for p in root.parameters() if p.is_floating_point()), torch.empty(0))
+    dtype, device = first.dtype, first.device.type
     try:
+        if device != "cpu" or dtype not in FULL:
+            raise Unsupported(f"programs run on the CPU in float32 and float64; this is {dtype} on {device}")
         _, inside, cuts = _make(programs, root, *programs.sizes(root), dtype)
-    except (AttributeError, KeyError) as error:  # a module that was never started
+    except (AttributeError, KeyError, Unsupported) as error:  # a module that was never started
         inside, cuts = [], [Cut(root, str(error))]
 
     def count(modules: Sequence[nn.Module]) -> int:

@@ -1,7 +1,7 @@
 """What a plan has read from a model, so that a change of the model is seen before the plan runs again."""
 
 from collections.abc import Iterator
-from operator import getitem
+from operator import attrgetter, getitem
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 __all__ = ["GLOBAL_HOOKS", "HOOKS", "Unsupported", "Watch"]
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+VERSION = attrgetter("_version")
 GLOBAL_HOOKS: list[Any] = [getattr(torch_module, f"_global{name}") for name in HOOKS]
 
 
@@ -36,7 +37,8 @@ class Watch:
         self._hooked: list[Any] = []  # of layers that hooks keep out of a program
         self._hooks_then: list[int] = []
         self._last_handle = RemovableHandle.next_id
-        self._buffers: list[tuple[Any, str, Tensor, int]] = []  # whose values were read
+        self._buffers: list[Tensor] = []  # whose values were read
+        self._versions: list[int] = []
         self._false: list[Tensor] = []  # flags that are not set yet
 
     def read(self, space: Any, name: str) -> Any:
@@ -97,12 +99,11 @@ class Watch:
         value: Any = self.get(module, name)
         if not isinstance(value, Tensor) or value.requires_grad or value.is_inference():
             raise Unsupported(f"{name} is not a plain buffer")
-        kind = "_buffers" if name in vars(module)["_buffers"] else "_parameters"
-        if name not in vars(module)[kind]:
+        if name not in vars(module)["_buffers"] and name not in vars(module)["_parameters"]:
             raise Unsupported(f"{name} is not a plain buffer")
-        entry = vars(module)[kind], name, value, value._version
-        if not any(known[2] is value for known in self._buffers):
-            self._buffers.append(entry)
+        if not any(known is value for known in self._buffers):
+            self._buffers.append(value)
+            self._versions.append(value._version)
         return value
 
     def until(self, flag: Tensor) -> None:
@@ -119,8 +120,8 @@ class Watch:
             return (
                 list(map(getitem, self._spaces, self._names)) == self._values
                 and list(map(len, self._held)) == self._sizes
-                and list(map(len, self._hooked)) == self._hooks_then
-                and all(space[name] is value and value._version == then for space, name, value, then in self._buffers)
+                and list(map(VERSION, self._buffers)) == self._versions
+                and (not self._hooked or list(map(len, self._hooked)) == self._hooks_then)
                 and not any(self._false)
             )
         except Exception:  # an entry is gone, or a comparison of tensors, which is no bool
