@@ -212,6 +212,16 @@ LIBRARY = Library(
             affine=True,
         ),
         Entry("FrEIA.modules.all_in_one_block.AllInOneBlock", {"_affine": all_in_one}, affine=True),
+        *(
+            Entry(
+                name,
+                {"forward": programs.graph_forward},
+                relies_on=(f"{programs.GRAPH}.forward", f"{programs.GRAPH}._check_output"),
+                root=True,
+                whole=True,
+            )
+            for name in (programs.GRAPH, programs.REVERSIBLE)
+        ),
         Entry(programs.SEQUENCE, {"forward": programs.sequence_forward}, root=True, whole=True),
         Entry(
             f"{SPLINES}.rational_quadratic.RationalQuadraticSpline",

@@ -41,6 +41,8 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "normflows.core.NormalizingFlow": ("92e252ab993c",),
     "normflows.core.ConditionalNormalizingFlow": ("e5a07c10b5ed",),
     "FrEIA.framework.sequence_inn.SequenceINN": ("c2ac71cab985",),
+    "FrEIA.framework.graph_inn.GraphINN": ("d313247502d3",),
+    "FrEIA.framework.reversible_graph_net.ReversibleGraphNet": ("7671dd1c2029",),
     "iin.models.iin.EfficientVRNVP": ("141cf587b3f8",),
     "iin.models.iin.DoubleVectorCouplingBlock": ("62829e2ac537",),
     "iin.models.iin.VectorActNorm": ("1b2588cbc86f",),
@@ -134,6 +136,8 @@ PROGRAM_SOURCES: dict[str, tuple[str, ...]] = {
     "FrEIA.modules.coupling_layers.AffineCouplingOneSided": ("f314ad51fa04",),
     "FrEIA.modules.all_in_one_block.AllInOneBlock": ("03f9e076bdc0",),
     "FrEIA.modules.fixed_transforms.PermuteRandom": ("8bdf9b68089c",),
+    "FrEIA.modules.fixed_transforms.FixedLinearTransform": ("2074c290498f",),
+    "FrEIA.modules.invertible_resnet.ActNorm": ("98953209dd95",),
 }
 
 ALL_SOURCES = frozenset(h for table in (SOURCES, PROGRAM_SOURCES) for hashes in table.values() for h in hashes)

@@ -45,13 +45,42 @@ def sequence(cls: Any, conditional: bool = False, **options: Any) -> nn.Module:
 BLOCKS: dict[str, Callable[[bool], nn.Module]] = {
     "GLOW": lambda c: sequence(Fm.GLOWCouplingBlock, c),
     "RNVP": lambda c: sequence(Fm.RNVPCouplingBlock, c, clamp_activation="TANH", clamp=1.3, split_len=2),
+    "GLOW, sigmoid": lambda c: sequence(Fm.GLOWCouplingBlock, c, clamp_activation="SIGMOID", split_len=2),
+    "RNVP, sigmoid": lambda c: sequence(Fm.RNVPCouplingBlock, c, clamp_activation="SIGMOID"),
     "one sided": lambda c: sequence(Fm.AffineCouplingOneSided, c),
     "all in one": lambda c: sequence(Fm.AllInOneBlock, c),
     "all in one, soft": lambda c: sequence(
         Fm.AllInOneBlock, c, permute_soft=True, global_affine_type="SIGMOID", affine_clamping=1.2
     ),
+    "all in one, reversed": lambda c: sequence(Fm.AllInOneBlock, c, reverse_permutation=True),
     "all in one, exp": lambda c: sequence(Fm.AllInOneBlock, c, global_affine_type="EXP"),
 }
+
+
+def graph(conditional: bool, cls: Any = None, last: Any = None) -> nn.Module:
+    """A chain of the same kinds of blocks."""
+    condition = Ff.ConditionNode(CONDITION)
+    nodes = [Ff.InputNode(DIM)]
+    given = {"conditions": condition} if conditional else {}
+    matrix = torch.eye(DIM) + 0.3 * torch.randn(DIM, DIM)
+    for block, arguments, more in (
+        (Fm.GLOWCouplingBlock, {"subnet_constructor": subnet}, given),
+        (Fm.ActNorm, {}, {}),
+        (Fm.FixedLinearTransform, {"M": matrix.double(), "b": torch.randn(DIM).double()}, {}),
+        (last or Fm.PermuteRandom, {}, {}),
+        (Fm.AllInOneBlock, {"subnet_constructor": subnet}, given),
+    ):
+        nodes.append(Ff.Node(nodes[-1], block, arguments, **more))
+    made = (cls or Ff.GraphINN)(
+        [*nodes, Ff.OutputNode(nodes[-1]), *([condition] if conditional else [])], verbose=False
+    ).double()
+    with torch.no_grad():
+        made(torch.randn(20, DIM).double(), torch.randn(20, CONDITION).double() if conditional else None)
+    return made
+
+
+BLOCKS["graph"] = graph
+BLOCKS["reversible graph"] = lambda c: graph(c, Ff.ReversibleGraphNet)
 
 
 def data(conditional: bool) -> tuple[Tensor, Tensor | None]:
@@ -86,7 +115,7 @@ def test_results_and_gradients_are_the_library_s(name: str, conditional: bool, c
         calls += [0, 0]
     else:
         line = next(line for line in report.lines if line.path == "")
-        assert line.why.startswith("3 of 3 layers run in programs"), str(report)
+        assert line.why.startswith(("3 of 3 layers run in programs", "5 of 5 layers run in programs")), str(report)
     assert len(calls) == 2
     single = copy.deepcopy(own).float(), copy.deepcopy(fast).float()
     floats = [None if v is None else v.detach().float().requires_grad_() for v in inputs]
@@ -138,7 +167,7 @@ def test_a_sequence_without_log_det_gives_a_float_as_before(calls: list[int]) ->
         lambda x, c: (x[:0], [c[:0]]),
     ],
 )
-@pytest.mark.parametrize("name", ["GLOW", "all in one"])
+@pytest.mark.parametrize("name", ["GLOW", "all in one", "graph"])
 def test_errors_are_the_library_s(name: str, change: Callable[[Tensor, Tensor], Any]) -> None:
     own, (x, c) = BLOCKS[name](True), data(True)
     fast = copy.deepcopy(own)
@@ -160,3 +189,53 @@ def test_patch(calls: list[int]) -> None:
     with iin_fast.patch("freia"):
         torch.testing.assert_close(own(x), wanted, **TOLERANCE)
     assert len(calls) == 1
+
+
+class Odd(Fm.PermuteRandom):
+    """A user's block."""
+
+
+def test_a_graph_is_cut_by_a_block_of_another_kind(calls: list[int]) -> None:
+    own, (x, _) = graph(False, last=Odd), data(False)
+    fast = copy.deepcopy(own)
+    report = iin_fast.accelerate(fast)
+    assert next(line.why for line in report.lines if line.path == "").startswith("4 of 5 layers"), str(report)
+    torch.testing.assert_close(results(fast, x, None), results(own, x, None), **TOLERANCE)
+    assert sorted(calls) == [3, 3, 6, 6]
+
+
+def test_a_graph_that_is_no_chain_runs_the_library_s_code(calls: list[int]) -> None:
+    start = Ff.InputNode(DIM)
+    split = Ff.Node(start, Fm.Split, {})
+    block = Ff.Node(split.out0, Fm.PermuteRandom, {})
+    merged = Ff.Node([block.out0, split.out1], Fm.Concat, {})
+    own = Ff.GraphINN([start, split, block, merged, Ff.OutputNode(merged)]).double()
+    x, _ = data(False)
+    wanted = own(x)
+    report = iin_fast.accelerate(own)
+    assert "a graph that is no chain" in str(report) and not report.replaced
+    torch.testing.assert_close(own(x), wanted, **TOLERANCE)
+    assert not calls
+
+
+def test_options_of_a_graph_s_call_stay(calls: list[int]) -> None:
+    own, (x, c) = graph(True), data(True)
+    fast = copy.deepcopy(own)
+    iin_fast.accelerate(fast)
+    assert fast(x, c, jac=False)[0].shape == x.shape and len(fast(x, [c], intermediate_outputs=True)[0]) == 8
+    torch.testing.assert_close(fast(x, c)[0], own(x, c)[0], **TOLERANCE)
+    assert len(calls) == 1
+
+
+def test_a_node_that_gets_another_module_is_seen() -> None:
+    own, (x, _) = graph(False), data(False)
+    iin_fast.accelerate(own)
+    own(x)
+    node = own.node_list[1]
+    node.module = copy.deepcopy(node.module)
+    with torch.no_grad():
+        for parameter in node.module.parameters():
+            parameter.mul_(1.5)
+    found = own(x)
+    iin_fast.restore(own)
+    torch.testing.assert_close(own(x), found, **TOLERANCE)

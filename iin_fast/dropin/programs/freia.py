@@ -1,6 +1,7 @@
-"""FrEIA: sequences of coupling blocks, all-in-one blocks and permutations, whose sub-nets are ``nn.Sequential``."""
+"""FrEIA: sequences and chains of coupling blocks, all-in-one blocks and fixed maps, whose sub-nets are ``nn.Sequential``."""
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from types import CodeType
 from typing import Any
 
@@ -17,14 +18,16 @@ from .nflows import expect_shape
 from .plan import Atom, Maker, Programs, run
 from .watch import Unsupported
 
-__all__ = ["PROGRAMS", "SEQUENCE", "clamp_name", "sequence_forward"]
+__all__ = ["GRAPH", "PROGRAMS", "REVERSIBLE", "SEQUENCE", "clamp_name", "graph_forward", "sequence_forward"]
 
 SEQUENCE = "FrEIA.framework.sequence_inn.SequenceINN"
+GRAPH, REVERSIBLE = "FrEIA.framework.graph_inn.GraphINN", "FrEIA.framework.reversible_graph_net.ReversibleGraphNet"
 C = "FrEIA.modules.coupling_layers"
 BASE = f"{C}._BaseCouplingBlock"
 GLOW, RNVP, NICE, ONE_SIDED = (
     f"{C}.{name}" for name in ("GLOWCouplingBlock", "RNVPCouplingBlock", "NICECouplingBlock", "AffineCouplingOneSided")
 )
+ACT_NORM, FIXED = "FrEIA.modules.invertible_resnet.ActNorm", "FrEIA.modules.fixed_transforms.FixedLinearTransform"
 ALL_IN_ONE, PERMUTE = "FrEIA.modules.all_in_one_block.AllInOneBlock", "FrEIA.modules.fixed_transforms.PermuteRandom"
 NO_LOGDET = (NICE, PERMUTE)  # they give the float 0 as their log-det
 
@@ -62,8 +65,11 @@ def _global_scale(function: Any) -> Callable[[Tensor], Tensor]:
 # ---------------------------------------------------------------- layers
 
 
-def _net(maker: Maker, block: Any, *names: str) -> Net:
-    """The outputs of sub-nets of the passive half and the condition, one behind the other."""
+def _net(maker: Maker, block: Any, *names: str, halved: int = 0) -> Net:
+    """The outputs of sub-nets of the passive half and the condition, one behind the other.
+
+    The first ``halved`` of them are taken times 1/2.
+    """
     net = NetBuilder()
     value = FEATURES
     if maker.get(block, "conditional"):
@@ -76,14 +82,21 @@ def _net(maker: Maker, block: Any, *names: str) -> Net:
         if type(part) is not nn.Sequential:
             raise Unsupported(f"a {type(part).__name__} as its net")
         parts.append(nets.sequential(maker, net, value, part))
+    if halved:
+        factors = torch.ones(2 * halved)
+        factors[:halved] = 0.5
+        parts = [net.dense(net.concat(*parts) if len(parts) > 1 else parts[0], maker.fixed(factors.diag()))]
     return net.build(*parts)
 
 
-def _clamped(maker: Maker, block: Any, features: int) -> Transformer:
+def _clamped(maker: Maker, block: Any, features: int, *subnets: str) -> tuple[Net, Transformer]:
+    """The net of an affine coupling, and what it does with the raw values."""
     name, clamp = clamp_name(maker.get(block, "f_clamp")), maker.number(block, "clamp")
-    if name not in ("ATAN", "TANH"):
-        raise Unsupported(f"clamp_activation {name or 'of its own'}")
-    return affine(features, name.lower(), clamp=clamp)
+    if name is None:
+        raise Unsupported("clamp_activation of its own")
+    if name == "SIGMOID":  # 2 (sigmoid(u) - 1/2) = tanh(u / 2)
+        return _net(maker, block, *subnets, halved=features), affine(features, "tanh", clamp=clamp)
+    return _net(maker, block, *subnets), affine(features, name.lower(), clamp=clamp)
 
 
 def _halves(maker: Maker, block: Any, first: str, second: str) -> tuple[range, range]:
@@ -102,18 +115,29 @@ def _two_sided(maker: Maker, name: str, block: Any) -> None:
     }[name]
     for passive, active, subnets in ((second, first, names[0]), (first, second, names[1])):
         size = len(active)
-        transformer = affine(size, "none") if name == NICE else _clamped(maker, block, size)
-        maker.coupling(passive, active, _net(maker, block, *subnets), transformer)
+        made = (
+            (_net(maker, block, *subnets), affine(size, "none"))
+            if name == NICE
+            else _clamped(maker, block, size, *subnets)
+        )
+        maker.coupling(passive, active, *made)
 
 
 def _all_in_one(maker: Maker, block: Any) -> None:
-    if maker.get(block, "GIN") or maker.get(block, "householder") or maker.get(block, "reverse_pre_permute"):
-        raise Unsupported("GIN, Householder reflections or a reversed permutation")
+    for option in ("GIN", "householder"):
+        if maker.get(block, option):
+            raise Unsupported(option)
     if maker.get(block, "input_rank") != 0:
         raise Unsupported("an image")
     one, two = maker.get(block, "splits")
     if one + two != maker.dim:
         raise Unsupported(f"{one + two} channels, expected {maker.dim}")
+    matrix, back = maker.watch.values(block, "w_perm"), maker.watch.values(block, "w_perm_inv")
+    expect_shape(matrix, maker.dim, maker.dim)
+    if not torch.equal(matrix.T, back):
+        raise Unsupported("w_perm_inv is not the transpose of w_perm")
+    if maker.get(block, "reverse_pre_permute"):
+        _rotation(maker, back)
     clamp = maker.number(block, "clamp")
     transformer = affine(two, "tanh", clamp=clamp, gain=0.1)
     maker.coupling(range(one), range(one, maker.dim), _net(maker, block, "subnet"), transformer)
@@ -121,10 +145,6 @@ def _all_in_one(maker: Maker, block: Any) -> None:
         expect_shape(block._parameters[name], 1, maker.dim)
     scale = maker.computed_from(block, "global_scale", _global_scale(maker.get(block, "global_scale_activation")))
     maker.affine(maker.parameter(block, "global_offset"), scale)
-    matrix, back = maker.watch.values(block, "w_perm"), maker.watch.values(block, "w_perm_inv")
-    expect_shape(matrix, maker.dim, maker.dim)
-    if not torch.equal(matrix.T, back):
-        raise Unsupported("w_perm_inv is not the transpose of w_perm")
     _rotation(maker, matrix)
 
 
@@ -139,11 +159,38 @@ def _rotation(maker: Maker, matrix: Tensor) -> None:
         return
     if maker.dtype is not torch.float32:
         raise Unsupported("a soft permutation, which is a rotation to the precision of float32 only")
+    _linear(maker, matrix)
+
+
+def _linear(maker: Maker, matrix: Tensor) -> None:
+    """x matrix^T by the factors of the matrix."""
     permutation, lower, upper = torch.linalg.lu(matrix.double())
     below, above = torch.tril_indices(maker.dim, maker.dim, -1), torch.triu_indices(maker.dim, maker.dim, 1)
     values = lower[tuple(below)], upper[tuple(above)], upper.diagonal()
     maker.linear(*(maker.constant(value) for value in values), form="plain")
     maker.permute(permutation.argmax(1).tolist())
+
+
+def _fixed(maker: Maker, block: Any) -> None:
+    """x M + b; the library keeps the inverse and the log-det beside M."""
+    matrix, back, logdet = (maker.watch.values(block, name) for name in ("M", "M_inv", "logDetM"))
+    expect_shape(matrix, maker.dim, maker.dim)
+    wide, near = matrix.double(), 100 * torch.finfo(maker.dtype).eps * float(torch.linalg.cond(matrix.double()))
+    if not torch.allclose(wide @ back.double(), torch.eye(maker.dim, dtype=torch.float64), atol=near, rtol=0):
+        raise Unsupported(f"M_inv is not the inverse of M to the precision of {maker.dtype}")
+    if abs(float(logdet) - float(torch.linalg.slogdet(wide)[1])) > near * maker.dim:
+        raise Unsupported(f"logDetM is not that of M to the precision of {maker.dtype}")
+    _linear(maker, matrix.T)
+    if isinstance(maker.get(block, "b"), Tensor):
+        maker.affine(maker.constant(maker.watch.values(block, "b").reshape(-1)))
+
+
+def _act_norm(maker: Maker, block: Any) -> None:
+    if maker.get(block, "init_on_next_batch"):
+        raise Unsupported("an ActNorm that has not been started")
+    for name in ("scale", "bias"):
+        expect_shape(block._parameters[name], 1, maker.dim)
+    maker.affine(maker.parameter(block, "bias"), maker.parameter(block, "scale"), form="exp")
 
 
 def layer(maker: Maker, module: Any) -> None:
@@ -153,7 +200,11 @@ def layer(maker: Maker, module: Any) -> None:
         _two_sided(maker, name, module)
     elif name == ONE_SIDED:
         first, second = _halves(maker, module, "split_len1", "split_len2")
-        maker.coupling(first, second, _net(maker, module, "subnet"), _clamped(maker, module, len(second)))
+        maker.coupling(first, second, *_clamped(maker, module, len(second), "subnet"))
+    elif name == FIXED:
+        _fixed(maker, module)
+    elif name == ACT_NORM:
+        _act_norm(maker, module)
     elif name == ALL_IN_ONE:
         _all_in_one(maker, module)
     elif name == PERMUTE:
@@ -166,14 +217,47 @@ def layer(maker: Maker, module: Any) -> None:
 
 
 def flatten(maker: Maker, root: nn.Module) -> Iterator[Atom]:
-    """The blocks of a sequence."""
+    """The blocks of a sequence, or of a graph that is a chain."""
+    if _name(root) != SEQUENCE:
+        for block in _chain(maker, root):
+            yield block, False
+        return
     blocks = list(maker.watch.children(maker.get(root, "module_list")))
     if _index(maker.get(root, "conditions")) is False:
         raise Unsupported("several conditions")
     if all(_name(block) in NO_LOGDET for block in blocks):
         raise Unsupported("a sequence without log-det")
-    for block in blocks:
+    for block, condition in zip(blocks, maker.get(root, "conditions"), strict=True):
+        if maker.context or condition is None:
+            _expect_condition(maker, block, condition is not None)
         yield block, False
+
+
+def _chain(maker: Maker, root: Any) -> Iterator[nn.Module]:
+    """The modules of a graph between its one input and its one output."""
+    inputs, outputs, conditions = (list(maker.get(root, f"{kind}_nodes")) for kind in ("in", "out", "condition"))
+    if len(inputs) != 1 or len(outputs) != 1 or len(conditions) > 1:
+        raise Unsupported("a graph with several inputs, outputs or conditions")
+    before, nodes = inputs[0], maker.get(root, "node_list")
+    maker.watch.size(nodes)
+    for node in (node for node in nodes if node not in (*inputs, *outputs, *conditions)):
+        names = ("module", "inputs", "outputs", "conditions")
+        module, taken, given, under = (maker.watch.read(vars(node), name) for name in names)
+        if list(taken) != [(before, 0)] or len(given) != 1 or list(under) not in ([], conditions):
+            raise Unsupported("a graph that is no chain")
+        _expect_condition(maker, module, bool(list(under)))
+        before = node
+        yield module
+    if [node for node, _ in outputs[0].inputs] != [before]:
+        raise Unsupported("a graph that is no chain")
+
+
+def _expect_condition(maker: Maker, block: Any, given: bool) -> None:
+    """A block that runs its own code is given the condition if it says that it has one."""
+    if given and not maker.context:
+        raise Unsupported("a condition is missing")
+    if given != bool(getattr(block, "conditional", False)):
+        raise Unsupported(f"{type(block).__name__}, which does not say whether it has a condition")
 
 
 def _name(block: nn.Module) -> str:
@@ -191,7 +275,7 @@ def sizes(root: Any) -> tuple[int, int]:
     condition = 0
     for block in root.module_list:
         condition = max(condition, getattr(block, "condition_channels", getattr(block, "condition_length", 0)))
-    return int(root.shapes[0][0]), condition
+    return int((root.shapes if _name(root) == SEQUENCE else root.dims_in)[0][0]), condition
 
 
 # ---------------------------------------------------------------- calls
@@ -218,6 +302,27 @@ def sequence_forward(own: Any, self: Any, x_or_z: Any, c: Any = None, rev: Any =
     return own(self, x_or_z, c, rev, jac) if found is None else found[:2]
 
 
+def graph_forward(
+    own: Any,
+    self: Any,
+    x_or_z: Any,
+    c: Any = None,
+    rev: Any = False,
+    jac: Any = True,
+    intermediate_outputs: Any = False,
+    **more: Any,
+) -> Any:
+    """``GraphINN.forward``; a graph that is a chain has programs."""
+    found = None
+    plain = not (more or intermediate_outputs or self.force_tuple_output) and jac is True and isinstance(rev, bool)
+    if plain and isinstance(x_or_z, Tensor) and not torch.compiler.is_compiling():
+        given = [] if c is None else [c] if isinstance(c, Tensor) else c
+        if isinstance(given, list | tuple) and len(given) == len(self.condition_nodes) < 2:
+            with suppress(Exception):  # the graph's own code says which node it was
+                found = run(PROGRAMS, self, x_or_z, given[0] if given else None, rev)
+    return own(self, x_or_z, c, rev, jac, intermediate_outputs, **more) if found is None else found[:2]
+
+
 TWO_SIDED = ("forward", "_coupling1", "_coupling2", f"{BASE}.__init__")
 
 PROGRAMS = Programs(
@@ -232,5 +337,7 @@ PROGRAMS = Programs(
         ONE_SIDED: ("forward", f"{BASE}.__init__"),
         ALL_IN_ONE: ("__init__", "forward", "_affine", "_permute", "_pre_permute"),
         PERMUTE: ("forward",),
+        FIXED: ("forward",),
+        ACT_NORM: ("forward",),
     },
 )
