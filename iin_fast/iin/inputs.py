@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..checks import check_floating, check_rank, checked_int
 
-__all__ = ["Inputs", "constant_features", "copied_features"]
+__all__ = ["Inputs", "LinearMap", "constant_features", "copied_features"]
 
 
 def constant_features(z: Tensor) -> Tensor:
@@ -24,6 +24,25 @@ def copied_features(z: Tensor) -> Tensor:
     return first[kind]
 
 
+class LinearMap(nn.Module):
+    """x to ``x @ matrix`` and back. It computes in float64, so that the way back is exact."""
+
+    matrix: Tensor  # [dim, dim]
+    logdet: Tensor  # []
+
+    def __init__(self, matrix: Tensor, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.register_buffer("matrix", matrix.to(dtype))
+        self.register_buffer("logdet", torch.linalg.slogdet(matrix).logabsdet.to(dtype))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return (x.double() @ self.matrix.double()).to(x.dtype), self.logdet.expand(len(x))
+
+    def inverse(self, factors: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x = torch.linalg.solve(self.matrix.double(), factors.double(), left=False)
+        return x.to(factors.dtype), -self.logdet.expand(len(factors))
+
+
 class Inputs(nn.Module):
     r"""Creates the reversible map from latents to what a flow is good at, and back.
 
@@ -31,13 +50,14 @@ class Inputs(nn.Module):
 
     for features i that a flow learns from, and then for those that it does not: of a constant one, c is its value; of
     one that is a copy of another, c is that other feature. There x is 0, and z comes back to the last bit. A latent in
-    which they are something else loses nothing either.
+    which they are something else loses nothing either. With :meth:`turned` a linear map of the standardised features follows.
 
     Made from latents by :meth:`of`. ``Inputs(dim, left_out)`` is what a state is loaded into, and changes nothing.
 
     Args:
         dim: features of a latent.
         left_out: how many of them are constant or copies.
+        flat: with a linear map: how many directions of it, the last ones, don't vary. They bypass the flow too.
 
     Example:
         >>> z = torch.randn(100, 3) * torch.tensor([1.0, 1000.0, 0.0]) + 5
@@ -52,16 +72,22 @@ class Inputs(nn.Module):
     left: Tensor  # [left_out] int64, those that it does not
     source: Tensor  # [left_out] int64, what each of these is a copy of; itself, if it is constant
 
-    def __init__(self, dim: int, left_out: int = 0, *, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, dim: int, left_out: int = 0, flat: int | None = None, *, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         self.dim = checked_int("Inputs", "dim", dim)
         self.left_out = checked_int("Inputs", "left_out", left_out, least=0)
         if self.left_out >= self.dim:
             raise ValueError(f"Inputs: left_out is {left_out}, expected less than dim = {dim}")
-        self.live = self.dim - self.left_out
+        kept = self.dim - self.left_out
+        self.flat = None if flat is None else checked_int("Inputs", "flat", flat, least=0)
+        if (self.flat or 0) >= kept:
+            raise ValueError(f"Inputs: flat is {flat}, expected less than {kept}, the features that vary")
+        self.linear = None if flat is None else LinearMap(torch.eye(kept, dtype=dtype), dtype)
         for name in ("mean", "scale"):
             self.register_buffer(name, torch.empty(dim, dtype=dtype))
-        for name, count in (("keep", self.live), ("left", self.left_out), ("source", self.left_out)):
+        for name, count in (("keep", kept), ("left", self.left_out), ("source", self.left_out)):
             self.register_buffer(name, torch.empty(count, dtype=torch.int64))
         self.reset_parameters()
 
@@ -70,9 +96,16 @@ class Inputs(nn.Module):
         self.mean.zero_()
         self.scale.fill_(1)
         places = torch.arange(self.dim, device=self.keep.device)
-        self.keep.copy_(places[: self.live])
-        self.left.copy_(places[self.live :])
-        self.source.copy_(places[self.live :])
+        self.keep.copy_(places[: len(self.keep)])
+        self.left.copy_(places[len(self.keep) :])
+        self.source.copy_(places[len(self.keep) :])
+        if self.linear is not None:
+            self.linear = LinearMap(torch.eye(len(self.keep), dtype=self.mean.dtype, device=self.mean.device))
+
+    @property
+    def live(self) -> int:
+        """What a flow sees of ``dim``: all but what is left out, and the flat directions of the linear map."""
+        return self.dim - self.left_out - (self.flat or 0)
 
     @classmethod
     def of(cls, z: Tensor) -> Inputs:
@@ -100,21 +133,44 @@ class Inputs(nn.Module):
         made.source = torch.where(constant, own, first)[aside]
         return made
 
+    def turned(self, matrix: Tensor, flat: int = 0) -> Inputs:
+        """These inputs with ``x @ matrix`` in place of x, ``[dim - left_out, dim - left_out]``.
+
+        Args:
+            matrix: what standardised features are multiplied by; invertible.
+            flat: how many of its columns, the last ones, give values that don't vary.
+        """
+        made = Inputs(self.dim, self.left_out, flat, dtype=self.mean.dtype).to(self.mean.device)
+        for name, values in self.named_buffers(recurse=False):
+            getattr(made, name).copy_(values)
+        made.linear = LinearMap(matrix, self.mean.dtype)
+        return made
+
     def extra_repr(self) -> str:
-        return f"dim={self.dim}, left_out={self.left_out}"
+        return f"dim={self.dim}, left_out={self.left_out}" + ("" if self.flat is None else f", flat={self.flat}")
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What a flow sees of latents ``[batch, dim]``, ``[batch, live]``; the others ``[batch, left_out]``; and the log-det."""
+        """What a flow sees of latents ``[batch, dim]``, ``[batch, live]``; the others ``[batch, dim - live]``; and the log-det."""
         x = (z[:, self.keep] - self.mean[self.keep]) / self.scale[self.keep]
         logdet = -self.scale[self.keep].log().sum()
-        return x, z[:, self.left] - self._expected(z), logdet
+        rest = z[:, self.left] - self._expected(z)
+        if self.linear is not None:
+            turned, own = self.linear(x)
+            x, flat = turned.split([self.live, len(self.keep) - self.live], 1)
+            rest, logdet = torch.cat([flat, rest.to(flat)], 1), logdet + own[:1].sum()
+        return x, rest, logdet
 
     def inverse(self, x: Tensor, rest: Tensor) -> tuple[Tensor, Tensor]:
         """Latents ``[batch, dim]`` of both parts, and the log-det."""
+        if self.linear is not None:
+            flat, rest = rest.split([len(self.keep) - self.live, self.left_out], 1)
+            x = self.linear.inverse(torch.cat([x, flat.to(x)], 1))[0]
         values = x * self.scale[self.keep] + self.mean[self.keep]
         z = values.new_empty(len(x), self.dim).index_copy(1, self.keep, values)
         # A constant needs nothing of z; what a copy is of is in place.
-        return z.index_copy(1, self.left, rest.to(z) + self._expected(z)), self.scale[self.keep].log().sum()
+        z = z.index_copy(1, self.left, rest.to(z) + self._expected(z))
+        logdet = self.scale[self.keep].log().sum()
+        return z, logdet if self.linear is None else logdet - self.linear.logdet
 
     def _expected(self, z: Tensor) -> Tensor:
         """What the features that are left out have, as far as the others say it: ``[batch, left_out]``."""

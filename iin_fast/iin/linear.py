@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..checks import check_device, check_dtype, check_floating, check_kind, check_rank, check_shape, checked_int
 from .factors import RESIDUAL, factor_sizes
-from .inputs import Inputs
+from .inputs import Inputs, LinearMap
 from .model import IIN
 from .pairs import PairSampler
 
@@ -22,25 +22,6 @@ SHRINKAGES = [0.0, *(10 ** (-k / 4) for k in range(24, -1, -1))]
 ENOUGH = 0.005  # nats per dimension that shrinkage has to save
 NULL_VARIANCE = 1e-9  # of a standardised direction; below it lies what is a combination of other features
 ROTATIONS = 100
-
-
-class _LinearFlow(nn.Module):
-    """x to ``x @ matrix`` and back. It computes in float64, so that the way back is exact."""
-
-    matrix: Tensor  # [dim, dim]
-    logdet: Tensor  # []
-
-    def __init__(self, matrix: Tensor, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.register_buffer("matrix", matrix.to(dtype))
-        self.register_buffer("logdet", torch.linalg.slogdet(matrix).logabsdet.to(dtype))
-
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return (x.double() @ self.matrix.double()).to(x.dtype), self.logdet.expand(len(x))
-
-    def inverse(self, factors: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x = torch.linalg.solve(self.matrix.double(), factors.double(), left=False)
-        return x.to(factors.dtype), -self.logdet.expand(len(factors))
 
 
 class LinearIIN(IIN):
@@ -89,7 +70,8 @@ class LinearIIN(IIN):
         self.dim, self.context_dim, self.coupling = inputs.dim, 0, "linear"
         self._sizes = factor_sizes(self.dim, sizes, where="LinearIIN")
         self._set_inputs("LinearIIN", inputs, None, dtype)
-        self.flow = _LinearFlow(matrix, dtype)  # type: ignore[assignment]
+        self.flow = LinearMap(matrix, dtype)  # type: ignore[assignment]
+        self._flat = 0  # columns of the matrix, the last ones, that give what does not vary; known after a fit
 
     @classmethod
     def fit(
@@ -199,7 +181,17 @@ class LinearIIN(IIN):
         fitted = _fitting(counts, w.shape[1])
         basis = _subspaces(common, values, vectors, list(fitted.values()))
         matrix = whitening.matrix(basis, list(fitted.values()), list(counts.values()))
-        return cls(inputs, matrix, counts, z.dtype)
+        made = cls(inputs, matrix, counts, z.dtype)
+        made._flat = len(matrix) - max(len(basis), sum(counts.values()))
+        return made
+
+    def start(self) -> Inputs:
+        """This map as what stands before a flow: an IIN with it whose flow is the identity has the factors of this model.
+
+        What does not vary bypasses the flow, as far as no factor wants it.
+        """
+        assert self.inputs is not None
+        return self.inputs.turned(self.flow.matrix, self._flat)  # type: ignore[arg-type]
 
     @property
     def like(self) -> Tensor:
@@ -230,6 +222,16 @@ class LinearIIN(IIN):
     def _of_config(cls, config: Mapping[str, Any], dtype: torch.dtype) -> LinearIIN:
         """A model that a state is loaded into."""
         return cls(config["inputs"], torch.eye(config["inputs"].live), config["factors"], dtype)
+
+
+@torch.no_grad()
+def white_inputs(z: Tensor) -> Inputs:
+    """Inputs that make latents ``[n, dim]`` white: the linear start where there are no pairs to learn factors from."""
+    inputs = Inputs.of(z)
+    whitening = _Whitening(inputs(z.double())[0])
+    rank = len(whitening.gain)
+    varying = torch.eye(rank, dtype=torch.float64, device=z.device)
+    return inputs.turned(whitening.matrix(varying, [], []), inputs.live - rank)
 
 
 class _Whitening:

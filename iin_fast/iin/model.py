@@ -226,6 +226,23 @@ class IIN(nn.Module):
         """Start the ActNorm layers from latents ``[batch, dim]``; the first batch that goes forward does it otherwise."""
         self.flow.initialize(z if self.inputs is None else self.inputs(z)[0], context)
 
+    @torch.no_grad()
+    def start_as_identity(self) -> None:
+        """Make the flow the identity: the factors are what ``inputs`` give, and training goes on from there."""
+        flow = self.flow
+        if isinstance(flow, Flow):  # splines start so
+            flow.weight_out.zero_()
+            flow.bias_out.zero_()
+        flow.loc.zero_()
+        flow.scale.fill_(1)
+        flow._finish_start()
+        places = torch.arange(flow.dim, device=flow.permutation.device)
+        flow.permutation[-1] = places
+        probe = torch.linspace(-1, 1, flow.dim).to(self.like)[None]
+        context = probe.new_zeros(1, self.context_dim) if self.context_dim else None
+        # What the other permutations did, the last one undoes.
+        flow.permutation[-1] = flow(probe, context)[0][0].argsort()
+
     def encode(self, z: Tensor, context: Tensor | None = None) -> Factors:
         """Factors of latents ``[batch, dim]``; ``context`` as for :meth:`forward`."""
         factors: Factors = self(z, context)[0]
@@ -248,7 +265,7 @@ class IIN(nn.Module):
         if self.inputs is None:
             z: Tensor = self.flow.inverse(tensor, context)[0]
         else:
-            x, rest = tensor.split([self.inputs.live, self.inputs.left_out], 1)
+            x, rest = tensor.split([self.inputs.live, self.dim - self.inputs.live], 1)
             x = self.flow.inverse(x, context)[0]
             z = self.inputs.inverse(x, rest.to(x))[0]
         return z
@@ -528,7 +545,7 @@ class IIN(nn.Module):
             dtype = checkpoint.DTYPES[config.pop("dtype")]
             left_out = config.pop("left_out", None)  # None: no map before the flow
             if left_out is not None:
-                config["inputs"] = Inputs(config["dim"], left_out)
+                config["inputs"] = Inputs(config["dim"], left_out, config.pop("flat", None))
             if config["coupling"] == "linear":
                 model: IIN = linear.LinearIIN._of_config(config, dtype)
             else:
@@ -554,6 +571,8 @@ class IIN(nn.Module):
         }
         if self.inputs is not None:
             config["left_out"] = self.inputs.left_out
+            if self.inputs.flat is not None:
+                config["flat"] = self.inputs.flat
         if isinstance(self.flow, NeuralSplineFlow):
             config |= {"bins": self.flow.bins, "tail_bound": self.flow.tail_bound}
         if self.flow.min_spread != MIN_SPREAD:
@@ -571,11 +590,12 @@ class IIN(nn.Module):
             raise TypeError(f"{where}: inputs is a {type(inputs).__name__}, expected iin_fast.iin.Inputs or None")
         if inputs.dim != self.dim:
             raise ValueError(f"{where}: inputs are of {inputs.dim} features, expected {self.dim} like dim")
-        if self._sizes.get(RESIDUAL, 0) < inputs.left_out:
+        aside = self.dim - inputs.live
+        if self._sizes.get(RESIDUAL, 0) < aside:
             named = sum(size for name, size in self._sizes.items() if name != RESIDUAL)
             raise ValueError(
-                f"{where}: factors take {named} dimensions, expected at most {inputs.live}: the other {inputs.left_out} "
-                "features are constant or copies, and go into the residual"
+                f"{where}: factors take {named} dimensions, expected at most {inputs.live}: the other {aside} "
+                "are constant, copies, or combinations of others, and go into the residual"
             )
         self.inputs = inputs.to(device, dtype or torch.get_default_dtype())
         return inputs.live

@@ -4,10 +4,11 @@ from .batches import Batches, estimate_sizes, split_rows
 from .findings import Findings, inspect_latents
 from .logs import held_out_rise
 from .loop import train
-from .settings import Settings
+from .settings import Facts, Settings
 
 __all__ = [
     "Batches",
+    "Facts",
     "Findings",
     "Settings",
     "estimate_sizes",

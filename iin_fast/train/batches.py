@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..data import Latents
-from ..iin import PairSampler, estimate_factor_dims
+from ..iin import LinearIIN, PairSampler, estimate_factor_dims
+from ..iin.linear import LEAST_PAIRS, PAIRS_PER_ROW
 
-__all__ = ["Batch", "Batches", "estimate_sizes", "split_rows"]
+__all__ = ["Batch", "Batches", "estimate_sizes", "fit_linear", "split_rows"]
 
 
 class Batch(NamedTuple):
@@ -126,6 +127,26 @@ def split_rows(latents: Latents, held_out: float, seed: int = 0) -> tuple[NDArra
 def units(latents: Latents, rows: NDArray[np.int64]) -> NDArray[np.int64]:
     """What :class:`Batches` draws from, of one side of :func:`split_rows`: the rows, or of pairs the first samples."""
     return rows if latents.shared is None else rows[: len(rows) // 2]
+
+
+def fit_linear(
+    latents: Latents,
+    train: NDArray[np.int64],
+    concepts: tuple[str, ...],
+    sizes: Mapping[str, int] | None = None,
+    seed: int = 0,
+) -> LinearIIN:
+    """The linear IIN of the rows ``train`` of ``latents.z``; ``sizes`` of some concepts, the others estimated."""
+    batches = Batches(latents, units(latents, train), concepts, seed=seed, others="any", unlabelled=0.0)
+    if batches._shared is not None:  # every ready pair once
+        half = len(train) // 2
+        a, shared = torch.arange(half), torch.as_tensor(batches._shared)[torch.from_numpy(train[:half])]
+        pairs = a, a + half, shared
+    else:
+        drawn = batches.draw(max(LEAST_PAIRS, PAIRS_PER_ROW * len(train)), 0)
+        a, b = (torch.from_numpy(np.searchsorted(train, rows.numpy())) for rows in (drawn.a, drawn.b))
+        pairs = a, b, drawn.shared
+    return LinearIIN._fit("train", latents.z[torch.from_numpy(train)], *pairs, concepts, sizes or {})
 
 
 def estimate_sizes(

@@ -19,7 +19,7 @@ __all__ = ["COLUMNS", "Bar", "Log", "event_writer", "held_out_rise"]
 EVERY = 20.0  # seconds between two lines of a bar that is no bar
 COLUMNS = (
     *("step", "loss", "nats_per_dim", "learning_rate", "samples_per_second"),
-    *("held_out_loss", "held_out_nats_per_dim"),
+    *("held_out_loss", "held_out_nats_per_dim", "held_out_swaps"),
 )
 
 

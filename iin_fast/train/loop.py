@@ -25,10 +25,12 @@ from ..data import Latents, class_context, load_latents
 from ..files import safetensors_library, write_file
 from ..iin import IIN, FactorLoss, Factors, Inputs, checkpoint
 from ..iin.factors import RESIDUAL
+from ..iin.linear import white_inputs
 from . import state
-from .batches import Batch, Batches, estimate_sizes, split_rows, units
+from .batches import Batch, Batches, estimate_sizes, fit_linear, split_rows, units
+from .judge import SwapJudge
 from .logs import Bar, Log, event_writer, held_out_rise
-from .settings import Settings
+from .settings import Facts, Settings
 
 __all__ = ["train"]
 
@@ -96,19 +98,23 @@ def train(
     settings = Settings() if settings is None else settings
     if not isinstance(settings, Settings):
         raise TypeError(f"train: settings is a {type(settings).__name__}, expected iin_fast.train.Settings")
-    fabric = _fabric(accelerator, devices, nodes, strategy, settings)
     data = latents if isinstance(latents, Latents) else load_latents(latents)
+    known = _facts(data, settings)
+    settings = settings.chosen(known)
+    fabric = _fabric(accelerator, devices, nodes, strategy, settings)
     run = Path(out)
     if fabric.is_global_zero:
         _check_folder(run, data, settings, resume)
     fabric.barrier()
     found = state.latest(run) if resume else None
     fabric.barrier()  # nothing is written before all have looked
+    if progress and fabric.is_global_zero:
+        print(settings.text(known), flush=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         model = _Training(fabric, data, run, settings, found, progress).run()
     fabric.barrier()
-    if settings.keep == "best":
+    if settings.keep != "last":
         model.load_state_dict(checkpoint.load(run)[0])
     advice = held_out_rise(run) if fabric.is_global_zero else ""
     if advice:
@@ -149,23 +155,28 @@ class _Training:
         if settings.context is not None:
             where = str(data.path or "train")
             self.context = class_context(where, data.labels, data.names, settings.context)
-        named = data.names if settings.factors is None else settings.factors
-        concepts = tuple(name for name in named if name not in (RESIDUAL, settings.context))
+        concepts = _concepts(data, settings)
         options: dict[str, Any] = {
             "seed": settings.seed,
             "others": settings.others,
             "unlabelled": settings.unlabelled,
         }
         self.batches = Batches(data, units(data, train_rows), concepts, **options)
-        self.noise: Tensor | None = None  # [dim], its deviation
+        self.noise: Tensor | None = None  # [dim], deviation of each feature
         if settings.noise:
-            self.noise = settings.noise * data.z[torch.from_numpy(train_rows)].double().std(0, correction=0)
+            self.noise = data.z[torch.from_numpy(train_rows)].double().std(0, correction=0)
         self.held_out: Batch | None = None
         if len(held_rows):
             held = Batches(data, units(data, held_rows), concepts, **options, lenient=True)
             self.held_out = None if held.empty else held.draw(HELD_OUT_PAIRS, 0)
-        if settings.keep == "best" and self.held_out is None:
-            raise ValueError("train: keep is 'best', expected 'last' where there are no held-out pairs to judge by")
+        if settings.keep != "last" and self.held_out is None:
+            raise ValueError(
+                f"train: keep is {settings.keep!r}, expected 'last' where there are no held-out pairs to judge by"
+            )
+        self.judge: SwapJudge | None = None
+        if settings.keep == "swaps" and data.labels is not None and fabric.is_global_zero:
+            judge = SwapJudge(data, train_rows, held_rows, concepts, self.context, settings.seed)
+            self.judge = judge if judge.keepers else None
         self.dtype = torch.float64 if settings.precision == "64-true" else torch.float32
         self.z = data.z.to(self.dtype)
 
@@ -184,7 +195,14 @@ class _Training:
             self._write_record(model, train_rows, held_rows)
         self.model = model
         self.objective = _Objective(model, settings.rho)
-        optimizer = torch.optim.Adam(model.parameters(), lr=settings.rate(0), betas=(0.5, 0.9), fused=True)
+        matrices = [p for name, p in model.named_parameters() if "weight" in name]
+        others = [p for name, p in model.named_parameters() if "weight" not in name]
+        optimizer = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            lr=settings.rate(0),
+            betas=(0.5, 0.9),
+            fused=True,
+        )
         self.wrapped, self.optimizer = fabric.setup(self.objective, optimizer)
         self.sums = torch.zeros(3, dtype=torch.float64, device=fabric.device)
         if found is not None:
@@ -198,18 +216,26 @@ class _Training:
 
     def _fresh(self, concepts: tuple[str, ...], train_rows: np.ndarray[Any, Any]) -> IIN:
         settings = self.settings
-        inputs = Inputs.of(self.z[torch.from_numpy(train_rows)]) if settings.standardise else None
-        sizes = settings.factors
-        if sizes is None:
+        rows = self.z[torch.from_numpy(train_rows)]
+        inputs = Inputs.of(rows) if settings.standardise else None
+        sizes = {name: size for name, size in (settings.factors or {}).items() if size and name != RESIDUAL}
+        if settings.dims_method != "linear" and len(sizes) < len(concepts):
             learned = self.data if inputs is None else replace(self.data, z=inputs(self.z)[0])
-            sizes = estimate_sizes(learned, self.batches, method=settings.dims_method)
-            empty = [name for name, size in sizes.items() if size == 0 and name != RESIDUAL]
+            sizes = estimate_sizes(learned, self.batches, method=settings.dims_method) | sizes
+            empty = [name for name in concepts if sizes[name] == 0]
             if empty:
                 raise ValueError(
                     f"train: the estimate gives {empty} no dimension ({sizes}); give factors, or take "
-                    "dims_method='published'"
+                    "dims_method='linear'"
                 )
-            sizes = {name: size for name, size in sizes.items() if size and name != RESIDUAL}
+        sizes = {name: sizes[name] for name in concepts if name in sizes}
+        if concepts and (settings.start == "linear" or len(sizes) < len(concepts)):
+            linear = fit_linear(replace(self.data, z=self.z), train_rows, concepts, sizes, settings.seed)
+            sizes = {name: linear.sizes[name] for name in concepts}
+            if settings.start == "linear":
+                inputs = linear.start()
+        elif settings.start == "linear":
+            inputs = white_inputs(rows)
         model = IIN(
             self.data.dim,
             sizes if concepts else None,
@@ -222,8 +248,11 @@ class _Training:
             inputs=inputs,
             dtype=self.dtype,
         )
-        za, zb, _, *context = self._pairs(0, slice(None))  # the whole batch, in every process alike
-        model.initialize(torch.cat([za, zb]), *context)
+        if settings.start == "linear":
+            model.start_as_identity()
+        else:
+            za, zb, _, *context = self._pairs(0, slice(None))  # the whole batch, in every process alike
+            model.initialize(torch.cat([za, zb]), *context)
         return model
 
     def _pairs(self, step: int, own: slice) -> list[Tensor]:
@@ -237,7 +266,7 @@ class _Training:
         if self.noise is not None:
             random = np.random.default_rng([settings.seed, step, 1])
             drawn = torch.from_numpy(random.standard_normal((2, settings.batch, self.data.dim)))[:, own]
-            za, zb = (z + (self.noise * part).to(z) for z, part in zip((za, zb), drawn, strict=True))
+            za, zb = (z + (settings.noise_at(step) * self.noise * part).to(z) for z, part in zip((za, zb), drawn, strict=True))
         return [za, zb, *rest]
 
     def _rows(self, batch: Batch) -> list[Tensor]:
@@ -260,12 +289,16 @@ class _Training:
                 Bar(settings.steps, self.progress.step, self.show and fabric.is_global_zero) as bar,
             ):
                 self.clock, self.since = time.perf_counter(), self.progress.step
+                if self.progress.step == 0 and settings.start == "linear":
+                    self._start(log)
                 for step in range(self.progress.step, settings.steps):
                     rate = settings.rate(step)
                     for group in self.optimizer.param_groups:
                         group["lr"] = rate
                     loss, nats = self.wrapped(*(x.to(device, non_blocking=True) for x in self._pairs(step, own)))
                     fabric.backward(loss)
+                    if settings.clip:
+                        nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
                     self.optimizer.step()
                     self.optimizer.zero_grad()
                     self.sums += torch.stack([loss.detach().double(), nats.double(), torch.ones_like(nats).double()])
@@ -300,19 +333,21 @@ class _Training:
         values = {"loss": loss, "nats_per_dim": nats, "learning_rate": rate}
         values["samples_per_second"] = 2 * self.settings.batch * (done - self.since) / max(seconds, 1e-9)
         if look and log is not None:
-            values["held_out_loss"], values["held_out_nats_per_dim"] = self._look()
-            if self.settings.keep == "best" and values["held_out_loss"] < self.progress.best_loss:
-                parameters = self.model.state_dict().items()
-                self.progress.best = {name: value.detach().to("cpu", copy=True) for name, value in parameters}
-                self.progress.best_loss = values["held_out_loss"]
+            values |= self._look()
         if log is not None:
             log.write(done, values)
         bar.tell(done, values)
         self.clock, self.since = time.perf_counter(), done
 
+    def _start(self, log: Log | None) -> None:
+        """The linear solution is the first model to keep, and the first checkpoint."""
+        if log is not None and self.held_out is not None:
+            log.write(0, self._look())
+        self._save(log)
+
     @torch.no_grad()
-    def _look(self) -> tuple[float, float]:
-        """Loss and nats per dimension on the held-out pairs."""
+    def _look(self) -> dict[str, float]:
+        """What held-out latents say of the model as it is: for a line of the log. The best one so far is remembered."""
         assert self.held_out is not None
         totals = torch.zeros(2, dtype=torch.float64, device=self.fabric.device)
         for parts in zip(*(part.split(256) for part in self.held_out), strict=True):
@@ -321,7 +356,25 @@ class _Training:
                 found = self.objective(*(x.to(self.fabric.device) for x in self._rows(batch)))
             totals += torch.stack([value.double() for value in found]) * len(batch.a)
         loss, nats = (totals / len(self.held_out.a)).tolist()
-        return loss, nats
+        values = {"held_out_loss": loss, "held_out_nats_per_dim": nats}
+        progress = self.progress
+        if self.judge is None:
+            better = loss < progress.best_loss
+        else:
+            swaps = self.judge(self.model)
+            values["held_out_swaps"] = swaps.mean().item()
+            first, best = progress.swaps.get("first"), progress.swaps.get("best")
+            if first is None or best is None:
+                progress.swaps["first"], better = swaps, True
+            else:
+                better = swaps.mean() > best.mean() and self.judge.better(swaps, first)
+            if better:
+                progress.swaps["best"] = swaps.clone()
+        if self.settings.keep != "last" and better:
+            parameters = self.model.state_dict().items()
+            progress.best = {name: value.detach().to("cpu", copy=True) for name, value in parameters}
+            progress.best_loss = loss
+        return values
 
     def _save(self, log: Log | None) -> None:
         begin = time.perf_counter()
@@ -347,7 +400,7 @@ class _Training:
         if math.isfinite(loss):
             return
         what = detail or "the loss is not finite"
-        kept = f"the checkpoint of step {self.saved} is intact" if self.saved else "no checkpoint was written yet"
+        kept = f"the checkpoint of step {self.saved} is intact" if self.saved is not None else "no checkpoint was written yet"
         raise FloatingPointError(
             f"train: {what} at step {self.progress.step} or shortly before; {kept}. A lower learning_rate (now "
             f"{self.settings.rate(self.progress.step - 1):.3g}) or a larger batch helps; so do latents without "
@@ -389,6 +442,31 @@ class _Training:
         write_file(self.folder / "split.npz", buffer.getvalue())
 
 
+def _concepts(data: Latents, settings: Settings) -> tuple[str, ...]:
+    """What gets a factor: concepts of which a size is given, and the others unless a residual is given too."""
+    given = settings.factors or {}
+    unknown = [name for name in given if name not in (*data.names, RESIDUAL)]
+    if unknown:
+        known = list(data.names) or "none, as there are no labels"
+        raise ValueError(f"train: factors names {unknown[0]!r}, expected concepts of the latents: {known}")
+    others = () if RESIDUAL in given else data.names
+    named = dict.fromkeys((*given, *others))
+    return tuple(name for name in named if name not in (RESIDUAL, settings.context) and given.get(name) != 0)
+
+
+def _facts(data: Latents, settings: Settings) -> Facts:
+    """What the settings are chosen by."""
+    train_rows, held_rows = split_rows(data, settings.held_out, settings.seed)
+    if settings.preset == "paper":
+        return Facts(len(train_rows), len(held_rows), data.dim, data.kind)
+    options: dict[str, Any] = {"others": settings.others or "any", "unlabelled": settings.unlabelled, "lenient": True}
+    held = 0
+    if len(held_rows) and not Batches(data, units(data, held_rows), _concepts(data, settings), **options).empty:
+        held = len(held_rows)
+    live = Inputs.of(data.z[torch.from_numpy(train_rows)]).live
+    return Facts(len(train_rows), held, min(live, len(train_rows) - 1), data.kind)
+
+
 def _fabric(accelerator: str, devices: int, nodes: int, strategy: str, settings: Settings) -> Any:
     try:
         from lightning_fabric import Fabric
@@ -405,6 +483,7 @@ def _fabric(accelerator: str, devices: int, nodes: int, strategy: str, settings:
     for name, value in (("devices", devices), ("nodes", nodes)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"train: {name} is {value!r}, expected a positive integer")
+    assert settings.batch is not None
     if settings.batch % (devices * nodes):
         raise ValueError(
             f"train: batch is {settings.batch}, expected a multiple of {devices * nodes}, the number of processes"

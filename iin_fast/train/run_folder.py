@@ -36,8 +36,8 @@ Context = Source | int | None  # latents whose labels say the class of each row;
 def dims(
     latents: Source,
     *,
-    method: str = "published",
-    others: str = "differ",
+    method: str = "linear",
+    others: str = "any",
     unlabelled: float | None = None,
     concepts: Sequence[str] | None = None,
     context: str | None = None,
@@ -46,23 +46,27 @@ def dims(
 ) -> dict[str, int]:
     """How many dimensions each concept asks for, estimated from pairs; ``residual`` is last.
 
-    See :func:`iin_fast.estimate_factor_dims`. They are the sizes that :func:`iin_fast.train.train` takes without
-    ``factors``: ``others``, ``unlabelled``, ``context``, ``held_out`` and ``seed`` are those of :class:`iin_fast.train.Settings`, and
-    what is held out has no say.
+    ``method="linear"``, which is recommended: as many directions as pairs that share the concept have in common beyond chance
+    (:meth:`iin_fast.LinearIIN.fit`). ``"published"`` and ``"paper"``: those of :func:`iin_fast.estimate_factor_dims`, which divide
+    all dimensions; the paper's formula often gives a concept none. They are the sizes that :func:`iin_fast.train.train` takes
+    without ``factors``: ``others``, ``unlabelled``, ``context``, ``held_out`` and ``seed`` are those of
+    :class:`iin_fast.train.Settings`, and what is held out has no say.
 
     Raises:
         TypeError, ValueError: latents without labels and pairs, an unknown concept or method.
     """
     from . import Batches, estimate_sizes, split_rows
-    from .batches import units
+    from .batches import fit_linear, units
 
     data = _latents(latents)
     if data.kind == "unlabelled":
         raise ValueError(f"dims: {data.path or 'latents'} has neither labels nor pairs, which the estimate needs")
     if concepts is None:
         concepts = [name for name in data.names if name != context]
-    rows = units(data, split_rows(data, held_out, seed)[0])
-    batches = Batches(data, rows, concepts, seed=seed, others=others, unlabelled=unlabelled)
+    train = split_rows(data, held_out, seed)[0]
+    if method == "linear":
+        return fit_linear(data, train, tuple(concepts), seed=seed).sizes
+    batches = Batches(data, units(data, train), concepts, seed=seed, others=others, unlabelled=unlabelled)
     return estimate_sizes(data, batches, method=method)
 
 

@@ -15,7 +15,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class Progress:
     sampler: dict[str, Any]  # position
     best: dict[str, Tensor] | None = None  # parameters of the lowest held-out loss, where they are to be kept
     best_loss: float = math.inf
+    swaps: dict[str, Tensor] = field(default_factory=dict)  # of the first and the best model, where swaps are judged
 
 
 def save(run: Path, model: IIN, progress: Progress) -> Path:
@@ -60,6 +61,7 @@ def save(run: Path, model: IIN, progress: Progress) -> Path:
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{key} has NaN or Inf")
     tensors |= {f"random/{key}": state for key, state in progress.random.items()}
+    tensors |= {f"swaps/{key}": outcomes for key, outcomes in progress.swaps.items()}
     tensors["sums"] = progress.sums
     record = {"format": FORMAT, "version": VERSION, "step": progress.step, "sampler": progress.sampler}
     if progress.best is not None:
@@ -131,6 +133,7 @@ def load(folder: Path, device: torch.device | str = "cpu") -> tuple[IIN, Progres
         raise ValueError(f"{folder}: version {record['version']!r} of the format, expected {VERSION}; update iin-fast")
     optimizer: dict[str, dict[str, Tensor]] = {}
     random: dict[str, Tensor] = {}
+    swaps: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         kind, _, rest = key.partition("/")
         if kind == "optimizer":
@@ -138,7 +141,9 @@ def load(folder: Path, device: torch.device | str = "cpu") -> tuple[IIN, Progres
             optimizer.setdefault(name, {})[moment] = tensor
         elif kind == "random":
             random[rest] = tensor
-    progress = Progress(record["step"], optimizer, tensors["sums"], random, record["sampler"])
+        elif kind == "swaps":
+            swaps[rest] = tensor
+    progress = Progress(record["step"], optimizer, tensors["sums"], random, record["sampler"], swaps=swaps)
     if "best_loss" in record:
         progress.best, progress.best_loss = checkpoint.load(folder / "best")[0], record["best_loss"]
         checkpoint.check(folder / "best", progress.best, model.state_dict())

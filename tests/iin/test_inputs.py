@@ -49,7 +49,7 @@ def test_what_is_no_latents_is_refused():
         (ValueError, "left_out is 4, expected less than dim = 4", lambda: Inputs(4, 4)),
         (ValueError, "inputs are of 10 features, expected 4", lambda: IIN(4, inputs=Inputs.of(draw()))),
         (TypeError, "inputs is a bool", lambda: IIN(4, inputs=True)),
-        (ValueError, "take 6 dimensions, expected at most 5: the other 5 features are constant or copies",
+        (ValueError, "take 6 dimensions, expected at most 5: the other 5 are constant, copies, or",
          lambda: IIN(10, {"a": 6}, inputs=Inputs.of(draw()))),
     ):  # fmt: skip
         with pytest.raises(error, match=match):

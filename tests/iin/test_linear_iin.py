@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from iin_fast import IIN, FactorLoss, LinearIIN, PairSampler, concept_pairs
+from iin_fast.iin.linear import white_inputs
 
 NAMES = ("digit", "color", "size")
 CLASSES = (4, 3, 2)
@@ -254,3 +255,40 @@ def test_a_concept_from_two_small_groups():
     change = background.flip(0)[:, 0] - background[:, 0]
     assert (moved[:, 0] - change).square().mean() < 0.3 * change.square().mean()
     assert moved[:, 1:].square().mean() < 0.1 * change.square().mean()
+
+
+@pytest.mark.parametrize("coupling", ["affine", "spline"])
+@pytest.mark.parametrize("features", ["plain", "few rows", "dead"])
+def test_a_flow_starts_at_the_linear_solution(coupling, features):
+    generator = torch.Generator().manual_seed(0)
+    n = 20 if features == "few rows" else 300
+    labels = torch.randint(0, 3, (n, 2), generator=generator)
+    means = torch.randn(2, 3, 31, generator=generator)
+    z = means[0, labels[:, 0]] + means[1, labels[:, 1]] + 0.2 * torch.randn(n, 31, generator=generator)
+    if features == "dead":
+        z[:, [2, 5]], z[:, 7] = 1.0, z[:, 8]
+    linear = LinearIIN.fit(z, PairSampler(labels, names=("a", "b"), others="any"))
+    inputs = linear.start()
+    assert inputs.live == {"plain": 31, "few rows": 19, "dead": 28}[features]
+    model = IIN(31, linear.sizes, 3, 16, coupling=coupling, inputs=inputs, generator=generator)
+    model.start_as_identity()
+    found, expected = model.encode(z), linear.encode(z)
+    assert list(found.sizes.items()) == list(expected.sizes.items())
+    assert torch.allclose(found.tensor, expected.tensor, atol=1e-4)
+    for factor in ("a", "b"):
+        assert torch.allclose(model.swap(z, z.flip(0), factor), linear.swap(z, z.flip(0), factor), atol=1e-4)
+    assert torch.allclose(model.log_prob(z[:5]), linear.log_prob(z[:5]), atol=1e-2, rtol=1e-4)
+    assert torch.allclose(model.decode(found), z, atol=1e-4)
+
+
+def test_a_linear_start_is_saved(tmp_path):
+    pytest.importorskip("safetensors")
+    z = torch.randn(200, 8, generator=torch.Generator().manual_seed(0)) @ torch.randn(8, 10)
+    model = IIN(10, None, 2, 16, inputs=white_inputs(z))
+    model.start_as_identity()
+    assert model.inputs.live == 8
+    x = model.encode(z).tensor
+    assert torch.allclose(x[:, :8].T @ x[:, :8] / len(z), torch.eye(8), atol=0.05) and x[:, 8:].abs().max() < 1e-3
+    model.save(tmp_path)
+    loaded = IIN.load(tmp_path)
+    assert loaded.config == model.config and torch.equal(loaded.encode(z).tensor, x)

@@ -127,12 +127,20 @@ def test_a_concept_of_one_class_is_refused_unless_the_others_are_unknown():
 
 
 def test_rate_is_flat_and_then_a_line():
-    settings = Settings(batch=100, steps=10, decay_start=6)
+    settings = Settings(batch=100, steps=10, decay_start=6, warmup=0)
     assert [settings.rate(step) for step in range(10)] == pytest.approx(
         [4.5e-4] * 6 + [4.5e-4 * share for share in (1, 0.75, 0.5, 0.25)]
     )
-    assert Settings(steps=10, learning_rate=0.1, decay_start=0).rate(5) == pytest.approx(0.05)
-    assert Settings(steps=3, decay_start=3).rate(2) == pytest.approx(4.5e-6 * 25)
+    assert Settings(steps=10, batch=1, learning_rate=0.1, decay_start=0).rate(5) == pytest.approx(0.05)
+    assert Settings(preset="paper", steps=3, decay_start=3).rate(2) == pytest.approx(4.5e-6 * 25)
+    rising = Settings(steps=10, batch=1, learning_rate=1.0, warmup=4, decay_start=8)
+    assert [rising.rate(step) for step in range(10)] == pytest.approx([0.25, 0.5, 0.75, *[1] * 5, 1, 0.5])
+
+
+def test_noise_falls_by_equal_shares():
+    settings = Settings(steps=4, noise=0.8, noise_end=0.05)
+    assert [settings.noise_at(step) for step in range(5)] == pytest.approx([0.8, 0.4, 0.2, 0.1, 0.05])
+    assert Settings(steps=4, noise=0.8).noise_at(3) == 0.8 and Settings(steps=4, noise=0.8, noise_end=0).noise_at(3) == 0.2
 
 
 @pytest.mark.parametrize(
@@ -145,9 +153,11 @@ def test_rate_is_flat_and_then_a_line():
         ({"held_out": 1}, ValueError, "held_out is 1, expected 0 to below 1"),
         ({"held_out": -0.1}, ValueError, "held_out is -0.1"),
         ({"noise": -0.1}, ValueError, "noise is -0.1, expected a finite number from 0"),
-        ({"keep": "first"}, ValueError, "keep is 'first', expected 'last' or 'best'"),
+        ({"keep": "first"}, ValueError, "keep is 'first', expected 'last' or 'best' or 'swaps'"),
         ({"unlabelled": 1.5}, ValueError, "unlabelled is 1.5, expected 0 to 1"),
-        ({"steps": None}, TypeError, "steps is None, expected a positive integer"),
+        ({"seed": None}, TypeError, "seed is None, expected an integer of at least 0"),
+        ({"preset": "best"}, ValueError, "preset is 'best', expected 'auto' or 'paper'"),
+        ({"start": "zero"}, ValueError, "start is 'zero', expected 'linear' or 'random'"),
         ({"batch": 0}, ValueError, "batch is 0, expected a positive integer"),
         ({"steps": 1.5}, TypeError, "steps is 1.5, expected a positive integer"),
         ({"seed": -1}, ValueError, "seed is -1"),
@@ -155,7 +165,7 @@ def test_rate_is_flat_and_then_a_line():
         ({"precision": "16"}, ValueError, "precision is '16', expected '32-true' or"),
         ({"coupling": "additive"}, ValueError, "coupling is 'additive', expected 'affine' or 'spline'"),
         ({"factors": ["digit"]}, TypeError, "factors is a list"),
-        ({"factors": {"digit": 0}}, ValueError, r"factors\['digit'\] is 0"),
+        ({"factors": {"digit": -1}}, ValueError, r"factors\['digit'\] is -1"),
     ],
 )
 def test_settings_are_checked(wrong, error, message):

@@ -41,7 +41,8 @@ def run(*arguments):
 @pytest.fixture(scope="module")
 def trained(file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "run"
-    settings = Settings({"digit": 3, "color": 2}, steps=60, n_flows=2, hidden_dim=16, batch=16, learning_rate=3e-3)
+    sizes = {"n_flows": 2, "hidden_dim": 16, "batch": 16}
+    settings = Settings({"digit": 3, "color": 2}, preset="paper", steps=60, learning_rate=3e-3, **sizes)
     train(file, folder, settings, accelerator="cpu")
     return folder
 
@@ -119,16 +120,17 @@ def test_the_settings_say_what_each_option_is():
 def test_dims(file, latents):
     code, output = run("dims", file)
     assert code == 0
-    for method in ("published", "paper"):
-        sizes = run_folder.dims(latents, method=method)
+    for method in ("linear", "published", "paper"):
+        sizes = run_folder.dims(latents, method=method, others="differ")
         assert sum(sizes.values()) == 8
         assert method in output
         for name, size in sizes.items():
             assert re.search(rf"{name}.*\b{size}\b", output)
 
 
+@pytest.mark.parametrize("method", ["linear", "published"])
 @pytest.mark.parametrize("kind", ["labels", "missing", "pairs"])
-def test_dims_are_the_sizes_that_train_takes(kind, settings, tmp_path):
+def test_dims_are_the_sizes_that_train_takes(kind, method, settings, tmp_path):
     """What is held out has no say in either: here it alone has anything in common."""
     generator = torch.Generator().manual_seed(0)
     z, labels = torch.randn(200, 20, generator=generator), torch.randint(0, 4, (200, 2), generator=generator)
@@ -145,11 +147,10 @@ def test_dims_are_the_sizes_that_train_takes(kind, settings, tmp_path):
     z[held] = 9 * torch.randn(50, 20, generator=generator)[same]
     options = {"others": "any", "seed": 3}
     data = made()
-    settings = settings(factors=None, steps=1, held_out=0.5, **options)
+    settings = settings(factors=None, steps=1, held_out=0.5, dims_method=method, **options)
     model = train(data, tmp_path / "run", settings, accelerator="cpu")
-    assert (
-        run_folder.dims(data, held_out=0.5, **options) == model.sizes != run_folder.dims(data, held_out=0.0, **options)
-    )
+    options["method"] = method
+    assert run_folder.dims(data, held_out=0.5, **options) == model.sizes != run_folder.dims(data, held_out=0.0, **options)
 
 
 def test_encode_and_decode(trained, file, latents, tmp_path):

@@ -43,7 +43,7 @@ def finished(latents, tmp_path_factory):
 
     run = tmp_path_factory.mktemp("train") / "run"
     settings = Settings(
-        batch=32, steps=300, n_flows=3, hidden_dim=32, learning_rate=3e-3, rho=0.95, log_every=20, held_out_every=100
+        preset="paper", batch=32, steps=300, n_flows=3, hidden_dim=32, learning_rate=3e-3, rho=0.95, log_every=20, held_out_every=100
     )
     return run, train(latents, run, settings, accelerator="cpu")
 
@@ -197,7 +197,7 @@ def by_heart(latents, tmp_path_factory):
             folder = tmp_path_factory.mktemp("by_heart") / "run"
             few = Latents.of(latents.z[:60], latents.labels[:60, :1], ["digit"])
             options = {"batch": 32, "steps": 160, "n_flows": 2, "hidden_dim": 32, "learning_rate": 3e-3}
-            settings = Settings({"digit": 3}, held_out=0.3, held_out_every=40, **options, **given)
+            settings = Settings({"digit": 3}, preset="paper", held_out=0.3, held_out_every=40, **options, **given)
             with warnings.catch_warnings(record=True) as told:
                 warnings.simplefilter("always")
                 model = train(few, folder, settings, accelerator="cpu")
@@ -261,7 +261,7 @@ def test_missing_labels_and_ready_pairs(latents, settings, tmp_path):
 
 
 def test_some_concepts_and_precisions(latents, settings, tmp_path):
-    model = train(latents, tmp_path / "a", settings(factors={"color": 2}, precision="64-true"), accelerator="cpu")
+    model = train(latents, tmp_path / "a", settings(factors={"color": 2, "digit": 0}, precision="64-true"), accelerator="cpu")
     assert model.sizes == {"color": 2, "residual": 6} and model.dtype == torch.float64
     mixed = train(latents, tmp_path / "b", settings(precision="bf16-mixed"), accelerator="cpu")
     plain = train(latents, tmp_path / "c", settings(), accelerator="cpu")
@@ -405,7 +405,7 @@ def test_what_does_not_fit_is_refused(latents, settings, tmp_path):
         train(latents, run, settings(), devices=0, accelerator="cpu")
     with pytest.raises(ValueError, match=r"factors names 'shape'"):
         train(latents, run, settings(factors={"shape": 2}), accelerator="cpu")
-    with pytest.raises(ValueError, match=r"sum to 9, expected at most dim = 8"):
+    with pytest.raises(ValueError, match=r"sum to 10, expected at most dim = 8"):
         train(latents, run, settings(factors={"digit": 9}), accelerator="cpu")
     noise = Latents.of(torch.randn(100, 4), {"digit": torch.arange(100) % 4})
     with pytest.raises(ValueError, match=r"the estimate gives \['digit'\] no dimension"):

@@ -1,0 +1,125 @@
+"""Which model's swaps of held-out latents are best: small networks read what they give."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..iin import IIN, Inputs
+from ..latents import MISSING, Latents
+
+__all__ = ["SwapJudge"]
+
+HIDDEN, STEPS, BATCH, RATE, DECAY, NOISE = 64, 400, 256, 3e-3, 1e-2, 0.2
+SWAPS = 2000  # of each concept
+MARGIN = 1.2
+MOST_REPEATS = 8  # of a row that keeps the rest, with another donor each time
+
+
+class SwapJudge:
+    """Says of a model how often swaps of held-out latents change one concept and keep the others.
+
+    One network for each concept learns it on the training rows. What is swapped with what is drawn once, so that models can be
+    compared swap by swap. The class of a donor is drawn evenly among the other classes, as :func:`iin_fast.evaluate.swap_success`
+    does.
+
+    Args:
+        latents: with labels.
+        train, held_out: rows.
+        concepts: some of ``latents.names``.
+        context: of all rows, ``[n, context_dim]``.
+        seed: of networks and draws.
+    """
+
+    def __init__(
+        self,
+        latents: Latents,
+        train: NDArray[np.int64],
+        held_out: NDArray[np.int64],
+        concepts: tuple[str, ...],
+        context: Tensor | None = None,
+        seed: int = 0,
+    ) -> None:
+        assert latents.labels is not None
+        self.z, self.context = latents.z, context
+        self.labels = {name: latents.labels[:, latents.names.index(name)] for name in concepts}
+        self.inputs = Inputs.of(self.z[torch.from_numpy(train)])
+        random = np.random.default_rng([seed, 3])
+        self.keepers: dict[str, Tensor] = {}
+        self.donors: dict[str, Tensor] = {}
+        for name, column in self.labels.items():
+            rows = held_out[column.numpy()[held_out] != MISSING]
+            classes, place = np.unique(column.numpy()[rows], return_inverse=True)
+            if len(classes) < 2:
+                continue
+            repeats = min(MOST_REPEATS, max(1, SWAPS // len(rows)))
+            order = np.concatenate([random.permutation(len(rows)) for _ in range(repeats)])[:SWAPS]
+            given = (place[order] + random.integers(1, len(classes), size=len(order))) % len(classes)
+            groups = [np.flatnonzero(place == k) for k in range(len(classes))]
+            donor = np.array([random.choice(groups[k]) for k in given])
+            self.keepers[name], self.donors[name] = torch.from_numpy(rows[order]), torch.from_numpy(rows[donor])
+        self.networks = {name: self._learned(column, train, seed) for name, column in self.labels.items()}
+
+    @property
+    def rows(self) -> int:
+        """Held-out rows that swaps are judged on."""
+        return min((len(rows.unique()) for rows in self.keepers.values()), default=0)
+
+    def _learned(self, column: Tensor, train: NDArray[np.int64], seed: int) -> nn.Module:
+        rows = torch.from_numpy(train)
+        rows = rows[column[rows] != MISSING]
+        x, y = self._seen(self.z[rows]), column[rows]
+        generator = torch.Generator().manual_seed(seed)
+        # Every class is drawn as often.
+        weights = 1.0 / torch.bincount(y)[y].double()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = nn.Sequential(nn.Linear(x.shape[1], HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, int(y.max()) + 1))
+        optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=DECAY)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, STEPS)
+        for _ in range(STEPS):
+            drawn = torch.multinomial(weights, BATCH, replacement=True, generator=generator)
+            noise = NOISE * torch.randn(BATCH, x.shape[1], generator=generator)
+            loss = nn.functional.cross_entropy(network(x[drawn] + noise), y[drawn])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        return network.requires_grad_(False)
+
+    def _seen(self, z: Tensor) -> Tensor:
+        return self.inputs(z)[0].float().nan_to_num().clamp(-1e3, 1e3)
+
+    @torch.no_grad()
+    def __call__(self, model: IIN) -> Tensor:
+        """Success of each swap, 0 or 1, those of all concepts one after the other: ``[swaps]`` float32."""
+        found = []
+        for name, keepers in self.keepers.items():
+            donors = self.donors[name]
+            rows = [self.z[keepers], self.z[donors]]
+            context: list[Tensor | None] = [None, None]
+            if self.context is not None:
+                context = [self.context[keepers], self.context[donors]]
+            z, donor, own, other = (None if x is None else x.to(model.device, model.dtype) for x in (*rows, *context))
+            swapped = model.swap(z, donor, name, context=own, donor_context=other).cpu().to(self.z.dtype)  # type: ignore[arg-type]
+            x = self._seen(swapped)
+            good = torch.ones(len(x), dtype=torch.bool)
+            for other_name, column in self.labels.items():
+                expected = column[donors if other_name == name else keepers]
+                good &= (self.networks[other_name](x).argmax(1) == expected) | (expected == MISSING)
+            found.append(good)
+        return torch.cat(found).float()
+
+    def better(self, ours: Tensor, theirs: Tensor) -> bool:
+        """Whether swaps succeed more often than others do, by more than ``MARGIN`` standard errors of the difference.
+
+        Swaps that keep the rest of one row count as one observation: they are not independent.
+        """
+        rows = torch.cat(list(self.keepers.values()))
+        row, count = rows.unique(return_inverse=True, return_counts=True)[1:]
+        sums = torch.zeros(len(count), dtype=torch.float64).index_add(0, row, (ours - theirs).double())
+        difference = sums.sum() / len(rows)
+        error = (sums - difference * count).square().sum().sqrt() / len(rows) * (len(count) / max(1, len(count) - 1)) ** 0.5
+        return bool(difference > MARGIN * error)

@@ -1,0 +1,179 @@
+"""A training without options: settings chosen from the latents, a linear start, the model with the best swaps."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from run_folder import metrics, record
+
+pytest.importorskip("lightning_fabric")
+
+from iin_fast import IIN, LinearIIN, PairSampler
+from iin_fast.evaluate import gaussian_nats_per_dim
+from iin_fast.latents import Latents
+from iin_fast.train import Settings, split_rows, train
+from iin_fast.train.judge import SwapJudge
+from iin_fast.train.settings import PAPER, Facts
+
+SHORT = {"steps": 30, "n_flows": 2, "hidden_dim": 16}
+
+
+def additive(n=600, dim=12, seed=0, noise=0.3):
+    """Two concepts whose class means add up."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.stack([torch.randint(0, k, (n,), generator=generator) for k in (4, 3)], 1)
+    means = torch.randn(2, 4, dim, generator=generator)
+    z = means[0, labels[:, 0]] + means[1, labels[:, 1]] + noise * torch.randn(n, dim, generator=generator)
+    return Latents.of(z, labels, ["digit", "color"])
+
+
+def paired(data):
+    pairs = PairSampler(data.labels, names=data.names).sample(800)
+    return Latents.of_pairs(data.z[pairs.a], data.z[pairs.b], pairs.factor, data.names)
+
+
+def judged(data, run, model, seed=0):
+    rows = split_rows(data, 0.1, seed)
+    return SwapJudge(data, *rows, data.names, seed=seed)(model).mean().item()
+
+
+def test_the_paper_is_a_preset():
+    paper = Settings(preset="paper")
+    assert {name: getattr(paper, name) for name in PAPER} == PAPER
+    assert paper.chosen(Facts(10, 1, 4, "labels")) is paper
+    assert paper.record()["learning_rate"] == pytest.approx(4.5e-6 * 25) and paper.record()["decay_start"] == 5000
+    assert Settings(preset="paper", n_flows=3).n_flows == 3
+
+
+@pytest.mark.parametrize("rows", [50, 1000, 100_000])
+@pytest.mark.parametrize("dim", [2, 40, 768])
+def test_every_setting_is_chosen_and_fits_the_time(rows, dim):
+    for kind in ("labels", "pairs", "unlabelled"):
+        facts = Facts(rows, rows // 10, dim, kind)
+        chosen = Settings().chosen(facts)
+        still_open = {name for name, value in chosen.record().items() if value is None}
+        assert still_open == {"factors", "context", "unlabelled"}
+        assert chosen.chosen(facts) == chosen  # so that a resume has the same
+        assert chosen.keep == ("swaps" if kind == "labels" else "best")
+        assert Settings(minutes=0.5).chosen(facts).steps <= chosen.steps
+        assert str(chosen.steps) in chosen.text(facts)
+    assert Settings().chosen(facts._replace(held_out=0)).keep == "last"
+    assert Settings(steps=7, noise=0.1, others="agree").chosen(facts).record() | {"steps": 7, "noise": 0.1} == Settings(
+        steps=7, noise=0.1, others="agree"
+    ).chosen(facts).record()
+
+
+@pytest.mark.parametrize("kind", ["labels", "pairs", "unlabelled"])
+def test_training_starts_at_the_linear_solution(kind, tmp_path):
+    data = additive()
+    data = {"labels": data, "pairs": paired(data), "unlabelled": Latents.of(data.z)}[kind]
+    settings = Settings(steps=1, learning_rate=1e-12, n_flows=2, hidden_dim=16)
+    model = train(data, tmp_path / "run", settings, accelerator="cpu")
+    found = record(tmp_path / "run")
+    assert found["settings"]["start"] == "linear" and found["settings"]["n_flows"] == 2
+    rows = split_rows(data, 0.1)[0]
+    z = data.z[torch.from_numpy(rows)]
+    if kind == "unlabelled":
+        x = model.encode(z).tensor
+        assert torch.allclose(x.T @ x / len(x), torch.eye(12), atol=0.05)
+        return
+    if kind == "labels":
+        sampler = PairSampler(data.labels[torch.from_numpy(rows)], names=data.names, others="any")
+        linear = LinearIIN.fit(z, sampler)
+    else:
+        half = len(rows) // 2
+        linear = LinearIIN.fit_pairs(z[:half], z[half:], data.shared[torch.from_numpy(rows[:half])], data.names)
+    assert model.sizes == linear.sizes and sum(model.sizes.values()) == 12
+    for factor in ("digit", "color"):
+        assert torch.allclose(model.swap(z, z.flip(0), factor), linear.swap(z, z.flip(0), factor), atol=1e-3)
+
+
+def test_a_default_training_swaps_and_goes_on_after_a_stop(tmp_path, monkeypatch):
+    data = additive()
+    whole = train(data, tmp_path / "whole", Settings(**SHORT), accelerator="cpu")
+    assert judged(data, tmp_path / "whole", whole) > 0.9
+    looks = [line for line in metrics(tmp_path / "whole") if line["held_out_loss"]]
+    assert looks[0]["step"] == "0" and looks[0]["loss"] == "" and looks[-1]["step"] == "30"
+    assert all(0 <= float(line["held_out_swaps"]) <= 1 for line in looks)
+
+    import iin_fast.train.loop as loop
+
+    pairs = loop._Training._pairs
+    monkeypatch.setattr(loop._Training, "_pairs", lambda self, step, own: pairs(self, step if step < 20 else 1 / 0, own))
+    with pytest.raises(ZeroDivisionError):
+        train(data, tmp_path / "run", Settings(**SHORT), accelerator="cpu")
+    monkeypatch.undo()
+    train(data, tmp_path / "run", Settings(**SHORT), accelerator="cpu", resume=True)
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+def test_what_training_spoils_is_not_kept(tmp_path):
+    data = additive(n=200, dim=20, noise=1.0)
+    settings = Settings(steps=60, n_flows=4, hidden_dim=64, learning_rate=0.03, warmup=0, clip=0.0, noise=0.0)
+    model = train(data, tmp_path / "run", settings, accelerator="cpu")
+    looks = [float(line["held_out_swaps"]) for line in metrics(tmp_path / "run") if line["held_out_swaps"]]
+    assert judged(data, tmp_path / "run", model) == pytest.approx(max(looks[0], judged(data, None, model)))
+    assert looks[-1] < looks[0] <= judged(data, None, model) + 1e-6
+    assert torch.equal(IIN.load(tmp_path / "run").encode(data.z).tensor, model.encode(data.z).tensor)
+
+
+def test_sizes_are_given_in_part(tmp_path):
+    data = additive()
+    sizes = {}
+    for name, given in (("a", {"color": 1}), ("b", {"digit": 5, "color": 0}), ("c", {"color": 2, "residual": 10})):
+        for preset in ("auto", "paper"):
+            settings = Settings(given, preset=preset, **{**SHORT, "steps": 1})
+            sizes[name, preset] = train(data, tmp_path / f"{name}{preset}", settings, accelerator="cpu").sizes
+    assert sizes["a", "auto"] == {"color": 1, "digit": 3, "residual": 8}
+    assert sizes["a", "paper"]["color"] == 1 and sizes["a", "paper"]["digit"] > 0
+    for preset in ("auto", "paper"):
+        assert sizes["b", preset] == {"digit": 5, "residual": 7}
+        assert sizes["c", preset] == {"color": 2, "residual": 10}
+
+
+def test_no_scale_and_no_outlier_makes_a_default_training_diverge(tmp_path):
+    data = additive(n=300)
+    z = torch.cat([data.z, torch.full((300, 2), 7.0), data.z[:, :1]], 1)
+    z[:, 1:5] *= 1e6
+    z[::50, 6] = 1e18
+    z[:, 7] = 1e-12 * z[:, 7] + 1e-6
+    broken = Latents.of(z, data.labels, data.names)
+    train(broken, tmp_path / "run", Settings(**SHORT), accelerator="cpu")
+    lines = metrics(tmp_path / "run")
+    assert all(math.isfinite(float(line["loss"])) and abs(float(line["loss"])) < 1e4 for line in lines if line["loss"])
+    model = IIN.load(tmp_path / "run")
+    assert torch.equal(model.decode(model.encode(z))[:, 12:14], z[:, 12:14])
+
+
+def test_a_training_that_diverges_leaves_the_best_model(tmp_path):
+    data = additive()
+    settings = Settings(steps=60, learning_rate=1e6, warmup=0, clip=0.0, n_flows=2, hidden_dim=16)
+    with pytest.raises(FloatingPointError, match="the checkpoint of step 0 is intact"):
+        train(data, tmp_path / "run", settings, accelerator="cpu")
+    assert judged(data, tmp_path / "run", IIN.load(tmp_path / "run")) > 0.9
+
+
+def test_without_labels_a_default_training_is_no_worse_than_a_gaussian(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(500, 6, generator=generator) @ torch.randn(6, 6, generator=generator)
+    data = Latents.of(z)
+    train(data, tmp_path / "run", Settings(**SHORT), accelerator="cpu")
+    rows, held = (torch.from_numpy(rows) for rows in split_rows(data, 0.1))
+    gaussian = gaussian_nats_per_dim(z[held].double().numpy(), z[rows].double().numpy())
+    best = min(float(line["held_out_nats_per_dim"]) for line in metrics(tmp_path / "run") if line["held_out_loss"])
+    assert best < gaussian + 0.03
+
+
+def test_a_difference_in_swaps_counts_when_it_is_more_than_chance():
+    data = additive()
+    judge = SwapJudge(data, *split_rows(data, 0.1), data.names)
+    rows = torch.cat(list(judge.keepers.values()))
+    random = np.random.default_rng(0)
+    first = torch.from_numpy(random.random(len(rows)) < 0.5).float()
+    assert not judge.better(first, first)
+    # One row that always fails, and then never does, is one observation.
+    lucky = torch.where(rows == rows[0], 1.0, first)
+    unlucky = torch.where(rows == rows[0], 0.0, first)
+    assert not judge.better(lucky, unlucky)
+    assert judge.better(torch.ones(len(rows)), first)
