@@ -145,16 +145,25 @@ def table(random: np.random.Generator) -> Data:
 
 def sentences(random: np.random.Generator) -> Data:
     """A thousand sentence embeddings of examples/sentences.py, as a language model gives them."""
+    return embedded(random, "statements", 1000)
+
+
+def verdicts(random: np.random.Generator) -> Data:
+    """The other sentences there: whether "not good" is favourable depends on two words, so concepts don't add up."""
+    return embedded(random, "verdicts", 960)
+
+
+def embedded(random: np.random.Generator, which: str, most: int) -> Data:
     sys.path.insert(0, str(EXAMPLES))
     import sentences as example
 
-    texts, columns = example.statements()
-    rows = random.permutation(len(texts))[:1000]
+    texts, columns = getattr(example, which)()
+    rows = random.permutation(len(texts))[:most]
     return Data(example.embed([texts[i] for i in rows]), np.stack(list(columns.values()), 1)[rows], list(columns))
 
 
 DATA: dict[str, Callable[[np.random.Generator], Data]] = {
-    made.__name__: made for made in (toy, tiny, large, curved, scaled, dead, signs, digits, table, sentences)
+    made.__name__: made for made in (toy, tiny, large, curved, scaled, dead, signs, digits, table, sentences, verdicts)
 }
 
 
@@ -168,12 +177,18 @@ def none(data: Data) -> Settings | None:
 
 def paper(data: Data) -> Settings | None:
     """The published settings."""
+    return Settings(preset="paper")
+
+
+def default(data: Data) -> Settings | None:
+    """No option at all: what is chosen from the latents."""
     return Settings()
 
 
 def hand(data: Data) -> Settings | None:
     """One set of settings, tuned by hand on embeddings of sentences."""
     return Settings(
+        preset="paper",
         standardise=True,
         others="any",
         noise=0.3,
@@ -195,7 +210,7 @@ def hand_no_noise(data: Data) -> Settings | None:
 
 
 RULES: dict[str, Callable[[Data], Settings | None]] = {
-    rule.__name__: rule for rule in (none, paper, hand, hand_no_noise)
+    rule.__name__: rule for rule in (none, default, hand, hand_no_noise, paper)
 }
 
 

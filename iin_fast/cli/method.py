@@ -91,8 +91,8 @@ def train(
 
 def dims(
     latents: LatentsFile,
-    method: Annotated[str, typer.Option(help="published, paper or both")] = "both",
-    others: Annotated[str, typer.Option(help="as for train: differ, agree or any")] = "differ",
+    method: Annotated[str, typer.Option(help="linear, published, paper or all")] = "all",
+    others: Annotated[str, typer.Option(help="as for train: differ, agree or any")] = "any",
     unlabelled: Annotated[float | None, typer.Option(help="as for train")] = None,
     context: Annotated[str, typer.Option(help="as for train: a concept that is no factor")] = "",
     held_out: Annotated[float, typer.Option(help="as for train: share of the latents that has no say")] = 0.1,
@@ -100,13 +100,13 @@ def dims(
 ) -> None:
     """Estimate how many dimensions each concept asks for, from what pairs that share it have in common.
 
-    With the same options these are the sizes that train takes without --factors.
+    With the same options the sizes of the method linear are those that train takes without --factors.
     """
     from ..data import load_latents
     from ..train.run_folder import dims as run_dims
 
     data = load_latents(latents)
-    methods = ("published", "paper") if method == "both" else (method,)
+    methods = ("linear", "published", "paper") if method == "all" else (method,)
     options: dict[str, Any] = {"others": others, "unlabelled": unlabelled, "held_out": held_out, "seed": seed}
     options["context"] = context or None
     found = {name: run_dims(data, method=name, **options) for name in methods}
@@ -114,6 +114,14 @@ def dims(
     for name in found[methods[0]]:
         table.add_row(escape(name), *(str(sizes[name]) for sizes in found.values()))
     console.print(table)
+    if method == "all":
+        console.print(
+            "linear is recommended: as many directions as pairs that share the concept have in common beyond chance. published "
+            "and paper share out all dimensions. The paper's formula weighs a concept by exp of its summed correlations, and the "
+            "residual by exp of all dimensions, so that a concept gets 0 unless it correlates nearly all of them.",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def encode(run: Run, latents: LatentsFile, out: Out, device: Device = "cpu") -> None:

@@ -229,7 +229,7 @@ class IIN(nn.Module):
     @torch.no_grad()
     def start_as_identity(self) -> None:
         """Make the flow the identity: the factors are what ``inputs`` give, and training goes on from there."""
-        flow = self.flow
+        flow: Any = self.flow
         if isinstance(flow, Flow):  # splines start so
             flow.weight_out.zero_()
             flow.bias_out.zero_()

@@ -51,12 +51,15 @@ class Findings:
         found = []
         for which, what in ((self.constant, "constant"), (list(self.copies), "equal to others")):
             if which:
-                found.append(f"{_features(which, self.dim)} {what}; standardise, which sets such features aside")
+                found.append(
+                    f"{_features(which, self.dim)} {what}; standardised inputs, the default, set such features aside"
+                )
         if self.almost_constant:
             found.append(f"{_features(self.almost_constant, self.dim)} constant in {ALMOST:.0%} of the rows or more")
         if self.badly_scaled:
             found.append(
-                f"{_features(self.badly_scaled, self.dim)} {SCALES:.0f} times wider or narrower than most; standardise them"
+                f"{_features(self.badly_scaled, self.dim)} {SCALES:.0f} times wider or narrower than most; "
+                "standardised inputs, the default, give all one scale"
             )
         if self.rank < self.live:
             why = "fewer rows than features" if self.n <= self.live else "some features are combinations of others"
@@ -80,7 +83,7 @@ def inspect_latents(latents: Latents) -> Findings:
         >>> from iin_fast.train import inspect_latents
         >>> z = torch.cat([torch.randn(50, 3), torch.ones(50, 1)], 1)
         >>> inspect_latents(Latents.of(z)).lines()
-        ['1 of 4 features (3) is constant; standardise, which sets such features aside']
+        ['1 of 4 features (3) is constant; standardised inputs, the default, set such features aside']
     """
     z = latents.z
     constant = constant_features(z)

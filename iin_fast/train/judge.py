@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..iin import IIN, Inputs
-from ..latents import MISSING, Latents
+from ..data import MISSING, Latents
 
 __all__ = ["SwapJudge"]
 
@@ -121,5 +121,7 @@ class SwapJudge:
         row, count = rows.unique(return_inverse=True, return_counts=True)[1:]
         sums = torch.zeros(len(count), dtype=torch.float64).index_add(0, row, (ours - theirs).double())
         difference = sums.sum() / len(rows)
-        error = (sums - difference * count).square().sum().sqrt() / len(rows) * (len(count) / max(1, len(count) - 1)) ** 0.5
+        error = (
+            (sums - difference * count).square().sum().sqrt() / len(rows) * (len(count) / max(1, len(count) - 1)) ** 0.5
+        )
         return bool(difference > MARGIN * error)

@@ -108,11 +108,12 @@ def train(
     fabric.barrier()
     found = state.latest(run) if resume else None
     fabric.barrier()  # nothing is written before all have looked
-    if progress and fabric.is_global_zero:
-        print(settings.text(known), flush=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        model = _Training(fabric, data, run, settings, found, progress).run()
+        training = _Training(fabric, data, run, settings, found, progress)
+        if progress and fabric.is_global_zero:
+            print(settings.text(known), flush=True)
+        model = training.run()
     fabric.barrier()
     if settings.keep != "last":
         model.load_state_dict(checkpoint.load(run)[0])
@@ -147,7 +148,7 @@ class _Objective(nn.Module):
 
 class _Training:
     def __init__(
-        self, fabric: Any, data: Latents, run: Path, settings: Settings, found: Path | None, progress: bool
+        self, fabric: Any, data: Latents, run: Path, settings: Any, found: Path | None, progress: bool
     ) -> None:
         self.fabric, self.data, self.folder, self.settings, self.show = fabric, data, run, settings, progress
         train_rows, held_rows = split_rows(data, settings.held_out, settings.seed)
@@ -266,7 +267,9 @@ class _Training:
         if self.noise is not None:
             random = np.random.default_rng([settings.seed, step, 1])
             drawn = torch.from_numpy(random.standard_normal((2, settings.batch, self.data.dim)))[:, own]
-            za, zb = (z + (settings.noise_at(step) * self.noise * part).to(z) for z, part in zip((za, zb), drawn, strict=True))
+            za, zb = (
+                z + (settings.noise_at(step) * self.noise * part).to(z) for z, part in zip((za, zb), drawn, strict=True)
+            )
         return [za, zb, *rest]
 
     def _rows(self, batch: Batch) -> list[Tensor]:
@@ -291,7 +294,10 @@ class _Training:
                 self.clock, self.since = time.perf_counter(), self.progress.step
                 if self.progress.step == 0 and settings.start == "linear":
                     self._start(log)
-                for step in range(self.progress.step, settings.steps):
+                steps = range(self.progress.step, settings.steps)
+                if 0 < settings.patience <= self.progress.stale:  # a resume of what has stopped early
+                    steps = range(0)
+                for step in steps:
                     rate = settings.rate(step)
                     for group in self.optimizer.param_groups:
                         group["lr"] = rate
@@ -310,11 +316,17 @@ class _Training:
                     line = look or last or done % settings.log_every == 0
                     if line:
                         self._line(rate, look, log, bar)
-                    stop = stopped.is_set()
+                    stop, enough = stopped.is_set(), look and 0 < settings.patience <= self.progress.stale
                     if fabric.world_size > 1:  # all stop at one step: they agree where they meet anyway
-                        stop = line and bool(fabric.all_reduce(torch.tensor(float(stop)), reduce_op="sum"))
+                        told = torch.tensor([float(stop), float(enough)])
+                        stop, enough = (
+                            line and flag for flag in fabric.all_reduce(told, reduce_op="sum").bool().tolist()
+                        )
+                    last = last or enough
                     if last or stop or done % settings.save_every == 0:
                         self._save(log)
+                    if enough:
+                        break
                     if stop and not last:
                         raise KeyboardInterrupt
         finally:
@@ -370,6 +382,9 @@ class _Training:
                 better = swaps.mean() > best.mean() and self.judge.better(swaps, first)
             if better:
                 progress.swaps["best"] = swaps.clone()
+        lower = loss < progress.lowest_loss
+        progress.lowest_loss = min(loss, progress.lowest_loss)
+        progress.stale = 0 if better or lower else progress.stale + 1
         if self.settings.keep != "last" and better:
             parameters = self.model.state_dict().items()
             progress.best = {name: value.detach().to("cpu", copy=True) for name, value in parameters}
@@ -400,7 +415,11 @@ class _Training:
         if math.isfinite(loss):
             return
         what = detail or "the loss is not finite"
-        kept = f"the checkpoint of step {self.saved} is intact" if self.saved is not None else "no checkpoint was written yet"
+        kept = (
+            f"the checkpoint of step {self.saved} is intact"
+            if self.saved is not None
+            else "no checkpoint was written yet"
+        )
         raise FloatingPointError(
             f"train: {what} at step {self.progress.step} or shortly before; {kept}. A lower learning_rate (now "
             f"{self.settings.rate(self.progress.step - 1):.3g}) or a larger batch helps; so do latents without "
@@ -467,7 +486,7 @@ def _facts(data: Latents, settings: Settings) -> Facts:
     return Facts(len(train_rows), held, min(live, len(train_rows) - 1), data.kind)
 
 
-def _fabric(accelerator: str, devices: int, nodes: int, strategy: str, settings: Settings) -> Any:
+def _fabric(accelerator: str, devices: int, nodes: int, strategy: str, settings: Any) -> Any:
     try:
         from lightning_fabric import Fabric
         from lightning_fabric.utilities.exceptions import MisconfigurationException
@@ -483,7 +502,6 @@ def _fabric(accelerator: str, devices: int, nodes: int, strategy: str, settings:
     for name, value in (("devices", devices), ("nodes", nodes)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"train: {name} is {value!r}, expected a positive integer")
-    assert settings.batch is not None
     if settings.batch % (devices * nodes):
         raise ValueError(
             f"train: batch is {settings.batch}, expected a multiple of {devices * nodes}, the number of processes"

@@ -26,7 +26,7 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
 }
 LEAST = {
     **dict.fromkeys(("n_flows", "hidden_dim", "batch", "steps", "log_every", "held_out_every", "save_every"), 1),
-    **dict.fromkeys(("hidden_depth", "warmup", "decay_start", "seed"), 0),
+    **dict.fromkeys(("hidden_depth", "warmup", "decay_start", "patience", "seed"), 0),
 }
 ALLOWED: dict[str, tuple[str, ...]] = {
     "preset": ("auto", "paper"),
@@ -54,6 +54,7 @@ PAPER: dict[str, Any] = {
     "clip": 0.0,
     "noise": 0.0,
     "keep": "last",
+    "patience": 0,
     "held_out_every": 500,
     "save_every": 1000,
 }
@@ -61,7 +62,7 @@ PAPER: dict[str, Any] = {
 SPEED = {"affine": 15e9, "spline": 5e9}
 MOST_STEPS, LEAST_STEPS = 2000, 200
 LOOKS = 20
-FEW_HELD_OUT = 20  # with fewer held-out rows their swaps tell nothing
+NOISE_FALLS = 0.25  # of the steps
 
 
 class Facts(NamedTuple):
@@ -112,12 +113,14 @@ class Settings:
         clip: longest gradient, as a norm over all parameters; 0 for any length.
         noise: deviation of the Gaussian noise that every step adds to its latents, in standard deviations of each feature
             over the training rows; 0 for none, as published. It keeps the flow from learning few latents by heart.
-        noise_end: the deviation at the last step; on the way it falls by equal shares. By default ``noise``.
+        noise_end: deviation from a quarter of the steps on; until then it falls by equal shares. Of the preset ``"paper"`` it
+            is ``noise``.
         held_out: share of the latents that is never trained on, from 0 to below 1.
         keep: which model a run leaves: ``"last"``, that of the last step, as published; ``"best"``, the one with the
             lowest held-out loss of all looks; or ``"swaps"``, the one whose swaps of held-out latents change one concept and keep
             the others most often, as small networks read them that learned on the other rows. Where that takes labels which
             are not there, it is ``"best"``.
+        patience: looks in a row without a lower held-out loss or a better model, after which the training stops; 0 for no such end.
         precision: ``"32-true"``, ``"64-true"``, or ``"bf16-mixed"`` (autocast; parameters stay float32).
         seed: of weights, split and pairs.
         log_every: steps between two lines of the log.
@@ -153,6 +156,7 @@ class Settings:
     noise_end: float | None = None
     held_out: float = 0.1
     keep: str | None = None
+    patience: int | None = None
     precision: str = "32-true"
     seed: int = 0
     log_every: int = 50
@@ -220,11 +224,12 @@ class Settings:
             "learning_rate": 1e-3,
             "weight_decay": 0.0,
             "clip": 1.0,
+            "patience": 5,
             "noise": 0.5,
             "noise_end": 0.05,
             "keep": "last" if not facts.held_out else "swaps" if facts.kind == "labels" else "best",
         }
-        found = replace(self, **{name: value for name, value in choice.items() if getattr(self, name) is None})
+        found = self._filled(choice)
         if found.steps is None:
             flops = 6 * 2 * found.batch * found.parameters(facts.dim)  # forward, and twice that backward
             most = int(60 * self.minutes * SPEED[coupling] / flops)
@@ -235,7 +240,11 @@ class Settings:
             "held_out_every": max(1, found.steps // LOOKS),
             "save_every": max(1, found.steps // 2),
         }
-        return replace(found, **{name: value for name, value in rest.items() if getattr(found, name) is None})
+        return found._filled(rest)  # type: ignore[no-any-return]
+
+    def _filled(self, values: Mapping[str, Any]) -> Any:
+        """These settings with ``values`` where they have None."""
+        return replace(self, **{name: value for name, value in values.items() if getattr(self, name) is None})
 
     def text(self, facts: Facts) -> str:
         """What a training with these settings does, in a few words."""
@@ -268,9 +277,10 @@ class Settings:
         assert self.noise is not None and self.steps
         if not self.noise or self.noise_end is None:
             return self.noise
+        done = min(1.0, step / (NOISE_FALLS * self.steps))
         if not self.noise_end:
-            return self.noise * (1 - step / self.steps)
-        return float(self.noise * (self.noise_end / self.noise) ** (step / self.steps))
+            return self.noise * (1 - done)
+        return float(self.noise * (self.noise_end / self.noise) ** done)
 
     def record(self) -> dict[str, Any]:
         """All settings as plain values; those of the preset ``"paper"`` with the published defaults filled in."""

@@ -42,6 +42,8 @@ class Progress:
     sampler: dict[str, Any]  # position
     best: dict[str, Tensor] | None = None  # parameters of the lowest held-out loss, where they are to be kept
     best_loss: float = math.inf
+    lowest_loss: float = math.inf  # on held-out pairs
+    stale: int = 0  # looks since the last one with a lower loss or a better model
     swaps: dict[str, Tensor] = field(default_factory=dict)  # of the first and the best model, where swaps are judged
 
 
@@ -66,6 +68,8 @@ def save(run: Path, model: IIN, progress: Progress) -> Path:
     record = {"format": FORMAT, "version": VERSION, "step": progress.step, "sampler": progress.sampler}
     if progress.best is not None:
         record["best_loss"] = progress.best_loss
+    if math.isfinite(progress.lowest_loss):
+        record |= {"lowest_loss": progress.lowest_loss, "stale": progress.stale}
     text = json.dumps(record, indent=2) + "\n"
     header = {"training": text, "crc32": checksum(tensors)}
     try:
@@ -144,6 +148,7 @@ def load(folder: Path, device: torch.device | str = "cpu") -> tuple[IIN, Progres
         elif kind == "swaps":
             swaps[rest] = tensor
     progress = Progress(record["step"], optimizer, tensors["sums"], random, record["sampler"], swaps=swaps)
+    progress.lowest_loss, progress.stale = record.get("lowest_loss", math.inf), record.get("stale", 0)
     if "best_loss" in record:
         progress.best, progress.best_loss = checkpoint.load(folder / "best")[0], record["best_loss"]
         checkpoint.check(folder / "best", progress.best, model.state_dict())

@@ -34,7 +34,14 @@ def settings():
     """A function: small settings, with what is given in their place."""
 
     def make(**given):
-        small = {"preset": "paper", "factors": {"digit": 3, "color": 2}, "steps": 40, "n_flows": 2, "hidden_dim": 16, "batch": 16}
+        small = {
+            "preset": "paper",
+            "factors": {"digit": 3, "color": 2},
+            "steps": 40,
+            "n_flows": 2,
+            "hidden_dim": 16,
+            "batch": 16,
+        }
         small |= {"learning_rate": 3e-3, "log_every": 10, "held_out_every": 20, "save_every": 20}
         return Settings(**{**small, **given})
 

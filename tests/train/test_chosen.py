@@ -11,7 +11,7 @@ pytest.importorskip("lightning_fabric")
 
 from iin_fast import IIN, LinearIIN, PairSampler
 from iin_fast.evaluate import gaussian_nats_per_dim
-from iin_fast.latents import Latents
+from iin_fast.data import Latents
 from iin_fast.train import Settings, split_rows, train
 from iin_fast.train.judge import SwapJudge
 from iin_fast.train.settings import PAPER, Facts
@@ -59,9 +59,10 @@ def test_every_setting_is_chosen_and_fits_the_time(rows, dim):
         assert Settings(minutes=0.5).chosen(facts).steps <= chosen.steps
         assert str(chosen.steps) in chosen.text(facts)
     assert Settings().chosen(facts._replace(held_out=0)).keep == "last"
-    assert Settings(steps=7, noise=0.1, others="agree").chosen(facts).record() | {"steps": 7, "noise": 0.1} == Settings(
-        steps=7, noise=0.1, others="agree"
-    ).chosen(facts).record()
+    assert (
+        Settings(steps=7, noise=0.1, others="agree").chosen(facts).record() | {"steps": 7, "noise": 0.1}
+        == Settings(steps=7, noise=0.1, others="agree").chosen(facts).record()
+    )
 
 
 @pytest.mark.parametrize("kind", ["labels", "pairs", "unlabelled"])
@@ -100,12 +101,16 @@ def test_a_default_training_swaps_and_goes_on_after_a_stop(tmp_path, monkeypatch
     import iin_fast.train.loop as loop
 
     pairs = loop._Training._pairs
-    monkeypatch.setattr(loop._Training, "_pairs", lambda self, step, own: pairs(self, step if step < 20 else 1 / 0, own))
+    monkeypatch.setattr(
+        loop._Training, "_pairs", lambda self, step, own: pairs(self, step if step < 20 else 1 / 0, own)
+    )
     with pytest.raises(ZeroDivisionError):
         train(data, tmp_path / "run", Settings(**SHORT), accelerator="cpu")
     monkeypatch.undo()
     train(data, tmp_path / "run", Settings(**SHORT), accelerator="cpu", resume=True)
-    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == (
+        tmp_path / "whole" / "model.safetensors"
+    ).read_bytes()
 
 
 def test_what_training_spoils_is_not_kept(tmp_path):
@@ -177,3 +182,18 @@ def test_a_difference_in_swaps_counts_when_it_is_more_than_chance():
     unlucky = torch.where(rows == rows[0], 0.0, first)
     assert not judge.better(lucky, unlucky)
     assert judge.better(torch.ones(len(rows)), first)
+
+
+def test_a_training_that_gains_nothing_more_stops(tmp_path):
+    data = additive(n=200, dim=20)
+    options = {"n_flows": 4, "hidden_dim": 64, "learning_rate": 0.01, "noise": 0.0, "held_out_every": 5, "log_every": 5}
+    settings = Settings(steps=400, patience=3, **options)
+    train(data, tmp_path / "run", settings, accelerator="cpu")
+    looks = [line for line in metrics(tmp_path / "run") if line["held_out_loss"]]
+    end = int(looks[-1]["step"])
+    losses, swaps = ([float(line[name]) for line in looks] for name in ("held_out_loss", "held_out_swaps"))
+    assert end < 400 and min(losses[-3:]) > min(losses) == losses[-4] or max(swaps[-3:]) <= max(swaps)
+    model = (tmp_path / "run" / "model.safetensors").read_bytes()
+    train(data, tmp_path / "run", settings, accelerator="cpu", resume=True)
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == model
+    assert metrics(tmp_path / "run")[-1]["step"] == str(end)

@@ -32,7 +32,9 @@ def test_features_are_named():
     assert (found.live, found.rank) == (9, 8)
     constant, copies, almost, scales, rank = found.lines()
     assert constant.startswith("2 of 12 features (1, 5) are constant; ")
-    assert copies == "1 of 12 features (7) is equal to others; standardise, which sets such features aside"
+    assert (
+        copies == "1 of 12 features (7) is equal to others; standardised inputs, the default, set such features aside"
+    )
     assert almost == "1 of 12 features (3) is constant in 99% of the rows or more"
     assert scales.startswith("2 of 12 features (8, 9) are 100 times wider or narrower than most")
     assert "vary in 8 of 9 directions (some features are combinations of others)" in rank

@@ -43,7 +43,15 @@ def finished(latents, tmp_path_factory):
 
     run = tmp_path_factory.mktemp("train") / "run"
     settings = Settings(
-        preset="paper", batch=32, steps=300, n_flows=3, hidden_dim=32, learning_rate=3e-3, rho=0.95, log_every=20, held_out_every=100
+        preset="paper",
+        batch=32,
+        steps=300,
+        n_flows=3,
+        hidden_dim=32,
+        learning_rate=3e-3,
+        rho=0.95,
+        log_every=20,
+        held_out_every=100,
     )
     return run, train(latents, run, settings, accelerator="cpu")
 
@@ -261,7 +269,9 @@ def test_missing_labels_and_ready_pairs(latents, settings, tmp_path):
 
 
 def test_some_concepts_and_precisions(latents, settings, tmp_path):
-    model = train(latents, tmp_path / "a", settings(factors={"color": 2, "digit": 0}, precision="64-true"), accelerator="cpu")
+    model = train(
+        latents, tmp_path / "a", settings(factors={"color": 2, "digit": 0}, precision="64-true"), accelerator="cpu"
+    )
     assert model.sizes == {"color": 2, "residual": 6} and model.dtype == torch.float64
     mixed = train(latents, tmp_path / "b", settings(precision="bf16-mixed"), accelerator="cpu")
     plain = train(latents, tmp_path / "c", settings(), accelerator="cpu")
