@@ -4,11 +4,10 @@ from .batches import Batches, estimate_sizes, split_rows
 from .findings import Findings, inspect_latents
 from .logs import held_out_rise
 from .loop import train
-from .settings import Facts, Settings
+from .settings import Settings
 
 __all__ = [
     "Batches",
-    "Facts",
     "Findings",
     "Settings",
     "estimate_sizes",

@@ -7,8 +7,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ..iin import IIN, Inputs
 from ..data import MISSING, Latents
+from ..iin import IIN, Inputs
 
 __all__ = ["SwapJudge"]
 

@@ -201,7 +201,7 @@ class _Training:
         optimizer = torch.optim.AdamW(
             [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}],
             lr=settings.rate(0),
-            betas=(0.5, 0.9),
+            betas=(0.9, 0.99) if settings.start == "linear" else (0.5, 0.9),
             fused=True,
         )
         self.wrapped, self.optimizer = fabric.setup(self.objective, optimizer)

@@ -283,7 +283,8 @@ def test_a_flow_starts_at_the_linear_solution(coupling, features):
 
 def test_a_linear_start_is_saved(tmp_path):
     pytest.importorskip("safetensors")
-    z = torch.randn(200, 8, generator=torch.Generator().manual_seed(0)) @ torch.randn(8, 10)
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(200, 8, generator=generator) @ torch.randn(8, 10, generator=generator)
     model = IIN(10, None, 2, 16, inputs=white_inputs(z))
     model.start_as_identity()
     assert model.inputs.live == 8

@@ -188,7 +188,7 @@ def test_settings_read_as_words(run):
     from iin_fast.train import Settings
 
     record = json.loads((run / "run.json").read_text())
-    record["settings"] = Settings({"shape": 3}, context="digit", unlabelled=0.5).record()
+    record["settings"] = Settings({"shape": 3}, preset="paper", context="digit", unlabelled=0.5).record()
     record |= {"factors": {"shape": 3}, "versions": {"torch": "2.0"}, "format": "iin_fast.run"}
     (run / "run.json").write_text(json.dumps(record))
     text = write_report(run).read_text()

@@ -10,8 +10,8 @@ from run_folder import metrics, record
 pytest.importorskip("lightning_fabric")
 
 from iin_fast import IIN, LinearIIN, PairSampler
-from iin_fast.evaluate import gaussian_nats_per_dim
 from iin_fast.data import Latents
+from iin_fast.evaluate import gaussian_nats_per_dim
 from iin_fast.train import Settings, split_rows, train
 from iin_fast.train.judge import SwapJudge
 from iin_fast.train.settings import PAPER, Facts

@@ -150,7 +150,9 @@ def test_dims_are_the_sizes_that_train_takes(kind, method, settings, tmp_path):
     settings = settings(factors=None, steps=1, held_out=0.5, dims_method=method, **options)
     model = train(data, tmp_path / "run", settings, accelerator="cpu")
     options["method"] = method
-    assert run_folder.dims(data, held_out=0.5, **options) == model.sizes != run_folder.dims(data, held_out=0.0, **options)
+    assert (
+        run_folder.dims(data, held_out=0.5, **options) == model.sizes != run_folder.dims(data, held_out=0.0, **options)
+    )
 
 
 def test_encode_and_decode(trained, file, latents, tmp_path):
