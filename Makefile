@@ -66,6 +66,8 @@ docs: $(VENV)/.ready
 bench: build
 	$(PIP) install --quiet --no-deps FrEIA nflows normflows
 	iin-fast bench --out benchmarks/results
+	$(BIN)/python -m pytest benchmarks/test_ops.py -q --benchmark-json=build/ops.json
+	$(BIN)/python benchmarks/ops_summary.py build/ops.json benchmarks/results/ops_cpu.json
 	$(BIN)/python benchmarks/spline.py
 	$(BIN)/python benchmarks/spline_accuracy.py
 	$(BIN)/python benchmarks/backends.py
