@@ -76,6 +76,11 @@ FlowSizes checked(const Tensor &x, const std::optional<Tensor> &context, const F
   return s;
 }
 
+Keep checked_keep(int64_t keep) {
+  STD_TORCH_CHECK(keep >= 0 && keep <= 2, "flow: keep must be 0, 1 or 2");
+  return static_cast<Keep>(keep);
+}
+
 template <class T> const T *in(const Tensor &t) { return static_cast<const T *>(t.const_data_ptr()); }
 template <class T> T *out(const Tensor &t) { return static_cast<T *>(t.mutable_data_ptr()); }
 
@@ -114,7 +119,8 @@ std::tuple<Tensor, Tensor, Tensor> flow(const Tensor &x_in,                     
                                         const Tensor &bias_out,                  // [n_flows, 2, 2, out]
                                         const Tensor &permutation,               // [n_flows, dim]
                                         double leaky_slope, double activation_slope, bool exact_logdet, bool inverse,
-                                        bool save, bool /* tf32 */) {
+                                        int64_t keep_in, bool /* tf32 */) {
+  const Keep keep = checked_keep(keep_in);
   const Tensor x = contiguous(x_in);
   const std::optional<Tensor> context =
       context_in.has_value() ? std::optional<Tensor>(contiguous(*context_in)) : std::nullopt;
@@ -125,15 +131,15 @@ std::tuple<Tensor, Tensor, Tensor> flow(const Tensor &x_in,                     
   Tensor y = new_empty(x, {s.batch, s.dim}), logdet = new_empty(x, {s.batch}), saved = x;
   with_type(x.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    saved = with_large_pages(new_empty(x, {save ? IIN_FAST_LOOP(flow_saved_size<T>)(s) : 0}), sizeof(T));
+    saved = with_large_pages(new_empty(x, {IIN_FAST_LOOP(flow_saved_size<T>)(s, keep)}), sizeof(T));
     if (s.batch == 0)
       return;
     FlowJob<T> job = job_of<T>(s, p, context);
-    const Tensor workspace = new_empty(x, {IIN_FAST_LOOP(flow_forward_workspace<T>)(s, job.threads, save) + 64});
+    const Tensor workspace = new_empty(x, {IIN_FAST_LOOP(flow_forward_workspace<T>)(s, job.threads, keep) + 64});
     job.leaky_slope = static_cast<T>(leaky_slope), job.activation_slope = static_cast<T>(activation_slope);
     job.exact_logdet = exact_logdet, job.inverse = inverse;
     job.x = in<T>(x), job.y = out<T>(y), job.logdet = out<T>(logdet);
-    job.saved = save ? out<T>(saved) : nullptr;
+    job.keep = keep, job.saved = out<T>(saved);
     job.workspace = aligned<T>(workspace);
     with_crew(IIN_FAST_LOOP(flow_sharing<T>)(s, job.threads), [&] { IIN_FAST_LOOP(flow_forward<T>)(job); });
   });
@@ -144,8 +150,8 @@ using Gradients =
     std::tuple<Tensor, std::optional<Tensor>, Tensor, Tensor, std::optional<Tensor>, std::optional<Tensor>,
                std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>>;
 
-// Gradients in the order of flow's tensors, without the permutation. `saved` may be empty: then `y`, the output of the
-// map, is inverted block by block.
+// Gradients in the order of flow's tensors, without the permutation. With Keep::nothing `y`, the output of the map, is
+// inverted block by block.
 Gradients flow_backward(const Tensor &grad_y_in,      // [batch, dim]
                         const Tensor &grad_logdet_in, // [batch]
                         const Tensor &y_in,           // [batch, dim]
@@ -154,7 +160,8 @@ Gradients flow_backward(const Tensor &grad_y_in,      // [batch, dim]
                         const Tensor &weight_in, const Tensor &bias_in, const Tensor &weight_hidden,
                         const Tensor &bias_hidden, const Tensor &weight_out, const Tensor &bias_out,
                         const Tensor &permutation, double leaky_slope, double activation_slope, bool inverse,
-                        bool context_grad, bool weight_grads, bool /* tf32 */) {
+                        int64_t keep_in, bool context_grad, bool weight_grads, bool /* tf32 */) {
+  const Keep keep = checked_keep(keep_in);
   const Tensor y = contiguous(y_in), grad_y = contiguous(grad_y_in), grad_logdet = contiguous(grad_logdet_in);
   const std::optional<Tensor> context =
       context_in.has_value() ? std::optional<Tensor>(contiguous(*context_in)) : std::nullopt;
@@ -178,20 +185,18 @@ Gradients flow_backward(const Tensor &grad_y_in,      // [batch, dim]
                             : with_large_pages(new_empty(*weights[i], weights[i]->sizes()), element_size);
   with_type(y.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    const bool have = saved.numel() > 0;
-    if (have)
-      check_flow_elements("saved", saved, IIN_FAST_LOOP(flow_saved_size<T>)(s), y.scalar_type());
+    check_flow_elements("saved", saved, IIN_FAST_LOOP(flow_saved_size<T>)(s, keep), y.scalar_type());
     if (s.batch == 0)
       return;
     FlowBackwardJob<T> job{};
     job.forward = job_of<T>(s, p, context);
-    const int64_t size = IIN_FAST_LOOP(flow_backward_workspace<T>)(s, job.forward.threads, have, weight_grads);
+    const int64_t size = IIN_FAST_LOOP(flow_backward_workspace<T>)(s, job.forward.threads, keep, weight_grads);
     const Tensor workspace = new_empty(y, {size + 64});
     job.forward.leaky_slope = static_cast<T>(leaky_slope);
     job.forward.activation_slope = static_cast<T>(activation_slope);
     job.forward.inverse = inverse;
-    job.forward.y = out<T>(y); // only read
-    job.forward.saved = have ? out<T>(saved) : nullptr;
+    job.forward.y = out<T>(y);                                  // only read
+    job.forward.keep = keep, job.forward.saved = out<T>(saved); // only read
     job.forward.workspace = aligned<T>(workspace);
     job.grad_y = in<T>(grad_y), job.grad_logdet = in<T>(grad_logdet);
     job.grad_x = out<T>(grad_x);
@@ -212,11 +217,11 @@ Gradients flow_backward(const Tensor &grad_y_in,      // [batch, dim]
 STABLE_TORCH_LIBRARY_FRAGMENT(iin_fast, m) {
   m.def("flow(Tensor x, Tensor? context, Tensor loc, Tensor scale, Tensor weight_in, Tensor bias_in,"
         " Tensor weight_hidden, Tensor bias_hidden, Tensor weight_out, Tensor bias_out, Tensor permutation,"
-        " float leaky_slope, float activation_slope, bool exact_logdet, bool inverse, bool save, bool tf32=False)"
+        " float leaky_slope, float activation_slope, bool exact_logdet, bool inverse, int keep, bool tf32=False)"
         " -> (Tensor, Tensor, Tensor)");
   m.def("flow_backward(Tensor grad_y, Tensor grad_logdet, Tensor y, Tensor saved, Tensor? context, Tensor loc,"
         " Tensor scale, Tensor weight_in, Tensor bias_in, Tensor weight_hidden, Tensor bias_hidden, Tensor weight_out,"
-        " Tensor bias_out, Tensor permutation, float leaky_slope, float activation_slope, bool inverse,"
+        " Tensor bias_out, Tensor permutation, float leaky_slope, float activation_slope, bool inverse, int keep,"
         " bool context_grad, bool weight_grads, bool tf32=False)"
         " -> (Tensor, Tensor?, Tensor, Tensor, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?, Tensor?)");
 }

@@ -88,7 +88,9 @@ std::tuple<Tensor, Tensor, Tensor> flow(const Tensor &x_in,                     
                                         const Tensor &bias_out,                  // [n_flows, 2, 2, out]
                                         const Tensor &permutation,               // [n_flows, dim]
                                         double leaky_slope, double activation_slope, bool exact_logdet, bool inverse,
-                                        bool save, bool tf32) {
+                                        int64_t keep, bool tf32) {
+  const bool save = keep != 0;
+  STD_TORCH_CHECK(keep == 0 || keep == 2, "flow: keep must be 0 or 2 on a GPU");
   const CudaCall call("flow", x_in);
   const FlowTensors t(call, x_in, context_in,
                       {loc, scale, weight_in, bias_in, weight_hidden, bias_hidden, weight_out, bias_out, permutation});
@@ -124,7 +126,7 @@ Gradients flow_backward(const Tensor &grad_y_in,      // [batch, dim]
                         const Tensor &weight_in, const Tensor &bias_in, const Tensor &weight_hidden,
                         const Tensor &bias_hidden, const Tensor &weight_out, const Tensor &bias_out,
                         const Tensor &permutation, double leaky_slope, double activation_slope, bool inverse,
-                        bool context_grad, bool weight_grads, bool tf32) {
+                        int64_t /* keep */, bool context_grad, bool weight_grads, bool tf32) {
   const CudaCall call("flow_backward", y);
   const FlowTensors t(call, y, context_in,
                       {loc, scale, weight_in, bias_in, weight_hidden, bias_hidden, weight_out, bias_out, permutation});

@@ -37,17 +37,18 @@ template <class T> struct Pieces {
   }
 };
 
-// Everything saved of one half for backward: its stage, s, and the activations.
+// What is kept of one half for backward: its stage, and with Keep::all s and the activations.
 template <class T> struct Saved {
   T *stage, *s, *activations;
 };
 
-template <class T> int64_t saved_half(const Widths<T> &w, int64_t batch) {
-  return batch * (w.ld_row + w.ld_out + 2 * (w.depth + 1) * w.ld_hidden);
+template <class T> int64_t saved_half(const Widths<T> &w, int64_t batch, Keep keep) {
+  return batch * (w.ld_row + (keep == Keep::all ? w.ld_out + 2 * (w.depth + 1) * w.ld_hidden : 0));
 }
 
-template <class T> Saved<T> saved_of(T *saved, const Widths<T> &w, int64_t batch, int64_t step) {
-  T *base = saved + step * saved_half(w, batch);
+template <class T> Saved<T> saved_of(const FlowJob<T> &job, const Widths<T> &w, int64_t step) {
+  const int64_t batch = job.sizes.batch;
+  T *base = job.saved + step * saved_half(w, batch, job.keep);
   return {base, base + batch * w.ld_row, base + batch * (w.ld_row + w.ld_out)};
 }
 
@@ -208,10 +209,10 @@ template <class F> void over_rows(const Team &team, int64_t from, int64_t to, in
 template <class T> struct ForwardSpace {
   T *stage, *activations, *raw, *row; // row: 3 rows per thread of the team
   CompensatedSum<double> *logdets;    // of the map from the rows' x to their y, or of its inverse
-  ForwardSpace(Pieces<T> &pieces, const Widths<T> &w, int64_t batch, int64_t threads, bool save) {
+  ForwardSpace(Pieces<T> &pieces, const Widths<T> &w, int64_t batch, int64_t threads, Keep keep) {
     const int64_t chunk = smaller(batch, chunk_rows);
-    stage = save ? nullptr : pieces.take(batch * w.ld_row);
-    activations = save ? nullptr : pieces.take(2 * 2 * chunk * w.ld_hidden);
+    stage = keep != Keep::nothing ? nullptr : pieces.take(batch * w.ld_row);
+    activations = keep == Keep::all ? nullptr : pieces.take(2 * 2 * chunk * w.ld_hidden);
     raw = pieces.take(2 * chunk * w.ld_out);
     row = pieces.take(threads * 3 * w.ld_dim);
     logdets = reinterpret_cast<CompensatedSum<double> *>(
@@ -227,8 +228,8 @@ void walk_forward(const FlowJob<T> &job, const Rows<T> &rows, const Team &team, 
   const int64_t batch = job.sizes.batch, n = job.sizes.n_flows, steps = 2 * n;
   // the stage of a step (block, half) = step / 2, step % 2, at row r
   const auto stage_of = [&](int64_t step, int64_t r) {
-    return job.saved != nullptr ? saved_of(job.saved, w, batch, step).stage + r * w.ld_row
-                                : space.stage + (r - from) * w.ld_row;
+    return job.keep != Keep::nothing ? saved_of(job, w, step).stage + r * w.ld_row
+                                     : space.stage + (r - from) * w.ld_row;
   };
   over_rows(team, from, to, w.dim, [&](int64_t begin, int64_t end, int64_t group) {
     T *z = space.row + group * 3 * w.ld_dim;
@@ -250,9 +251,9 @@ void walk_forward(const FlowJob<T> &job, const Rows<T> &rows, const Team &team, 
       const int64_t count = smaller(chunk_rows, to - chunk);
       const T *u = stage_of(step, chunk);
       Activations<T> activations{space.activations, 2 * chunk_rows * w.ld_hidden, chunk_rows * w.ld_hidden, false};
-      if (job.saved != nullptr)
-        activations = {saved_of(job.saved, w, batch, step).activations + chunk * w.ld_hidden,
-                       (w.depth + 1) * batch * w.ld_hidden, batch * w.ld_hidden, true};
+      if (job.keep == Keep::all)
+        activations = {saved_of(job, w, step).activations + chunk * w.ld_hidden, (w.depth + 1) * batch * w.ld_hidden,
+                       batch * w.ld_hidden, true};
       else if (to - from < chunk_rows)
         activations.net_stride = 2 * (to - from) * w.ld_hidden, activations.layer_stride = (to - from) * w.ld_hidden;
       const int64_t raw_stride = smaller(chunk_rows, to - from) * w.ld_out;
@@ -263,7 +264,7 @@ void walk_forward(const FlowJob<T> &job, const Rows<T> &rows, const Team &team, 
         for (int64_t r = begin; r < end; ++r) {
           T *raw = space.raw + (r - chunk) * w.ld_out;
           const T *shift = raw + raw_stride;
-          T *s = job.saved != nullptr ? saved_of(job.saved, w, batch, step).s + r * w.ld_out : raw;
+          T *s = job.keep == Keep::all ? saved_of(job, w, step).s + r * w.ld_out : raw;
           T *stage = stage_of(step, r);
           rows.get(stage, z);
           CompensatedSum<double> &logdet = space.logdets[r - from];
@@ -282,7 +283,7 @@ void walk_forward(const FlowJob<T> &job, const Rows<T> &rows, const Team &team, 
               rows.put(block + 1, r, work, stage_of(step + 1, r));
             }
           } else {
-            if (job.saved != nullptr)
+            if (job.keep != Keep::nothing)
               rows.put(block, r, z, stage); // backward wants what the forward map would have seen
             if (step % 2 == 1) {
               rows.unswap(z, next);
@@ -309,11 +310,11 @@ void walk_forward(const FlowJob<T> &job, const Rows<T> &rows, const Team &team, 
 template <class T> struct BackwardSpace {
   T *stage, *gradient, *activations, *raw, *d, *other, *row, *actnorm;
   int64_t actnorm_stride; // loc and scale gradients of all blocks, one copy per thread of the team
-  BackwardSpace(Pieces<T> &pieces, const FlowSizes &s, const Widths<T> &w, int64_t batch, int64_t threads, bool saved) {
+  BackwardSpace(Pieces<T> &pieces, const FlowSizes &s, const Widths<T> &w, int64_t batch, int64_t threads, Keep keep) {
     const int64_t chunk = smaller(batch, chunk_rows);
-    stage = saved ? nullptr : pieces.take(batch * w.ld_row);
-    activations = saved ? nullptr : pieces.take(2 * (w.depth + 1) * chunk * w.ld_hidden);
-    raw = saved ? nullptr : pieces.take(2 * chunk * w.ld_out);
+    stage = keep != Keep::nothing ? nullptr : pieces.take(batch * w.ld_row);
+    activations = keep == Keep::all ? nullptr : pieces.take(2 * (w.depth + 1) * chunk * w.ld_hidden);
+    raw = keep == Keep::all ? nullptr : pieces.take(2 * chunk * w.ld_out);
     gradient = pieces.take(batch * w.ld_dim);
     d = pieces.take(2 * chunk * w.ld_wide);
     other = pieces.take(2 * chunk * w.ld_wide);
@@ -329,9 +330,9 @@ void walk_backward(const FlowBackwardJob<T> &whole, const Rows<T> &rows, const T
   const FlowJob<T> &job = whole.forward;
   const Widths<T> &w = rows.w;
   const int64_t batch = job.sizes.batch, n = job.sizes.n_flows, steps = 2 * n;
-  const bool saved = job.saved != nullptr;
+  const bool saved = job.keep != Keep::nothing, all = job.keep == Keep::all;
   const auto stage_of = [&](int64_t step, int64_t r) {
-    return saved ? saved_of(job.saved, w, batch, step).stage + r * w.ld_row : space.stage + (r - from) * w.ld_row;
+    return saved ? saved_of(job, w, step).stage + r * w.ld_row : space.stage + (r - from) * w.ld_row;
   };
   const auto gradient_of = [&](int64_t r) { return space.gradient + (r - from) * w.ld_dim; };
   for (int64_t i = 0; i < team.threads * space.actnorm_stride; ++i)
@@ -383,9 +384,9 @@ void walk_backward(const FlowBackwardJob<T> &whole, const Rows<T> &rows, const T
       const T *u = stage_of(step, chunk);
       Activations<T> activations{space.activations, (w.depth + 1) * most * w.ld_hidden, most * w.ld_hidden, true};
       const int64_t raw_stride = most * w.ld_out, d_stride = most * w.ld_wide;
-      if (saved)
-        activations = {saved_of(job.saved, w, batch, step).activations + chunk * w.ld_hidden,
-                       (w.depth + 1) * batch * w.ld_hidden, batch * w.ld_hidden, true};
+      if (all)
+        activations = {saved_of(job, w, step).activations + chunk * w.ld_hidden, (w.depth + 1) * batch * w.ld_hidden,
+                       batch * w.ld_hidden, true};
       else
         conditioner_forward(team, job.weights, w, step * 2, u, activations, space.raw, raw_stride, count,
                             job.leaky_slope);
@@ -396,15 +397,15 @@ void walk_backward(const FlowBackwardJob<T> &whole, const Rows<T> &rows, const T
           T *stage = stage_of(step, r), *v = stage + w.in, *g = gradient_of(r) + w.conditioning;
           T *d_raw = space.d + (r - chunk) * w.ld_out, *d_shift = d_raw + d_stride;
           const T gl = whole.grad_logdet[r];
-          T *s = saved ? saved_of(job.saved, w, batch, step).s + r * w.ld_out : space.raw + (r - chunk) * w.ld_out;
+          T *s = all ? saved_of(job, w, step).s + r * w.ld_out : space.raw + (r - chunk) * w.ld_out;
           const T *shift = space.raw + raw_stride + (r - chunk) * w.ld_out;
           if (!saved && !job.inverse) {
             CompensatedSum<double> not_wanted;
             rows.couple(v, s, shift, s, true, not_wanted);
-          }
-          if (!saved && job.inverse)
+          } else if (!all) {
             for (int64_t j = 0; j < w.transformed; ++j)
               s[j] = math::tanh(s[j]);
+          }
           const T sign = job.inverse ? T(-1) : T(1);
 #pragma omp simd
           for (int64_t j = 0; j < w.transformed; ++j) {
@@ -534,8 +535,8 @@ template <class T> void add_actnorm(const FlowBackwardJob<T> &job, const Backwar
 
 } // namespace
 
-template <class T> int64_t flow_saved_size(const FlowSizes &s) {
-  return 2 * s.n_flows * saved_half(Widths<T>(s), s.batch);
+template <class T> int64_t flow_saved_size(const FlowSizes &s, Keep keep) {
+  return keep == Keep::nothing ? 0 : 2 * s.n_flows * saved_half(Widths<T>(s), s.batch, keep);
 }
 
 template <class T> int64_t flow_sharing(const FlowSizes &s, int64_t threads) {
@@ -543,27 +544,27 @@ template <class T> int64_t flow_sharing(const FlowSizes &s, int64_t threads) {
   return plan.tall ? 1 : plan.threads;
 }
 
-template <class T> int64_t flow_forward_workspace(const FlowSizes &s, int64_t threads, bool save) {
+template <class T> int64_t flow_forward_workspace(const FlowSizes &s, int64_t threads, Keep keep) {
   Pieces<T> pieces{nullptr};
   const Widths<T> w(s);
   const Plan plan = plan_of<T>(s, threads);
   if (!plan.tall) {
-    ForwardSpace<T>(pieces, w, s.batch, plan.threads, save);
+    ForwardSpace<T>(pieces, w, s.batch, plan.threads, keep);
     return pieces.used;
   }
-  ForwardSpace<T>(pieces, w, ceil_div(s.batch, plan.threads), 1, save);
+  ForwardSpace<T>(pieces, w, ceil_div(s.batch, plan.threads), 1, keep);
   return pieces.used * plan.threads;
 }
 
-template <class T> int64_t flow_backward_workspace(const FlowSizes &s, int64_t threads, bool saved, bool weight_grads) {
+template <class T> int64_t flow_backward_workspace(const FlowSizes &s, int64_t threads, Keep keep, bool weight_grads) {
   Pieces<T> pieces{nullptr};
   const Widths<T> w(s);
   const Plan plan = plan_of<T>(s, threads);
   if (!plan.tall) {
-    BackwardSpace<T>(pieces, s, w, s.batch, plan.threads, saved);
+    BackwardSpace<T>(pieces, s, w, s.batch, plan.threads, keep);
     return pieces.used;
   }
-  BackwardSpace<T>(pieces, s, w, ceil_div(s.batch, plan.threads), 1, saved);
+  BackwardSpace<T>(pieces, s, w, ceil_div(s.batch, plan.threads), 1, keep);
   if (weight_grads && plan.threads > 1)
     take_gradients(pieces, s, w);
   return pieces.used * plan.threads;
@@ -574,18 +575,17 @@ template <class T> void flow_forward(const FlowJob<T> &job) {
   const Plan plan = plan_of<T>(job.sizes, job.threads);
   const int64_t batch = job.sizes.batch, threads = plan.threads;
   const double constant = actnorm_logdet(job);
-  const bool save = job.saved != nullptr;
   Pieces<T> pieces{job.workspace};
   if (!plan.tall) {
-    const ForwardSpace<T> space(pieces, rows.w, batch, threads, save);
+    const ForwardSpace<T> space(pieces, rows.w, batch, threads, job.keep);
     walk_forward(job, rows, Team{threads, job.parallel_for}, space, 0, batch, constant);
     return;
   }
-  const int64_t part = flow_forward_workspace<T>(job.sizes, job.threads, save) / threads;
+  const int64_t part = flow_forward_workspace<T>(job.sizes, job.threads, job.keep) / threads;
   Team{threads, job.parallel_for}.run(threads, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       Pieces<T> own{job.workspace + t * part};
-      const ForwardSpace<T> space(own, rows.w, ceil_div(batch, threads), 1, save);
+      const ForwardSpace<T> space(own, rows.w, ceil_div(batch, threads), 1, job.keep);
       walk_forward(job, rows, Team{1, nullptr}, space, t * batch / threads, (t + 1) * batch / threads, constant);
     }
   });
@@ -597,19 +597,19 @@ template <class T> void flow_backward(const FlowBackwardJob<T> &job) {
   const FlowSizes &s = forward.sizes;
   const Plan plan = plan_of<T>(s, forward.threads);
   const int64_t batch = s.batch, threads = plan.threads;
-  const bool saved = forward.saved != nullptr, weight_grads = job.grads.weight_in != nullptr;
+  const bool weight_grads = job.grads.weight_in != nullptr;
   const Team team{threads, forward.parallel_for};
   Pieces<T> pieces{forward.workspace};
   if (!plan.tall) {
-    const BackwardSpace<T> space(pieces, s, rows.w, batch, threads, saved);
+    const BackwardSpace<T> space(pieces, s, rows.w, batch, threads, forward.keep);
     walk_backward(job, rows, team, space, job.grads, 0, batch);
     add_actnorm(job, space, threads);
     return;
   }
-  const int64_t part = flow_backward_workspace<T>(s, forward.threads, saved, weight_grads) / threads;
+  const int64_t part = flow_backward_workspace<T>(s, forward.threads, forward.keep, weight_grads) / threads;
   const auto space_of = [&](int64_t t, FlowWeights<T> *grads) {
     Pieces<T> own{forward.workspace + t * part};
-    const BackwardSpace<T> space(own, s, rows.w, ceil_div(batch, threads), 1, saved);
+    const BackwardSpace<T> space(own, s, rows.w, ceil_div(batch, threads), 1, forward.keep);
     *grads = t == 0 || !weight_grads ? job.grads : take_gradients(own, s, rows.w);
     return space;
   };
@@ -639,10 +639,10 @@ template <class T> void flow_backward(const FlowBackwardJob<T> &job) {
 }
 
 #define IIN_FAST_INSTANTIATE(T)                                                                                        \
-  template int64_t flow_saved_size<T>(const FlowSizes &);                                                              \
+  template int64_t flow_saved_size<T>(const FlowSizes &, Keep);                                                        \
   template int64_t flow_sharing<T>(const FlowSizes &, int64_t);                                                        \
-  template int64_t flow_forward_workspace<T>(const FlowSizes &, int64_t, bool);                                        \
-  template int64_t flow_backward_workspace<T>(const FlowSizes &, int64_t, bool, bool);                                 \
+  template int64_t flow_forward_workspace<T>(const FlowSizes &, int64_t, Keep);                                        \
+  template int64_t flow_backward_workspace<T>(const FlowSizes &, int64_t, Keep, bool);                                 \
   template void flow_forward<T>(const FlowJob<T> &);                                                                   \
   template void flow_backward<T>(const FlowBackwardJob<T> &);
 IIN_FAST_INSTANTIATE(float)

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/isa.h"
+#include "common/keep.h"
 #include "flow/flow.h"
 
 namespace iin_fast {
@@ -20,15 +21,15 @@ template <class T> struct FlowJob {
   const T *x; // [batch, dim]
   T *y;       // [batch, dim]
   T *logdet;  // [batch]
-  T *saved;   // flow_saved_size(sizes) elements, or null
+  Keep keep;  // inputs are those of every half
+  T *saved;   // flow_saved_size elements
 
   T *workspace; // as many elements as flow_forward_workspace or flow_backward_workspace says, aligned to 64 bytes
   int64_t threads;
   ParallelFor parallel_for;
 };
 
-// The backward of either direction. With `forward.saved` it reads what was saved there, else it inverts block by block
-// from `forward.y`, the output.
+// The backward of either direction. Where nothing was kept it inverts block by block from `forward.y`, the output.
 template <class T> struct FlowBackwardJob {
   FlowJob<T> forward;
   const T *grad_y;      // [batch, dim]
@@ -39,12 +40,12 @@ template <class T> struct FlowBackwardJob {
 };
 
 // flow_sharing: how many of `threads` share every step of the walk; 1 where each walks alone.
-IIN_FAST_DECLARE_LOOPS(template <class T> int64_t flow_saved_size(const FlowSizes &sizes);
+IIN_FAST_DECLARE_LOOPS(template <class T> int64_t flow_saved_size(const FlowSizes &sizes, Keep keep);
                        template <class T> int64_t flow_sharing(const FlowSizes &sizes, int64_t threads);
                        template <class T>
-                       int64_t flow_forward_workspace(const FlowSizes &sizes, int64_t threads, bool save);
+                       int64_t flow_forward_workspace(const FlowSizes &sizes, int64_t threads, Keep keep);
                        template <class T> int64_t flow_backward_workspace(const FlowSizes &sizes, int64_t threads,
-                                                                          bool saved, bool weight_grads);
+                                                                          Keep keep, bool weight_grads);
                        template <class T> void flow_forward(const FlowJob<T> &job);
                        template <class T> void flow_backward(const FlowBackwardJob<T> &job);)
 

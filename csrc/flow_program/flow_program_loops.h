@@ -3,19 +3,13 @@
 #pragma once
 
 #include "common/isa.h"
+#include "common/keep.h"
 #include "flow_program/flow_program.h"
 
 namespace iin_fast {
 
 // Runs body(begin, end, data) on pieces of [0, count), on several threads.
 using ParallelPieces = void (*)(int64_t count, void (*body)(int64_t, int64_t, void *), void *data);
-
-// What is kept from forward for backward.
-enum class Keep : int64_t {
-  nothing, // backward walks a tile forward again
-  inputs,  // the input of every layer: backward computes a net again just before its gradients
-  all,     // every value of every net
-};
 
 template <class T> struct ProgramJob {
   ProgramView program;

@@ -95,7 +95,7 @@ class IIN(nn.Module):
         generator: draws the start weights and permutations; by default torch's global one.
         device: where the parameters are made.
         dtype: type of the parameters.
-        memory: what an affine flow keeps for backward: ``"save"``, ``"invert"`` or ``"auto"``; see ``iin_fast.nn.Flow``.
+        memory: what an affine flow keeps for backward: ``"save"``, ``"checkpoint"``, ``"invert"`` or ``"auto"``; see ``iin_fast.nn.Flow``.
 
     Raises:
         TypeError, ValueError: a size that is not a positive integer, factors that don't fit ``dim``, a ``dtype`` that

@@ -67,8 +67,9 @@ class Flow(DataDependentStart, Density):
         permute: False leaves the permutations out.
         min_spread: at the start of ActNorm, a feature with less than this share of the median standard deviation is
             taken as constant; 0 is the published formula, in which a constant feature is scaled by 1e6.
-        memory: what is kept for the backward: "save" keeps activations, "invert" recomputes them from the output
-            (memory constant in depth), "auto" picks by size.
+        memory: what is kept for the backward. "save": activations. "checkpoint" (CPU): the input of every half of a
+            block, a few percent of that. "auto": "save", and on a CPU "checkpoint" where that would be much. "invert": the
+            output alone, from which the backward inverts; its gradients are as wrong as the inverse is in this precision.
         generator: draws the parameters and permutations. Weights and biases start as in torch.nn.Linear.
         device, dtype: of the parameters.
 

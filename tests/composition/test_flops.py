@@ -50,10 +50,14 @@ def test_flow_forward_and_backward(shape: tuple[int, ...]) -> None:
         assert flops(lambda: flow(*inputs)[0].sum(), backward=False) == (expected[0], 0)
 
 
-def test_what_memory_and_frozen_weights_change() -> None:
-    flow, inputs = make(*SHAPES[0], memory="invert")
+@pytest.mark.parametrize("memory", ["checkpoint", "invert"])
+def test_what_memory_changes(memory: str) -> None:
+    flow, inputs = make(*SHAPES[0], memory=memory)
     forward, backward = flops(lambda: sum(t.sum() for t in flow(*inputs)))
     assert backward == 3 * forward  # the map again
+
+
+def test_what_frozen_weights_change() -> None:
     flow, inputs = make(*SHAPES[0])
     for name, parameter in flow.named_parameters():
         parameter.requires_grad_(not name.startswith(("weight", "bias")))

@@ -75,6 +75,7 @@ OPTIONS = [
     Case("pair_nll normalized", lambda: Call(F.pair_nll, sizes=[3, 2, 1], rho=0.9, normalized=True), pair),
     Case("flow context", lambda: Call(flow_op, activation_slope=0.9, exact_logdet=True), context),
     Case("flow context inverse", lambda: Call(flow_op, inverse=True), context),
+    Case("flow context checkpoint", lambda: Call(flow_op, memory="checkpoint"), context),
     Case("flow context invert", lambda: Call(flow_op, memory="invert"), context),
 ]  # fmt: skip
 

@@ -101,9 +101,9 @@ def test_tf32_reaches_every_product_as_given(allowed: bool, monkeypatch: pytest.
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
     seen.clear()
-    options = (0.01, 1.0, False, False, True)
+    options = (0.01, 1.0, False, False, 2)
     y, logdet, saved = torch.ops.iin_fast_triton.flow(*given, *options, allowed)
-    rest = (0.01, 1.0, False, False, True)
+    rest = (0.01, 1.0, False, 2, False, True)
     torch.ops.iin_fast_triton.flow_backward(y, logdet, y, saved, *given[1:], *rest, allowed)
     assert seen == [allowed, allowed]
 
@@ -157,7 +157,7 @@ def test_traces_whole_and_keeps_the_contract_of_an_op() -> None:
     assert_close(got, expected)
     assert_close(grads[0], grads[1])
     op = torch.ops.iin_fast_triton.flow.default
-    options = (0.01, 1.0, False, False, True)
+    options = (0.01, 1.0, False, False, 2)
     torch.library.opcheck(op, (*given, *options), test_utils=("test_schema", "test_faketensor"))
 
 

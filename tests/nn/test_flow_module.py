@@ -459,7 +459,7 @@ def test_context_that_nobody_reads():
         (dict(hidden_depth=-1), "hidden_depth is -1, expected an integer of at least 0"),
         (dict(context_dim=-1), "context_dim is -1"),
         (dict(activation_slope=0.0), "activation_slope is 0.0, expected a finite number above 0"),
-        (dict(memory="none"), "memory is 'none', expected one of 'auto', 'save', 'invert'"),
+        (dict(memory="none"), "memory is 'none', expected one of 'auto', 'save', 'checkpoint', 'invert'"),
     ],
 )
 def test_bad_sizes(kwargs, message):

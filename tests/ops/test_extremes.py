@@ -102,7 +102,7 @@ def test_pair_nll(rho: float, backend: str) -> None:
 
 
 @pytest.mark.parametrize("inverse", [False, True])
-@pytest.mark.parametrize("memory", ["save", "invert"])
+@pytest.mark.parametrize("memory", ["save", "checkpoint", "invert"])
 def test_flow(inverse: bool, memory: str) -> None:
     """One extreme value in each of some tensors; the compiled op in float64."""
     generator = torch.Generator().manual_seed(0)

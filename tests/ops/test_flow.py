@@ -1,8 +1,10 @@
 """flow: the compiled op against the definition, and the properties of the map."""
 
+import itertools
 import os
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -93,7 +95,7 @@ def test_float64_equals_the_definition(shape: tuple[int, ...], inverse: bool) ->
         options = {"inverse": inverse, "activation_slope": slope, "exact_logdet": exact, "leaky_slope": 0.1}
         with iin_fast.backend("reference"):
             expected = results(arguments, **options)
-        for memory in ("save", "invert"):
+        for memory in ("save", "checkpoint", "invert"):
             for name, got in results(arguments, **options, memory=memory).items():
                 assert got.shape == expected[name].shape
                 assert got.numel() == 0 or relative(got, expected[name]) < 1e-9, (name, slope, exact, memory)
@@ -108,7 +110,7 @@ def test_float32_equals_the_definition(shape: tuple[int, ...], inverse: bool) ->
     with iin_fast.backend("reference"):
         expected = results(inputs(*shape, size=0.3), **options)
     arguments = inputs(*shape, dtype=torch.float32, size=0.3)
-    for memory in ("save", "invert"):
+    for memory in ("save", "checkpoint", "invert"):
         for name, got in results(arguments, **options, memory=memory).items():
             assert got.dtype == torch.float32
             assert got.numel() == 0 or relative(got, expected[name]) < 1e-5, (name, memory)
@@ -121,8 +123,66 @@ def test_gradients_of_both_memories_agree_at_depth_12_in_float32() -> None:
         assert relative(inverted[name], want) < 1e-3, name
 
 
+def steep() -> tuple[iin_fast.nn.Flow, Tensor]:
+    """A flow whose inverse is not exact in float32, as a trained one may be."""
+    generator = torch.Generator().manual_seed(0)
+    model = iin_fast.nn.Flow(16, 6, 128, 1, generator=generator)
+    x = torch.randn(1000, 16, generator=generator)
+    model.initialize(x)
+    with torch.no_grad():
+        model.weight_out *= 8
+    return model, x
+
+
+def gradients(model: iin_fast.nn.Flow, x: Tensor) -> list[Tensor]:
+    y, logdet = model(x)
+    parameters = list(model.parameters())
+    return list(torch.autograd.grad((y.square().sum(1) / 2 - logdet).mean(), parameters))
+
+
+def test_the_size_of_a_batch_does_not_change_the_gradients() -> None:
+    model, x = steep()
+    few, many = gradients(model, x), gradients(model, x.repeat(12, 1))
+    for got, want in zip(many, few, strict=True):
+        assert relative(got, want) < 1e-3
+
+
+def test_a_checkpoint_gives_the_gradients_of_save_bit_for_bit() -> None:
+    for inverse in (False, True):
+        arguments = inputs(3, 9, 130, 2, 300, 4, 3, dtype=torch.float32)
+        saved, checkpoint = (results(arguments, memory=m, inverse=inverse) for m in ("save", "checkpoint"))
+        for name, want in saved.items():
+            assert torch.equal(checkpoint[name], want), name
+
+
+def test_a_checkpoint_keeps_little() -> None:
+    kept = {}
+    for memory in ("save", "checkpoint"):
+        y, _ = flow(*(t if t is None or not t.is_floating_point() else t.requires_grad_() for t in inputs(2, 64, 512, 2, 9)),
+                    memory=memory)  # fmt: skip
+        kept[memory] = y.grad_fn.saved_tensors[1].numel()
+    assert 0 < kept["checkpoint"] < 0.03 * kept["save"]
+
+
+def test_an_inverse_that_does_not_lead_back_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = sys.modules["iin_fast.ops.flow"]
+    monkeypatch.setattr(module, "_warned", [])
+    monkeypatch.setattr(module, "_inverted", itertools.count(1))
+    model, x = steep()
+    model.memory = "invert"
+    with pytest.warns(
+        RuntimeWarning, match=r"recovers its input from the output to \d\.\de[-+]\d+ of its size \(16 rows"
+    ):
+        gradients(model, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gradients(model, x)
+        module._warned.clear()
+        gradients(*(t.double() for t in (model, x)))
+
+
 @pytest.mark.parametrize("inverse", [False, True])
-@pytest.mark.parametrize("memory", ["save", "invert"])
+@pytest.mark.parametrize("memory", ["save", "checkpoint", "invert"])
 def test_gradcheck(inverse: bool, memory: str) -> None:
     *tensors, permutation = inputs(2, 3, 2, 1, 2, 1, 2)
     leaves = [t.requires_grad_() for t in tensors if t is not None]
@@ -214,7 +274,7 @@ def test_strides_of_every_kind() -> None:
 
 
 @pytest.mark.parametrize("wanted", ["x", "context", "loc", "bias_hidden"])
-@pytest.mark.parametrize("memory", ["save", "invert"])
+@pytest.mark.parametrize("memory", ["save", "checkpoint", "invert"])
 def test_only_the_wanted_gradients_are_given(wanted: str, memory: str) -> None:
     arguments = inputs(2, 6, 17, 1, 5, 3)
     everything = results(arguments, memory=memory)
@@ -240,21 +300,21 @@ def test_gradient_of_one_output_alone() -> None:
 
 
 @pytest.mark.parametrize("inverse", [False, True])
-@pytest.mark.parametrize("save", [False, True])
-def test_opcheck(inverse: bool, save: bool) -> None:
+@pytest.mark.parametrize("keep", [0, 1, 2])
+def test_opcheck(inverse: bool, keep: int) -> None:
     arguments = inputs(2, 5, 6, 1, 3, 2, dtype=torch.float32)
-    rest = (0.01, 0.9, True, inverse, save)
+    rest = (0.01, 0.9, True, inverse, keep)
     torch.library.opcheck(torch.ops.iin_fast.flow, (*arguments, *rest))
     with_grad = [t.requires_grad_() if t is not None and t.is_floating_point() else t for t in arguments]
     torch.library.opcheck(torch.ops.iin_fast.flow, (*with_grad, *rest))
     detached = [t if t is None else t.detach() for t in arguments]
     y, logdet, saved = torch.ops.iin_fast.flow(*detached, *rest)
     for context_grad, weight_grads in ((True, True), (False, False)):
-        backward = (y, logdet, y, saved, *detached[1:], 0.01, 0.9, inverse, context_grad, weight_grads)
+        backward = (y, logdet, y, saved, *detached[1:], 0.01, 0.9, inverse, keep, context_grad, weight_grads)
         torch.library.opcheck(torch.ops.iin_fast.flow_backward, backward)
 
 
-@pytest.mark.parametrize("memory", ["auto", "invert"])
+@pytest.mark.parametrize("memory", ["auto", "checkpoint", "invert"])
 def test_compiles_into_one_graph(memory: str) -> None:
     arguments = inputs(2, 6, 17, 1, 5, dtype=torch.float32)
     leaves = [t.requires_grad_() if t is not None and t.is_floating_point() else t for t in arguments]
@@ -328,7 +388,7 @@ for shape in [(1, 3, 17, 1, 2, 2, 1), (1, 7, 70, 0, 30, 0, 1), (1, 2, 1, 1, 9, 0
     for dtype in (torch.float32, torch.float64):
         arguments = t.inputs(*shape, dtype=dtype)
         guarded = [a if a is None or a.numel() == 0 else at_the_end_of_a_page(a) for a in arguments]
-        for memory in ("save", "invert"):
+        for memory in ("save", "checkpoint", "invert"):
             y, logdet = flow(guarded[0], guarded[1], guarded[2].requires_grad_(), *guarded[3:4],
                              guarded[4].requires_grad_(), *guarded[5:], memory=memory)
             (y.sum() + logdet.sum()).backward()
@@ -369,7 +429,9 @@ class TestBadInput:
         )
         self.check(TypeError, "permutation is torch.float64, expected an int64 tensor", permutation=x[:2])
         self.check(RuntimeError, r"permutation\[1\] is not a permutation", permutation=torch.arange(12).view(2, 6))
-        self.check(ValueError, "memory is 'keep', expected one of 'auto', 'save', 'invert'", memory="keep")
+        self.check(
+            ValueError, "memory is 'keep', expected one of 'auto', 'save', 'checkpoint', 'invert'", memory="keep"
+        )
         self.check(ValueError, "leaky_slope is -0.1", leaky_slope=-0.1)
         self.check(ValueError, "activation_slope is 0.0", activation_slope=0.0)
 

@@ -402,10 +402,10 @@ def test_shapes_and_types_on_a_gpu_as_compile_sees_them(dtype: torch.dtype) -> N
     given = arguments(*SHAPES[2], dtype)
     with FakeTensorMode(), torch.no_grad():
         tensors = [None if t is None else torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in given]
-        y, logdet, saved = torch.ops.iin_fast.flow(*tensors, 0.01, 1.0, False, False, True)
+        y, logdet, saved = torch.ops.iin_fast.flow(*tensors, 0.01, 1.0, False, False, 2)
         assert (y.dtype, logdet.dtype) == (dtype, torch.float64 if dtype == torch.float64 else torch.float32)
         assert (saved.dtype, saved.numel()) == (torch.uint8, saved_bytes(given[0], 17, 2, 3, False))
-        options = (0.01, 1.0, False, True, True)
+        options = (0.01, 1.0, False, 2, True, True)
         grads = torch.ops.iin_fast.flow_backward(y, logdet, y, saved, *tensors[1:], *options)
         for t, grad in zip(tensors, grads, strict=False):
             assert (grad.shape, grad.dtype, grad.device.type) == (t.shape, dtype, "cuda")

@@ -4,6 +4,8 @@ Files: reference.py (plain torch, the definition), layout.py (how weights lie), 
 flops.py, csrc/flow (CPU and CUDA) and triton.py.
 """
 
+import itertools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +25,7 @@ from ...checks import (
     checked_flag,
     checked_number,
 )
+from ..autograd import has_values
 from ..registry import Op, register
 from ..types import FLOATING, FULL, accumulator_type
 from ..vmap import Rule, front, one_by_one
@@ -30,12 +33,13 @@ from . import flops, reference
 from .layout import pack, unpack
 from .saved import saved_bytes
 
-__all__ = ["AUTO_SAVE_BYTES", "MEMORY", "flow", "pack", "unpack"]
+__all__ = ["AUTO_SAVE_BYTES", "KEEP", "MEMORY", "flow", "pack", "unpack"]
 
-MEMORY = ("auto", "save", "invert")
+KEEP = {"invert": 0, "checkpoint": 1, "save": 2}  # csrc/common/keep.h
+MEMORY = ("auto", "save", "checkpoint", "invert")
 
 AUTO_SAVE_BYTES = 256 * 2**20
-"""``memory="auto"`` saves activations up to this many bytes and inverts beyond (docs/performance.md)."""
+"""On a CPU ``memory="auto"`` saves activations up to this many bytes and keeps inputs of halves beyond (docs/performance.md)."""
 
 _PARAMETERS = (
     "loc",
@@ -86,10 +90,13 @@ def flow(
         activation_slope: slope of the activation after ActNorm below 0, above 0; 1 is no activation.
         exact_logdet: count the activation in the log-det (the published net2net code does not).
         inverse: compute x from y.
-        memory: what is kept for backward. "save": all activations; "invert": only the output, from which backward
-            recomputes block by block, so that memory does not grow with depth, at about a third more time; "auto":
-            "save" up to ``AUTO_SAVE_BYTES`` of activations. Where backward starts from the output ("invert", and the
-            inverse on GPUs), change a copy of it, not itself.
+        memory: what is kept for backward. "save": all activations. "checkpoint": the input of every half of a block, a
+            few percent of that, and backward computes the nets again, at about a third more time; on CPUs alone.
+            "auto": "save", on CPUs up to ``AUTO_SAVE_BYTES`` of activations and "checkpoint" beyond. All three give the
+            same gradients. "invert": only the output, from which backward inverts block by block, so that memory does
+            not grow with depth. Its gradients are as wrong as the inverse is in the precision of ``x``; backward warns
+            where it finds that. Where backward starts from the output ("invert", and the inverse on GPUs), change a
+            copy of it, not itself.
 
     Returns:
         The mapped ``[batch, dim]`` and the log-determinant ``[batch]``, in nats, of the map that was computed, in
@@ -97,7 +104,10 @@ def flow(
 
     Raises:
         TypeError: a dtype that the backend does not take, or dtypes that differ.
-        ValueError: shapes or devices that don't fit, slopes out of range, an unknown ``memory``.
+        ValueError: shapes or devices that don't fit, slopes out of range, an unknown ``memory``, "checkpoint" on a GPU.
+
+    Warns:
+        RuntimeWarning: with "invert", once, where the inverse misses the input by more than the root of the precision of ``x``.
 
     References:
         Esser, Rombach, Ommer: A disentangling invertible interpretation network, CVPR 2020, Sec. 3.1.
@@ -116,16 +126,22 @@ def flow(
     tensors = (x, context, *parameters, permutation)
     if backend == "reference":
         return reference.flow(*tensors, leaky_slope, activation_slope, exact_logdet, inverse)
-    save = memory != "invert" and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    if save and memory == "auto":
-        size = _saved_size(x, bias_in.shape[-1], bias_hidden.shape[-2], context, loc.shape[0])
-        save = size * x.element_size() <= AUTO_SAVE_BYTES
+    checkpoints = backend == "cpp" and x.device.type == "cpu"
+    if memory == "checkpoint" and not checkpoints:
+        raise ValueError(
+            f"flow: memory is 'checkpoint' for {backend} on {x.device.type}, expected 'auto', 'save' or 'invert': only the "
+            f"compiled op on a CPU has it; to save memory, use torch.utils.checkpoint around parts of the flow"
+        )
+    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if memory == "auto" and learns:
+        size = _saved_size(x, bias_in.shape[-1], bias_hidden.shape[-2], context, loc.shape[0], KEEP["save"])
+        memory = "checkpoint" if checkpoints and size * x.element_size() > AUTO_SAVE_BYTES else "save"
     options = (
         leaky_slope,
         activation_slope,
         exact_logdet,
         inverse,
-        save,
+        KEEP[memory] if learns else KEEP["invert"],
         x.is_cuda and _tf32_is_allowed(),
     )
     y, logdet, _ = _calls[backend](*tensors, *options)
@@ -216,8 +232,10 @@ def _check_types(
         check_device(op, name, value, x, "x")
 
 
-def _saved_size(x: Tensor, hidden: int, depth: int, context: Tensor | None, n_flows: int) -> int:
+def _saved_size(x: Tensor, hidden: int, depth: int, context: Tensor | None, n_flows: int, keep: int) -> int:
     """Elements of ``saved``: saved_half in csrc/flow/flow_loops.cpp, for every half."""
+    if keep == KEEP["invert"]:
+        return 0
     line = 64 // x.element_size()
 
     def padded(width: int) -> int:
@@ -225,7 +243,8 @@ def _saved_size(x: Tensor, hidden: int, depth: int, context: Tensor | None, n_fl
 
     batch, dim = x.shape
     row = dim + (0 if context is None else context.shape[2])
-    return 2 * n_flows * batch * (padded(row) + padded(dim // 2) + 2 * (depth + 1) * padded(hidden))
+    nets = padded(dim // 2) + 2 * (depth + 1) * padded(hidden) if keep == KEEP["save"] else 0
+    return 2 * n_flows * batch * (padded(row) + nets)
 
 
 def _fake(
@@ -244,12 +263,12 @@ def _fake(
     activation_slope: float,
     exact_logdet: bool,
     inverse: bool,
-    save: bool,
+    keep: int,
     tf32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if x.device.type != "cpu":
-        return _fake_gpu(x, loc.shape[0], bias_in.shape[3], bias_hidden.shape[3], inverse, save)
-    saved = _saved_size(x, bias_in.shape[3], bias_hidden.shape[3], context, loc.shape[0]) if save else 0
+        return _fake_gpu(x, loc.shape[0], bias_in.shape[3], bias_hidden.shape[3], inverse, keep)
+    saved = _saved_size(x, bias_in.shape[3], bias_hidden.shape[3], context, loc.shape[0], keep)
     return x.new_empty(x.shape), x.new_empty(x.shape[:1]), x.new_empty(saved)
 
 
@@ -271,6 +290,7 @@ def _fake_backward(
     leaky_slope: float,
     activation_slope: float,
     inverse: bool,
+    keep: int,
     context_grad: bool,
     weight_grads: bool,
     tf32: bool = False,
@@ -289,12 +309,12 @@ def _fake_backward(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    ctx.options, ctx.tf32 = inputs[11:15], inputs[16]
+    ctx.options, ctx.keep, ctx.tf32 = inputs[11:15], inputs[15], inputs[16]
     y, _, saved = output
     # Saved activations make the output needless; a GPU's inverse reads it still. What is read is a copy: the user may
     # change the output in place.
-    inverse, save = inputs[14:16]
-    needless = save and not (inverse and saved.dtype == torch.uint8)
+    inverse, keep = inputs[14:16]
+    needless = keep and not (inverse and saved.dtype == torch.uint8)
     ctx.mark_non_differentiable(saved)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(None if needless else y.clone(), saved, *inputs[:11])
@@ -315,21 +335,54 @@ def _backward(
     leaky_slope, activation_slope, _, inverse = ctx.options
     grad_y = torch.zeros_like(y) if grad_y is None else grad_y
     grad_logdet = y.new_zeros(y.shape[0], dtype=accumulator_type(y.dtype)) if grad_logdet is None else grad_logdet
+    if ctx.keep == KEEP["invert"]:
+        _check_inverse(y, tensors, ctx.options)
     context_grad, weight_grads = tensors[1] is not None and needed[1], any(needed[4:10])
-    options = leaky_slope, activation_slope, inverse, context_grad, weight_grads, ctx.tf32
+    options = leaky_slope, activation_slope, inverse, ctx.keep, context_grad, weight_grads, ctx.tf32
     found = kernel(grad_y, grad_logdet, y, saved, *tensors[1:], *options)
     return *(g if n else None for g, n in zip(found, needed, strict=False)), *(None,) * (len(needed) - len(found))
 
 
+_inverted = itertools.count(1)  # backward passes that inverted
+_warned: list[float] = []  # the error that was warned of
+
+
+@torch.no_grad()
+def _check_inverse(y: Tensor, tensors: list[Any], options: tuple[float, float, bool, bool]) -> None:
+    """Warn where the inverse does not lead back to the input. It is tried on a few rows, at calls 1, 2, 4, 8, …"""
+    x, context, *rest = tensors
+    if not has_values(x) or torch._C._len_torch_dispatch_stack() or x.shape[0] == 0 or _warned:
+        return  # nothing to look at, or somebody who counts ops
+    number = next(_inverted)
+    if number & (number - 1):
+        return
+    rows = torch.arange(0, x.shape[0], -(-x.shape[0] // 16), device=x.device)
+    here = None if context is None else context[:, rows]
+    leaky_slope, activation_slope, _, inverse = options
+    back, _ = flow(
+        y[rows], here, *rest, leaky_slope=leaky_slope, activation_slope=activation_slope, inverse=not inverse
+    )
+    wanted = x[rows].double()
+    error = ((back.double() - wanted).abs().max() / wanted.abs().max()).item()
+    if error > torch.finfo(x.dtype).eps ** 0.5:
+        _warned.append(error)
+        warnings.warn(
+            f"flow: with memory='invert' backward recovers its input from the output to {error:.1e} of its size "
+            f"({len(rows)} rows, {x.dtype}), and gradients are as wrong or worse; use memory='auto', or float64",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
 def _fake_triton(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    loc, bias_in, bias_hidden, inverse, save = rest[1], rest[4], rest[6], rest[13], rest[14]
-    return _fake_gpu(x, loc.shape[0], bias_in.shape[3], bias_hidden.shape[3], inverse, save)
+    loc, bias_in, bias_hidden, inverse, keep = rest[1], rest[4], rest[6], rest[13], rest[14]
+    return _fake_gpu(x, loc.shape[0], bias_in.shape[3], bias_hidden.shape[3], inverse, keep)
 
 
 def _fake_gpu(
-    x: Tensor, n_flows: int, hidden: int, depth: int, inverse: bool, save: bool
+    x: Tensor, n_flows: int, hidden: int, depth: int, inverse: bool, keep: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    size = saved_bytes(x, hidden, depth, n_flows, inverse) if save else 0
+    size = saved_bytes(x, hidden, depth, n_flows, inverse) if keep else 0
     logdet = x.new_empty(x.shape[:1], dtype=accumulator_type(x.dtype))
     return x.new_empty(x.shape), logdet, x.new_empty(size, dtype=torch.uint8)
 

@@ -1,6 +1,5 @@
 """Flop formulas of the op ``flow``."""
 
-from math import prod
 from typing import Any
 
 from ..products import Shape, products
@@ -18,9 +17,9 @@ def forward(
 def backward(
     grad_y: Shape, grad_logdet: Any, y: Any, saved: Shape, context: Any, loc: Any, scale: Any, weight_in: Shape,
     bias_in: Any, weight_hidden: Shape, bias_hidden: Any, weight_out: Shape, bias_out: Any, permutation: Any,
-    leaky_slope: float, activation_slope: float, inverse: bool, context_grad: bool, weight_grads: bool,
-    *_: Any, **__: Any,
+    leaky_slope: float, activation_slope: float, inverse: bool, keep: int, context_grad: bool,
+    weight_grads: bool, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
-    """Gradients of all activations, of the weights where they are wanted, and the map again where nothing was saved."""
-    passes = 1 + weight_grads + (prod(saved) == 0)
+    """Gradients of all activations, of the weights where they are wanted, and the map again where not all was kept."""
+    passes = 1 + weight_grads + (keep != 2)
     return passes * products(grad_y[0], weight_in, weight_hidden, weight_out)

@@ -223,7 +223,7 @@ def flow(
     activation_slope: float,
     exact_logdet: bool,
     inverse: bool,
-    save: bool,
+    keep: int,
     tf32: bool = False,  # torch leaves an argument out that is the schema's default
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As torch.ops.iin_fast.flow: y, logdet, and what is saved for backward."""
@@ -231,14 +231,14 @@ def flow(
     x = x if x.stride(1) == 1 else x.contiguous()
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     logdet = torch.empty(x.shape[0], dtype=accumulator_type(x.dtype), device=x.device)
-    size = saved_bytes(x, bias_in.shape[3], bias_hidden.shape[3], loc.shape[0], inverse) if save else 0
+    size = saved_bytes(x, bias_in.shape[3], bias_hidden.shape[3], loc.shape[0], inverse) if keep else 0
     saved = torch.empty(size, dtype=torch.uint8, device=x.device)
     if x.shape[0] == 0:
         return y, logdet, saved
     with on_device(x):
         walk = _Walk(
             *(x, context, parameters, (leaky_slope, activation_slope), exact_logdet, tf32),
-            *(saved if save else None, inverse, save),
+            *(saved if keep else None, inverse, keep > 0),
         )
         tiles, enter_tiles = ceil_div(walk.conditioning, walk.block_n), ceil_div(walk.dim, walk.block_n)
         first = 0 if inverse else enter_tiles  # the inverse map's first stage adds nothing to the log-det
@@ -279,6 +279,7 @@ def flow_backward(
     leaky_slope: float,
     activation_slope: float,
     inverse: bool,
+    keep: int,
     context_grad: bool,
     weight_grads: bool,
     tf32: bool = False,  # torch leaves an argument out that is the schema's default
@@ -505,11 +506,11 @@ def compile_cases() -> list[CompileCase]:
                 for inverse in (False, True) if dtype == torch.float32 and hidden == 512 else (False,):
                     direction = " inverse" if inverse else ""
                     label = f"flow {str(dtype).removeprefix('torch.')} [{batch}, {dim}] hidden {hidden}{direction}"
-                    calls[label] = partial(flow, x, context, *parameters, *slopes, False, inverse, True, False)
+                    calls[label] = partial(flow, x, context, *parameters, *slopes, False, inverse, 2, False)
                     size = saved_bytes(x, hidden, depth, n, inverse)
                     saved = torch.empty(size, dtype=torch.uint8, device="meta")
                     grad_logdet = logdet.to(accumulator_type(dtype))
-                    options = (*slopes, inverse, width > 0, True, False)
+                    options = (*slopes, inverse, 2, width > 0, True, False)
                     calls[f"{label} backward"] = partial(
                         flow_backward, x, grad_logdet, x, saved, context, *parameters, *options
                     )
