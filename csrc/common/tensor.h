@@ -64,6 +64,21 @@ template <class F> void with_storage(const char *op, ScalarType type, F &&f) {
   }
 }
 
+// A tensor on the CPU in the dtype of `like`, without values. new_empty goes through the dispatcher, several times as
+// long.
+inline Tensor cpu_empty(const Tensor &like, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+  std::vector<int64_t> strides(sizes.size());
+  int64_t stride = 1;
+  for (size_t d = sizes.size(); d-- > 0; stride *= sizes[d] > 1 ? sizes[d] : 1)
+    strides[d] = stride;
+  int32_t dtype = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  AtenTensorHandle made = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
+}
+
 // Rows that make one piece of parallel work worth its start.
 inline int64_t row_grain(int64_t features) {
   constexpr int64_t elements = 8192;

@@ -1,6 +1,7 @@
 // flow_program on the CPU: tensor checks and memory. The text is parsed in flow_program_plan.cpp, the walk is in
 // flow_program_loops.cpp.
 #include "common/tensor.h"
+#include "common/workspace.h"
 #include "flow_program/flow_program_loops.h"
 #include "flow_program/flow_program_plan.h"
 
@@ -8,7 +9,6 @@ namespace iin_fast {
 namespace {
 
 using torch::stable::contiguous;
-using torch::stable::new_empty;
 using torch::stable::new_zeros;
 
 void parallel(int64_t count, void (*body)(int64_t, int64_t, void *), void *data) {
@@ -60,10 +60,6 @@ Inputs checked(const Plan &plan, const Tensor &x, const std::optional<Tensor> &c
   return in;
 }
 
-template <class T> T *aligned(const Tensor &t) {
-  return reinterpret_cast<T *>((reinterpret_cast<uintptr_t>(t.mutable_data_ptr()) + 63) / 64 * 64);
-}
-
 template <class F> void with_type(ScalarType type, F &&f) {
   if (type == ScalarType::Double)
     f(double());
@@ -84,9 +80,9 @@ template <class T> ProgramJob<T> job_of(const Plan &plan, const Inputs &in, bool
   return job;
 }
 
-// What forward keeps where the caller leaves it open: everything while that fits the caches, x alone beyond
-// (docs/performance.md has the three sizes that were tried; the bound between them is a guess).
-constexpr int64_t automatic = 3, automatic_bytes = 4 << 20;
+// What forward keeps where the caller leaves it open: the most that fits this many bytes (docs/performance.md has the
+// sizes that were tried).
+constexpr int64_t automatic = 3, automatic_bytes = 16 << 20;
 
 void check_keep(int64_t keep) {
   STD_TORCH_CHECK(keep >= 0 && keep <= automatic, "flow_program: keep must be 0, 1, 2 or 3");
@@ -95,8 +91,11 @@ void check_keep(int64_t keep) {
 template <class T> int64_t chosen(const Plan &plan, int64_t batch, int64_t keep) {
   if (keep != automatic)
     return keep;
-  const int64_t size = batch == 0 ? 0 : IIN_FAST_LOOP(program_saved_size<T>)(plan.view, batch, Keep::all);
-  return static_cast<int64_t>(size * sizeof(T) <= automatic_bytes ? Keep::all : Keep::nothing);
+  for (const Keep most : {Keep::all, Keep::inputs})
+    if (batch == 0 ||
+        IIN_FAST_LOOP(program_saved_size<T>)(plan.view, batch, most) <= automatic_bytes / int64_t(sizeof(T)))
+      return static_cast<int64_t>(most);
+  return static_cast<int64_t>(Keep::nothing);
 }
 
 std::tuple<Tensor, Tensor, Tensor> flow_program(const Tensor &x,                      // [batch, dim]
@@ -106,18 +105,22 @@ std::tuple<Tensor, Tensor, Tensor> flow_program(const Tensor &x,                
   const std::shared_ptr<const Plan> plan = plan_of(program);
   check_keep(keep);
   const Inputs in = checked(*plan, x, context, parameters);
-  Tensor y = new_empty(in.x, in.x.sizes()), logdet = new_empty(in.x, {in.x.size(0)}), saved = y;
+  Tensor y = cpu_empty(in.x, in.x.sizes()), logdet = cpu_empty(in.x, {in.x.size(0)}), saved = y;
   with_type(in.x.scalar_type(), [&](auto type) {
     using T = decltype(type);
     ProgramJob<T> job = job_of<T>(*plan, in, inverse, base, chosen<T>(*plan, in.x.size(0), keep));
     const int64_t size = job.batch == 0 ? 0 : IIN_FAST_LOOP(program_saved_size<T>)(plan->view, job.batch, job.keep);
-    saved = new_empty(in.x, {size});
+    // Freeing a mapped block of this size raises what glibc keeps at the end of its heap; else `saved` may be given
+    // back to the system at every step, and its pages cleared anew.
+    static const bool freed = [&] { return cpu_empty(in.x, {1 << 21}).numel() > 0; }();
+    (void)freed;
+    saved = cpu_empty(in.x, {size});
     if (job.batch == 0)
       return;
-    const Tensor workspace = new_empty(in.x, {IIN_FAST_LOOP(program_workspace<T>)(job, false) + 64});
+    const Workspace workspace(IIN_FAST_LOOP(program_workspace<T>)(job, false) * int64_t(sizeof(T)));
     job.y = static_cast<T *>(y.mutable_data_ptr()), job.logdet = static_cast<T *>(logdet.mutable_data_ptr());
     job.saved = size > 0 ? static_cast<T *>(saved.mutable_data_ptr()) : nullptr;
-    job.workspace = aligned<T>(workspace);
+    job.workspace = workspace.as<T>();
     const int64_t unordered = IIN_FAST_LOOP(program_forward<T>)(job);
     STD_TORCH_CHECK(unordered < 0, "flow_program: layer ", unordered,
                     ": its masks leave no order in which features can be found one after the other");
@@ -143,17 +146,17 @@ flow_program_backward(const Tensor &grad_y,      // [batch, dim]
                   "flow_program: grad_y and grad_logdet must be like x and its rows");
   STD_TORCH_CHECK(wanted.size() == parameters.size(), "flow_program: wanted must name every parameter");
   const Tensor gy = contiguous(grad_y), gl = contiguous(grad_logdet);
-  Tensor grad_x = new_empty(in.x, in.x.sizes());
+  Tensor grad_x = cpu_empty(in.x, in.x.sizes());
   context_grad = context_grad && in.context.has_value();
-  Tensor grad_context = context_grad ? new_empty(*in.context, in.context->sizes()) : new_empty(in.x, {0});
+  Tensor grad_context = context_grad ? cpu_empty(*in.context, in.context->sizes()) : cpu_empty(in.x, {0});
   std::vector<Tensor> grads;
   grads.reserve(parameters.size());
   for (size_t i = 0; i < parameters.size(); ++i) {
     const Tensor &t = in.parameters[i];
     const bool fresh = batch == 0 || plan->view.shared || plan->read[i] != t.numel();
-    grads.push_back(wanted[i] != '1' ? new_empty(in.x, {0})
+    grads.push_back(wanted[i] != '1' ? cpu_empty(in.x, {0})
                     : fresh          ? new_zeros(t, t.sizes())
-                                     : new_empty(t, t.sizes()));
+                                     : cpu_empty(t, t.sizes()));
   }
   with_type(scalar, [&](auto type) {
     using T = decltype(type);
@@ -164,9 +167,9 @@ flow_program_backward(const Tensor &grad_y,      // [batch, dim]
     STD_TORCH_CHECK(saved.numel() == IIN_FAST_LOOP(program_saved_size<T>)(plan->view, batch, job.forward.keep),
                     "flow_program: saved is not of this program and batch");
     const Tensor kept = contiguous(saved);
-    const Tensor workspace = new_empty(in.x, {IIN_FAST_LOOP(program_workspace<T>)(job.forward, true) + 64});
+    const Workspace workspace(IIN_FAST_LOOP(program_workspace<T>)(job.forward, true) * int64_t(sizeof(T)));
     job.forward.saved = kept.numel() > 0 ? static_cast<T *>(kept.mutable_data_ptr()) : nullptr; // only read
-    job.forward.workspace = aligned<T>(workspace);
+    job.forward.workspace = workspace.as<T>();
     std::vector<T *> pointers(grads.size());
     for (size_t i = 0; i < grads.size(); ++i)
       pointers[i] = wanted[i] == '1' ? static_cast<T *>(grads[i].mutable_data_ptr()) : nullptr;

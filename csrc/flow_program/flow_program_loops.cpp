@@ -918,19 +918,57 @@ private:
   const int32_t *orders_ = nullptr;
 };
 
-// Sum over accumulators in order, and over the lanes where `lanewise`.
+// Sum over accumulators in order.
 template <class T> T total(const T *accumulators, int64_t stride, int64_t count) {
   T sum = T(0);
   for (int64_t a = 0; a < count; ++a)
     sum += accumulators[a * stride];
   return sum;
 }
-template <class T> T total_lanes(const T *accumulators, int64_t stride, int64_t count) {
-  T sum = T(0);
-  for (int64_t a = 0; a < count; ++a)
-    for (int l = 0; l < block_size<T>; ++l)
-      sum += accumulators[a * stride + l];
-  return sum;
+
+// put(i, sum) for each i of n: the sum of its lanes, 16 apart, over accumulators.
+template <class T, class F>
+void sum_lanes(const T *accumulators, int64_t stride, int64_t count, int64_t n, const F &put) {
+  constexpr int wide = lanes<T>;
+  for (int64_t first = 0; first < n; first += wide) {
+    const int64_t here = smaller(wide, n - first);
+    vec<T> rows[wide]; // a row of lanes for each i, then a row of the i for each lane
+    for (int64_t i = 0; i < wide; ++i) {
+      rows[i] = vec<T>{};
+      for (int64_t a = 0; a < count && i < here; ++a)
+        for (int l = 0; l < block_size<T>; l += wide)
+          rows[i] += load(accumulators + a * stride + (first + i) * 16 + l);
+    }
+    transpose_stage<T, 1>(rows);
+    vec<T> sum = rows[0];
+    for (int l = 1; l < wide; ++l)
+      sum += rows[l];
+    alignas(64) T sums[wide];
+    store(sums, sum);
+    for (int64_t i = 0; i < here; ++i)
+      put(first + i, sums[i]);
+  }
+}
+
+// The sum of n elements over accumulators, where keep(i).
+template <class T, class F>
+void sum_rows_of(const T *accumulators, int64_t stride, int64_t count, int64_t n, T *to, bool add, const F &keep) {
+  constexpr int64_t most = 64;
+  alignas(64) T sums[most];
+  for (int64_t first = 0; first < n; first += most) {
+    const int64_t here = smaller(most, n - first);
+    for (int64_t a = 0; a < count; ++a) {
+      const T *const part = accumulators + a * stride + first;
+#pragma omp simd
+      for (int64_t i = 0; i < here; ++i)
+        sums[i] = a == 0 ? part[i] : sums[i] + part[i];
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < here; ++i) {
+      const T sum = math::select(keep(first + i), sums[i], T(0));
+      to[first + i] = add ? to[first + i] + sum : sum;
+    }
+  }
 }
 
 template <class T>
@@ -954,34 +992,33 @@ void Program<T>::reduce(const ProgramBackwardJob<T> &job, int64_t index, const T
         for (int64_t o = 0; o < s.out; ++o) {
           T *const row = to + o * s.in;
           const T *const first = accumulators + s.weight_gradient + o * lda;
-          if (s.mask.present()) {
-            for (int64_t i = 0; i < s.in; ++i)
-              put(row + i, mask_at(s.mask, o * s.in + i) ? total(first + i, stride, count) : T(0));
-            continue;
-          }
-          for (int64_t a = 0; a < count; ++a) {
-            const T *const part = first + a * stride;
-            const bool store = a == 0 && !add;
-#pragma omp simd
-            for (int64_t i = 0; i < s.in; ++i)
-              row[i] = store ? part[i] : row[i] + part[i];
-          }
+          const auto sum = [&](auto keep) { sum_rows_of(first, stride, count, s.in, row, add, keep); };
+          const int64_t at = s.mask.offset + o * s.in;
+          if (!s.mask.present())
+            sum([](int64_t) { return true; });
+          else if (job_.bool_mask[s.mask.tensor])
+            sum([mask = static_cast<const uint8_t *>(job_.parameters[s.mask.tensor]) + at](int64_t i) {
+              return mask[i] != 0;
+            });
+          else
+            sum([mask = static_cast<const T *>(job_.parameters[s.mask.tensor]) + at](int64_t i) {
+              return mask[i] != T(0);
+            });
         }
       }
       if (T *const to = gradient(s.bias))
-        for (int64_t o = 0; o < s.out; ++o)
-          put(to + o, total_lanes(accumulators + s.bias_gradient + o * 16, stride, count));
+        sum_lanes(accumulators + s.bias_gradient, stride, count, s.out, [&](int64_t o, T sum) { put(to + o, sum); });
     }
   } else if (l.kind == LayerKind::affine) {
     const T *const scale = packed_ + l.packed, *const raw = parameter(l.scale);
     if (T *const to = gradient(l.shift))
-      for (int64_t j = 0; j < dim; ++j)
-        put(to + j, total_lanes(from + j * 16, stride, count));
+      sum_lanes(from, stride, count, dim, [&](int64_t j, T sum) { put(to + j, sum); });
     if (T *const to = gradient(l.scale)) {
-      const T logdet = total_lanes(from + padded(2 * dim * 16), stride, count);
-      for (int64_t j = 0; j < dim; ++j)
-        put(to + j, (total_lanes(from + (dim + j) * 16, stride, count) + logdet / scale[j]) *
-                        scale_derivative(l.form, raw[j], scale[j]));
+      T logdet = T(0);
+      sum_lanes(from + padded(2 * dim * 16), stride, count, 1, [&](int64_t, T sum) { logdet = sum; });
+      sum_lanes(from + dim * 16, stride, count, dim, [&](int64_t j, T sum) {
+        put(to + j, (sum + logdet / scale[j]) * scale_derivative(l.form, raw[j], scale[j]));
+      });
     }
   } else if (l.kind == LayerKind::linear) {
     const int64_t lda = padded(dim);
@@ -989,7 +1026,8 @@ void Program<T>::reduce(const ProgramBackwardJob<T> &job, int64_t index, const T
     const T *const of_upper = from + dim * lda, *const of_bias = of_upper + dim * lda;
     const T *const upper = packed_ + l.packed + padded(dim * dim);
     const T *const raw = parameter(l.storage == 0 ? l.scale : l.lower);
-    const T logdet = total_lanes(of_bias + dim * 16, stride, count);
+    T logdet = T(0);
+    sum_lanes(of_bias + dim * 16, stride, count, 1, [&](int64_t, T sum) { logdet = sum; });
     T *const to_lower = gradient(l.lower), *const to_upper = gradient(l.storage == 0 ? l.upper : l.lower);
     T *const to_diagonal = gradient(l.storage == 0 ? l.scale : l.lower);
     int64_t below = 0, above = 0;
@@ -1006,8 +1044,7 @@ void Program<T>::reduce(const ProgramBackwardJob<T> &job, int64_t index, const T
                   scale_derivative(l.form, raw[l.storage == 0 ? i : at], upper[at]));
       }
     if (T *const to = gradient(l.shift))
-      for (int64_t j = 0; j < dim; ++j)
-        put(to + j, sign * total_lanes(of_bias + j * 16, stride, count));
+      sum_lanes(of_bias, stride, count, dim, [&](int64_t j, T sum) { put(to + j, sign * sum); });
   }
 }
 
