@@ -8,10 +8,10 @@ from torch import Tensor
 
 from ..types import accumulator_type
 
-__all__ = ["difference_and_precision", "pair_nll"]
+__all__ = ["pair_nll"]
 
 
-def difference_and_precision(a: Tensor, b: Tensor, m: Tensor, rho: float) -> tuple[Tensor, Tensor]:
+def _difference_and_precision(a: Tensor, b: Tensor, m: Tensor, rho: float) -> tuple[Tensor, Tensor]:
     """b - m ρ a, and 1 / (1 - m ρ²); m is 1 where an element is shared, else 0.
 
     In float32 ρ and 1 would be the same number for ρ next to 1, so 1 - ρ is computed before it is rounded.
@@ -34,7 +34,7 @@ def pair_nll(
     a, b = za.to(wide), zb.to(wide)
     loss = 0.5 * a.square().sum(1) - logdet_a - logdet_b
     for k, (a_k, b_k) in enumerate(zip(a.split(list(sizes), 1), b.split(list(sizes), 1), strict=True)):
-        difference, precision = difference_and_precision(a_k, b_k, shared[:, k, None].to(wide), rho)
+        difference, precision = _difference_and_precision(a_k, b_k, shared[:, k, None].to(wide), rho)
         loss = loss + 0.5 * (difference.square() * precision).sum(1)
     if normalized:
         count = shared.to(wide) @ torch.tensor(list(sizes), dtype=wide, device=za.device)
