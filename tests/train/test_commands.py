@@ -77,13 +77,13 @@ def test_every_setting_is_an_option():
 
         Args:
             ENTRIES
-            warmup: steps with :attr:`a.rate` that rises from ``"none"``, to
+            tempo: steps with :attr:`a.rate` that rises from ``"none"``, to
                 all of it, in [0, 1].
             careful: a flag.
             sure: another.
         """
 
-        warmup: float | None = 0.5
+        tempo: float | None = 0.5
         careful: bool = False
         sure: bool = True
 
@@ -104,13 +104,13 @@ def test_every_setting_is_an_option():
         return result.output
 
     ask()
-    words = "--warmup 0.2 --careful --no-sure --factors a=1,b=2 --rho 0.9 --context c --standardise".split()
+    words = "--tempo 0.2 --careful --no-sure --factors a=1,b=2 --rho 0.9 --context c --standardise".split()
     ask(*words)
     given = {"factors": {"a": 1, "b": 2}, "rho": 0.9, "context": "c", "standardise": True}
-    assert asked == [More(), More(**given, warmup=0.2, careful=True, sure=False)]
+    assert asked == [More(), More(**given, tempo=0.2, careful=True, sure=False)]
     text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", ask("--help")).split())
     assert "steps with a.rate that rises from none, to all of it, in [0, 1] [default: 0.5]" in text
-    assert "of n_flows [default: 12]" in text
+    assert "of seed [default: 0]" in text
 
 
 def test_the_settings_say_what_each_option_is():
