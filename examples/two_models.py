@@ -112,8 +112,7 @@ def study(
     run: Path,
     *,
     pairs: int,
-    steps: int,
-    n_flows: int,
+    steps: int | None,
     rounds: int,
     most: int,
     seed: int,
@@ -122,11 +121,9 @@ def study(
     za, zb, shared = pair_latents(encoder, digits, pairs, seed=seed)
     found = sizes_of(za, zb, shared)
     sizes = {name: found["sizes"]["published"][name] for name in CONCEPTS}
-    options: dict[str, Any] = {"rho": 0.99, "n_flows": n_flows, "hidden_dim": 256, "batch": 64, "steps": steps}
-    options |= {"learning_rate": 3e-3, "decay_start": 0, "noise": 0.1, "seed": seed}
     shutil.rmtree(run, ignore_errors=True)
     data = Latents.of_pairs(za, zb, shared=shared, names=CONCEPTS)
-    model = train(data, run, Settings(sizes, **options), accelerator="cpu")
+    model = train(data, run, Settings(sizes, rho=0.99, minutes=2.0, steps=steps, seed=seed), accelerator="cpu")
     random = torch.Generator().manual_seed(seed + 1)
     (images, labels), (test_images, test_labels) = paint(digits, random, rounds), paint(test, random, rounds)
     judged = evaluate(
@@ -154,8 +151,7 @@ def main(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
     encoders = {"autoencoder": vae, "classifier": Neck(classifier)}
     settings: dict[str, Any] = {
         "pairs": 400 if quick else 20_000,
-        "steps": 8 if quick else 1500,
-        "n_flows": 2 if quick else 8,
+        "steps": 8 if quick else None,
         "rounds": 1 if quick else 4,
     }
     settings["most"] = 150 if quick else 2000
