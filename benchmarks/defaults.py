@@ -3,6 +3,8 @@
     python benchmarks/defaults.py RESULTS.jsonl                        # all that is not yet there
     python benchmarks/defaults.py RESULTS.jsonl --data toy curved --rules hand --seeds 0
     python benchmarks/defaults.py RESULTS.jsonl --table                # what is there, as a table
+    python benchmarks/defaults.py RESULTS.jsonl --write                # and into docs/examples.md
+    python benchmarks/defaults.py RESULTS.jsonl --random 100           # short default trainings of random latents: which diverge
 
 A cell is one data set, one rule, one seed. It is one line of the result file, written when it is done, so a campaign that stops
 goes on where it was; two may share a file if they share no cell. The rule "none" trains nothing: mean shift, the linear IIN,
@@ -36,6 +38,10 @@ from iin_fast.evaluate.baselines import LinearRival
 from iin_fast.train import Settings, train
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+PAGE = Path(__file__).parents[1] / "docs" / "examples.md"
+BEGIN, END = "<!-- defaults: written by benchmarks/defaults.py -->", "<!-- end of defaults -->"
+CLOSE = 0.02  # a loss to the best linear rival that counts as none
+RANDOM_STEPS = 60
 QUICK_ROWS, QUICK_STEPS = 300, 30
 MOST_SWAPS = 2000
 
@@ -343,27 +349,126 @@ def means(cell: dict[str, Any]) -> dict[str, float]:
     return {who: float(np.mean([found["both"] for found in scores.values()])) for who, scores in cell["scores"].items()}
 
 
+SHOWN = {
+    "IIN, default": "IIN, default",
+    "IIN, hand": "IIN, by hand",
+    "linear_iin": "linear IIN",
+    "mean_shift": "mean shift",
+    "pca": "PCA",
+    "raw": "raw z",
+}
+
+
 def as_table(file: Path) -> str:
     """Markdown: a row for each data set, a column for each rule and system, mean and range over seeds."""
     found: dict[str, dict[str, dict[int, float]]] = {}  # data set to column to seed to score; the last of a cell counts
-    shape: dict[str, str] = {}
+    about: dict[str, str] = {}
+    seconds: dict[str, dict[int, float]] = {}
     for cell in cells(file):
+        if cell["data"] == "random":
+            continue
         name = cell["data"] + " (quick)" * cell["quick"]
-        shape[name] = f"{cell['rows']} × {cell['dim']}"
         scores = {"iin": 0.0} if "failed" in cell else means(cell)
         for who, score in scores.items():
             column = who if cell["rule"] == "none" else f"IIN, {cell['rule']}"
             found.setdefault(name, {}).setdefault(column, {})[cell["seed"]] = score
-    columns = list(dict.fromkeys(column for row in found.values() for column in row))
-    lines = [f"| data | rows × dims | {' | '.join(columns)} |", "|---|---|" + "---|" * len(columns)]
+        if cell["rule"] == "none":
+            about[name] = f"{cell['rows']} × {cell['dim']} | {len(next(iter(cell['scores'].values())))}"
+        if cell["rule"] == "default":
+            seconds.setdefault(name, {})[cell["seed"]] = cell["wall"]
+    there = {column for row in found.values() for column in row}
+    columns = [column for column in SHOWN if column in there] + sorted(there - set(SHOWN))
+    heads = " | ".join(SHOWN.get(column, column) for column in columns)
+    lines = [f"| data | rows × dims | concepts | {heads} | seconds |", "|---|---|---:|" + "---:|" * (len(columns) + 1)]
     for name, row in found.items():
         shown = []
         for column in columns:
             values = list(row.get(column, {}).values())
             text = f"{np.mean(values):.3f}" if values else "–"
             shown.append(text + f" ({min(values):.3f} to {max(values):.3f})" * (len(values) > 1))
-        lines.append(f"| {name} | {shape[name]} | {' | '.join(shown)} |")
+        took = f"{np.mean(list(seconds[name].values())):.0f}" if name in seconds else "–"
+        lines.append(f"| {name} | {about.get(name, '– | –')} | {' | '.join(shown)} | {took} |")
+    losses = []
+    for name, row in found.items():
+        ours = row.get("IIN, default", {})
+        for rival in ("linear_iin", "mean_shift", "IIN, hand"):
+            both = sorted(set(ours) & set(row.get(rival, {})))
+            gap = float(np.mean([row[rival][seed] - ours[seed] for seed in both])) if both else 0.0
+            if gap > CLOSE:
+                losses.append(f"- {name}: {gap:.3f} less than {SHOWN[rival]}.")
+    if losses:
+        lines += ["", f"Where the default is worse than another column by more than {CLOSE}:", "", *losses]
     return "\n".join(lines)
+
+
+def write_page(file: Path) -> None:
+    """The table in docs/examples.md, and what became of random latents."""
+    text = as_table(file)
+    runs = [cell for cell in cells(file) if cell["data"] == "random"]
+    if runs:
+        failed = [str(cell["seed"]) for cell in runs if "failed" in cell]
+        what = f"those of seeds {', '.join(failed)} stopped with an error" if failed else "none diverged"
+        text += f"\n\n{len(runs)} default trainings of {RANDOM_STEPS} steps on random latents (`--random`): {what}."
+    before, rest = PAGE.read_text().split(BEGIN)
+    PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+
+
+# ---- does it diverge -----------------------------------------------------------------------------------------------------------
+
+
+def anything(seed: int) -> Latents:
+    """Random latents: few or many, of any scale, with outliers, dead features, copies, rare classes; labels, pairs or neither."""
+    random = np.random.default_rng([seed, 9])
+    rows, dim = int(10 ** random.uniform(1.5, 3.2)), int(10 ** random.uniform(0.4, 2))
+    classes = random.integers(2, 8, size=random.integers(1, 4))
+    data = mixed(random, rows, dim, classes, noise=10 ** random.uniform(-3, 0.5), content=int(random.integers(1, 10)))
+    z = data.z
+    if random.random() < 0.5 and dim > 2:
+        z = bent(random, data).z
+    z = z * 10 ** random.uniform(-4, 4, size=dim) if random.random() < 0.5 else z
+    z = z + 10 ** random.uniform(-2, 3) * random.standard_normal(dim)
+    if random.random() < 0.4:  # heavy tails
+        z = z * random.standard_t(2, size=z.shape)
+    if random.random() < 0.3:
+        z = np.maximum(z - np.quantile(z, 0.7), 0)
+    if random.random() < 0.4 and dim > 3:
+        z[:, 0], z[:, 1] = 3.0, z[:, 2]
+    if random.random() < 0.3:
+        z[random.integers(rows, size=2)] *= 1e6
+    names, labels = data.names, data.labels
+    kind = random.choice(["labels", "labels", "partly", "pairs", "unlabelled"])
+    if kind == "partly":
+        labels = np.where(random.random(labels.shape) < 0.3, -1, labels)
+    if kind == "unlabelled":
+        return Latents.of(z.astype(np.float32))
+    if kind == "pairs":
+        half = rows // 2
+        same = labels[:half] == labels[half : 2 * half]
+        if same.any(0).all():
+            return Latents.of_pairs(
+                z[:half].astype(np.float32), z[half : 2 * half].astype(np.float32), shared=same, names=names
+            )
+    return Latents.of(z.astype(np.float32), labels, names)
+
+
+def random_campaign(file: Path, runs: int) -> None:
+    """Default trainings that ``file`` does not hold, of one seed each."""
+    done = {cell["seed"] for cell in cells(file) if cell["data"] == "random"}
+    for seed in sorted(set(range(runs)) - done):
+        latents = anything(seed)
+        cell: dict[str, Any] = {"data": "random", "rule": "default", "seed": seed, "quick": False}
+        cell |= {"rows": latents.n, "dim": latents.dim, "kind": latents.kind}
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                model = train(latents, Path(folder) / "run", Settings(steps=RANDOM_STEPS, seed=seed), accelerator="cpu")
+            found = model.decode(model.encode(latents.z))
+            cell["back"] = float(
+                ((found - latents.z).abs() / (latents.z.std(0) + latents.z.abs().mean(0) + 1e-30)).max()
+            )
+        except (FloatingPointError, ValueError) as error:
+            cell["failed"] = str(error)
+        append(file, cell)
+        print(f"random {seed}: {latents.n} × {latents.dim} {latents.kind}: {cell.get('failed', 'good')}", flush=True)
 
 
 def main() -> None:
@@ -374,8 +479,14 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--table", action="store_true", help="print what is there, run nothing")
+    parser.add_argument("--write", action="store_true", help="the table into docs/examples.md, run nothing")
+    parser.add_argument("--random", type=int, default=0, help="short default trainings of so many random latents alone")
     given = parser.parse_args()
-    if not given.table:
+    if given.write:
+        write_page(given.results)
+    elif given.random:
+        random_campaign(given.results, given.random)
+    elif not given.table:
         campaign(given.results, given.data, given.rules, given.seeds, given.quick)
     print(as_table(given.results))
 

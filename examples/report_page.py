@@ -80,22 +80,7 @@ def main(out: Path, *, quick: bool = False, seed: int = 0) -> dict[str, Any]:
     def decode(z: Tensor) -> Tensor:
         return (z.double() @ torch.from_numpy(basis) + torch.from_numpy(mean)).reshape(-1, 8, 8, 3).clamp(0, 1)
 
-    settings = Settings(
-        {"digit": 12, "color": 4},
-        others="any",
-        rho=0.95,
-        noise=0.3,
-        keep="best",
-        n_flows=2 if quick else 6,
-        hidden_dim=32 if quick else 128,
-        hidden_depth=1,
-        batch=128,
-        steps=30 if quick else 2000,
-        learning_rate=1e-3,
-        held_out_every=10 if quick else 250,
-        save_every=10_000,
-        seed=seed,
-    )
+    settings = Settings(seed=seed, **({"steps": 30, "n_flows": 2, "hidden_dim": 32} if quick else {}))
     run = out / "run"
     shutil.rmtree(run, ignore_errors=True)
     train(learned, run, settings, progress=not quick)

@@ -224,7 +224,7 @@ class Settings:
             "learning_rate": 2e-3,
             "weight_decay": 0.0,
             "clip": 1.0,
-            "patience": 5,
+            "patience": 4,
             "noise": 0.5,
             "noise_end": 0.05,
             "keep": "last" if not facts.held_out else "swaps" if facts.kind == "labels" else "best",
