@@ -486,9 +486,10 @@ def main() -> None:
         write_page(given.results)
     elif given.random:
         random_campaign(given.results, given.random)
-    elif not given.table:
-        campaign(given.results, given.data, given.rules, given.seeds, given.quick)
-    print(as_table(given.results))
+    else:
+        if not given.table:
+            campaign(given.results, given.data, given.rules, given.seeds, given.quick)
+        print(as_table(given.results))
 
 
 if __name__ == "__main__":

@@ -118,7 +118,8 @@ class Bar:
 def held_out_rise(run: str | os.PathLike[str]) -> str:
     """A line of advice where the held-out loss of the training in ``run`` ended well above its lowest value, or ``""``.
 
-    Well above: by more than 0.05 nats per dimension of either latent of a pair. The flow then learns its latents by heart.
+    Well above: by more than 0.05 nats per dimension of either latent of a pair. The flow then learns its latents by heart. Where
+    the model with the best swaps is kept, that does no harm, and there is nothing to say.
     """
     folder = Path(run)
     file, made = folder / "logs" / "metrics.csv", folder / "run.json"
@@ -132,7 +133,11 @@ def held_out_rise(run: str | os.PathLike[str]) -> str:
         ]
     record = json.loads(made.read_text(encoding="utf-8"))
     settings = record.get("settings", {})
-    if not looks or not looks[-1][0] > min(looks)[0] + 0.05 * 2 * record.get("dim", math.inf):
+    if (
+        settings.get("keep") == "swaps"
+        or not looks
+        or not looks[-1][0] > min(looks)[0] + 0.05 * 2 * record.get("dim", math.inf)
+    ):
         return ""
     lowest, step = min(looks)
     kept = "kept" if settings.get("keep") == "best" else "not kept (keep best does that)"

@@ -226,7 +226,7 @@ class Settings:
             "clip": 1.0,
             "patience": 4,
             "noise": 0.5,
-            "noise_end": 0.05,
+            "noise_end": 0.05 if self.noise is None else min(0.05, self.noise),
             "keep": "last" if not facts.held_out else "swaps" if facts.kind == "labels" else "best",
         }
         found = self._filled(choice)

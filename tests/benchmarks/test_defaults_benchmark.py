@@ -61,14 +61,25 @@ def test_a_campaign_runs_what_is_not_there(defaults, tmp_path, monkeypatch):
     assert [cell["rule"] for cell in defaults.cells(file)] == ["none", "hand", "hand"]
 
     table = defaults.as_table(file).splitlines()
-    assert table[0] == "| data | rows × dims | concepts | IIN, by hand | linear IIN | mean shift | PCA | raw z | seconds |"
+    assert (
+        table[0] == "| data | rows × dims | concepts | IIN, by hand | linear IIN | mean shift | PCA | raw z | seconds |"
+    )
     assert len(table) == 3 and table[2].startswith("| tiny (quick) | 300 × 64 | 2 | ") and table[2].endswith("| – |")
 
 
 def test_the_page_says_where_the_default_is_worse(defaults, tmp_path, monkeypatch):
     def cell(data, rule, score, who):
         scores = {name: {"a": {"both": score + 0.1 * k}} for k, name in enumerate(who)}
-        return {"data": data, "rule": rule, "seed": 0, "quick": False, "rows": 9, "dim": 3, "scores": scores, "wall": 7.0}
+        return {
+            "data": data,
+            "rule": rule,
+            "seed": 0,
+            "quick": False,
+            "rows": 9,
+            "dim": 3,
+            "scores": scores,
+            "wall": 7.0,
+        }
 
     file, page = tmp_path / "results.jsonl", tmp_path / "examples.md"
     page.write_text(f"before\n{defaults.BEGIN}\nold\n{defaults.END}\nafter")
