@@ -10,7 +10,7 @@ from .probe import leak
 from .run import evaluate, evaluate_unlabelled, write_evaluation
 from .sap import sap
 from .swaps import judge_accuracy, latent_judge, swap_success
-from .verdict import swap_verdict
+from .verdict import pair_verdict, swap_verdict
 
 __all__ = [
     "LinearFactors",
@@ -30,6 +30,7 @@ __all__ = [
     "nats_per_dim",
     "normal_nats_per_dim",
     "pair_correlation",
+    "pair_verdict",
     "sap",
     "shared_correlation",
     "swap_success",

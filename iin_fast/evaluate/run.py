@@ -27,7 +27,7 @@ from .mig import mig
 from .probe import leak
 from .sap import sap
 from .swaps import Judge, judge_accuracy, latent_judge, swap_outcomes
-from .verdict import swap_verdict
+from .verdict import pair_verdict, swap_verdict
 
 __all__ = ["encode", "evaluate", "evaluate_unlabelled", "write_evaluation"]
 
@@ -299,8 +299,8 @@ def evaluate_unlabelled(
         seed: of the draw that held latents out, noted.
 
     Returns:
-        a dictionary of plain values: ``likelihood``, ``invertibility``, with ``shared`` also ``pairs``; and what they were
-        taken on.
+        a dictionary of plain values: ``likelihood``, ``invertibility``, with ``shared`` also ``pairs`` and ``verdict`` (concept to
+        what :func:`pair_verdict` says); and what they were taken on.
 
     Raises:
         TypeError, ValueError: latents that don't fit the model, ``shared`` that doesn't fit them.
@@ -329,6 +329,12 @@ def evaluate_unlabelled(
         rival = LinearRival.of_pairs(train, to_numpy(train_shared), names, model.concepts)
         if rival is not None:
             parts["linear_iin"] = rival.encode(x)
+            known = to_numpy(shared)
+            result["verdict"] = {
+                name: pair_verdict(name, {who: parts[who][name] for who in ("iin", "linear_iin")}, known[:, k], seed)
+                for k, name in enumerate(names)
+                if name in parts["iin"] and name in parts["linear_iin"] and 0 < known[:, k].sum() < len(known)
+            }
         result["pairs"] = {
             "n": len(x) // 2,
             "rho": rho,

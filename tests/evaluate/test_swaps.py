@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 from known_latents import NAMES, cut, draw_labels, joined, perfect_factors, rotation
 
-from iin_fast.evaluate import LinearFactors, MeanShift, judge_accuracy, latent_judge, swap_success, swap_verdict
+from iin_fast.evaluate import (
+    LinearFactors,
+    MeanShift,
+    judge_accuracy,
+    latent_judge,
+    pair_verdict,
+    shared_correlation,
+    swap_success,
+    swap_verdict,
+)
 from iin_fast.evaluate.baselines import LinearRival
 
 TURN = rotation(10, seed=3)
@@ -190,3 +199,29 @@ def test_verdict_compares_with_the_better_rival():
     assert found["rival"] == "linear_iin" and found["verdict"] == "worse" and "the linear IIN" in found["text"]
     few = swap_verdict("digit", {who: rows[::100] for who, rows in outcomes(300, 100).items()})
     assert few["difference"] > 0 and few["verdict"] == "equal"  # ten rows show little
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "verdict"), [(0.2, 0.8, "better"), (0.8, 0.2, "worse"), (0.5, 0.5, "equal")]
+)
+def test_verdict_of_ready_pairs(ours, theirs, verdict):
+    random = np.random.default_rng(0)
+    shared = np.arange(400) % 2 == 0
+    za = random.standard_normal((400, 2))
+    zb = np.where(shared[:, None], za, random.standard_normal((400, 2)))
+    z = np.concatenate([za, zb])
+    factors = {
+        who: z + noise * random.standard_normal(z.shape) for who, noise in (("iin", ours), ("linear_iin", theirs))
+    }
+    found = pair_verdict("digit", factors, shared, seed=1)
+    assert found == pair_verdict("digit", factors, shared, seed=1)
+    assert (
+        found["verdict"] == verdict and found["rival"] == "linear_iin" and "200 pairs that share digit" in found["text"]
+    )
+    scores = {}
+    for who, part in factors.items():
+        both = shared_correlation({"digit": part}, shared[:, None], ["digit"])
+        scores[who] = both["shared"]["digit"]["digit"] - both["apart"]["digit"]["digit"]
+    assert found["difference"] == pytest.approx(scores["iin"] - scores["linear_iin"], abs=0.02)
+    # The interval holds the difference of other pairs of the same kind in most cases; a fifth of its width is what draws change.
+    assert found["low"] < found["difference"] < found["high"] < found["low"] + 0.6
