@@ -1,62 +1,61 @@
-"""Models of other libraries before and after iin_fast.accelerate, in turn in one process:
+"""Models of other libraries before and after iin_fast.accelerate, both sides in turn in one process:
 
-    python benchmarks/dropin.py [--quick] [--out OUT.json] [--peers FOLDER]
-    python benchmarks/readme.py                                             # writes the table of docs/dropin.md
+    python benchmarks/dropin.py [--quick] [--out OUT.json] [--only NAME ...] [--peers FOLDER]    # ten minutes
+    python benchmarks/readme.py                                                        # writes the table of docs/dropin.md
 
-A layer with its conditioner (two hidden layers of 64), float32. FOLDER holds clones of CompVis/iin, net2net, invariances and
-FrEIA (benchmarks/peers.py): stacks of the published size, and FrEIA's repository instead of its release.
+Whole models of 6 features, most of them under a context of 7: a training step (loss, backward, torch's fused Adam on both
+sides), the density, and 10,000 samples; at batches from 1 to 65536. Then layers that are in no program, sbi's own ``train``,
+and what else a step costs. FOLDER holds clones of CompVis/iin, net2net, invariances and FrEIA (benchmarks/peers.py).
 """
 
 import argparse
 import copy
 import importlib.util
 import json
+import statistics
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from peers import commits, paths
+from peers import commits, paths, versions
 from torch import Tensor, nn
 
 import iin_fast
-from iin_fast.bench.timing import in_turn
-from iin_fast.info import collect, versions
+from iin_fast.info import collect
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "dropin_cpu.json"
-DIM, HIDDEN, BINS = 32, 64, 8
-INVERSE = 256  # the batch at which the other direction is measured too
-
-Call = Callable[[nn.Module, Tensor], Any]
+DIM, CONTEXT, LAYERS, SAMPLES = 6, 7, 5, 10_000
+BATCHES = (1, 16, 100, 300, 1024, 4096, 16384, 65536)
 
 
 @dataclass(frozen=True)
 class Model:
-    """What is measured: the density direction, and back."""
+    """How a model is made and used; ``loss(model, x, context)`` is the mean over rows."""
 
     build: Callable[[], nn.Module]
-    call: Call
-    inverse: Call
-    dim: int
-
-    def stack(self) -> bool:
-        return self.dim != DIM
+    loss: Callable[[Any, Tensor, Tensor], Tensor]
+    sample: Callable[[Any, int, Tensor], Any] | None = None
+    dim: int = DIM
+    batches: tuple[int, ...] = BATCHES
+    frozen: bool = False
 
 
 class Net(nn.Module):
-    """The conditioner of couplings that take any."""
+    """A user's conditioner, which no program takes."""
 
-    hidden_features = HIDDEN
+    hidden_features = 64
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Linear(inputs, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, outputs)
+            nn.Linear(inputs, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, outputs)
         )
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -70,154 +69,281 @@ def has(module: str) -> bool:
         return False
 
 
-def models() -> dict[str, Model]:
-    found: dict[str, Model] = {}
-    mask = [i % 2 for i in range(DIM)]
+def gaussian(z: Tensor, logdet: Tensor) -> Tensor:
+    """The negative log-likelihood up to a constant, of whatever shapes the parts of a library give."""
+    return (0.5 * z.flatten(1).square().sum(1) - logdet).mean()
 
-    def add(name: str, build: Callable[[], nn.Module], call: Call, inverse: Call, dim: int = DIM) -> None:
-        found[name] = Model(build, call, inverse, dim)
 
+def density(m: Any, x: Tensor, context: Tensor) -> Tensor:
+    return -m(context).log_prob(x).mean()  # type: ignore[no-any-return]
+
+
+def sbi_models() -> Iterator[tuple[str, Model]]:
+    from sbi.neural_nets import posterior_nn
+
+    for name in ("nsf", "maf", "zuko_nsf", "zuko_maf"):
+
+        def build(name: str = name) -> nn.Module:
+            made: nn.Module = posterior_nn(name)(torch.randn(200, DIM), torch.randn(200, CONTEXT))
+            return made
+
+        yield (
+            f"sbi {name}",
+            Model(
+                build,
+                lambda m, x, c: m.loss(x, condition=c).mean(),
+                (lambda m, n, c: m.sample((n,), condition=c[:1])) if "maf" in name else None,
+            ),
+        )
+
+
+def zuko_models() -> Iterator[tuple[str, Model]]:
+    from zuko.flows import MAF, NSF
+
+    def draw(m: Any, n: int, c: Tensor) -> Tensor:
+        return m(c[:1].squeeze(0)).sample((n,))  # type: ignore[no-any-return]
+
+    for cls in (NSF, MAF):
+        build = lambda cls=cls: cls(DIM, CONTEXT, transforms=LAYERS, hidden_features=(64, 64))  # noqa: E731
+        yield f"zuko {cls.__name__}", Model(build, density, draw)
+
+
+def normflows_models() -> Iterator[tuple[str, Model]]:
+    import normflows as nf
+
+    def spline() -> nn.Module:
+        layers: list[nn.Module] = []
+        for _ in range(LAYERS):
+            spline = nf.flows.CoupledRationalQuadraticSpline(DIM, 2, 64, num_context_channels=CONTEXT)
+            layers += [spline, nf.flows.LULinearPermute(DIM)]
+        return nf.ConditionalNormalizingFlow(nf.distributions.DiagGaussian(DIM, trainable=False), layers)
+
+    def real_nvp() -> nn.Module:
+        layers: list[nn.Module] = []
+        for _ in range(8):
+            net = nf.nets.MLP([DIM // 2, 64, 64, DIM], init_zeros=True)
+            layers += [nf.flows.AffineCouplingBlock(net), nf.flows.Permute(DIM, mode="swap")]
+        return nf.NormalizingFlow(nf.distributions.DiagGaussian(DIM), layers)
+
+    yield "normflows NSF", Model(spline, lambda m, x, c: m.forward_kld(x, c))
+    yield "normflows RealNVP", Model(real_nvp, lambda m, x, c: m.forward_kld(x), lambda m, n, c: m.sample(n))
+
+
+def freia_models() -> Iterator[tuple[str, Model]]:
+    import FrEIA.framework as Ff
+    import FrEIA.modules as Fm
+
+    def net(inputs: int, outputs: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(inputs, 72), nn.ReLU(), nn.Linear(72, 72), nn.ReLU(), nn.Linear(72, outputs))
+
+    def sequence() -> nn.Module:
+        made = Ff.SequenceINN(DIM)
+        for _ in range(8):
+            made.append(Fm.AllInOneBlock, cond=0, cond_shape=(CONTEXT,), subnet_constructor=net)
+        return made
+
+    def graph() -> nn.Module:
+        condition = Ff.ConditionNode(CONTEXT)
+        nodes = [Ff.InputNode(DIM)]
+        for _ in range(4):
+            nodes.append(Ff.Node(nodes[-1], Fm.GLOWCouplingBlock, {"subnet_constructor": net}, conditions=condition))
+            nodes.append(Ff.Node(nodes[-1], Fm.PermuteRandom, {}))
+        return Ff.GraphINN([*nodes, Ff.OutputNode(nodes[-1]), condition], verbose=False)
+
+    for name, build in (("AllInOne", sequence), ("GLOW graph", graph)):
+        yield f"FrEIA {name}", Model(build, lambda m, x, c: gaussian(*m(x, [c])))
+
+
+def layers() -> Iterator[tuple[str, Model]]:
+    """Layers that no program takes, as their conditioner is the user's own."""
+    mask, tails = [i % 2 for i in range(DIM)], {"tails": "linear", "tail_bound": 3.0, "num_bins": 8}
+    some = BATCHES[::2] + BATCHES[-1:]
     if has("nflows"):
         from nflows import transforms as T
 
-        two: tuple[Call, Call] = (lambda m, x: m(x), lambda m, x: m.inverse(x))
-        tails: dict[str, Any] = {"tails": "linear", "tail_bound": 3.0, "num_bins": BINS}
-        add("nflows AffineCouplingTransform", lambda: T.AffineCouplingTransform(mask, Net), *two)
-        add("nflows AdditiveCouplingTransform", lambda: T.AdditiveCouplingTransform(mask, Net), *two)
-        spline = T.PiecewiseRationalQuadraticCouplingTransform
-        add("nflows PiecewiseRationalQuadraticCouplingTransform", lambda: spline(mask, Net, **tails), *two)
-        add("nflows PiecewiseRationalQuadraticCDF", lambda: T.PiecewiseRationalQuadraticCDF((DIM,), **tails), *two)
-        masked = T.MaskedPiecewiseRationalQuadraticAutoregressiveTransform
-        add("nflows masked autoregressive spline", lambda: masked(DIM, HIDDEN, **tails), *two)
-    if has("normflows"):
-        import normflows as nf
-
-        # the density direction is `inverse` here
-        two = (lambda m, x: m.inverse(x), lambda m, x: m(x))
-        for scale_map in ("exp", "sigmoid", "sigmoid_inv"):
-            add(
-                f"normflows AffineCouplingBlock, {scale_map}",
-                lambda scale_map=scale_map: nf.flows.AffineCouplingBlock(Net(DIM // 2, DIM), scale_map=scale_map),
-                *two,
-            )
-        b = torch.tensor(mask, dtype=torch.float32)
-        add("normflows MaskedAffineFlow", lambda: nf.flows.MaskedAffineFlow(b, Net(DIM, DIM), Net(DIM, DIM)), *two)
-        for name in ("CoupledRationalQuadraticSpline", "AutoregressiveRationalQuadraticSpline"):
-            add(f"normflows {name}", lambda name=name: getattr(nf.flows, name)(DIM, 1, HIDDEN), *two)
-    if has("FrEIA"):
-        import FrEIA.modules as Fm
-
-        names = [
-            "GLOWCouplingBlock",
-            "RNVPCouplingBlock",
-            "GINCouplingBlock",
-            "NICECouplingBlock",
-            "AffineCouplingOneSided",
-            "AllInOneBlock",
-        ]
-        two = (lambda m, x: m([x]), lambda m, x: m([x], rev=True))
-        for name in [*names, *(["RationalQuadraticSpline"] if hasattr(Fm, "RationalQuadraticSpline") else [])]:
-            build = lambda name=name: getattr(Fm, name)([(DIM,)], subnet_constructor=Net)  # noqa: E731
-            add(f"FrEIA {name}", build, *two)
-        add(
-            "FrEIA ConditionalAffineTransform",
-            lambda: Fm.ConditionalAffineTransform([(DIM,)], dims_c=[(DIM,)], subnet_constructor=Net),
-            lambda m, x: m([x], [x.detach()]),
-            lambda m, x: m([x], [x.detach()], rev=True),
-        )
-    if has("zuko"):
-        import zuko
-
-        hidden = (HIDDEN, HIDDEN)
-        two = (lambda m, x: m().call_and_ladj(x), lambda m, x: m().inv.call_and_ladj(x))
-        for name, flow in {
-            "MAF layer": lambda: zuko.flows.MAF(DIM, transforms=1, hidden_features=hidden),
-            "NICE layer": lambda: zuko.flows.NICE(DIM, transforms=1, hidden_features=hidden),
-            "NSF layer": lambda: zuko.flows.NSF(DIM, transforms=1, hidden_features=hidden, bins=BINS),
-            "NSF coupling layer": lambda: zuko.flows.NSF(
-                DIM, transforms=1, hidden_features=hidden, bins=BINS, passes=2
+        for name, build in {
+            "affine coupling": lambda: T.AffineCouplingTransform(mask, Net),
+            "spline coupling": lambda: T.PiecewiseRationalQuadraticCouplingTransform(mask, Net, **tails),
+            "spline CDF": lambda: T.PiecewiseRationalQuadraticCDF((DIM,), **tails),
+            "spline coupling, LU, permutation; user's net": lambda: T.CompositeTransform(
+                [
+                    T.PiecewiseRationalQuadraticCouplingTransform(mask, Net, **tails),
+                    T.LULinear(DIM),
+                    T.ReversePermutation(DIM),
+                    T.AffineCouplingTransform(mask, Net),
+                ]
             ),
         }.items():
-            add(f"zuko {name}", lambda flow=flow: flow().transform, *two)
-    two = (lambda m, x: m(x), lambda m, x: m(x, reverse=True))
+            yield f"nflows {name}", Model(build, lambda m, x, c: gaussian(*m(x)), batches=some)
+    if has("zuko"):
+        from zuko.flows import NSF
+
+        for name, options in (("layer", {"transforms": 1}), ("coupling layer", {"transforms": 1, "passes": 2})):
+            build = lambda options=options: NSF(DIM, hidden_features=(64, 64), **options).transform.transforms[0]  # noqa: E731
+            yield f"zuko NSF {name}", Model(build, lambda m, x, c: gaussian(*m().call_and_ladj(x)), batches=some)
+    if has("FrEIA.modules.splines"):
+        import FrEIA.modules as Fm
+
+        build = lambda: Fm.RationalQuadraticSpline([(DIM,)], subnet_constructor=Net)  # noqa: E731
+        yield "FrEIA RationalQuadraticSpline", Model(build, lambda m, x, c: gaussian(*_first(m([x]))), batches=some)
+
+
+def _first(found: Any) -> tuple[Tensor, Tensor]:
+    return found[0][0], found[1]
+
+
+def stacks() -> Iterator[tuple[str, Model]]:
+    """Published stacks of 12 blocks, trained and, with ``frozen=True``, evaluated."""
+    few, given = (64, 256, 4096), torch.randn(4096, 16)
+
+    def both(name: str, build: Callable[[], nn.Module], loss: Any) -> Iterator[tuple[str, Model]]:
+        for frozen in (False, True):
+            yield name + ", frozen" * frozen, Model(build, loss, dim=64, batches=few, frozen=frozen)
+
+    def under(m: Any, x: Tensor, c: Tensor) -> Tensor:
+        return gaussian(*m(x[:, :, None, None], given[: len(x)]))
+
     if has("iin.models.iin"):
         from iin.models import iin
 
         parts = [iin.VectorActNorm, iin.DoubleVectorCouplingBlock, iin.Shuffle]
-        add("CompVis/iin DoubleVectorCouplingBlock", lambda: parts[1](DIM, HIDDEN), *two)
-        add("CompVis/iin VectorActNorm", lambda: parts[0](DIM), *two)
-        add("CompVis/iin Shuffle", lambda: parts[2](DIM), *two)
-        add("CompVis/iin, stack of 12", lambda: iin.EfficientVRNVP(parts, 64, 12, 512, 2), *two, dim=64)
-    condition = torch.randn(4096, 16)
-    given: tuple[Call, Call] = (
-        lambda m, x: m(x[:, :, None, None], condition[: len(x)]),
-        lambda m, x: m(x[:, :, None, None], condition[: len(x)], reverse=True),
-    )
+        yield from both(
+            "CompVis/iin", lambda: iin.EfficientVRNVP(parts, 64, 12, 512, 2), lambda m, x, c: gaussian(*m(x))
+        )
     if has("net2net.modules.flow.flatflow"):
         from net2net.modules.flow import flatflow
 
-        add("net2net, stack of 12", lambda: flatflow.UnconditionalFlatCouplingFlow(64, 12, 512, 2), *two, dim=64)
-        conditional = flatflow.ConditionalFlatCouplingFlow
-        add("net2net conditional, stack of 12", lambda: conditional(64, 16, 16, 512, 2, 12), *given, dim=64)
+        flat = lambda: flatflow.UnconditionalFlatCouplingFlow(64, 12, 512, 2)  # noqa: E731
+        yield from both("net2net", flat, lambda m, x, c: gaussian(*m(x)))
+        conditional = lambda: flatflow.ConditionalFlatCouplingFlow(64, 16, 16, 512, 2, 12)  # noqa: E731
+        yield from both("net2net conditional", conditional, under)
     if has("invariances.model.blocks"):
         from invariances.model import blocks
 
-        add("invariances, stack of 12", lambda: blocks.ConditionalFlow(64, 16, 512, 2, 12), *given, dim=64)
+        yield from both("invariances", lambda: blocks.ConditionalFlow(64, 16, 512, 2, 12), under)
+
+
+def models() -> Iterator[tuple[str, Model]]:
+    for package, make in (
+        ("sbi", sbi_models),
+        ("zuko", zuko_models),
+        ("normflows", normflows_models),
+        ("FrEIA", freia_models),
+    ):
+        if has(package):
+            yield from make()
+
+
+def in_turn(sides: dict[str, Callable[[], Any]], seconds: float) -> dict[str, Any]:
+    """Seconds per call of all sides, in turn, until ``seconds`` have gone by; at least three rounds, at most 200."""
+    times: dict[str, list[float]] = {side: [] for side in sides}
+    for run in sides.values():  # warm up
+        run()
+    end = time.perf_counter() + seconds
+    while len(times["own"]) < 3 or (time.perf_counter() < end and len(times["own"]) < 200):
+        for side, run in sides.items():
+            start = time.perf_counter()
+            run()
+            times[side].append(time.perf_counter() - start)
+    found: dict[str, Any] = {
+        side: {"min": min(s), "median": statistics.median(s), "max": max(s), "rounds": len(s)}
+        for side, s in times.items()
+    }
+    found["speedup"] = found["own"]["median"] / found["accelerated"]["median"]
     return found
 
 
-def tensors(result: Any) -> list[Tensor]:
-    if isinstance(result, Tensor):
-        return [result]
-    return [t for part in result for t in tensors(part)] if isinstance(result, list | tuple) else []
-
-
-class NothingReplaced(Exception):
-    """Why accelerate leaves a model."""
-
-
-def measure(model: Model, batch: int, repeats: int, warm_up: int, *, frozen: bool = False) -> dict[str, Any]:
-    """Seconds per call of both sides, in turn."""
+def measure(model: Model, batch: int, seconds: float) -> dict[str, Any]:
     torch.manual_seed(0)
-    own, x = model.build(), torch.randn(batch, model.dim)
+    own = model.build()
+    x, context = torch.randn(batch, model.dim), torch.randn(batch, CONTEXT)
     with torch.no_grad():
-        model.call(own, x)  # data-dependent starts
-    fast = copy.deepcopy(own)
-    report = iin_fast.accelerate(fast, frozen=frozen)
-    if not report.replaced:
-        raise NothingReplaced("; ".join(sorted({line.why for line in report.left})))
+        model.loss(own, torch.randn(64, model.dim), torch.randn(64, CONTEXT))  # data-dependent starts
+    pair = {"own": own, "accelerated": copy.deepcopy(own)}
+    iin_fast.accelerate(pair["accelerated"], frozen=model.frozen)
+    optimizers = {side: torch.optim.Adam(m.parameters(), 1e-4, fused=True) for side, m in pair.items()}
 
-    def forward(module: nn.Module) -> None:
-        with torch.no_grad():
-            model.call(module, x)
+    def step(side: str) -> None:
+        optimizers[side].zero_grad()
+        model.loss(pair[side], x, context).backward()
+        optimizers[side].step()
 
-    def inverse(module: nn.Module) -> None:
-        with torch.no_grad():
-            model.inverse(module, x)
+    @torch.no_grad()
+    def log_prob(side: str) -> None:
+        model.loss(pair[side], x, context)
 
-    def training(module: nn.Module) -> None:
-        outputs = [t for t in tensors(model.call(module, x)) if t.requires_grad]
-        torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
-        for parameter in module.parameters():
-            parameter.grad = None
+    @torch.no_grad()
+    def sample(side: str) -> None:
+        model.sample(pair[side], SAMPLES, context)  # type: ignore[misc]
 
-    runs = {"forward": forward}
-    if not frozen and any(parameter.requires_grad for parameter in own.parameters()):
-        runs["forward + backward"] = training
-    if not frozen and batch == INVERSE:
-        runs["inverse"] = inverse
+    runs: dict[str, Callable[[str], None]] = {"density": log_prob}
+    if not model.frozen:
+        runs["step"] = step
+    if model.sample is not None and batch == BATCHES[2]:
+        runs["samples"] = sample
+    return {
+        what: in_turn({side: lambda run=run, side=side: run(side) for side in pair}, seconds)
+        for what, run in runs.items()
+    }
+
+
+def sbi_trainings(rounds: int, epochs: int) -> dict[str, Any]:
+    """Wall clock of sbi's own ``train``: its loader, validation and optimizer included."""
+    from sbi.inference import NPE
+    from sbi.utils import BoxUniform
+
+    theta = torch.rand(2000, DIM) * 2 - 1
+    x = torch.cat([theta, theta.sum(1, keepdim=True)], 1) + 0.1 * torch.randn(2000, CONTEXT)
+    sides: dict[str, Callable[[], Any]] = {
+        "own": nullcontext,
+        "accelerated": lambda: iin_fast.patch("sbi"),
+        "with fused_optimizer": lambda: iin_fast.patch("sbi", fused_optimizer=True),
+    }
+
+    def train(name: str, side: str) -> float:
+        torch.manual_seed(0)
+        npe = NPE(BoxUniform(-torch.ones(DIM), torch.ones(DIM)), density_estimator=name, show_progress_bars=False)
+        npe.append_simulations(theta, x)
+        start = time.perf_counter()
+        with sides[side]():
+            npe.train(max_num_epochs=epochs, stop_after_epochs=epochs)
+        return time.perf_counter() - start
+
     found: dict[str, Any] = {}
-    for name, run in runs.items():
-        sides = {"own": partial(run, own), "accelerated": partial(run, fast)}
-        found[name] = in_turn(sides, repeats, warm_up=warm_up)
-        found[name]["speedup"] = found[name]["own"]["median"] / found[name]["accelerated"]["median"]
+    for name in ("nsf", "maf"):
+        times: dict[str, list[float]] = {side: [] for side in sides}
+        for turn in range(rounds + 1):  # the first warms up
+            for side in sides:
+                seconds = train(name, side)
+                if turn:
+                    times[side].append(seconds)
+        found[name] = {side: statistics.median(s) for side, s in times.items()}
+        print("sbi train", name, found[name], flush=True)
     return found
+
+
+def else_in_a_step(seconds: float) -> dict[str, float]:
+    """Milliseconds of what no flow can speed up, for the parameters of sbi's nsf."""
+    from sbi.neural_nets import posterior_nn
+
+    parameters = list(posterior_nn("nsf")(torch.randn(200, DIM), torch.randn(200, CONTEXT)).parameters())
+    for p in parameters:
+        p.grad = torch.randn_like(p)
+    sides = {
+        "own": torch.optim.Adam(parameters).step,
+        "accelerated": torch.optim.Adam(parameters, fused=True).step,
+        "clipping": lambda: nn.utils.clip_grad_norm_(parameters, 5.0),
+    }
+    names = {"own": "Adam", "accelerated": "Adam, fused", "clipping": "clipping"}
+    found = in_turn(sides, seconds)
+    return {shown: 1e3 * found[side]["median"] for side, shown in names.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULT)
-    parser.add_argument("--quick", action="store_true", help="a few repeats: shows only that it runs")
+    parser.add_argument("--quick", action="store_true", help="a few batches and rounds: shows only that it runs")
+    parser.add_argument("--only", nargs="*", help="models whose name holds one of these")
     parser.add_argument("--peers", type=Path, help="a folder of clones: see benchmarks/peers.py")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
@@ -227,41 +353,30 @@ def main() -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    batches = (64, 256) if arguments.quick else (64, 256, 4096)
+    seconds = 0.2 if arguments.quick else 2.0
     results: dict[str, Any] = {
         "machine": collect(),
-        "inverse at": INVERSE,
         "threads": torch.get_num_threads(),
-        "libraries": versions("nflows", "normflows", "FrEIA", "zuko"),
+        "libraries": versions("sbi", "nflows", "normflows", "FrEIA", "zuko"),
         "peers": commits(arguments.peers),
-        "batches": batches,
-        "dim": DIM,
-        "models": {},
-        "left": {},
     }
-    for name, model in models().items():
-        by_batch = {}
-        try:
-            for batch in batches:
-                repeats = 3 if arguments.quick else 60 if batch < 1000 else 15
-                warm_up = 3
-                if model.stack():  # seconds per call
-                    repeats, warm_up = min(repeats, 15 if batch < 1000 else 3), 1
-                found = measure(model, batch, repeats, warm_up)
-                if model.stack():
-                    frozen = measure(model, batch, repeats, warm_up, frozen=True)
-                    found["forward, frozen"] = frozen["forward"]
-                by_batch[str(batch)] = found
-        except NothingReplaced as reason:
-            results["left"][name] = str(reason)
-            print(name, "| left:", reason, flush=True)
-            continue
-        results["models"][name] = by_batch
-        text = [
-            f"{batch}: " + ", ".join(f"{what} {row['speedup']:.2f}" for what, row in found.items())
-            for batch, found in by_batch.items()
-        ]
-        print(name, "|", " | ".join(text), flush=True)
+    groups = {"models": models, "layers": layers, "stacks": stacks}
+    for group, make in groups.items():
+        results[group] = {}
+        for name, model in make():
+            if arguments.only and not any(part in name for part in arguments.only):
+                continue
+            found = results[group][name] = {}
+            for batch in model.batches:
+                if arguments.quick and batch not in (1, 100, 4096):
+                    continue
+                found[str(batch)] = measure(model, batch, seconds)
+                row = ", ".join(f"{what} {cell['speedup']:.2f}" for what, cell in found[str(batch)].items())
+                print(f"{name}, batch {batch}: {row}", flush=True)
+    if has("sbi") and not arguments.only:
+        results["sbi train"] = sbi_trainings(*((1, 2) if arguments.quick else (3, 10)))
+        results["else"] = else_in_a_step(seconds)
+        print(results["else"])
     arguments.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
