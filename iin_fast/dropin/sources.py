@@ -70,6 +70,7 @@ PROGRAM_SOURCES: dict[str, tuple[str, ...]] = {
     "nflows.transforms.coupling.PiecewiseRationalQuadraticCouplingTransform": ("db2b1f4355f1",),
     "nflows.transforms.autoregressive.MaskedAffineAutoregressiveTransform": ("254fa3ca7024",),
     "nflows.transforms.autoregressive.MaskedPiecewiseRationalQuadraticAutoregressiveTransform": ("754ef9bd6a68",),
+    "nflows.transforms.nonlinearities.PiecewiseRationalQuadraticCDF": ("f12fd3c19284",),
     "nflows.transforms.lu.LULinear": ("2a92bb7a3d76",),
     "nflows.transforms.permutations.Permutation": ("cb36e8d96a2b",),
     "nflows.transforms.permutations.RandomPermutation": ("cb36e8d96a2b",),

@@ -44,6 +44,9 @@ LAYERS: dict[str, Callable[[int | None], nn.Module]] = {
     "affine": lambda c: T.AffineCouplingTransform(MASK, net(c)),
     "additive": lambda c: T.AdditiveCouplingTransform(MASK, net(c, activation=torch.tanh)),
     "spline": lambda c: spline(c, activation=nn.functional.elu),
+    "spline of both halves": lambda c: T.PiecewiseRationalQuadraticCouplingTransform(
+        MASK, net(c), apply_unconditional_transform=True, **WIDE
+    ),
     "masked affine": lambda c: T.MaskedAffineAutoregressiveTransform(DIM, 8, context_features=c),
     "masked affine, feedforward": lambda c: T.MaskedAffineAutoregressiveTransform(
         DIM, 8, context_features=c, use_residual_blocks=False, random_mask=True, activation=torch.tanh
@@ -126,11 +129,11 @@ def test_results_and_gradients_are_the_library_s(
     fast.train(training)
     assert not report.left, str(report)
     torch.testing.assert_close(results(fast, *inputs), results(own, *inputs), **TOLERANCE)
-    whole = {"batch norm": 5, "inverse": 7}.get(name, 4)
+    whole = {"batch norm": 5, "inverse": 7, "spline of both halves": 5}.get(name, 4)
     assert calls == [whole] * 3
 
 
-@pytest.mark.parametrize("name", ["masked affine", "spline", "LU"])
+@pytest.mark.parametrize("name", ["masked affine", "spline", "spline of both halves", "LU"])
 def test_second_derivatives(name: str) -> None:
     own, inputs = flow(*layered(name, CONTEXT)), data(CONTEXT)
     fast = copy.deepcopy(own)

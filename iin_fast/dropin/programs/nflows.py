@@ -28,6 +28,7 @@ __all__ = [
     "masked",
     "no_batch_norm",
     "residual_net",
+    "spline_cdf",
     "spline_of",
 ]
 
@@ -39,6 +40,7 @@ AFFINE, ADDITIVE, SPLINE = (
 MASKED_AFFINE, MASKED_SPLINE = (
     f"{T}.autoregressive.Masked{name}AutoregressiveTransform" for name in ("Affine", "PiecewiseRationalQuadratic")
 )
+CDF = f"{T}.nonlinearities.PiecewiseRationalQuadraticCDF"
 LU = f"{T}.lu.LULinear"
 PERMUTATIONS = tuple(f"{T}.permutations.{name}Permutation" for name in ("", "Random", "Reverse"))
 ACT_NORM, BATCH_NORM = f"{T}.normalization.ActNorm", f"{T}.normalization.BatchNorm"
@@ -187,9 +189,24 @@ def spline_of(maker: Maker, module: nn.Module, bins: int, scale: float | None) -
     )
 
 
+def spline_cdf(maker: Maker, module: Any, features: list[int], others: list[int]) -> None:
+    """Splines whose raw values are parameters: the biases of a net that multiplies what it reads by 0."""
+    bins = module.unnormalized_widths.shape[-1]
+    transformer = spline_of(maker, module, bins, None)
+    net = NetBuilder()
+    outputs = []
+    for j in range(len(features)):
+        for name in ("widths", "heights", "derivatives"):
+            values = module._parameters[f"unnormalized_{name}"]
+            count = values.shape[-1]
+            expect_shape(values, len(features), count)
+            zero = maker.fixed(torch.zeros(count, len(others)))
+            bias = maker.parameter(module, f"unnormalized_{name}", j * count)
+            outputs.append(net.dense(FEATURES, zero._replace(bias=bias)))
+    maker.coupling(others, features, net.build(*outputs), transformer)
+
+
 def _coupling(maker: Maker, name: str, module: Any) -> None:
-    if maker.get(module, "unconditional_transform") is not None:
-        raise Unsupported("apply_unconditional_transform")
     if maker.number(module, "features") != maker.dim:
         raise Unsupported(f"features is {module.features}, expected {maker.dim}")
     kept, moved = (maker.watch.values(module, f"{part}_features").tolist() for part in ("identity", "transform"))
@@ -201,6 +218,11 @@ def _coupling(maker: Maker, name: str, module: Any) -> None:
     else:
         transformer = affine(len(moved), "none")
     maker.coupling(kept, moved, net, transformer)
+    own = maker.get(module, "unconditional_transform")
+    if own is not None:
+        if maker.take(own) != CDF:
+            raise Unsupported(f"a {type(own).__name__} for its other features")
+        spline_cdf(maker, own, kept, moved)
 
 
 def _autoregressive(maker: Maker, name: str, module: Any) -> None:
@@ -375,6 +397,7 @@ PROGRAMS = Programs(
         SPLINE: (*COUPLING, "_coupling_transform", "_piecewise_cdf", *SPLINES),
         MASKED_AFFINE: (*ELEMENTWISE, "_unconstrained_scale_and_shift"),
         MASKED_SPLINE: (*ELEMENTWISE, "_elementwise", *SPLINES),
+        CDF: (*BOTH, "_spline", *SPLINES),
         LU: LINEAR,
         **dict.fromkeys(PERMUTATIONS, PERMUTATION),
         ACT_NORM: (*BOTH, "scale", "_broadcastable_scale_shift", "_initialize"),

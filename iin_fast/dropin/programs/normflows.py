@@ -17,7 +17,7 @@ from ..class_factory import original
 from ..registry import qualified
 from ..splines import net_scale
 from . import nets
-from .nflows import expect_shape, linear, lu_linear, masked, no_batch_norm, residual_net, spline_of
+from .nflows import expect_shape, linear, lu_linear, masked, no_batch_norm, residual_net, spline_cdf, spline_of
 from .plan import Atom, Maker, Programs, run
 from .watch import Unsupported, Watch
 
@@ -169,24 +169,7 @@ def _coupled(maker: Maker, module: Any) -> None:
     own = maker.get(module, "unconditional_transform")
     if own is not None:
         maker.take(own)
-        _cdf(maker, own, kept, moved)
-
-
-def _cdf(maker: Maker, module: Any, features: list[int], others: list[int]) -> None:
-    """Splines whose raw values are parameters: the biases of a net that multiplies what it reads by 0."""
-    bins = module.unnormalized_widths.shape[-1]
-    transformer = spline_of(maker, module, bins, None)
-    net = NetBuilder()
-    outputs = []
-    for j in range(len(features)):
-        for name in ("widths", "heights", "derivatives"):
-            values = module._parameters[f"unnormalized_{name}"]
-            count = values.shape[-1]
-            expect_shape(values, len(features), count)
-            zero = maker.fixed(torch.zeros(count, len(others)))
-            bias = maker.parameter(module, f"unnormalized_{name}", j * count)
-            outputs.append(net.dense(FEATURES, zero._replace(bias=bias)))
-    maker.coupling(others, features, net.build(*outputs), transformer)
+        spline_cdf(maker, own, kept, moved)
 
 
 def _auto(maker: Maker, module: Any) -> None:
