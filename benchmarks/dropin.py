@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers import commits, paths, versions
+from peers import commits, paths
 from torch import Tensor, nn
 
 import iin_fast
-from iin_fast.info import collect
+from iin_fast.info import collect, versions
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "dropin_cpu.json"
