@@ -94,7 +94,7 @@ LIBRARY = Library(
             for name in programs.FLOWS
         ),
     ),
-    versions=("0.14",),
+    versions=("0.13", "0.14"),
     programs=programs.PROGRAMS,
     bases=frozenset({"nflows.transforms.base.Transform"}),
     containers=frozenset(

@@ -157,7 +157,7 @@ LIBRARY = Library(
         ),
         *(Entry(name, programs.METHODS, root=True, whole=True) for name in (programs.FLOW, programs.CONDITIONAL)),
     ),
-    versions=("1.7.3",),
+    versions=("1.6.1", "1.7.0", "1.7.1", "1.7.2", "1.7.3"),
     programs=programs.PROGRAMS,
     bases=frozenset({"normflows.flows.base.Flow"}),
     containers=frozenset(

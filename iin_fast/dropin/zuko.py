@@ -13,6 +13,7 @@ from torch import Tensor
 from ..functional import affine_coupling, rational_quadratic_spline
 from .base import Library
 from .programs import zuko as programs
+from .programs.zuko import default_slope
 from .registry import Entry, eligible, worth_it
 
 __all__ = ["LIBRARY"]
@@ -40,7 +41,10 @@ class LazyAttribute:
         return vars(instance)[self.name]
 
 
-def affine_init(original: Any, self: Any, shift: Tensor, scale: Tensor, slope: float = 1e-3, **kwargs: Any) -> None:
+def affine_init(
+    original: Any, self: Any, shift: Tensor, scale: Tensor, slope: float | None = None, **kwargs: Any
+) -> None:
+    slope = default_slope(original) if slope is None else slope
     if not (worth_it(shift) and shift.shape == scale.shape and 0 < slope < 1 and eligible(shift, scale)):
         original(self, shift, scale, slope, **kwargs)
         return
@@ -75,9 +79,10 @@ def spline_init(
     heights: Tensor,
     derivatives: Tensor,
     bound: float = 5.0,
-    slope: float = 1e-3,
+    slope: float | None = None,
     **kwargs: Any,
 ) -> None:
+    slope = default_slope(original) if slope is None else slope
     shapes = (widths.shape, heights.shape, (*derivatives.shape[:-1], derivatives.shape[-1] + 1))
     simple = eligible(widths, heights, derivatives) and shapes[0] == shapes[1] == shapes[2]
     if not simple or not isinstance(bound, int | float) or not bound > 0 or not 0 < slope < 1:
@@ -185,7 +190,7 @@ LIBRARY = Library(
             for name in programs.FLOWS
         ),
     ),
-    versions=("1.6.0",),
+    versions=("1.2", "1.3", "1.4", "1.5", "1.6"),
     programs=programs.PROGRAMS,
     bases=frozenset({"zuko.lazy.LazyTransform"}),
     containers=frozenset({"zuko.lazy.LazyComposedTransform", "zuko.lazy.LazyInverse"}),

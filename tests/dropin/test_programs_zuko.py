@@ -61,7 +61,7 @@ FLOWS: dict[str, tuple[Callable[[int], nn.Module], int]] = {
     "NSF": (ready(F.NSF, bins=4), 3),
     "NSF coupling": (ready(F.NSF, passes=2, slope=1e-2), 3),
     "NICE": (ready(F.NICE, randmask=True), 3),
-    "RealNVP": (ready(F.RealNVP, activation=nn.SiLU), 3),
+    "RealNVP": (ready(getattr(F, "RealNVP", F.NICE), activation=nn.SiLU), 3),
     "NCSF": (ready(F.NCSF), 0),
     "mixed": (mixed, 6),
     "normalize": (ready(F.NICE, normalize=True), 0),

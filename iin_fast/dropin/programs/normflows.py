@@ -3,6 +3,7 @@
 The forward direction of normflows leads from the latent to the data, so densities run programs backwards.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -42,7 +43,6 @@ MADE, MASKED_LINEAR, MASKED_BLOCK, MASKED_RESIDUAL = (
 )
 MLP = "normflows.nets.mlp.MLP"
 GAUSSIAN = "normflows.distributions.base.DiagGaussian"
-WITHOUT_CONTEXT = (BLOCK, MASKED_AFFINE, CONST, ACT_NORM, REVERSE, COMPOSITE)  # they raise where one is passed
 
 BOTH = ("forward", "inverse")
 UTILS = "normflows.utils.splines"
@@ -260,7 +260,7 @@ def flatten(maker: Maker, root: nn.Module, inverse: bool = False, top: bool = Tr
         inner = list(maker.watch.children(maker.get(root, "flows")))
         if name == CONDITIONAL:
             for part in inner:
-                if qualified(original(type(part)) or type(part)) in WITHOUT_CONTEXT:
+                if "context" not in inspect.signature(type(part).forward).parameters:
                     raise Unsupported(f"{type(part).__name__} takes no context")
         for part in inner:
             yield from flatten(maker, part, top=False)

@@ -4,6 +4,7 @@ zuko's modules make transformations, and those map x. A composed transformation 
 knows its module and context, and makes what the library's own would hold only where it is asked for.
 """
 
+import inspect
 import math
 from collections.abc import Iterator
 from functools import partial
@@ -22,7 +23,7 @@ from . import nets
 from .plan import Atom, Maker, Programs, hopeless, run
 from .watch import HOOKS, Unsupported, Watch
 
-__all__ = ["COMPOSED", "FLOWS", "PROGRAMS", "composed_forward", "flow_forward"]
+__all__ = ["COMPOSED", "FLOWS", "PROGRAMS", "composed_forward", "default_slope", "flow_forward"]
 
 COMPOSED, INVERSE = "zuko.lazy.LazyComposedTransform", "zuko.lazy.LazyInverse"
 UNCONDITIONAL, BASE = "zuko.lazy.UnconditionalTransform", "zuko.lazy.UnconditionalDistribution"
@@ -85,6 +86,11 @@ def _net(maker: Maker, module: nn.Module, features: bool = True) -> Net:
 # ---------------------------------------------------------------- layers
 
 
+def default_slope(init: Any) -> float:
+    """The least slope that a transformation takes where none is given: 1e-4 before zuko 1.5, 1e-3 since."""
+    return float(inspect.signature(init).parameters["slope"].default)
+
+
 def _univariate(maker: Maker, module: Any, features: int) -> Transformer:
     made = maker.get(module, "univariate")
     shapes = [tuple(shape) for shape in maker.get(module, "shapes")]
@@ -100,12 +106,14 @@ def _univariate(maker: Maker, module: Any, features: int) -> Transformer:
     if name not in (AFFINE, SPLINE, ADDITIVE):
         raise Unsupported(f"univariate {name}")
     maker.expect_source(name, cls)
-    slope, bound = options.pop("slope", 1e-3), options.pop("bound", 5.0)
+    slope, bound = options.pop("slope", None), options.pop("bound", 5.0)
+    if slope is None and name != ADDITIVE:
+        slope = default_slope(vars(cls)["__init__"])
+    if name == ADDITIVE and shapes == [()] and not options and slope is None:
+        return affine(features, "none")
     numbers = isinstance(slope, float) and isinstance(bound, int | float)
     if options or not numbers or not 0 < slope < 1 or not bound > 0:
         raise Unsupported(f"univariate with {', '.join(options) or 'a slope or bound that is not known'}")
-    if name == ADDITIVE and shapes == [()]:
-        return affine(features, "none")
     if name == AFFINE and shapes == [(), ()]:
         return affine(features, "softclip", clamp=-math.log(slope), layout="interleaved_shift_first")
     if name == SPLINE and len(shapes) == 3 and shapes[0] and shapes == [(b := shapes[0][0],), (b,), (b - 1,)]:
@@ -160,7 +168,7 @@ def _unconditional(maker: Maker, module: Any) -> None:
         if value.dim() > 1 or value.numel() not in (1, maker.dim):
             raise Unsupported(f"a shift or scale of shape {list(value.shape)}")
     if name == AFFINE:
-        scale = scale / (1 + abs(scale / math.log(1e-3)))
+        scale = scale / (1 + abs(scale / math.log(default_slope(vars(cls)["__init__"]))))
     refs = (maker.constant(value.reshape(-1).expand(maker.dim)) for value in (shift, scale))
     maker.affine(*refs, form="exp" if name == AFFINE else "plain")
 
