@@ -22,7 +22,7 @@ template <class T> struct ProgramJob {
   const uint8_t *bool_mask;      // [tensors]: whether a mask is of bool
   T *y;                          // [batch, dim]
   T *logdet;                     // [batch]
-  T *saved;                      // program_saved_size elements
+  T *saved;                      // program_saved_size elements, or null
   T *workspace;                  // program_workspace elements, aligned to 64 bytes
   int64_t threads;
   ParallelPieces parallel;

@@ -21,5 +21,5 @@ def backward(
     weight_grads: bool, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
     """Gradients of all activations, of the weights where they are wanted, and the map again where not all was kept."""
-    passes = 1 + weight_grads + (keep != 2)
+    passes = 1 + weight_grads + (keep != 2)  # KEEP["save"]
     return passes * products(grad_y[0], weight_in, weight_hidden, weight_out)

@@ -1,0 +1,79 @@
+// Parses each line of the input as a flow program and walks it forward and back, on memory of exactly the size that it
+// asks for. Compiled with AddressSanitizer by test_sanitized.py. Prints how many lines were refused and walked.
+#include <iostream>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "flow_program/flow_program_loops.h"
+#include "flow_program/flow_program_plan.h"
+
+using namespace iin_fast;
+
+namespace {
+
+constexpr int64_t most = 1 << 20; // elements of anything: a legal program may be larger than this test's memory
+
+struct Memory { // on a cache line, and not a byte more
+  explicit Memory(int64_t elements)
+      : data(static_cast<float *>(::operator new(elements * sizeof(float), std::align_val_t(64)))) {
+    for (int64_t i = 0; i < elements; ++i)
+      data[i] = 0.01f * static_cast<float>(i % 97 - 48);
+  }
+  ~Memory() { ::operator delete(data, std::align_val_t(64)); }
+  Memory(const Memory &) = delete;
+  float *data;
+};
+
+bool walk(const Plan &plan, int64_t batch, bool inverse, Keep keep) {
+  const ProgramView &p = plan.view;
+  int64_t total = p.packed_size + p.gradient_size + 64 * (p.net_rows + (p.layer_count + 1) * p.dim + p.context);
+  for (const int64_t needed : plan.needed)
+    total += needed > most ? most : needed;
+  if (total > most || p.tensors > 100)
+    return false;
+  std::vector<std::vector<float>> parameters, grads;
+  std::vector<const void *> data;
+  std::vector<float *> gradients;
+  for (const int64_t needed : plan.needed) {
+    parameters.emplace_back(needed, 0.3f), grads.emplace_back(needed, 0.0f);
+    data.push_back(parameters.back().data()), gradients.push_back(grads.back().data());
+  }
+  const std::vector<uint8_t> bool_mask(p.tensors);
+  const Memory x(batch * p.dim), context(batch * p.context), y(batch * p.dim), logdet(batch);
+  const Memory saved(baseline::program_saved_size<float>(p, batch, keep));
+  ProgramJob<float> job{};
+  job.program = p, job.inverse = inverse, job.base = true, job.keep = keep, job.batch = batch;
+  job.x = x.data, job.context = context.data, job.parameters = data.data(), job.bool_mask = bool_mask.data();
+  job.y = y.data, job.logdet = logdet.data, job.saved = keep == Keep::nothing ? nullptr : saved.data, job.threads = 2;
+  job.parallel = [](int64_t count, void (*body)(int64_t, int64_t, void *), void *pointer) { body(0, count, pointer); };
+  const Memory workspace(baseline::program_workspace<float>(job, false));
+  job.workspace = workspace.data;
+  if (baseline::program_forward<float>(job) >= 0)
+    return false; // masks without an order
+  const Memory back(baseline::program_workspace<float>(job, true));
+  job.workspace = back.data;
+  const Memory grad_x(batch * p.dim), grad_context(batch * p.context);
+  baseline::program_backward<float>(
+      {job, y.data, logdet.data, grad_x.data, p.context ? grad_context.data : nullptr, gradients.data()});
+  return true;
+}
+
+} // namespace
+
+int main() {
+  int64_t refused = 0, walked = 0;
+  for (std::string text; std::getline(std::cin, text);) {
+    try {
+      const std::shared_ptr<const Plan> plan = plan_of(text);
+      for (const int64_t batch : {1, 40})
+        for (const bool inverse : {false, true})
+          for (const Keep keep : {Keep::nothing, Keep::inputs, Keep::all})
+            walked += walk(*plan, batch, inverse, keep);
+    } catch (const std::runtime_error &) {
+      ++refused;
+    }
+  }
+  std::cout << refused << " " << walked << "\n";
+}
