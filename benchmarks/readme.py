@@ -297,23 +297,39 @@ def dropin_table() -> str:
     machine = result["machine"]
     sources = [f"{name} {number}" for name, number in result["libraries"].items() if name not in result["peers"]]
     sources += [f"{name} at {commit[:7]}" for name, commit in result["peers"].items()]
-    columns = [(what, n) for n in result["batches"] for what in ("forward", "forward + backward")]
-    columns.append(("inverse", result["inverse at"]))
     lines = [
-        f"{machine['CPU']} ({machine['CPU instruction set']}), torch {machine['torch']}; {', '.join(sources)}. Speed-up: "
-        "median time of the library's own code over that after `accelerate`, both in one run, in turn; above 1 is faster. "
-        "Forward is the direction of the density, inverse that of samples.",
-        "",
-        "| | " + " | ".join(f"{what}, batch {n}" for what, n in columns) + " |",
-        "|---|" + "---:|" * len(columns),
+        f"{machine['CPU']} ({machine['CPU instruction set']}), torch {machine['torch']}; "
+        f"{', '.join(sources)}. How many times as fast a model is after `accelerate`: medians, both sides in turn in one run. "
+        "A step is loss, backward and torch's fused Adam, on both sides.",
     ]
-    for name, by_batch in result["models"].items():
-        for way in ("", ", frozen"):
-            cells = [by_batch[str(n)].get(what + way) for what, n in columns]
-            if any(cells):
-                shown = ["" if cell is None else f"{cell['speedup']:.2g}" for cell in cells]
-                lines.append(f"| {name}{way} | {' | '.join(shown)} |")
-    return "\n".join([*lines, "", *(f"{name} is left alone: {why}." for name, why in result["left"].items())])
+    for group, title in (
+        ("models", "model: step at batch"),
+        ("layers", "layer outside of a program: step at batch"),
+        ("stacks", "published stack: step at batch"),
+    ):
+        found = {name: by_batch for name, by_batch in result[group].items() if by_batch}
+        if not found:
+            continue
+        batches = sorted({int(batch) for by_batch in found.values() for batch in by_batch})
+        middle = str(100 if 100 in batches else batches[len(batches) // 2])
+        more = [what for what in ("density", "samples") if any(what in b.get(middle, {}) for b in found.values())]
+        titles = [title, "own, ms, at " + middle, *map(str, batches)]
+        titles += [{"density": f"density at {middle}", "samples": "10,000 samples"}[what] for what in more]
+        lines += ["", f"| {' | '.join(titles)} |", "|---|" + "---:|" * (len(titles) - 1)]
+        for name, by_batch in found.items():
+            cells = [by_batch.get(str(batch), {}).get("step") for batch in batches]
+            cells += [by_batch.get(middle, {}).get(what) for what in more]
+            shown = ["" if cell is None else f"{cell['speedup']:.2g}" for cell in cells]
+            own = by_batch.get(middle, {}).get("step")
+            lines.append(f"| {name} | {milliseconds(own and own['own'])} | {' | '.join(shown)} |")
+    if "sbi train" in result:
+        lines += ["", "Through sbi's own `train`, wall clock:", ""]
+        for name, times in result["sbi train"].items():
+            fast, fused = (times["own"] / times[side] for side in ("accelerated", "with fused_optimizer"))
+            lines.append(f'- {name}: {fast:.1f} × with `patch("sbi")`, {fused:.1f} × with `fused_optimizer=True`')
+        costs = ", ".join(f"{name} {ms:.2g} ms" for name, ms in result["else"].items())
+        lines += ["", f"What else a step costs, for the parameters of sbi's nsf: {costs}."]
+    return "\n".join(lines)
 
 
 def peers_list() -> str:

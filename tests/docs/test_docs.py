@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -76,8 +77,14 @@ def test_code_of_dropin_runs() -> None:
     ).eval()
     x = torch.randn(5, 4)
     before = model(x)
+    made = []
+    inference = SimpleNamespace(
+        train=lambda: made.append(torch.optim.Adam(model.parameters())),
+        build_posterior=lambda: SimpleNamespace(posterior_estimator=model),
+    )
     try:
-        names = run_blocks("dropin.md", model=model)
+        names = run_blocks("dropin.md", model=model, inference=inference)
+        assert made[0].defaults["fused"]
         assert iin_fast.accelerate(model).replaced[0].why == "by patch"  # the last line holds until unpatch
     finally:
         iin_fast.unpatch()
