@@ -325,13 +325,14 @@ def campaign(
                 key = dict(zip(keys, (name, rule, seed, quick, record), strict=True))
                 if json.dumps(list(key.values())) in done:
                     continue
-                begin = time.perf_counter()
+                begin, worked = time.perf_counter(), time.process_time()
                 try:
                     found = run_cell(data, settings, seed)
                 except (FloatingPointError, ValueError) as error:  # a run that diverged is a result
                     found = {"failed": str(error)}
                 cell = key | {"rows": len(data.z), "dim": data.z.shape[1], **found}
-                cell |= {"wall": time.perf_counter() - begin, "threads": torch.get_num_threads()}
+                cell |= {"wall": time.perf_counter() - begin, "cpu": time.process_time() - worked}
+                cell["threads"] = torch.get_num_threads()
                 cell |= {"iin_fast": iin_fast.__version__, "torch": torch.__version__, "machine": platform.machine()}
                 append(file, cell)
                 print(f"{name} {rule} {seed}: {summary(cell)}", flush=True)
@@ -374,12 +375,15 @@ def as_table(file: Path) -> str:
             found.setdefault(name, {}).setdefault(column, {})[cell["seed"]] = score
         if cell["rule"] == "none":
             about[name] = f"{cell['rows']} × {cell['dim']} | {len(next(iter(cell['scores'].values())))}"
-        if cell["rule"] == "default":
-            seconds.setdefault(name, {})[cell["seed"]] = cell["wall"]
+        if cell["rule"] == "default" and "cpu" in cell:
+            seconds.setdefault(name, {})[cell["seed"]] = cell["cpu"]
     there = {column for row in found.values() for column in row}
     columns = [column for column in SHOWN if column in there] + sorted(there - set(SHOWN))
     heads = " | ".join(SHOWN.get(column, column) for column in columns)
-    lines = [f"| data | rows × dims | concepts | {heads} | seconds |", "|---|---|---:|" + "---:|" * (len(columns) + 1)]
+    lines = [
+        f"| data | rows × dims | concepts | {heads} | processor seconds |",
+        "|---|---|---:|" + "---:|" * (len(columns) + 1),
+    ]
     for name, row in found.items():
         shown = []
         for column in columns:

@@ -107,6 +107,8 @@ def write_report(
     model = IIN.load(folder)
     run, evaluation = _json(folder / "run.json"), _json(folder / "evaluation.json")
     log = _log(folder / "logs" / "metrics.csv")
+    if run.get("settings", {}).get("patience") and "loss" in log:  # it may have stopped early
+        run = {**run, "steps": int(log["loss"][0][-1])}
     known = run.get("settings", {}).get("context")
     split: Path | None = folder / "split.npz"
     if hasattr(latents, "fingerprint") and latents.fingerprint() != run.get("latents", {}).get("sha256"):
