@@ -62,7 +62,8 @@ def test_a_campaign_runs_what_is_not_there(defaults, tmp_path, monkeypatch):
 
     table = defaults.as_table(file).splitlines()
     assert (
-        table[0] == "| data | rows × dims | concepts | IIN, by hand | linear IIN | mean shift | PCA | raw z | seconds |"
+        table[0]
+        == "| data | rows × dims | concepts | IIN, by hand | linear IIN | mean shift | PCA | raw z | processor seconds |"
     )
     assert len(table) == 3 and table[2].startswith("| tiny (quick) | 300 × 64 | 2 | ") and table[2].endswith("| – |")
 
@@ -78,7 +79,7 @@ def test_the_page_says_where_the_default_is_worse(defaults, tmp_path, monkeypatc
             "rows": 9,
             "dim": 3,
             "scores": scores,
-            "wall": 7.0,
+            "cpu": 7.0,
         }
 
     file, page = tmp_path / "results.jsonl", tmp_path / "examples.md"
