@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #include "common/half.h" // IIN_FAST_INLINE
@@ -47,8 +48,14 @@ IIN_FAST_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b;
 template <class T, int S, int... I>
 IIN_FAST_INLINE void exchange(vec<T> &a, vec<T> &b, std::integer_sequence<int, I...>) {
   constexpr int n = lanes<T>;
+#if defined(__clang__) || __GNUC__ >= 12
   const vec<T> low = __builtin_shufflevector(a, b, ((I & S) ? n + (I ^ S) : I)...);
   const vec<T> high = __builtin_shufflevector(a, b, ((I & S) ? n + I : (I ^ S))...);
+#else
+  using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  const vec<T> low = __builtin_shuffle(a, b, vec<Index>{((I & S) ? n + (I ^ S) : I)...});
+  const vec<T> high = __builtin_shuffle(a, b, vec<Index>{((I & S) ? n + I : (I ^ S))...});
+#endif
   a = low;
   b = high;
 }

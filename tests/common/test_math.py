@@ -116,3 +116,37 @@ def test_subnormal_numbers(library: ctypes.CDLL, dtype: type) -> None:
     x = np.array([np.finfo(dtype).tiny / 8] * 16, dtype)
     np.testing.assert_allclose(call(library, "log", x), np.log(x.astype(np.longdouble)).astype(dtype), rtol=1e-6)
     np.testing.assert_array_equal(call(library, "tanh", x), x)
+
+
+def convert(library: ctypes.CDLL, name: str, x: np.ndarray, dtype: type) -> np.ndarray:
+    # in pieces of 13, so that both the vectors of 8 and what is left over of them are used
+    rows = [np.empty(len(piece), dtype) for piece in np.array_split(x, -(-len(x) // 13))]
+    for piece, row in zip(np.array_split(x, -(-len(x) // 13)), rows, strict=True):
+        piece = np.ascontiguousarray(piece)
+        getattr(library, name)(
+            ctypes.c_void_p(piece.ctypes.data), ctypes.c_void_p(row.ctypes.data), ctypes.c_int64(len(row))
+        )
+    return np.concatenate(rows)
+
+
+def test_every_float16_is_read(library: ctypes.CDLL) -> None:
+    bits = np.arange(2**16, dtype=np.uint16)
+    expected = bits.view(np.float16).astype(np.float32)
+    found = convert(library, "from_half", bits, np.float32)
+    assert np.array_equal(found, expected, equal_nan=True)
+    assert np.array_equal(np.signbit(found), np.signbit(expected))
+
+
+def test_float16_is_rounded_to_nearest_even(library: ctypes.CDLL) -> None:
+    halves = np.arange(2**16, dtype=np.uint16).view(np.float16).astype(np.float32)
+    finite = np.unique(halves[np.isfinite(halves)])
+    ties = (finite[1:] + finite[:-1]) / 2  # exact in float32
+    ties = np.concatenate([ties, [65520.0, -65520.0, 2.0**-25, -(2.0**-25)]]).astype(np.float32)
+    around = [np.nextafter(ties, np.float32(side)) for side in (-INF, INF)]
+    more = np.random.default_rng(0).integers(2**32, size=100_000, dtype=np.uint32).view(np.float32)
+    x = np.concatenate([halves, ties, *around, more])
+    with np.errstate(over="ignore"):
+        expected = x.astype(np.float16)
+    found = convert(library, "to_half", x, np.uint16).view(np.float16)
+    assert np.array_equal(found, expected, equal_nan=True)
+    assert np.array_equal(np.signbit(found[~np.isnan(found)]), np.signbit(expected[~np.isnan(expected)]))

@@ -1,0 +1,22 @@
+// Lets the CPU library load beside glibc 2.28, which is what torch itself asks for: what newer versions added is bound
+// to the older version of the same function, or defined here. CMakeLists.txt has the linker send calls of exp and log
+// to the wrappers. tests/packaging/test_symbols.py reads what the built library needs.
+#include <features.h>
+
+#if defined(__x86_64__) && defined(__GLIBC__)
+
+extern "C" {
+
+// std::shared_ptr reads it to leave out atomic operations in a process of one thread (glibc 2.32). 0: never.
+__attribute__((visibility("hidden"))) char __libc_single_threaded = 0;
+
+double iin_fast_exp(double x);
+double iin_fast_log(double x);
+__asm__(".symver iin_fast_exp, exp@GLIBC_2.2.5");
+__asm__(".symver iin_fast_log, log@GLIBC_2.2.5");
+
+double __wrap_exp(double x) { return iin_fast_exp(x); }
+double __wrap_log(double x) { return iin_fast_log(x); }
+}
+
+#endif

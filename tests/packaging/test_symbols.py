@@ -1,0 +1,25 @@
+"""What the CPU library needs of the system: no more than torch's own wheels do (glibc 2.28)."""
+
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from iin_fast._library import libraries
+
+objdump = shutil.which("objdump")
+
+
+@pytest.mark.skipif(objdump is None, reason="no objdump")
+def test_the_cpu_library_loads_beside_glibc_2_28() -> None:
+    text = subprocess.run(
+        [str(objdump), "-T", str(libraries["cpu"])], capture_output=True, text=True, check=True
+    ).stdout
+    needed: dict[str, set[tuple[int, ...]]] = {}
+    for name, version in re.findall(r"\((GLIBC|GLIBCXX|CXXABI|GCC)_([0-9.]+)\)", text):
+        needed.setdefault(name, set()).add(tuple(map(int, version.split("."))))
+    assert needed["GLIBC"] and max(needed["GLIBC"]) <= (2, 28)
+    assert max(needed["GLIBCXX"]) <= (3, 4, 25)  # of GCC 8
+    assert max(needed["CXXABI"]) <= (1, 3, 11)
+    assert max(needed.get("GCC", {(0,)})) < (8,)
