@@ -123,7 +123,9 @@ def study(
     sizes = {name: found["sizes"]["published"][name] for name in CONCEPTS}
     shutil.rmtree(run, ignore_errors=True)
     data = Latents.of_pairs(za, zb, shared=shared, names=CONCEPTS)
-    model = train(data, run, Settings(sizes, rho=0.99, minutes=2.0, steps=steps, seed=seed), accelerator="cpu")
+    model = train(
+        data, run, Settings(sizes, rho=0.99, minutes=2.0, patience=0, steps=steps, seed=seed), accelerator="cpu"
+    )
     random = torch.Generator().manual_seed(seed + 1)
     (images, labels), (test_images, test_labels) = paint(digits, random, rounds), paint(test, random, rounds)
     judged = evaluate(

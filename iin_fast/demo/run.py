@@ -84,8 +84,9 @@ def run_demo(
     for name, part in labelled.items():
         save_arrays(out / f"{name}.npz", _labelled(vae, part, seed + 4))
 
-    # Pairs share their color exactly, so rho is above the published 0.975; all else is the default.
-    settings = Settings(rho=0.99, minutes=2.0, steps=plan.iin_steps, seed=seed)
+    # Pairs share their color exactly, so rho is above the published 0.975. Without patience: the held-out loss, taken without
+    # noise, only falls once the noise of the training does, and ends at half of what patience stopped at.
+    settings = Settings(rho=0.99, minutes=2.0, patience=0, steps=plan.iin_steps, seed=seed)
     train(out / "latents.npz", out, settings, accelerator="cpu", progress=True)
     found = evaluate(
         out,
