@@ -8,7 +8,8 @@
 
 A cell is one data set, one rule, one seed. It is one line of the result file, written when it is done, so a campaign that stops
 goes on where it was; two may share a file if they share no cell. The rule "none" trains nothing: mean shift, the linear IIN,
-PCA and raw z. To try new settings, add a function to RULES; a cell whose settings changed is run again.
+PCA and raw z. To try new settings, add a function to RULES; a cell whose settings changed is run again. (A constant of the default
+rule that is no setting is not seen: take its lines away.)
 
 Every system swaps the same held-out rows with the same donors, and the same judge (one small network a concept, trained on the
 training rows) reads them. The score is the share of swaps that give the donor's class and keep all other concepts.
@@ -36,6 +37,7 @@ from iin_fast.data import Latents
 from iin_fast.evaluate import LinearFactors, MeanShift, judge_accuracy, latent_judge, swap_success
 from iin_fast.evaluate.baselines import LinearRival
 from iin_fast.train import Settings, train
+from iin_fast.train.settings import Facts
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PAGE = Path(__file__).parents[1] / "docs" / "examples.md"
@@ -321,7 +323,8 @@ def campaign(
                 data, settings = made, RULES[rule](made)
                 if quick:
                     data, settings = quickened(data, settings)
-                record = None if settings is None else settings.record()
+                facts = Facts(len(data.z), 1, data.z.shape[1], "labels")
+                record = None if settings is None else settings.chosen(facts).record()
                 key = dict(zip(keys, (name, rule, seed, quick, record), strict=True))
                 if json.dumps(list(key.values())) in done:
                     continue

@@ -47,7 +47,7 @@ WORDS = {
     "settings/weight_decay": "weight decay",
     "settings/clip": "longest gradient",
     "settings/noise": "noise on the latents, in standard deviations",
-    "settings/noise_end": "noise after two fifths of the steps",
+    "settings/noise_end": "noise after three tenths of the steps",
     "settings/held_out": "share held out",
     "settings/keep": "model that is left",
     "settings/patience": "looks without a gain that end it",

@@ -62,7 +62,7 @@ PAPER: dict[str, Any] = {
 SPEED = {"affine": 15e9, "spline": 5e9}
 MOST_STEPS, LEAST_STEPS = 3000, 200
 LOOKS = 30
-NOISE_FALLS = 0.2, 0.4  # from and to these shares of the steps
+NOISE_FALLS = 0.1, 0.3  # from and to these shares of the steps
 
 
 class Facts(NamedTuple):
@@ -113,7 +113,7 @@ class Settings:
         clip: longest gradient, as a norm over all parameters; 0 for any length.
         noise: deviation of the Gaussian noise that every step adds to its latents, in standard deviations of each feature
             over the training rows; 0 for none, as published. It keeps the flow from learning few latents by heart.
-        noise_end: deviation from two fifths of the steps on. The noise falls to it from one fifth on, each step by the same factor.
+        noise_end: deviation from three tenths of the steps on. The noise falls to it from one tenth on, each step by the same factor.
             Of the preset ``"paper"`` it is ``noise``.
         held_out: share of the latents that is never trained on, from 0 to below 1.
         keep: which model a run leaves: ``"last"``, that of the last step, as published; ``"best"``, the one with the
