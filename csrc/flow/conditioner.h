@@ -13,7 +13,8 @@ namespace iin_fast {
 namespace IIN_FAST_ISA {
 namespace {
 
-// The threads that share a step: all of the call's, or one, when the rows themselves are split over threads.
+// The threads of a common/thread_team.h that share a step: all of the call's, or one, when the rows themselves are
+// split over threads.
 struct Team {
   int64_t threads;
   ParallelFor parallel_for;

@@ -1,8 +1,8 @@
 // flow on the CPU: tensor checks, memory, and torch's threads. The walk is in flow_loops.cpp.
 #include "flow/flow_loops.h"
 
-#include "common/crew.h"
 #include "common/tensor.h"
+#include "common/thread_team.h"
 #include "flow/flow_checks.h"
 
 #if defined(__linux__)
@@ -30,8 +30,8 @@ Tensor with_large_pages(Tensor t, int64_t element_size) {
   return t;
 }
 
-// The crew that the calling thread leads, if any.
-thread_local Crew *leading = nullptr;
+// The team that the calling thread leads, if any.
+thread_local ThreadTeam *leading = nullptr;
 
 void parallel(int64_t count, void (*body)(int64_t, int64_t, void *), void *data) {
   if (leading != nullptr)
@@ -41,18 +41,18 @@ void parallel(int64_t count, void (*body)(int64_t, int64_t, void *), void *data)
 }
 
 // Calls walk() in this thread, with `threads` threads of torch's pool awake for its steps.
-template <class F> void with_crew(int64_t threads, const F &walk) {
+template <class F> void with_team(int64_t threads, const F &walk) {
   if (threads <= 1)
     return walk();
-  Crew crew;
+  ThreadTeam team;
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
     if (begin != 0)
-      return crew.work();
-    crew.start();
-    leading = &crew;
+      return team.work();
+    team.start();
+    leading = &team;
     walk();
     leading = nullptr;
-    crew.close();
+    team.close();
   });
 }
 
@@ -141,7 +141,7 @@ std::tuple<Tensor, Tensor, Tensor> flow(const Tensor &x_in,                     
     job.x = in<T>(x), job.y = out<T>(y), job.logdet = out<T>(logdet);
     job.keep = keep, job.saved = out<T>(saved);
     job.workspace = aligned<T>(workspace);
-    with_crew(IIN_FAST_LOOP(flow_sharing<T>)(s, job.threads), [&] { IIN_FAST_LOOP(flow_forward<T>)(job); });
+    with_team(IIN_FAST_LOOP(flow_sharing<T>)(s, job.threads), [&] { IIN_FAST_LOOP(flow_forward<T>)(job); });
   });
   return {y, logdet, saved};
 }
@@ -207,7 +207,7 @@ Gradients flow_backward(const Tensor &grad_y_in,      // [batch, dim]
       job.grads.weight_hidden = out<T>(*grads[2]), job.grads.bias_hidden = out<T>(*grads[3]);
       job.grads.weight_out = out<T>(*grads[4]), job.grads.bias_out = out<T>(*grads[5]);
     }
-    with_crew(IIN_FAST_LOOP(flow_sharing<T>)(s, job.forward.threads), [&] { IIN_FAST_LOOP(flow_backward<T>)(job); });
+    with_team(IIN_FAST_LOOP(flow_sharing<T>)(s, job.forward.threads), [&] { IIN_FAST_LOOP(flow_backward<T>)(job); });
   });
   return {grad_x, grad_context, grad_loc, grad_scale, grads[0], grads[1], grads[2], grads[3], grads[4], grads[5]};
 }

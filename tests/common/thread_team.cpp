@@ -1,35 +1,35 @@
-// csrc/common/crew.h under ThreadSanitizer: many short steps, threads that come late or never.
+// csrc/common/thread_team.h under ThreadSanitizer: many short steps, threads that come late or never.
 #include <cstdio>
 #include <thread>
 #include <vector>
 
-#include "common/crew.h"
+#include "common/thread_team.h"
 
 int main() {
   constexpr int64_t count = 37;
   std::vector<int64_t> sums(count, 0);
   for (int call = 0; call < 20; ++call) {
-    iin_fast::Crew crew;
+    iin_fast::ThreadTeam team;
     std::vector<std::thread> workers;
     for (int t = 0; t < 3; ++t)
-      workers.emplace_back([&crew, t] {
+      workers.emplace_back([&team, t] {
         for (int i = 0; i < t * 2000; ++i) // the later ones join in the middle
           std::this_thread::yield();
-        crew.work();
+        team.work();
       });
-    crew.start();
+    team.start();
     for (int64_t step = 0; step < 500; ++step) {
       auto body = [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i)
           sums[i] += step;
       };
-      crew.run(count, [](int64_t b, int64_t e, void *f) { (*static_cast<decltype(body) *>(f))(b, e); }, &body);
+      team.run(count, [](int64_t b, int64_t e, void *f) { (*static_cast<decltype(body) *>(f))(b, e); }, &body);
     }
-    crew.close();
+    team.close();
     for (std::thread &worker : workers)
       worker.join();
   }
-  iin_fast::Crew serial; // a pool that runs a worker's piece first: it must return, not wait
+  iin_fast::ThreadTeam serial; // a pool that runs a worker's piece first: it must return, not wait
   serial.work();
   bool right = true;
   for (const int64_t sum : sums)

@@ -1,4 +1,4 @@
-"""csrc/common/crew.h: every part of every step is done once, without a data race, whoever joins when."""
+"""csrc/common/thread_team.h: every part of every step is done once, without a data race, whoever joins when."""
 
 import shutil
 import subprocess
@@ -14,9 +14,9 @@ def test_steps_are_shared_without_races(tmp_path: Path, sanitizer: str) -> None:
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++")
-    program = tmp_path / "crew"
+    program = tmp_path / "thread_team"
     flags = ["-O1", "-g", "-std=c++17", "-pthread", *([sanitizer] if sanitizer else [])]
-    source = ROOT / "tests" / "common" / "crew.cpp"
+    source = ROOT / "tests" / "common" / "thread_team.cpp"
     subprocess.run([compiler, *flags, f"-I{ROOT / 'csrc'}", str(source), "-o", str(program)], check=True)
     done = subprocess.run([str(program)], capture_output=True, text=True, timeout=120)
     if "unexpected memory mapping" in done.stderr:

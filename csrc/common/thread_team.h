@@ -1,4 +1,4 @@
-// A crew of threads that stays awake for the length of one op.
+// A team of threads that stays awake for the length of one op.
 //
 // An op of a hundred short steps would pay for starting torch's pool at every step. Here the pool is started once: its
 // first thread leads and walks through the op, the others wait on one word of memory for the next step. Measured gain:
@@ -16,7 +16,7 @@
 
 namespace iin_fast {
 
-class Crew {
+class ThreadTeam {
 public:
   using Body = void (*)(int64_t begin, int64_t end, void *data);
 
