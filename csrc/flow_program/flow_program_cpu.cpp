@@ -129,9 +129,9 @@ std::tuple<Tensor, Tensor, Tensor> flow_program(const Tensor &x,                
 }
 
 std::tuple<Tensor, Tensor, std::vector<Tensor>>
-flow_program_backward(const Tensor &grad_y,      // [batch, dim]
-                      const Tensor &grad_logdet, // [batch]
-                      const Tensor &x,           // [batch, dim]
+flow_program_backward(const std::optional<Tensor> &grad_y, // [batch, dim], none for 0
+                      const Tensor &grad_logdet,           // [batch]
+                      const Tensor &x,                     // [batch, dim]
                       const Tensor &saved, const std::optional<Tensor> &context, const std::vector<Tensor> &parameters,
                       const std::string &program, bool inverse, bool base, int64_t keep, bool context_grad,
                       const std::string &wanted) {
@@ -140,12 +140,14 @@ flow_program_backward(const Tensor &grad_y,      // [batch, dim]
   const Inputs in = checked(*plan, x, context, parameters);
   const ScalarType scalar = in.x.scalar_type();
   const int64_t batch = in.x.size(0);
-  STD_TORCH_CHECK(grad_y.dim() == 2 && grad_y.size(0) == batch && grad_y.size(1) == plan->view.dim &&
-                      grad_y.scalar_type() == scalar && grad_logdet.numel() == batch &&
-                      grad_logdet.scalar_type() == scalar,
-                  "flow_program: grad_y and grad_logdet must be like x and its rows");
+  STD_TORCH_CHECK(!grad_y.has_value() || (grad_y->dim() == 2 && grad_y->size(0) == batch &&
+                                          grad_y->size(1) == plan->view.dim && grad_y->scalar_type() == scalar),
+                  "flow_program: grad_y must be like x");
+  STD_TORCH_CHECK(grad_logdet.numel() == batch && grad_logdet.scalar_type() == scalar,
+                  "flow_program: grad_logdet must be like the rows of x");
   STD_TORCH_CHECK(wanted.size() == parameters.size(), "flow_program: wanted must name every parameter");
-  const Tensor gy = contiguous(grad_y), gl = contiguous(grad_logdet);
+  const std::optional<Tensor> gy = grad_y.has_value() ? std::optional<Tensor>(contiguous(*grad_y)) : std::nullopt;
+  const Tensor gl = contiguous(grad_logdet);
   Tensor grad_x = cpu_empty(in.x, in.x.sizes());
   context_grad = context_grad && in.context.has_value();
   Tensor grad_context = context_grad ? cpu_empty(*in.context, in.context->sizes()) : cpu_empty(in.x, {0});
@@ -173,7 +175,7 @@ flow_program_backward(const Tensor &grad_y,      // [batch, dim]
     std::vector<T *> pointers(grads.size());
     for (size_t i = 0; i < grads.size(); ++i)
       pointers[i] = wanted[i] == '1' ? static_cast<T *>(grads[i].mutable_data_ptr()) : nullptr;
-    job.grad_y = static_cast<const T *>(gy.const_data_ptr());
+    job.grad_y = gy.has_value() ? static_cast<const T *>(gy->const_data_ptr()) : nullptr;
     job.grad_logdet = static_cast<const T *>(gl.const_data_ptr());
     job.grad_x = static_cast<T *>(grad_x.mutable_data_ptr());
     job.grad_context = context_grad ? static_cast<T *>(grad_context.mutable_data_ptr()) : nullptr;
@@ -188,7 +190,7 @@ flow_program_backward(const Tensor &grad_y,      // [batch, dim]
 STABLE_TORCH_LIBRARY_FRAGMENT(iin_fast, m) {
   m.def("flow_program(Tensor x, Tensor? context, Tensor[] parameters, str program, bool inverse, bool base, int keep)"
         " -> (Tensor, Tensor, Tensor)");
-  m.def("flow_program_backward(Tensor grad_y, Tensor grad_logdet, Tensor x, Tensor saved, Tensor? context,"
+  m.def("flow_program_backward(Tensor? grad_y, Tensor grad_logdet, Tensor x, Tensor saved, Tensor? context,"
         " Tensor[] parameters, str program, bool inverse, bool base, int keep, bool context_grad, str wanted)"
         " -> (Tensor, Tensor, Tensor[])");
 }

@@ -169,7 +169,10 @@ public:
       walk(w, tape, keep, false);
     }
     T *g = w.gradients[0], *next = w.gradients[1];
-    read(job.grad_y, p_.dim, first, rows, g, true);
+    if (job.grad_y != nullptr)
+      read(job.grad_y, p_.dim, first, rows, g, true);
+    else
+      begin(g, p_.dim * ld_, false);
     for (int64_t l = 0; l < ld_; ++l)
       w.grad_logdet[l] = l < rows ? job.grad_logdet[first + l] : T(0);
     if (job_.base)

@@ -30,7 +30,7 @@ template <class T> struct ProgramJob {
 
 template <class T> struct ProgramBackwardJob {
   ProgramJob<T> forward; // y and logdet are not used
-  const T *grad_y;       // [batch, dim]
+  const T *grad_y;       // [batch, dim], or null for 0
   const T *grad_logdet;  // [batch]
   T *grad_x;             // [batch, dim]
   T *grad_context;       // [batch, context], or null

@@ -85,7 +85,6 @@ def _gradients(
         return None, None, [None] * len(parameters)
     program, inverse, base, keep = options
     wanted = _wanted(program, need_parameters)
-    grad_y = x.new_zeros(x.shape) if grad_y is None else grad_y
     grad_logdet = x.new_zeros(x.shape[0]) if grad_logdet is None else grad_logdet
     grad_x, grad_context, found = torch.ops.iin_fast.flow_program_backward.default(
         grad_y, grad_logdet, x, saved, context, parameters, program.text, inverse, base, keep, need_context, wanted
@@ -181,7 +180,7 @@ def _fake(
 
 
 def _fake_backward(
-    grad_y: Tensor,
+    grad_y: Tensor | None,
     grad_logdet: Tensor,
     x: Tensor,
     saved: Tensor,

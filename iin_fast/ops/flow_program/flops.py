@@ -30,10 +30,10 @@ def forward(x: Shape, context: Any, parameters: Any, program: str, inverse: bool
 
 
 def backward(
-    grad_y: Shape, grad_logdet: Any, x: Any, saved: Shape, context: Any, parameters: Any, program: str, inverse: bool,
+    grad_y: Any, grad_logdet: Any, x: Shape, saved: Shape, context: Any, parameters: Any, program: str, inverse: bool,
     base: bool, keep: int, context_grad: bool, wanted: str, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
     """Gradients of all activations, of the weights where they are wanted, and the map again where not all was kept."""
     kept = prod(saved) > 0 and keep != KEEP["checkpoint"]
     passes = 1 + ("1" in wanted) + (not kept)
-    return passes * _program_products(grad_y[0], program, inverse)
+    return passes * _program_products(x[0], program, inverse)
