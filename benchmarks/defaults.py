@@ -398,7 +398,9 @@ def as_table(file: Path) -> str:
         for column in columns:
             values = list(row.get(column, {}).values())
             text = f"{np.mean(values):.3f}" if values else "–"
-            shown.append(text + f" ({min(values):.3f} to {max(values):.3f})" * (len(values) > 1))
+            if len(values) > 1:
+                text += f" ({min(values):.3f} to {max(values):.3f})"
+            shown.append(text)
         took = f"{np.mean(list(seconds[name].values())):.0f}" if name in seconds else "–"
         lines.append(f"| {name} | {about.get(name, '– | –')} | {' | '.join(shown)} | {took} |")
     losses = []
@@ -419,8 +421,12 @@ def write_page(file: Path) -> None:
     text = as_table(file)
     runs = [cell for cell in cells(file) if cell["data"] == "random"]
     if runs:
-        failed = [str(cell["seed"]) for cell in runs if "failed" in cell]
-        what = f"those of seeds {', '.join(failed)} stopped with an error" if failed else "none diverged"
+        failed = {cell["seed"]: cell["failed"] for cell in runs if "failed" in cell}
+        diverged = [str(seed) for seed, why in failed.items() if "finite" in why]
+        what = f"those of seeds {', '.join(diverged)} diverged" if diverged else "none diverged"
+        refused = len(failed) - len(diverged)
+        if refused:
+            what += f"; {refused} were refused, as they have more concepts than directions"
         text += f"\n\n{len(runs)} default trainings of {RANDOM_STEPS} steps on random latents (`--random`): {what}."
     before, rest = PAGE.read_text().split(BEGIN)
     PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")

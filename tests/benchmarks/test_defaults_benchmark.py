@@ -99,7 +99,7 @@ def test_the_page_says_where_the_default_is_worse(defaults, tmp_path, monkeypatc
     assert text.startswith("before") and text.endswith("after") and "old" not in text
     assert "| good | 9 × 3 | 1 | 0.590 | 0.500 | 0.600 | 7 |" in text
     assert "- bad: 0.050 less than mean shift." in text and text.count("less than") == 1
-    assert "2 default trainings" in text and "those of seeds 1 stopped" in text
+    assert "2 default trainings" in text and "those of seeds 1 diverged" in text
 
 
 def test_random_latents_are_trained_and_noted(defaults, tmp_path, monkeypatch):
