@@ -426,7 +426,7 @@ def write_page(file: Path) -> None:
         what = f"those of seeds {', '.join(diverged)} diverged" if diverged else "none diverged"
         refused = len(failed) - len(diverged)
         if refused:
-            what += f"; {refused} were refused, as they have more concepts than directions"
+            what += f"; {refused} were refused, as they vary in too few directions for their concepts"
         text += f"\n\n{len(runs)} default trainings of {RANDOM_STEPS} steps on random latents (`--random`): {what}."
     before, rest = PAGE.read_text().split(BEGIN)
     PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
