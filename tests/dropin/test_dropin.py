@@ -24,13 +24,13 @@ from torch.nn.utils import parametrize
 
 import iin_fast
 from iin_fast.dropin import registry, sources, stacks
-from iin_fast.dropin.accelerate import _holders, _patched
 from iin_fast.dropin.class_factory import original
+from iin_fast.dropin.replace import _holders, _patched
 
 nflows = pytest.importorskip("nflows.transforms")
 zuko = pytest.importorskip("zuko")
 
-ACCELERATE = importlib.import_module("iin_fast.dropin.accelerate")  # the function has the name of its module
+REPLACE = importlib.import_module("iin_fast.dropin.replace")
 
 
 @pytest.fixture(autouse=True)
@@ -458,8 +458,8 @@ def test_an_exception_ends_the_block() -> None:
 def test_threads_leave_nothing_patched(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each step waits, so that the threads meet at every one of them."""
     for name in ("_patch", "_unpatch"):
-        step = getattr(ACCELERATE, name)
-        monkeypatch.setattr(ACCELERATE, name, lambda *args, step=step: (time.sleep(5e-4), step(*args)))
+        step = getattr(REPLACE, name)
+        monkeypatch.setattr(REPLACE, name, lambda *args, step=step: (time.sleep(5e-4), step(*args)))
     own, count, rounds = dict(vars(nflows.AffineCouplingTransform)), 3, 10
     barrier, seen = Barrier(count), []
 

@@ -11,8 +11,8 @@ from torch import nn
 
 import iin_fast
 from iin_fast.dropin import registry, sources
-from iin_fast.dropin.accelerate import _holders, _patched, _warned
 from iin_fast.dropin.library import LIBRARIES
+from iin_fast.dropin.replace import _holders, _patched, _warned
 
 transforms = pytest.importorskip("nflows.transforms")
 zuko = pytest.importorskip("zuko")

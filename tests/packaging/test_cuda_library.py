@@ -100,8 +100,8 @@ def test_a_torch_without_cuda_is_named() -> None:
     net.append(torch.arange(3)[None])
     raw, spline = torch.randn(2, 3, 5), (2, 0, 0, -1.0, 1.0, -1.0, 1.0, 1e-3, 1e-3, 1e-3, False)
     calls = {
-        "flow": (x, None, *net, 0.01, 1.0, False, False, True, False),
-        "flow_backward": (x, rows, x, x[:0], None, *net, 0.01, 1.0, False, False, True, False),
+        "flow": (x, None, *net, 0.01, 1.0, False, False, 2, False),
+        "flow_backward": (x, rows, x, x[:0], None, *net, 0.01, 1.0, False, 2, True, False),
         "affine_coupling": (x, x, x, 1, 1.0, False),
         "affine_coupling_backward": (x, rows, x, x, 1, 1.0, False),
         "pair_nll": (x, x, rows, rows, shared, [3], 0.9, False),

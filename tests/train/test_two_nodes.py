@@ -25,7 +25,7 @@ def test_two_nodes_give_the_same_result(latents, settings, tmp_path):
     launch = f"-m torch.distributed.run --nnodes 2 --nproc-per-node 1 --master-addr 127.0.0.1 --master-port {port}"
     options = (
         "--factors digit=3,color=2 --steps 40 --n-flows 2 --hidden-dim 16 --batch 16 --learning-rate 3e-3 --log-every 10 "
-        "--held-out-every 20 --save-every 20 --precision 64-true --accelerator cpu"
+        "--preset paper --held-out-every 20 --save-every 20 --precision 64-true --accelerator cpu"
     )
     nodes = [
         subprocess.Popen(
