@@ -1,7 +1,7 @@
 # make demo   the main job: environment, wheel, training, swaps, report in runs/demo
-# make test   the whole suite
+# make test   the whole suite; make test-fast: two minutes of it
 # make docs   the documentation site in build/site
-.PHONY: demo test docs wheel sdist build lint bench peers gpu-report cuda-load-check gpu clean
+.PHONY: demo test test-fast docs wheel sdist build lint bench peers gpu-report cuda-load-check gpu clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -56,6 +56,10 @@ lint: $(VENV)/.ready
 
 test: build lint
 	$(BIN)/python -m pytest -n auto --dist loadscope --no-loadscope-reorder
+
+# Two minutes of it, for daily work: tests/conftest.py says what is left out.
+test-fast: build
+	$(BIN)/python -m pytest -n auto --dist loadscope --no-loadscope-reorder -m "not slow"
 
 # The documentation site; any warning is an error.
 docs: $(VENV)/.ready

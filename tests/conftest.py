@@ -2,6 +2,9 @@
 Threads are tested where a test sets their number (tests/ops)."""
 
 import os
+from pathlib import Path
+
+import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for torch, imported next, and for the processes that tests start
 
@@ -10,3 +13,22 @@ import torch  # noqa: E402
 torch.set_num_threads(1)
 
 collect_ignore = ["conftest.py"]  # the search for doctests would import it a second time, under the name of another one
+
+# What `make test-fast` leaves out: files that compile, start many processes or train for long. Together they take nine tenths
+# of the time of `make test`, and are a tenth of its tests.
+SLOW = """
+    backends/test_triton composition/test_compile composition/test_distributed composition/test_export composition/test_onnx
+    benchmarks/test_gpu_script cuda_emulator/test_emulator demo/test_demo docs/test_docs docs/test_examples docs/test_readme
+    dropin/test_onnx dropin/test_sbi evaluate/test_evaluate flow/test_sanitized ops/test_affine_coupling_cuda ops/test_extremes
+    ops/test_flow_cuda ops/test_spline_coupling_cuda ops/test_spline_extremes packaging/test_distribution
+    packaging/test_gpu_report report/test_report train/test_allocator train/test_chosen train/test_commands train/test_kill
+    train/test_two_nodes
+"""
+SLOW_FILES = {Path(__file__).parent / f"{name}.py" for name in SLOW.split()}
+assert all(file.exists() for file in SLOW_FILES), "SLOW names a file that is no longer there"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path in SLOW_FILES:
+            item.add_marker(pytest.mark.slow)
