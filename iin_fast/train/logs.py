@@ -14,7 +14,7 @@ from typing import Any
 
 from ..files import write_file
 
-__all__ = ["COLUMNS", "Bar", "Log", "event_writer", "held_out_rise"]
+__all__ = ["COLUMNS", "Bar", "Log", "early_end", "event_writer", "held_out_rise"]
 
 EVERY = 20.0  # seconds between two lines of a bar that is no bar
 COLUMNS = (
@@ -145,6 +145,24 @@ def held_out_rise(run: str | os.PathLike[str]) -> str:
         f"the held-out loss rose from {lowest:.2f} nats per pair at step {step} to {looks[-1][0]:.2f} at step {looks[-1][1]}: "
         f"the flow learns its latents by heart. More noise (now {settings.get('noise', 0):g}), fewer steps or a smaller network help; "
         f"the model of step {step} was {kept}"
+    )
+
+
+def early_end(run: str | os.PathLike[str]) -> str:
+    """A line that says where the training in ``run`` ended before its last step, for want of a gain, or ``""``."""
+    folder = Path(run)
+    file, made = folder / "logs" / "metrics.csv", folder / "run.json"
+    if not file.is_file() or not made.is_file():
+        return ""
+    record = json.loads(made.read_text(encoding="utf-8"))
+    with open(file, newline="", encoding="utf-8") as stream:
+        done = max((int(line["step"]) for line in csv.DictReader(stream)), default=0)
+    patience = record.get("settings", {}).get("patience")
+    if not patience or done >= record.get("steps", 0):
+        return ""
+    return (
+        f"ended at step {done} of {record['steps']}: {patience} looks at held-out latents in a row found no better model "
+        f"(--patience 0 goes on to the end)"
     )
 
 
