@@ -37,9 +37,10 @@ def test_a_training_inside_of_a_patch_and_a_posterior_after_it(
     with iin_fast.patch("sbi", fused_optimizer=True):
         fast, _ = trained(name)
         assert calls, "the training ran the libraries' own code"
-    states = (p.posterior_estimator.state_dict() for p in (fast, own))
-    for got, want in zip(*(state.values() for state in states), strict=True):
-        torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-3)
+    # Adam turns a gradient within rounding of 0 into a step of full length, so single weights may differ; the density does not.
+    theta = torch.rand(200, 1, 2)
+    got, want = (p.posterior_estimator.log_prob(theta, observed) for p in (fast, own))
+    torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-2)
     torch.manual_seed(1)
     wanted = own.sample((50,), x=observed, show_progress_bars=False)
     calls.clear()
