@@ -1,11 +1,10 @@
 """The harness for default settings: its data sets, and that a campaign goes on where it stopped."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
+import benchmark_scripts
 import numpy as np
 import pytest
 
@@ -18,12 +17,7 @@ SYSTEMS = {"mean_shift", "linear_iin", "pca", "raw"}
 
 @pytest.fixture(scope="module")
 def defaults() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("defaults", ROOT / "benchmarks" / "defaults.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["defaults"] = module
-    spec.loader.exec_module(module)
-    return module
+    return benchmark_scripts.load("defaults")
 
 
 def test_data_sets_are_labelled_latents_that_follow_from_the_seed(defaults):

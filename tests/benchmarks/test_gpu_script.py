@@ -1,7 +1,6 @@
 """benchmarks/gpu.py, as far as a machine without a GPU can run it."""
 
 import copy
-import importlib.util
 import json
 import os
 import shutil
@@ -10,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import benchmark_scripts
 import pytest
 import torch
 
@@ -61,10 +61,7 @@ def test_the_readme_has_a_table_of_a_gpu_once_there_is_one(
     dry_run: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a dry run's numbers, made to look like a GPU's."""
-    spec = importlib.util.spec_from_file_location("readme", ROOT / "benchmarks" / "readme.py")
-    assert spec and spec.loader
-    readme = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(readme)
+    readme = benchmark_scripts.load("readme")
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
     assert readme.gpu_table() == ""  # no file, no word
 

@@ -1,11 +1,10 @@
 """The report on compiled kernels: that it reads what cuobjdump prints, on made-up text and on the built library."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
+import benchmark_scripts
 import pytest
 
 from iin_fast._library import libraries
@@ -15,12 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def gpu_report() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gpu_report", ROOT / "benchmarks" / "gpu_report.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["gpu_report"] = module
-    spec.loader.exec_module(module)
-    return module
+    return benchmark_scripts.load("gpu_report")
 
 
 SASS = """
