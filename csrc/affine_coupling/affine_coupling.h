@@ -70,6 +70,11 @@ template <Squash squash, class T> IIN_FAST_HD T squash_of(T raw, T clamp, T &der
   }
 }
 
+// The transformed value, from the log-scale s.
+template <bool inverse, class T> IIN_FAST_HD T couple_by(T s, T x, T shift) {
+  return inverse ? (x - shift) * math::exp(-s) : x * math::exp(s) + shift;
+}
+
 // One element: the transformed value, and its term of the log-det of the map that is computed.
 template <Squash squash, bool inverse, class T> IIN_FAST_HD T couple(T x, T raw, T shift, T clamp, T &logdet) {
   T derivative;
@@ -82,7 +87,7 @@ template <Squash squash, bool inverse, class T> IIN_FAST_HD T couple(T x, T raw,
     logdet = inverse ? -s : s;
     if constexpr (squash == Squash::none)
       return inverse ? x - shift : x + shift;
-    return inverse ? (x - shift) * math::exp(-s) : x * math::exp(s) + shift;
+    return couple_by<inverse>(s, x, shift);
   }
 }
 
@@ -90,24 +95,32 @@ template <class T> struct CouplingGradient {
   T x, raw, shift;
 };
 
-// `value` is what multiplies ds: the input x of the forward map, the output of the inverse map. dy/ds = x exp(s) is
-// formed before the gradient joins: it is as large as y, so it overflows only where y does.
+// From the scale or its inverse, `slope`, which multiplies the gradient of y; `derivative` is ds / draw. `value` is
+// what multiplies ds: the input x of the forward map, the output of the inverse map. dy/ds = x exp(s) is formed before
+// the gradient joins: it is as large as y, so it overflows only where y does.
+template <bool inverse, class T>
+IIN_FAST_HD CouplingGradient<T> couple_slope_backward(T slope, T derivative, T value, T grad_y, T grad_logdet) {
+  const T grad_x = grad_y * slope;
+  const T grad_s = inverse ? -(grad_y * value + grad_logdet) : grad_y * (slope * value) + grad_logdet;
+  return {grad_x, grad_s * derivative, inverse ? -grad_x : grad_y};
+}
+
+// From the log-scale s.
+template <bool inverse, class T>
+IIN_FAST_HD CouplingGradient<T> couple_by_backward(T s, T derivative, T value, T grad_y, T grad_logdet) {
+  return couple_slope_backward<inverse>(math::exp(inverse ? -s : s), derivative, value, grad_y, grad_logdet);
+}
+
 template <Squash squash, bool inverse, class T>
 IIN_FAST_HD CouplingGradient<T> couple_backward(T value, T raw, T clamp, T grad_y, T grad_logdet) {
-  T derivative, slope, grad_x; // slope: what multiplies x in the forward map
-  const T sign = inverse ? T(-1) : T(1);
-  if constexpr (makes_scale<squash>) {
-    const T scale = squash_of<squash>(raw, clamp, derivative);
-    slope = scale;
-    grad_x = inverse ? grad_y / scale : grad_y * scale;
-  } else {
-    const T s = squash_of<squash>(raw, clamp, derivative);
-    slope = squash == Squash::none ? T(1) : math::exp(sign * s);
-    grad_x = squash == Squash::none ? grad_y : grad_y * slope;
-  }
-  const T grad_shift = inverse ? -grad_x : grad_y;
-  const T grad_s = sign * (grad_y * (inverse ? value : slope * value) + grad_logdet);
-  return {grad_x, grad_s * derivative, grad_shift};
+  T derivative;
+  const T s = squash_of<squash>(raw, clamp, derivative); // or the scale
+  if constexpr (makes_scale<squash>)
+    return couple_slope_backward<inverse>(inverse ? T(1) / s : s, derivative, value, grad_y, grad_logdet);
+  else if constexpr (squash == Squash::none)
+    return couple_slope_backward<inverse>(T(1), derivative, value, grad_y, grad_logdet);
+  else
+    return couple_by_backward<inverse>(s, derivative, value, grad_y, grad_logdet);
 }
 
 } // namespace iin_fast

@@ -61,18 +61,15 @@ __device__ __forceinline__ T pass_gradient(const FlowWalk<Storage> &walk, const 
   const int64_t at = static_cast<int64_t>(way.block) * walk.dim() + (way.pass == Pass::normalize ? to : column);
   const T scale = widen(__ldg(walk.weights.scale + at)), slope = static_cast<T>(walk.activation_slope);
   if (way.pass == Pass::denormalize) {
-    const T before = value < T(0) ? value / slope : value;
-    g = value < T(0) ? g * slope : g;
-    grad_scale += (g * before + grad_logdet) / scale;
-    g *= scale;
-    grad_loc += g;
-    return g;
+    const T through = value < T(0) ? g * slope : g;
+    const AffineGradient<T> e = affine_backward<true, false>(leaky_inverse(value, slope) / scale, scale, through);
+    grad_loc += e.shift, grad_scale += e.scale + grad_logdet / scale;
+    return e.x;
   }
   const T shifted = value + widen(__ldg(walk.weights.loc + at));
-  grad_scale -= (g * shifted + grad_logdet) / scale;
-  grad_loc -= g;
-  g /= scale;
-  return scale * shifted < T(0) ? g / slope : g;
+  const AffineGradient<T> e = affine_backward<true, true>(shifted, scale, g);
+  grad_loc += e.shift, grad_scale += e.scale - grad_logdet / scale;
+  return scale * shifted < T(0) ? e.x / slope : e.x;
 }
 
 // g of the first step from the gradient of the output: a column of `rows` rows, whose sums are part `tile` of those of
@@ -223,10 +220,10 @@ __device__ __forceinline__ void backward_tile(const FlowBackwardWalk<typename Ti
         const int64_t row = row0 + at;
         j += k;
         const T gy = g[row * walk.dim() + j], st = s[row * transformed + j], vt = v.data[row * v.row + j];
-        const T gl = back.grad_logdet[row];
-        if (net == 0)
-          return (walk.inverse ? -(gy * vt + gl) : gy * (math::exp(st) * vt) + gl) * (T(1) - st * st);
-        return walk.inverse ? -gy * math::exp(-st) : gy;
+        const T gl = back.grad_logdet[row], derivative = T(1) - st * st;
+        const CouplingGradient<T> e = walk.inverse ? couple_by_backward<true>(st, derivative, vt, gy, gl)
+                                                   : couple_by_backward<false>(st, derivative, vt, gy, gl);
+        return net == 0 ? e.raw : e.shift;
       });
     else {
       const Storage *const d = back.d_of(step, of_net, layer + 1) + row0 * hidden;

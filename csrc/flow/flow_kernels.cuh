@@ -18,6 +18,8 @@
 
 #include <cooperative_groups.h>
 
+#include "affine_coupling/affine_coupling.h"
+#include "common/affine.h"
 #include "common/math.h"
 #include "common/sum.h"
 #include "common/tile.cuh"
@@ -132,13 +134,13 @@ __device__ __forceinline__ bool pass_value(const FlowWalk<Storage> &walk, Pass p
   const T loc = widen(__ldg(walk.weights.loc + at)), scale = widen(__ldg(walk.weights.scale + at));
   const T slope = static_cast<T>(walk.activation_slope);
   if (pass == Pass::normalize) {
-    value = scale * (value + loc);
+    value = affine<true, false>(value, loc, scale);
     const bool negative = value < T(0);
-    value = negative ? value * slope : value;
+    value = leaky(value, slope);
     return negative;
   }
   const bool negative = value < T(0);
-  value = (negative ? value / slope : value) / scale - loc;
+  value = affine<true, true>(leaky_inverse(value, slope), loc, scale);
   return negative;
 }
 
@@ -353,7 +355,7 @@ __device__ __forceinline__ void last_tile(const FlowWalk<typename Tile::Storage>
       const T shift = Tile::result(shared, 1, at, j - column0) + widen(__ldg(bias + transformed + j));
       const T s = math::tanh(raw);
       T v = stage[row * walk.dim() + conditioning + j];
-      v = inverse ? (v - shift) * math::exp(-s) : v * math::exp(s) + shift;
+      v = inverse ? couple_by<true>(s, v, shift) : couple_by<false>(s, v, shift);
       gained = s;
       if (walk.keep)
         walk.of_step(walk.s, step)[row * transformed + j] = s;

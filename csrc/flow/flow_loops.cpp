@@ -15,6 +15,8 @@
 
 #include <cmath>
 
+#include "affine_coupling/affine_coupling.h"
+#include "common/affine.h"
 #include "common/math.h"
 #include "common/sum.h"
 #include "flow/conditioner.h"
@@ -123,8 +125,8 @@ template <class T> struct Rows {
     const T slope = job.activation_slope;
 #pragma omp simd reduction(+ : negatives)
     for (int64_t j = 0; j < w.dim; ++j) {
-      const T v = scale[j] * (x[j] + loc[j]);
-      h[j] = v < T(0) ? slope * v : v;
+      const T v = affine<true, false>(x[j], loc[j], scale[j]);
+      h[j] = leaky(v, slope);
       negatives += v < T(0) ? T(1) : T(0);
     }
     return slope == T(1) ? 0 : negatives * log_slope;
@@ -136,29 +138,59 @@ template <class T> struct Rows {
     const T slope = job.activation_slope;
 #pragma omp simd reduction(+ : negatives)
     for (int64_t j = 0; j < w.dim; ++j) {
-      const T v = h[j] < T(0) ? h[j] / slope : h[j];
-      x[j] = v / scale[j] - loc[j];
+      x[j] = affine<true, true>(leaky_inverse(h[j], slope), loc[j], scale[j]);
       negatives += h[j] < T(0) ? T(1) : T(0);
     }
     return slope == T(1) ? 0 : negatives * log_slope;
   }
 
+  // Gradient gx of x from g, that of h; adds to those of loc and scale.
+  void normalize_backward(int64_t block, const T *h, const T *g, T grad_logdet, T *gx, T *grad_loc,
+                          T *grad_scale) const {
+    const T *scale = job.weights.scale + block * w.dim;
+    const T slope = job.activation_slope;
+#pragma omp simd
+    for (int64_t j = 0; j < w.dim; ++j) {
+      const T scaled = leaky_inverse(h[j], slope) / scale[j];
+      const AffineGradient<T> e = affine_backward<true, false>(scaled, scale[j], h[j] < T(0) ? g[j] * slope : g[j]);
+      gx[j] = e.x, grad_loc[j] += e.shift, grad_scale[j] += e.scale + grad_logdet / scale[j];
+    }
+  }
+
+  // Gradient g of h from gx, that of x.
+  void denormalize_backward(int64_t block, const T *h, const T *gx, T grad_logdet, T *g, T *grad_loc,
+                            T *grad_scale) const {
+    const T *scale = job.weights.scale + block * w.dim;
+    const T slope = job.activation_slope;
+#pragma omp simd
+    for (int64_t j = 0; j < w.dim; ++j) {
+      const T scaled = leaky_inverse(h[j], slope) / scale[j];
+      const AffineGradient<T> e = affine_backward<true, true>(scaled, scale[j], gx[j]);
+      g[j] = h[j] < T(0) ? e.x / slope : e.x;
+      grad_loc[j] += e.shift, grad_scale[j] += e.scale - grad_logdet / scale[j];
+    }
+  }
+
   // The transformed part v of a stage, forward or back; s = tanh(raw), which is added to `sum`.
+  template <bool inverse> void couple_row(T *v, const T *raw, const T *shift, T *s, CompensatedSum<double> &sum) const {
+    add_terms<T>(sum, w.transformed, [&](int64_t j) __attribute__((always_inline)) {
+      T logdet;
+      v[j] = iin_fast::couple<Squash::tanh, inverse>(v[j], raw[j], shift[j], T(1), logdet);
+      return s[j] = inverse ? -logdet : logdet;
+    });
+  }
   void couple(T *v, const T *raw, const T *shift, T *s, bool inverse, CompensatedSum<double> &sum) const {
-    if (inverse)
-      add_terms<T>(sum, w.transformed, [&](int64_t j) __attribute__((always_inline)) {
-        const T value = math::tanh(raw[j]);
-        s[j] = value;
-        v[j] = (v[j] - shift[j]) * math::exp(-value);
-        return value;
-      });
-    else
-      add_terms<T>(sum, w.transformed, [&](int64_t j) __attribute__((always_inline)) {
-        const T value = math::tanh(raw[j]);
-        s[j] = value;
-        v[j] = v[j] * math::exp(value) + shift[j];
-        return value;
-      });
+    inverse ? couple_row<true>(v, raw, shift, s, sum) : couple_row<false>(v, raw, shift, s, sum);
+  }
+
+  // Gradients of raw, of the shift, and of the transformed part, g in place. v: as the forward map saw it.
+  template <bool inverse>
+  void couple_row_backward(const T *v, const T *s, T grad_logdet, T *g, T *d_raw, T *d_shift) const {
+#pragma omp simd
+    for (int64_t j = 0; j < w.transformed; ++j) {
+      const CouplingGradient<T> e = couple_by_backward<inverse>(s[j], T(1) - s[j] * s[j], v[j], g[j], grad_logdet);
+      g[j] = e.x, d_raw[j] = e.raw, d_shift[j] = e.shift;
+    }
   }
 };
 
@@ -324,170 +356,194 @@ template <class T> struct BackwardSpace {
   }
 };
 
-template <class T>
-void walk_backward(const FlowBackwardJob<T> &whole, const Rows<T> &rows, const Team &team,
-                   const BackwardSpace<T> &space, const FlowWeights<T> &grads, int64_t from, int64_t to) {
-  const FlowJob<T> &job = whole.forward;
-  const Widths<T> &w = rows.w;
-  const int64_t batch = job.sizes.batch, n = job.sizes.n_flows, steps = 2 * n;
-  const bool saved = job.keep != Keep::nothing, all = job.keep == Keep::all;
-  const auto stage_of = [&](int64_t step, int64_t r) {
-    return saved ? saved_of(job, w, step).stage + r * w.ld_row : space.stage + (r - from) * w.ld_row;
-  };
-  const auto gradient_of = [&](int64_t r) { return space.gradient + (r - from) * w.ld_dim; };
-  for (int64_t i = 0; i < team.threads * space.actnorm_stride; ++i)
-    space.actnorm[i] = T(0);
+// Rows [from, to) back through all blocks, in the direction against that of the map.
+template <class T> class BackwardWalk {
+public:
+  BackwardWalk(const FlowBackwardJob<T> &whole, const Rows<T> &rows, const Team &team, const BackwardSpace<T> &space,
+               const FlowWeights<T> &grads, int64_t from, int64_t to)
+      : whole_(whole), job_(whole.forward), rows_(rows), w_(rows.w), team_(team), space_(space), grads_(grads),
+        from_(from), to_(to), steps_(2 * job_.sizes.n_flows), saved_(job_.keep != Keep::nothing),
+        all_(job_.keep == Keep::all) {}
 
-  // Into block `block` of the inverse map's backward: g and x belong to x_block.
-  const auto enter_inverse = [&](int64_t block, int64_t r, int64_t group, const T *gx, const T *x, T *h, T *g) {
-    const T *loc = job.weights.loc + block * w.dim, *scale = job.weights.scale + block * w.dim;
-    T *grad_loc = space.actnorm + group * space.actnorm_stride + block * 2 * w.ld_dim,
-      *grad_scale = grad_loc + w.ld_dim;
-    T *stage = stage_of(2 * block, r);
-    if (saved) {
-      rows.get(stage, h);
-    } else {
-      rows.normalize(block, x, h);
-      rows.put(block, r, h, stage);
-    }
-    const T slope = job.activation_slope, gl = whole.grad_logdet[r];
-    (void)loc;
-    for (int64_t j = 0; j < w.dim; ++j) {
-      const T pre = h[j] < T(0) ? h[j] / slope : h[j], inverse_scale = T(1) / scale[j], scaled = gx[j] * inverse_scale;
-      grad_scale[j] -= (scaled * pre + gl) * inverse_scale;
-      grad_loc[j] -= gx[j];
-      g[j] = h[j] < T(0) ? scaled / slope : scaled;
-    }
-  };
+  void run() const {
+    for (int64_t i = 0; i < team_.threads * space_.actnorm_stride; ++i)
+      space_.actnorm[i] = T(0);
+    enter();
+    for (int64_t walked = 0; walked < steps_; ++walked)
+      for (int64_t chunk = from_; chunk < to_; chunk += chunk_rows)
+        half(job_.inverse ? walked : steps_ - 1 - walked, chunk, smaller(chunk_rows, to_ - chunk));
+  }
 
-  over_rows(team, from, to, w.dim, [&](int64_t begin, int64_t end, int64_t group) {
-    T *z = space.row + group * 3 * w.ld_dim;
-    for (int64_t r = begin; r < end; ++r) {
-      const T *gy = whole.grad_y + r * w.dim, *y = job.y + r * w.dim;
-      T *g = gradient_of(r);
-      if (job.inverse) {
-        enter_inverse(0, r, group, gy, y, z, g);
-      } else {
-        rows.unpermute(n - 1, gy, g);
-        if (!saved) {
-          rows.unpermute(n - 1, y, z);
-          rows.put(n - 1, r, z, stage_of(steps - 1, r));
+private:
+  // A row's pieces of the workspace.
+  struct Row {
+    T *z, *next, *work;
+  };
+  Row row_of(int64_t group) const {
+    T *const z = space_.row + group * 3 * w_.ld_dim;
+    return {z, z + w_.ld_dim, z + 2 * w_.ld_dim};
+  }
+  T *stage_of(int64_t step, int64_t r) const {
+    return saved_ ? saved_of(job_, w_, step).stage + r * w_.ld_row : space_.stage + (r - from_) * w_.ld_row;
+  }
+  T *gradient_of(int64_t r) const { return space_.gradient + (r - from_) * w_.ld_dim; }
+  T *grad_loc(int64_t block, int64_t group) const {
+    return space_.actnorm + group * space_.actnorm_stride + block * 2 * w_.ld_dim;
+  }
+  T *grad_scale(int64_t block, int64_t group) const { return grad_loc(block, group) + w_.ld_dim; }
+
+  // Into the block of the first half.
+  void enter() const {
+    const int64_t last = job_.sizes.n_flows - 1;
+    over_rows(team_, from_, to_, w_.dim, [&](int64_t begin, int64_t end, int64_t group) {
+      T *const z = row_of(group).z;
+      for (int64_t r = begin; r < end; ++r) {
+        const T *gy = whole_.grad_y + r * w_.dim, *y = job_.y + r * w_.dim;
+        if (job_.inverse) {
+          enter_inverse(0, r, group, gy, y, z);
+          continue;
+        }
+        rows_.unpermute(last, gy, gradient_of(r));
+        if (!saved_) {
+          rows_.unpermute(last, y, z);
+          rows_.put(last, r, z, stage_of(steps_ - 1, r));
         }
       }
-    }
-  });
-
-  for (int64_t walked = 0; walked < steps; ++walked) {
-    const int64_t step = job.inverse ? walked : steps - 1 - walked, block = step / 2;
-    for (int64_t chunk = from; chunk < to; chunk += chunk_rows) {
-      const int64_t count = smaller(chunk_rows, to - chunk), most = smaller(chunk_rows, to - from);
-      const T *u = stage_of(step, chunk);
-      Activations<T> activations{space.activations, (w.depth + 1) * most * w.ld_hidden, most * w.ld_hidden, true};
-      const int64_t raw_stride = most * w.ld_out, d_stride = most * w.ld_wide;
-      if (all)
-        activations = {saved_of(job, w, step).activations + chunk * w.ld_hidden, (w.depth + 1) * batch * w.ld_hidden,
-                       batch * w.ld_hidden, true};
-      else
-        conditioner_forward(team, job.weights, w, step * 2, u, activations, space.raw, raw_stride, count,
-                            job.leaky_slope);
-
-      // through the coupling: gradients of raw and shift, and of the transformed part
-      over_rows(team, chunk, chunk + count, w.dim, [&](int64_t begin, int64_t end, int64_t) {
-        for (int64_t r = begin; r < end; ++r) {
-          T *stage = stage_of(step, r), *v = stage + w.in, *g = gradient_of(r) + w.conditioning;
-          T *d_raw = space.d + (r - chunk) * w.ld_out, *d_shift = d_raw + d_stride;
-          const T gl = whole.grad_logdet[r];
-          T *s = all ? saved_of(job, w, step).s + r * w.ld_out : space.raw + (r - chunk) * w.ld_out;
-          const T *shift = space.raw + raw_stride + (r - chunk) * w.ld_out;
-          if (!saved && !job.inverse) {
-            CompensatedSum<double> not_wanted;
-            rows.couple(v, s, shift, s, true, not_wanted);
-          } else if (!all) {
-            for (int64_t j = 0; j < w.transformed; ++j)
-              s[j] = math::tanh(s[j]);
-          }
-          const T sign = job.inverse ? T(-1) : T(1);
-#pragma omp simd
-          for (int64_t j = 0; j < w.transformed; ++j) {
-            const T scale = math::exp(sign * s[j]), gx = g[j] * scale;
-            d_shift[j] = job.inverse ? -gx : g[j];
-            d_raw[j] = sign * (g[j] * (job.inverse ? v[j] : scale * v[j]) + gl) * (T(1) - s[j] * s[j]);
-            g[j] = gx;
-          }
-          if (!saved && job.inverse) // on to what the inverse map had before this half
-            for (int64_t j = 0; j < w.transformed; ++j)
-              v[j] = v[j] * math::exp(s[j]) + shift[j];
-        }
-      });
-
-      T *d_u = conditioner_backward(team, job.weights, grads, chunk > from, w, step * 2, u, activations, space.d,
-                                    space.other, d_stride, count, job.leaky_slope);
-
-      over_rows(team, chunk, chunk + count, w.dim, [&](int64_t begin, int64_t end, int64_t group) {
-        T *z = space.row + group * 3 * w.ld_dim, *next = z + w.ld_dim, *work = next + w.ld_dim;
-        for (int64_t r = begin; r < end; ++r) {
-          T *stage = stage_of(step, r), *g = gradient_of(r);
-          const T *d_s = d_u + (r - chunk) * w.ld_in, *d_t = d_s + d_stride;
-          for (int64_t j = 0; j < w.conditioning; ++j)
-            g[j] += d_s[j] + d_t[j];
-          if (whole.grad_context != nullptr) {
-            T *gc = whole.grad_context + ((job.sizes.context_count > 1 ? block * batch : 0) + r) * w.context;
-            for (int64_t j = 0; j < w.context; ++j)
-              gc[j] += d_s[w.conditioning + j] + d_t[w.conditioning + j];
-          }
-          rows.get(stage, z);
-          if (job.inverse) {
-            if (step % 2 == 0) {
-              rows.swap(g, next);
-              for (int64_t j = 0; j < w.dim; ++j)
-                g[j] = next[j];
-              if (!saved) {
-                rows.swap(z, next);
-                rows.put(block, r, next, stage_of(step + 1, r));
-              }
-            } else if (block == n - 1) {
-              rows.permute(block, g, whole.grad_x + r * w.dim);
-            } else {
-              rows.permute(block, g, next);
-              rows.permute(block, z, work);
-              enter_inverse(block + 1, r, group, next, work, z, g);
-            }
-            continue;
-          }
-          if (step % 2 == 1) {
-            rows.unswap(g, next);
-            for (int64_t j = 0; j < w.dim; ++j)
-              g[j] = next[j];
-            if (!saved) {
-              rows.unswap(z, next);
-              rows.put(block, r, next, stage_of(step - 1, r));
-            }
-            continue;
-          }
-          const T *scale = job.weights.scale + block * w.dim;
-          T *grad_loc = space.actnorm + group * space.actnorm_stride + block * 2 * w.ld_dim;
-          T *grad_scale = grad_loc + w.ld_dim;
-          T *gx = block == 0 ? whole.grad_x + r * w.dim : next;
-          const T slope = job.activation_slope, gl = whole.grad_logdet[r];
-          for (int64_t j = 0; j < w.dim; ++j) {
-            const T pre = z[j] < T(0) ? z[j] / slope : z[j], gpre = z[j] < T(0) ? g[j] * slope : g[j];
-            grad_scale[j] += (gpre * pre + gl) / scale[j];
-            grad_loc[j] += gpre * scale[j];
-            gx[j] = gpre * scale[j];
-          }
-          if (block > 0) {
-            rows.unpermute(block - 1, gx, g);
-            if (!saved) {
-              rows.denormalize(block, z, next);
-              rows.unpermute(block - 1, next, work);
-              rows.put(block - 1, r, work, stage_of(step - 1, r));
-            }
-          }
-        }
-      });
-    }
+    });
   }
-}
+
+  // Into a block of the inverse map's backward: gx and x belong to what that block put out.
+  void enter_inverse(int64_t block, int64_t r, int64_t group, const T *gx, const T *x, T *h) const {
+    T *const stage = stage_of(2 * block, r);
+    if (saved_) {
+      rows_.get(stage, h);
+    } else {
+      rows_.normalize(block, x, h);
+      rows_.put(block, r, h, stage);
+    }
+    rows_.denormalize_backward(block, h, gx, whole_.grad_logdet[r], gradient_of(r), grad_loc(block, group),
+                               grad_scale(block, group));
+  }
+
+  // One half of a coupling, for rows [chunk, chunk + count).
+  void half(int64_t step, int64_t chunk, int64_t count) const {
+    const int64_t most = smaller(chunk_rows, to_ - from_), batch = job_.sizes.batch;
+    const int64_t raw_stride = most * w_.ld_out, d_stride = most * w_.ld_wide;
+    const T *const u = stage_of(step, chunk);
+    Activations<T> activations{space_.activations, (w_.depth + 1) * most * w_.ld_hidden, most * w_.ld_hidden, true};
+    if (all_)
+      activations = {saved_of(job_, w_, step).activations + chunk * w_.ld_hidden, (w_.depth + 1) * batch * w_.ld_hidden,
+                     batch * w_.ld_hidden, true};
+    else
+      conditioner_forward(team_, job_.weights, w_, step * 2, u, activations, space_.raw, raw_stride, count,
+                          job_.leaky_slope);
+    over_rows(team_, chunk, chunk + count, w_.dim, [&](int64_t begin, int64_t end, int64_t) {
+      for (int64_t r = begin; r < end; ++r)
+        couple_backward(step, r, r - chunk, raw_stride, d_stride);
+    });
+    const T *const d_u = conditioner_backward(team_, job_.weights, grads_, chunk > from_, w_, step * 2, u, activations,
+                                              space_.d, space_.other, d_stride, count, job_.leaky_slope);
+    over_rows(team_, chunk, chunk + count, w_.dim, [&](int64_t begin, int64_t end, int64_t group) {
+      for (int64_t r = begin; r < end; ++r) {
+        add_conditioning(step / 2, r, d_u + (r - chunk) * w_.ld_in, d_stride);
+        job_.inverse ? leave_inverse(step, r, group) : leave_forward(step, r, group);
+      }
+    });
+  }
+
+  // Through the coupling of row r, the chunk's row `at`: gradients of raw and shift, and of the transformed part. Where
+  // nothing was saved, the stage becomes what the map had before this half.
+  void couple_backward(int64_t step, int64_t r, int64_t at, int64_t raw_stride, int64_t d_stride) const {
+    T *const v = stage_of(step, r) + w_.in, *const g = gradient_of(r) + w_.conditioning;
+    T *const d_raw = space_.d + at * w_.ld_out, *const d_shift = d_raw + d_stride;
+    T *const s = all_ ? saved_of(job_, w_, step).s + r * w_.ld_out : space_.raw + at * w_.ld_out;
+    const T *const shift = space_.raw + raw_stride + at * w_.ld_out;
+    const T grad_logdet = whole_.grad_logdet[r];
+    if (!saved_ && !job_.inverse) {
+      CompensatedSum<double> not_wanted;
+      rows_.couple(v, s, shift, s, true, not_wanted);
+    } else if (!all_) {
+      for (int64_t j = 0; j < w_.transformed; ++j)
+        s[j] = math::tanh(s[j]);
+    }
+    if (!job_.inverse)
+      return rows_.template couple_row_backward<false>(v, s, grad_logdet, g, d_raw, d_shift);
+    rows_.template couple_row_backward<true>(v, s, grad_logdet, g, d_raw, d_shift);
+    if (!saved_)
+      for (int64_t j = 0; j < w_.transformed; ++j)
+        v[j] = couple_by<false>(s[j], v[j], shift[j]);
+  }
+
+  // What both nets owe to their inputs.
+  void add_conditioning(int64_t block, int64_t r, const T *d_s, int64_t d_stride) const {
+    const T *const d_t = d_s + d_stride;
+    T *const g = gradient_of(r);
+    for (int64_t j = 0; j < w_.conditioning; ++j)
+      g[j] += d_s[j] + d_t[j];
+    if (whole_.grad_context == nullptr)
+      return;
+    const int64_t row = (job_.sizes.context_count > 1 ? block * job_.sizes.batch : 0) + r;
+    T *const gc = whole_.grad_context + row * w_.context;
+    for (int64_t j = 0; j < w_.context; ++j)
+      gc[j] += d_s[w_.conditioning + j] + d_t[w_.conditioning + j];
+  }
+
+  // Between two halves: the gradient and, where nothing was saved, the row go through (un)swap to the stage of `to`.
+  void turn(int64_t block, int64_t to, int64_t r, const Row &row, void (Rows<T>::*move)(const T *, T *) const) const {
+    T *const g = gradient_of(r);
+    (rows_.*move)(g, row.next);
+    for (int64_t j = 0; j < w_.dim; ++j)
+      g[j] = row.next[j];
+    if (saved_)
+      return;
+    (rows_.*move)(row.z, row.next);
+    rows_.put(block, r, row.next, stage_of(to, r));
+  }
+
+  // From a half of the inverse map on, towards the last block.
+  void leave_inverse(int64_t step, int64_t r, int64_t group) const {
+    const int64_t block = step / 2;
+    const Row row = row_of(group);
+    rows_.get(stage_of(step, r), row.z);
+    if (step % 2 == 0)
+      return turn(block, step + 1, r, row, &Rows<T>::swap);
+    if (step == steps_ - 1)
+      return rows_.permute(block, gradient_of(r), whole_.grad_x + r * w_.dim);
+    rows_.permute(block, gradient_of(r), row.next);
+    rows_.permute(block, row.z, row.work);
+    enter_inverse(block + 1, r, group, row.next, row.work, row.z);
+  }
+
+  // From a half of the forward map on, towards the first block.
+  void leave_forward(int64_t step, int64_t r, int64_t group) const {
+    const int64_t block = step / 2;
+    const Row row = row_of(group);
+    rows_.get(stage_of(step, r), row.z);
+    if (step % 2 == 1)
+      return turn(block, step - 1, r, row, &Rows<T>::unswap);
+    T *const g = gradient_of(r), *const gx = block == 0 ? whole_.grad_x + r * w_.dim : row.next;
+    rows_.normalize_backward(block, row.z, g, whole_.grad_logdet[r], gx, grad_loc(block, group),
+                             grad_scale(block, group));
+    if (block == 0)
+      return;
+    rows_.unpermute(block - 1, gx, g);
+    if (saved_)
+      return;
+    rows_.denormalize(block, row.z, row.next);
+    rows_.unpermute(block - 1, row.next, row.work);
+    rows_.put(block - 1, r, row.work, stage_of(step - 1, r));
+  }
+
+  const FlowBackwardJob<T> &whole_;
+  const FlowJob<T> &job_;
+  const Rows<T> &rows_;
+  const Widths<T> &w_;
+  const Team &team_;
+  const BackwardSpace<T> &space_;
+  const FlowWeights<T> &grads_;
+  int64_t from_, to_, steps_;
+  bool saved_, all_;
+};
 
 // Elements of the conditioners' gradients, in the order of FlowWeights.
 template <class T> struct GradientSizes {
@@ -602,7 +658,7 @@ template <class T> void flow_backward(const FlowBackwardJob<T> &job) {
   Pieces<T> pieces{forward.workspace};
   if (!plan.tall) {
     const BackwardSpace<T> space(pieces, s, rows.w, batch, threads, forward.keep);
-    walk_backward(job, rows, team, space, job.grads, 0, batch);
+    BackwardWalk<T>(job, rows, team, space, job.grads, 0, batch).run();
     add_actnorm(job, space, threads);
     return;
   }
@@ -617,7 +673,8 @@ template <class T> void flow_backward(const FlowBackwardJob<T> &job) {
     for (int64_t t = begin; t < end; ++t) {
       FlowWeights<T> grads;
       const BackwardSpace<T> space = space_of(t, &grads);
-      walk_backward(job, rows, Team{1, nullptr}, space, grads, t * batch / threads, (t + 1) * batch / threads);
+      const Team alone{1, nullptr};
+      BackwardWalk<T>(job, rows, alone, space, grads, t * batch / threads, (t + 1) * batch / threads).run();
     }
   });
   for (int64_t t = 0; t < threads; ++t) {

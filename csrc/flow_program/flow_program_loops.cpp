@@ -14,6 +14,7 @@
 #include <cmath>
 
 #include "affine_coupling/affine_coupling.h"
+#include "common/affine.h"
 #include "flow_program/products.h"
 #include "flow_program/steps.h"
 #include "flow_program/transformers.h"
@@ -358,47 +359,47 @@ private:
 
   void affine_forward(const ProgramLayer &l, bool inverse, const T *x, T *y, const Workspace<T> &w) const {
     const T *const scale = packed_ + l.packed, *const shift = parameter(l.shift);
-    for (int64_t j = 0; j < p_.dim; ++j) {
-      const T s = scale[j], t = shift == nullptr ? T(0) : shift[j];
-      const T *const from = x + j * ld_;
-      T *const to = y + j * ld_;
-      const bool scale_first = l.order == 0;
-#pragma omp simd
-      for (int64_t i = 0; i < ld_; ++i)
-        to[i] = inverse ? (scale_first ? (from[i] - t) / s : from[i] / s - t)
-                        : (scale_first ? from[i] * s + t : s * (from[i] + t));
-    }
+    with_order(l, inverse, [&](auto shift_first, auto backwards) {
+      for (int64_t j = 0; j < p_.dim; ++j) {
+        const T s = scale[j], t = shift == nullptr ? T(0) : shift[j];
+        each(x + j * ld_, y + j * ld_, ld_,
+             [=](T v) { return affine<decltype(shift_first)::value, decltype(backwards)::value>(v, t, s); });
+      }
+    });
     if (l.scale.present())
       add_logdet(w, inverse ? -scale[padded(p_.dim)] : scale[padded(p_.dim)]);
   }
 
-  void affine_backward(const ProgramLayer &l, bool inverse, const T *x, const T *y, const T *g, T *gx,
-                       const T *grad_logdet, T *accumulator, bool add) const {
+  // Calls f with the order of shift and scale, and the direction, as compile-time constants.
+  template <class F> static void with_order(const ProgramLayer &l, bool inverse, F &&f) {
+    const auto with = [&](auto shift_first) {
+      inverse ? f(shift_first, std::true_type()) : f(shift_first, std::false_type());
+    };
+    l.order == 0 ? with(std::false_type()) : with(std::true_type());
+  }
+
+  void affine_layer_backward(const ProgramLayer &l, bool inverse, const T *x, const T *y, const T *g, T *gx,
+                             const T *grad_logdet, T *accumulator, bool add) const {
     const int64_t dim = p_.dim;
     const T *const scale = packed_ + l.packed, *const shift = parameter(l.shift);
     T *const to_shift = accumulator + l.gradient, *const to_scale = to_shift + dim * 16;
     T *const to_logdet = to_shift + padded(2 * dim * 16);
     begin(to_shift, 2 * dim * 16, add), begin(to_logdet, 16, add);
-    for (int64_t j = 0; j < dim; ++j) {
-      const T s = scale[j], t = shift == nullptr ? T(0) : shift[j];
-      const bool scale_first = l.order == 0;
-      for (int64_t i = 0; i < ld_; i += block_size<T>) {
-        const T *const gi = g + j * ld_ + i, *const xi = x + j * ld_ + i, *const yi = y + j * ld_ + i;
-        T *const out = gx + j * ld_ + i, *const a = to_shift + j * 16, *const b = to_scale + j * 16;
+    with_order(l, inverse, [&](auto shift_first, auto backwards) {
+      constexpr bool first = decltype(shift_first)::value, back = decltype(backwards)::value;
+      for (int64_t j = 0; j < dim; ++j) {
+        const T s = scale[j], t = shift == nullptr || !first ? T(0) : shift[j];
+        for (int64_t i = 0; i < ld_; i += block_size<T>) {
+          const T *const gi = g + j * ld_ + i, *const plain = (back ? y : x) + j * ld_ + i;
+          T *const out = gx + j * ld_ + i, *const a = to_shift + j * 16, *const b = to_scale + j * 16;
 #pragma omp simd
-        for (int k = 0; k < block_size<T>; ++k) {
-          const T scaled = inverse ? gi[k] / s : gi[k] * s;
-          out[k] = scaled;
-          if (inverse) {
-            a[k] -= scale_first ? scaled : gi[k];
-            b[k] -= (scale_first ? yi[k] : yi[k] + t) * scaled;
-          } else {
-            a[k] += scale_first ? gi[k] : scaled;
-            b[k] += gi[k] * (scale_first ? xi[k] : xi[k] + t);
+          for (int k = 0; k < block_size<T>; ++k) {
+            const AffineGradient<T> e = affine_backward<first, back>(plain[k] + t, s, gi[k]);
+            out[k] = e.x, a[k] += e.shift, b[k] += e.scale;
           }
         }
       }
-    }
+    });
     sum_logdet(grad_logdet, inverse, to_logdet);
   }
 
@@ -484,7 +485,7 @@ private:
     for (int64_t j = 0; j < p_.dim; ++j)
       for (int64_t i = 0; i < ld_; ++i) {
         const T value = x[j * ld_ + i];
-        y[j * ld_ + i] = value < T(0) ? slope * value : value;
+        y[j * ld_ + i] = leaky(value, slope);
         if (l.exact)
           add_term(w.logdet[i], w.lost[i], value < T(0) ? gain : T(0));
       }
@@ -580,7 +581,7 @@ private:
     const bool inverse = layer.inverted != job_.inverse;
     switch (layer.kind) {
     case LayerKind::affine:
-      return affine_backward(layer, inverse, x, y, g, gx, w.grad_logdet, accumulator, add);
+      return affine_layer_backward(layer, inverse, x, y, g, gx, w.grad_logdet, accumulator, add);
     case LayerKind::permute:
       for (int64_t j = 0; j < p_.dim; ++j) {
         const int64_t from = inverse ? j : layer.index[j], to = inverse ? layer.index[j] : j;
