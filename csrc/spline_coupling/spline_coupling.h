@@ -29,7 +29,7 @@ IIN_FAST_HD BinEnds bin_ends(Tails tails, int64_t bins, int64_t bin) {
   return {first, tails == Tails::circular && bin + 1 == bins ? 0 : first + 1};
 }
 
-// Elements that the CPU loops work on side by side: 64 bytes of them. And numbers of memory that a block needs.
+// Elements that the CPU loops work on side by side: 64 bytes of them. And elements of memory that a block needs.
 template <class T> constexpr int block_size = 64 / sizeof(T);
 template <class T> constexpr int64_t spline_work(int64_t bins) { return 2 * bins * block_size<T>; }
 

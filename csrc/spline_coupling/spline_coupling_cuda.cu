@@ -32,14 +32,21 @@ DeviceSpline<Storage> device_spline(const char *op, const Tensor &parameters, co
           inverse};
 }
 
+// Python puts three tensors together for these kernels.
+void check_one_tensor(const char *op, const std::optional<Tensor> &heights, const std::optional<Tensor> &derivatives) {
+  STD_TORCH_CHECK(!heights.has_value() && !derivatives.has_value(), op, ": on a GPU raw values come in one tensor");
+}
+
 std::tuple<Tensor, Tensor> spline_coupling(const Tensor &x_in,          // [rows, features]
                                            const Tensor &parameters_in, // [rows, features, 2 bins + derivatives]
-                                           int64_t bins, int64_t tails, int64_t form, double left, double right,
-                                           double bottom, double top, double min_width, double min_height,
-                                           double min_derivative, bool inverse) {
+                                           const std::optional<Tensor> &heights,
+                                           const std::optional<Tensor> &derivatives, int64_t bins, int64_t tails,
+                                           int64_t form, double left, double right, double bottom, double top,
+                                           double min_width, double min_height, double min_derivative, bool inverse) {
   const char *op = "spline_coupling";
   const SplineOptions options{bins, tails, form, left, right, bottom, top, min_width, min_height, min_derivative};
-  check_spline(op, x_in, parameters_in, options);
+  check_one_tensor(op, heights, derivatives);
+  check_spline(op, x_in, {parameters_in}, options);
   const CudaCall call(op, x_in);
   call.check_device("parameters", parameters_in);
   const Tensor x = with_contiguous_rows(x_in), parameters = with_contiguous_values(parameters_in);
@@ -61,16 +68,18 @@ std::tuple<Tensor, Tensor> spline_coupling(const Tensor &x_in,          // [rows
   return {y, logdet};
 }
 
-std::tuple<Tensor, Tensor>
+std::tuple<Tensor, Tensor, Tensor, Tensor>
 spline_coupling_backward(const Tensor &grad_y_in,      // [rows, features]
                          const Tensor &grad_logdet_in, // [rows]
                          const Tensor &x_in,           // [rows, features]: the input of the map
                          const Tensor &parameters_in,  // [rows, features, 2 bins + derivatives]
-                         int64_t bins, int64_t tails, int64_t form, double left, double right, double bottom,
-                         double top, double min_width, double min_height, double min_derivative, bool inverse) {
+                         const std::optional<Tensor> &heights, const std::optional<Tensor> &derivatives, int64_t bins,
+                         int64_t tails, int64_t form, double left, double right, double bottom, double top,
+                         double min_width, double min_height, double min_derivative, bool inverse) {
   const char *op = "spline_coupling_backward";
   const SplineOptions options{bins, tails, form, left, right, bottom, top, min_width, min_height, min_derivative};
-  check_spline_backward(op, grad_y_in, grad_logdet_in, x_in, parameters_in, options);
+  check_one_tensor(op, heights, derivatives);
+  check_spline_backward(op, grad_y_in, grad_logdet_in, x_in, {parameters_in}, options);
   const CudaCall call(op, x_in);
   call.check_device("grad_y", grad_y_in);
   call.check_device("grad_logdet", grad_logdet_in);
@@ -78,7 +87,7 @@ spline_coupling_backward(const Tensor &grad_y_in,      // [rows, features]
   const Tensor x = with_contiguous_rows(x_in), parameters = with_contiguous_values(parameters_in);
   const Tensor grad_y = with_contiguous_rows(grad_y_in), grad_logdet = torch::stable::contiguous(grad_logdet_in);
   Tensor grad_x = torch::stable::new_empty(x, x.sizes());
-  Tensor grad_parameters = torch::stable::new_empty(parameters, parameters.sizes());
+  SplineTensors grads = empty_gradients({parameters});
   with_device_storage(op, x.scalar_type(), [&](auto storage) {
     using Storage = decltype(storage);
     const DeviceSplineBackward<Storage> job{device_spline<Storage>(op, parameters, options, inverse),
@@ -86,10 +95,10 @@ spline_coupling_backward(const Tensor &grad_y_in,      // [rows, features]
                                             device_rows<Storage>(grad_y),
                                             const_data<compute_t<Storage>>(grad_logdet),
                                             mutable_data<Storage>(grad_x),
-                                            mutable_data<Storage>(grad_parameters)};
+                                            mutable_data<Storage>(grads[0])};
     launch_spline_backward(job, plan_spline(job.spline, job.grad_parameters, call.multiprocessors()), call);
   });
-  return {grad_x, grad_parameters};
+  return {grad_x, grads[0], grads[1], grads[2]};
 }
 
 } // namespace

@@ -29,7 +29,7 @@ IIN_FAST_INLINE void narrow(float value, BFloat16 *p) { store(&value, p, 1); }
 IIN_FAST_INLINE void narrow(float value, Half *p) { store(&value, p, 1); }
 
 // Turns `count` values of each of `lanes<T>` rows to columns: column[k * column_stride + i] = row[i][k]. The last
-// square overlaps the one before.
+// square overlaps the one before; a row of less than a vector is read to the vector's end.
 template <class T>
 IIN_FAST_INLINE void rows_to_columns(const T *const *row, int64_t count, T *column, int64_t column_stride) {
   constexpr int n = lanes<T>;
@@ -41,50 +41,71 @@ IIN_FAST_INLINE void rows_to_columns(const T *const *row, int64_t count, T *colu
     transpose_stage<T, 1>(square);
 #pragma GCC unroll 16
     for (int i = 0; i < n; ++i)
-      store(column + (k + i) * column_stride, square[i]);
-    if (k + n == count)
+      if (i < count)
+        store(column + (k + i) * column_stride, square[i]);
+    if (k + n >= count)
       break;
   }
 }
 
-// And back: row i is at rows + i * count.
+// And back: row i is at rows + i * count. Of a row of less than a vector, the rest of the vector is written, too, as
+// long as it ends before `end`: rows that follow, which are written later.
 template <class T>
-IIN_FAST_INLINE void columns_to_rows(const T *column, int64_t column_stride, int64_t count, T *rows) {
+IIN_FAST_INLINE void columns_to_rows(const T *column, int64_t column_stride, int64_t count, T *rows, const T *end) {
   constexpr int n = lanes<T>;
   for (int64_t k = 0;; k = smaller(k + n, count - n)) {
     vec<T> square[n];
 #pragma GCC unroll 16
     for (int i = 0; i < n; ++i)
-      square[i] = load(column + (k + i) * column_stride);
+      square[i] = i < count ? load(column + (k + i) * column_stride) : vec<T>{};
     transpose_stage<T, 1>(square);
 #pragma GCC unroll 16
-    for (int i = 0; i < n; ++i)
-      store(rows + i * count + k, square[i]);
-    if (k + n == count)
+    for (int i = 0; i < n; ++i) {
+      T *const to = rows + i * count + k;
+      if (to + n <= end) {
+        store(to, square[i]);
+        continue;
+      }
+      alignas(64) T last[n];
+      store(last, square[i]);
+      for (int64_t j = 0; j < smaller(n, count); ++j)
+        to[j] = last[j];
+    }
+    if (k + n >= count)
       break;
   }
 }
 
-// raw[k][lane] for a block. `buffer` takes its rows where they have to be converted.
+// raw[k][lane] for a block. `buffer` takes its rows where they have to be converted, or end too near the tensor's end.
 template <class Storage, class T>
-IIN_FAST_INLINE void gather(const SplineParameters<Storage> &p, int64_t row, int64_t feature, int64_t features,
-                            int valid, T *raw, T *buffer) {
+IIN_FAST_INLINE void gather(const SplineValues<Storage> &p, int64_t row, int64_t feature, int64_t features, int valid,
+                            T *raw, T *buffer) {
   constexpr int block = block_size<T>;
   const T *at[block];
   for (int l = 0; l < block; ++l) {
-    at[l] = iin_fast::load(p.data + row * p.row_stride + feature * p.feature_stride, buffer + l * p.count, p.count);
+    const Storage *const from = p.data + row * p.row_stride + feature * p.feature_stride;
+    at[l] = iin_fast::load(from, buffer + l * p.count, p.count);
+    if (sizeof(Storage) == sizeof(T) && p.count < lanes<T> && p.end - from < lanes<T>) {
+      for (int64_t k = 0; k < p.count; ++k)
+        buffer[l * p.count + k] = at[l][k];
+      at[l] = buffer + l * p.count;
+    }
     if (l + 1 < valid && ++feature == features) {
       feature = 0;
       ++row;
     }
   }
-  if (p.count >= lanes<T>) {
+  if (p.count > 0)
     for (int first = 0; first < block; first += lanes<T>)
       rows_to_columns(at + first, p.count, raw + first, block);
-  } else {
-    for (int l = 0; l < block; ++l)
-      for (int64_t k = 0; k < p.count; ++k)
-        raw[k * block + l] = at[l][k];
+}
+
+template <class Storage, class T>
+IIN_FAST_INLINE void gather(const SplineParameters<Storage> &p, int64_t row, int64_t feature, int64_t features,
+                            int valid, T *raw, T *buffer) {
+  for (int i = 0; i < p.tensors; ++i) {
+    gather(p.values[i], row, feature, features, valid, raw, buffer);
+    raw += p.values[i].count * block_size<T>;
   }
 }
 
@@ -94,9 +115,9 @@ IIN_FAST_INLINE void scatter(const T *raw, int64_t count, int valid, Storage *ou
   constexpr int block = block_size<T>;
   T *rows = output(out, buffer);
   int done = 0;
-  if (count >= lanes<T>)
+  if (count > 0)
     for (; done + lanes<T> <= valid; done += lanes<T>)
-      columns_to_rows(raw + done, block, count, rows + done * count);
+      columns_to_rows(raw + done, block, count, rows + done * count, rows + valid * count);
   for (int l = done; l < valid; ++l)
     for (int64_t k = 0; k < count; ++k)
       rows[l * count + k] = raw[k * block + l];
@@ -169,7 +190,12 @@ void backward_rows(const SplineBackward<Storage> &job, int64_t begin, int64_t en
     spline_block_backward<form, inverse>(shape, raw, block, x, grad_y, grad_logdet, raw, block, grad_x, work);
     for (int l = 0; l < valid; ++l)
       narrow(grad_x[l], job.grad_x + element + l);
-    scatter(raw, p.count, valid, job.grad_parameters + element * p.count, buffer);
+    const T *from = raw;
+    for (int i = 0; i < p.tensors; ++i) {
+      const int64_t count = p.values[i].count;
+      scatter(from, count, valid, job.grad_values[i] + element * count, buffer);
+      from += count * block;
+    }
   }
 }
 

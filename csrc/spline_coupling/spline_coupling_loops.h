@@ -8,11 +8,17 @@
 
 namespace iin_fast {
 
-// What both directions share. Parameters of element (row, feature): widths, heights, derivatives, side by side.
+// Some of the raw values of each element, side by side; `end` is behind the last one of all.
+template <class Storage> struct SplineValues {
+  const Storage *data, *end;
+  int64_t row_stride, feature_stride, count; // in elements
+};
+
+// What both directions share. Raw values of an element: widths, heights, derivatives, in one tensor or in three.
 template <class Storage> struct SplineParameters {
-  const Storage *data;
-  int64_t row_stride, feature_stride; // in elements
-  int64_t bins, count;                // count: raw values of one element
+  SplineValues<Storage> values[3];
+  int tensors;         // 1 or 3
+  int64_t bins, count; // count: raw values of one element
   Tails tails;
   Parameterization form;
   SplineLimits<double> limits;
@@ -33,16 +39,16 @@ template <class Storage> struct SplineBackward {
   const Storage *grad_y;                 // [rows, features]
   const compute_t<Storage> *grad_logdet; // [rows]
   Storage *grad_x;                       // [rows, features]
-  Storage *grad_parameters;              // [rows, features, count]
+  Storage *grad_values[3];               // as SplineParameters::values, contiguous
   int64_t features;
 };
 
-// Numbers of scratch memory that a call of the loops needs: raw values by lane, a block's rows in the compute type, the
-// block's own, and room to align the first. The glue brings it: what allocates would have one copy for all instruction
-// sets.
+// Elements of scratch memory that a call of the loops needs: raw values by lane, a block's rows in the compute type and
+// a vector behind them, the block's own, and room to align the first. The glue brings it: what allocates would have one
+// copy for all instruction sets.
 template <class Storage> int64_t scratch_size(const SplineParameters<Storage> &p) {
   using T = compute_t<Storage>;
-  return (2 * p.count + 1) * block_size<T> + spline_work<T>(p.bins);
+  return (2 * p.count + 2) * block_size<T> + spline_work<T>(p.bins);
 }
 
 // clang-format off

@@ -139,14 +139,59 @@ def copies(function, *inputs) -> set[str]:
 
 
 def test_slices_are_read_in_place() -> None:
-    """Raw values side by side in a wider tensor, or as three slices of one: neither forward nor backward copies them."""
+    """Raw values side by side in a wider tensor, as slices of one, or in three tensors: neither direction copies them."""
     x = torch.zeros(6, 4).requires_grad_()
     wide, rows = torch.zeros(6, 4, 40).requires_grad_(), torch.zeros(6, 4 * 23 + 9).requires_grad_()
     for packed in (wide[..., 9:32], rows[:, 4:-5]):
         assert not copies(lambda x, packed: spline_coupling(x, packed, bins=8), x, packed)
     parts = wide[..., 9:32].split([8, 8, 7], -1)
     assert not copies(rational_quadratic_spline, x, *parts)
-    assert "aten::cat" in copies(rational_quadratic_spline, x, *(part.clone() for part in parts))
+    assert not copies(rational_quadratic_spline, x, *(part.clone() for part in parts))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tails", TAILS)
+@pytest.mark.parametrize("bins", [1, 2, 3, 7, 8, 16, 17])
+def test_three_tensors_give_what_one_gives(dtype, tails, bins) -> None:
+    """Bit for bit, whatever lies between the rows: fewer values than a vector has lanes must not read or write beyond them."""
+    for inverse, form, n in itertools.product([False, True], FORMS, [1, 5, 16, 37]):
+        x, packed = case(n, 1, bins, tails, dtype)
+        counts = bins, bins, packed.shape[-1] - 2 * bins
+        options = {"tails": tails, "inverse": inverse, "parameterization": form}
+        options |= {"tail_bound": 2.0} if tails else {}
+        found = []
+        for gap in (None, 0, 3):
+            inputs = [x[:, 0].clone().requires_grad_()]
+            if gap is None:
+                inputs.append(packed[:, 0].clone().requires_grad_())
+                parts: tuple[Tensor, ...] = inputs[1].split(counts, -1)
+            else:
+                held = [torch.full((n, count + gap), torch.nan, dtype=dtype) for count in counts]
+                for part, values in zip(held, packed[:, 0].split(counts, -1), strict=True):
+                    part[:, : values.shape[-1]] = values
+                parts = tuple(part[:, :count].requires_grad_() for part, count in zip(held, counts, strict=True))
+                inputs += parts
+            y, logdet = rational_quadratic_spline(inputs[0], *parts, **options)
+            grads = torch.autograd.grad(y.sin().sum() + logdet.sum(), inputs, allow_unused=True)
+            raw = [torch.zeros_like(t) if g is None else g for t, g in zip(inputs[1:], grads[1:], strict=True)]
+            found.append([y, logdet, grads[0], torch.cat(raw, -1)])
+        for other in found[1:]:
+            for a, b in zip(found[0], other, strict=True):
+                assert torch.equal(a, b), (inverse, form, n)
+
+
+def test_three_tensors_of_any_shape_and_layout() -> None:
+    x = torch.randn(5, 4, 3, dtype=torch.float64)
+    parts = [torch.randn(count, 3, 5, 4, dtype=torch.float64).permute(2, 3, 1, 0) for count in (6, 6, 5)]
+    expected = spline_coupling(x.reshape(-1, 1), torch.cat(parts, -1).reshape(60, 1, 17), bins=6, tail_bound=2.0)
+    y, logdet = rational_quadratic_spline(x, *parts, tail_bound=2.0)
+    assert torch.equal(y.reshape(-1), expected[0][:, 0]) and torch.equal(logdet.reshape(-1), expected[1])
+    row = [part[:1, :1, :1].expand(5, 4, 3, -1) for part in parts]  # one spline for all elements
+    assert torch.equal(
+        rational_quadratic_spline(x, *row)[0], rational_quadratic_spline(x, *(part.clone() for part in row))[0]
+    )
+    none = rational_quadratic_spline(x[:0], *(part[:0] for part in parts))
+    assert none[0].shape == none[1].shape == (0, 4, 3)
 
 
 def test_slices_and_tensors_of_their_own_give_the_same() -> None:
@@ -272,7 +317,10 @@ def test_instruction_sets(isa) -> None:
 def test_opcheck(inverse) -> None:
     x, raw = case(3, 2, 4, "linear")
     options = (4, 0, 0, -1.0, 1.0, -1.0, 1.0, 1e-3, 1e-3, 1e-3, inverse)
-    torch.library.opcheck(torch.ops.iin_fast.spline_coupling, (x.requires_grad_(), raw.requires_grad_(), *options))
+    x, raw = x.requires_grad_(), raw.requires_grad_()
+    torch.library.opcheck(torch.ops.iin_fast.spline_coupling, (x, raw, None, None, *options))
+    three = [part.contiguous() for part in raw.detach().split([4, 4, 3], -1)]
+    torch.library.opcheck(torch.ops.iin_fast.spline_coupling, (x, *(part.requires_grad_() for part in three), *options))
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from ...checks import (
     checked_int,
     checked_number,
 )
+from ..autograd import followed
 from ..registry import Op, register
 from ..types import accumulator_type
 from . import reference
@@ -118,9 +119,10 @@ def spline_coupling(
             f"heights and {count - 2 * bins} derivatives for each element of x"
         )
     if x.dim() == 2:
-        return _run(x, parameters, bins, tails, parameterization, limits, inverse)
+        return _run(x, (parameters,), bins, tails, parameterization, limits, inverse)
     rows = x.reshape(x.shape[0], x.shape[1:].numel())
-    y, logdet = _run(rows, parameters.reshape(*rows.shape, count), bins, tails, parameterization, limits, inverse)
+    parameters = parameters.reshape(*rows.shape, count)
+    y, logdet = _run(rows, (parameters,), bins, tails, parameterization, limits, inverse)
     return y.reshape(x.shape), logdet
 
 
@@ -141,9 +143,8 @@ def rational_quadratic_spline(
 ) -> tuple[Tensor, Tensor]:
     """The spline of :func:`spline_coupling`, element by element.
 
-    The kernels read the raw values of an element side by side. Slices ``[..., :K]``, ``[..., K : 2 * K]``, ``[..., 2 * K :]`` of
-    one tensor are read where they are; three tensors of their own are put together first (benchmarks/spline.py has what
-    that costs).
+    Three tensors are read where they are on a CPU, any row strides; for the kernels of GPUs they are put together first, unless they
+    are slices ``[..., :K]``, ``[..., K : 2 * K]``, ``[..., 2 * K :]`` of one tensor.
 
     Args:
         x: ``[...]``.
@@ -181,8 +182,8 @@ def rational_quadratic_spline(
     for count, (name, value) in zip(counts, values.items(), strict=True):
         if value.shape != (*x.shape, count):
             raise ValueError(f"{op}: {name} has shape {list(value.shape)}, expected {[*x.shape, count]}")
-    parameters = _pack(widths, heights, derivatives).reshape(x.numel(), 1, sum(counts))
-    y, logdet = _run(x.reshape(-1, 1), parameters, bins, tails, parameterization, limits, inverse)
+    flat = [part.reshape(x.numel(), 1, part.shape[-1]) for part in _together(x, widths, heights, derivatives)]
+    y, logdet = _run(x.reshape(-1, 1), flat, bins, tails, parameterization, limits, inverse)
     return y.reshape(x.shape), logdet.reshape(x.shape)
 
 
@@ -199,12 +200,12 @@ class _Adjacent(torch.autograd.Function):
         return grad.split(ctx.sizes, -1)
 
 
-def _pack(widths: Tensor, heights: Tensor, derivatives: Tensor) -> Tensor:
-    """``[..., K | K | derivatives]``; what a user cut from one tensor is not copied."""
-    parts = widths, heights, derivatives
-    followed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch._C._is_tracing()
-    if followed or needs_definition():
-        return torch.cat(parts, -1)
+def _together(x: Tensor, *parts: Tensor) -> Sequence[Tensor]:
+    """``[..., K | K | derivatives]`` where they lie so, or where the backend wants them so."""
+    widths, heights, derivatives = parts
+    apart = x.device.type == "cpu" and chosen("spline_coupling", x) == "cpp"
+    if followed() or needs_definition():
+        return parts if apart else (torch.cat(parts, -1),)
     one_storage: Any = torch._C._is_alias_of  # type: ignore[attr-defined]
     start, bins = widths.storage_offset(), widths.shape[-1]
     adjacent = (
@@ -215,8 +216,9 @@ def _pack(widths: Tensor, heights: Tensor, derivatives: Tensor) -> Tensor:
         and one_storage(widths, heights)
         and one_storage(widths, derivatives)
     )
-    packed: Tensor = _Adjacent.apply(*parts) if adjacent else torch.cat(parts, -1)
-    return packed
+    if adjacent:
+        return (_Adjacent.apply(*parts),)
+    return parts if apart else (torch.cat(parts, -1),)
 
 
 def _check(op: str, x: Tensor, name: str, value: Tensor) -> None:
@@ -281,43 +283,68 @@ def _edges_in(dtype: torch.dtype, edges: tuple[float, ...]) -> tuple[float, ...]
 
 
 def _run(
-    x: Tensor, parameters: Tensor, bins: int, tails: str, form: str, limits: tuple[float, ...], inverse: bool
+    x: Tensor, values: Sequence[Tensor], bins: int, tails: str, form: str, limits: tuple[float, ...], inverse: bool
 ) -> tuple[Tensor, Tensor]:
+    """``values``: raw values in one tensor, or in three."""
     if x.dtype.itemsize == 2 and not autocast_enabled(x):
         limits = (*_edges_in(x.dtype, limits[:4]), *limits[4:])
     backend = chosen("spline_coupling", x)
     if backend == "reference":
         left, right, bottom, top, width, height, slope = limits
         return reference.spline_coupling(
-            x, parameters, bins, tails, form, (left, right, bottom, top), width, height, slope, inverse
+            x,
+            torch.cat(tuple(values), -1),
+            bins,
+            tails,
+            form,
+            (left, right, bottom, top),
+            width,
+            height,
+            slope,
+            inverse,
         )
-    return _calls[backend](x, parameters, bins, TAILS[tails], PARAMETERIZATIONS[form], *limits, inverse)
+    parameters, heights, derivatives = (*values, None, None)[:3]
+    options = bins, TAILS[tails], PARAMETERIZATIONS[form], *limits, inverse
+    return _calls[backend](x, parameters, heights, derivatives, *options)
 
 
-def _fake(x: Tensor, parameters: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    wide = accumulator_type(x.dtype)
-    return x.new_empty(x.shape), x.new_empty(x.shape[:1], dtype=wide)
+def _fake(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[:1], dtype=accumulator_type(x.dtype))
 
 
 def _fake_backward(
-    grad_y: Tensor, grad_logdet: Tensor, x: Tensor, parameters: Tensor, *options: Any
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), parameters.new_empty(parameters.shape)
+    grad_y: Tensor,
+    grad_logdet: Tensor,
+    x: Tensor,
+    parameters: Tensor,
+    heights: Tensor | None,
+    derivatives: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, ...]:
+    values = parameters, heights, derivatives
+    return x.new_empty(x.shape), *(x.new_empty((0,) if v is None else v.shape) for v in values)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, parameters, *ctx.options = inputs
-    ctx.save_for_backward(x, parameters)
+    x, parameters, heights, derivatives, *ctx.options = inputs
+    ctx.save_for_backward(x, parameters, heights, derivatives)
 
 
 def _definition(ctx: Any) -> tuple[Callable[..., Any], Sequence[Any]]:
     bins, tails, form, left, right, bottom, top, width, height, slope, inverse = ctx.options
     options = bins, _TAILS[tails], _FORMS[form], (left, right, bottom, top), width, height, slope, inverse
-    return reference.spline_coupling, (*ctx.saved_tensors, *options)
+
+    def definition(x: Tensor, *values: Tensor | None) -> tuple[Tensor, Tensor]:
+        return reference.spline_coupling(x, torch.cat([v for v in values if v is not None], -1), *options)
+
+    return definition, ctx.saved_tensors
 
 
 def _backward(kernel: Any, ctx: Any, grad_y: Tensor, grad_logdet: Tensor) -> tuple[Tensor | None, ...]:
-    return *kernel(grad_y, grad_logdet, *ctx.saved_tensors, *ctx.options), *(None,) * len(ctx.options)
+    x, *values = ctx.saved_tensors
+    grad_x, *grads = kernel(grad_y, grad_logdet, x, *values, *ctx.options)
+    found = [None if v is None else g for v, g in zip(values, grads, strict=True)]
+    return grad_x, *found, *(None,) * len(ctx.options)
 
 
 _calls = register(Op("spline_coupling", _setup, _backward, _definition, _fake, _fake_backward))

@@ -473,6 +473,8 @@ def _row_tiles(batch: int, bins: int, block_f: int) -> Callable[[dict[str, int]]
 def spline_coupling(
     x: Tensor,
     parameters: Tensor,
+    heights: None,
+    derivatives: None,
     bins: int,
     tails: int,
     parameterization: int,
@@ -515,6 +517,8 @@ def spline_coupling_backward(
     grad_logdet: Tensor,
     x: Tensor,
     parameters: Tensor,
+    heights: None,
+    derivatives: None,
     bins: int,
     tails: int,
     parameterization: int,
@@ -526,17 +530,17 @@ def spline_coupling_backward(
     min_height: float,
     min_derivative: float,
     inverse: bool,
-) -> tuple[Tensor, Tensor]:
-    """As torch.ops.iin_fast.spline_coupling_backward: gradients of x and the parameters, contiguous."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As torch.ops.iin_fast.spline_coupling_backward: gradients of x and the parameters, contiguous; raw values come in one tensor."""
     batch, features = x.shape
     grad_x = torch.empty(batch, features, dtype=x.dtype, device=x.device)
     grad_parameters = torch.empty(parameters.shape, dtype=x.dtype, device=x.device)
     if grad_x.numel() == 0:
-        return grad_x, grad_parameters
+        return grad_x, grad_parameters, x.new_empty(0), x.new_empty(0)
     x, parameters, block_f = _laid_out(x, parameters, bins)
     g = rows(grad_y, batch, features)
     limits = (left, right, bottom, top, min_width, min_height, min_derivative)
-    derivatives = parameters.shape[2] - 2 * bins
+    knots = parameters.shape[2] - 2 * bins
     row_tiles = _row_tiles(batch, bins, block_f)
     with on_device(x):
         launch(
@@ -545,9 +549,9 @@ def spline_coupling_backward(
             *(g, grad_logdet, x, parameters, grad_x, grad_parameters, batch, features, g.stride(0)),
             *(grad_logdet.stride(0), x.stride(0), *parameters.stride()[:2], bucket(batch)),
             **_constants(x, bins, tails, parameterization, limits, inverse, block_f),
-            **dict(DERIVATIVES=derivatives, BLOCK_D=power_of_two(derivatives)),
+            **dict(DERIVATIVES=knots, BLOCK_D=power_of_two(knots)),
         )
-    return grad_x, grad_parameters
+    return grad_x, grad_parameters, x.new_empty(0), x.new_empty(0)
 
 
 def compile_cases() -> list[CompileCase]:
@@ -563,6 +567,8 @@ def compile_cases() -> list[CompileCase]:
             options = (bins, tails, form, -3.0, 3.0, -3.0, 3.0, 1e-3, 1e-3, 1e-3, inverse)
             label = f"spline_coupling {str(dtype).removeprefix('torch.')} bins {bins} {('nflows', 'zuko')[form]}"
             label += " inverse" if inverse else ""
-            calls[label] = partial(spline_coupling, x, parameters, *options)
-            calls[f"{label} backward"] = partial(spline_coupling_backward, x, logdet, x, parameters, *options)
+            calls[label] = partial(spline_coupling, x, parameters, None, None, *options)
+            calls[f"{label} backward"] = partial(
+                spline_coupling_backward, x, logdet, x, parameters, None, None, *options
+            )
     return recorded(calls)
