@@ -4,7 +4,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
+from cases import BACKEND, LONGEST_SUM, SUM_UNITS
 from torch import Tensor
+from torch.testing import assert_close
 
 import iin_fast
 
@@ -17,16 +19,59 @@ __all__ = [
     "SIZES",
     "check_near_one",
     "check_sums",
+    "compare_with_definition",
+    "fixed_weights",
     "long_terms",
     "pairs_near_one",
+    "with_gradients",
 ]
 
 
-def long_terms(dtype: torch.dtype, *, most: int = 1_000_000) -> Iterator[Tensor]:
+def as_tuple(found: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (found,) if isinstance(found, Tensor) else found
+
+
+def fixed_weights(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """For the sum that gradients are taken of: between 0.5 and 1.5, so that no two errors cancel."""
+    generator = torch.Generator().manual_seed(1)
+    return [0.5 + torch.rand(t.shape, generator=generator, dtype=torch.float64).to(t.dtype) for t in outputs]
+
+
+def with_gradients(
+    call: Callable[..., Tensor | tuple[Tensor, ...]],
+    tensors: Sequence[Tensor | None],
+    backend: str = BACKEND,
+    weights: Sequence[Tensor | None] | None = None,
+) -> list[Tensor]:
+    """Outputs of ``call(*tensors)``, and the gradients of their weighted sum by the floating tensors."""
+    leaves = [t.detach().clone().requires_grad_() if t is not None and t.is_floating_point() else t for t in tensors]
+    with iin_fast.backend(backend):
+        outputs = as_tuple(call(*leaves))
+    pairs = [(o, w) for o, w in zip(outputs, weights or fixed_weights(outputs), strict=True) if o.requires_grad]
+    wanted = [t for t in leaves if t is not None and t.requires_grad]
+    grads = torch.autograd.grad([o for o, _ in pairs], wanted, [w for _, w in pairs], materialize_grads=True)
+    return [t.detach() for t in (*outputs, *grads)]
+
+
+def compare_with_definition(
+    call: Callable[..., Tensor | tuple[Tensor, ...]], tensors: Sequence[Tensor | None], float32: float
+) -> None:
+    """Each output and gradient, relative to its largest element. ``float32``: the tolerance in that type.
+
+    Torch rounds 16-bit gradients of the definition at several places, a kernel once.
+    """
+    for got, want in zip(with_gradients(call, tensors), with_gradients(call, tensors, "reference"), strict=True):
+        eps = torch.finfo(want.dtype).eps
+        relative = {torch.float64: 1e-12, torch.float32: float32}.get(tensors[0].dtype, 4 * eps)  # type: ignore[union-attr]
+        largest = want.abs().max().item() if want.numel() else 0.0
+        assert_close(got, want, rtol=relative, atol=relative * max(1.0, largest))
+
+
+def long_terms(dtype: torch.dtype, backend: str = BACKEND) -> Iterator[Tensor]:
     """Terms [2, n], equal and random, with and without cancellation."""
     generator = torch.Generator().manual_seed(0)
     for n in (70_001, 196_608, 999_983, 1_000_000):
-        if n > most:
+        if n > LONGEST_SUM[backend]:
             continue
         equal = torch.tensor([[-1.7779], [0.1]], dtype=torch.float64).expand(2, n)
         random = torch.randn(2, n, generator=generator, dtype=torch.float64)
@@ -34,12 +79,12 @@ def long_terms(dtype: torch.dtype, *, most: int = 1_000_000) -> Iterator[Tensor]
             yield terms.to(dtype).contiguous()
 
 
-def check_sums(got: Tensor, terms: Tensor, units: int = 1) -> None:
-    """At most twice the error of torch.sum, or ``units`` of the last place of the result or of its largest parts."""
+def check_sums(got: Tensor, terms: Tensor, backend: str = BACKEND) -> None:
+    """At most twice the error of torch.sum, or SUM_UNITS of the last place of the result or of its largest parts."""
     truth = [math.fsum(row) for row in terms.tolist()]
     eps = torch.finfo(got.dtype).eps
     for ours, torchs, true, row in zip(got.tolist(), terms.sum(1).tolist(), truth, terms.double(), strict=True):
-        bound = max(2 * abs(torchs - true), units * eps * max(abs(true), row.norm().item()))
+        bound = max(2 * abs(torchs - true), SUM_UNITS[backend] * eps * max(abs(true), row.norm().item()))
         assert abs(ours - true) <= bound, f"{row.numel()} terms: {ours!r} for {true!r}, torch {torchs!r}"
 
 
@@ -119,9 +164,8 @@ def at_the_edge_of_overflow() -> tuple[list[Tensor], list[Tensor]]:
 
 
 def compare_not_finite(
-    call: Callable[..., tuple[Tensor, ...]],
+    call: Callable[..., Tensor | tuple[Tensor, ...]],
     tensors: Sequence[Tensor | None],
-    *backends: str,
     of_gradients: str = "kinds",
     every: bool = True,
 ) -> None:
@@ -129,19 +173,9 @@ def compare_not_finite(
 
     ``of_gradients``: how gradients are checked. Where one is a sum of infinities, it may be of either kind.
     """
-    generator = torch.Generator().manual_seed(1)
-    outputs = call(*tensors)
-    grads = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outputs]
-    for label, changed in spoiled([*tensors, *grads], every):
-        found = {}
-        for backend in ("reference", *backends):
-            leaves = [None if t is None else t.detach().requires_grad_() for t in changed[: len(tensors)]]
-            with iin_fast.backend(backend):
-                results = call(*leaves)
-            pairs = [(o, g) for o, g in zip(results, changed[len(tensors) :], strict=True) if o.requires_grad]
-            wanted = [t for t in leaves if t is not None]
-            gradients = torch.autograd.grad([o for o, _ in pairs], wanted, [g for _, g in pairs])
-            found[backend] = [t.detach() for t in (*results, *gradients)]
-        for backend in backends:
-            for i, (got, want) in enumerate(zip(found[backend], found["reference"], strict=True)):
-                check_not_finite(got, want, (label, backend, i), "kinds" if i < len(results) else of_gradients)
+    weights = fixed_weights(as_tuple(call(*tensors)))
+    for label, changed in spoiled([*tensors, *weights], every):
+        given, grads = changed[: len(tensors)], changed[len(tensors) :]
+        ours, definition = (with_gradients(call, given, name, grads) for name in (BACKEND, "reference"))
+        for i, (got, want) in enumerate(zip(ours, definition, strict=True)):
+            check_not_finite(got, want, (label, i), "kinds" if i < len(weights) else of_gradients)

@@ -100,7 +100,20 @@ def run(command: list[str], **variables: str) -> str:
 
 
 def test_kernels_in_the_interpreter() -> None:
-    out = run(["-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/interpreted"], TRITON_INTERPRET="1")
+    command = [
+        "-m",
+        "pytest",
+        "-q",
+        "-n",
+        "0",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "triton",
+        "tests/ops",
+        "tests/interpreted",
+    ]
+    out = run(command, TRITON_INTERPRET="1", IIN_FAST_BACKEND="triton")
     assert " passed" in out and "skipped" not in out
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import FLOW_BOUNDS
 from torch import Tensor
 
 from iin_fast.backends import NAMES, available, backend
@@ -15,9 +16,6 @@ from iin_fast.ops.types import HALF
 from iin_fast.testing.backends import CASES, _run, dtypes_of
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 0.02, torch.float16: 0.003}
-# Of the flow's outputs and gradients in types that round at each layer; TF32 keeps as many bits of a factor as float16.
-# Bounds of the emulation tests, which run the same kernels (tests/ops/test_flow_cuda.py).
-ROUNDED = {torch.float16: (5e-3, 5e-2), torch.bfloat16: (5e-2, 3e-1)}
 
 
 def norm_error(got: Tensor, want: Tensor) -> float:
@@ -31,8 +29,8 @@ def norm_error(got: Tensor, want: Tensor) -> float:
 
 def tolerance(op: str, dtype: torch.dtype, key: str) -> float:
     gradient = key.startswith("grad")
-    if op == "flow" and dtype in ROUNDED:
-        return ROUNDED[dtype][gradient]
+    if op == "flow" and dtype in HALF:
+        return FLOW_BOUNDS[dtype][gradient]
     # through many layers a kink that falls on the other side changes a gradient by a finite step
     kinks = 50 if op == "flow" and gradient and dtype != torch.float64 else 1
     return TOLERANCES[dtype] * CASES[op][1] * kinks

@@ -2,61 +2,42 @@
 
 import itertools
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from numerics import at_the_edge_of_overflow
+from cases import AFFINE_COUPLING, BACKEND, DTYPES, LAYOUTS, LONG_ROWS, cases, coupling_inputs, rows_apart
+from numerics import at_the_edge_of_overflow, compare_with_definition
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
 import iin_fast
+from iin_fast.backends import ops
 from iin_fast.functional import affine_coupling
 from iin_fast.ops.affine_coupling import SQUASHES
 
-SHAPES = [(0, 4), (1, 1), (1, 64), (2, 3), (7, 31), (25, 32), (130, 70), (3, 1000), (4, 0), (5,), (3, 4, 5, 6)]
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
-
-def inputs(shape: tuple[int, ...], dtype: torch.dtype, squash: str, scale: float = 1.0) -> list[Tensor | None]:
-    generator = torch.Generator().manual_seed(0)
-    x, raw, shift = (scale * torch.randn(3, *shape, generator=generator, dtype=torch.float64)).to(dtype).unbind(0)
-    return [x, None if squash == "none" else raw, shift]
-
-
-def gradients(arguments: list[Tensor | None], **options: object) -> list[Tensor]:
-    leaves = [None if a is None else a.detach().clone().requires_grad_() for a in arguments]
-    y, logdet = affine_coupling(*leaves, **options)
-    weight = torch.linspace(-1, 2, max(y.numel(), 1), dtype=torch.float64)[: y.numel()].reshape(y.shape)
-    rows = torch.linspace(0.5, 1, max(len(logdet), 1), dtype=logdet.dtype)[: len(logdet)]
-    outputs = [(o, g) for o, g in ((y, weight.to(y.dtype)), (logdet, rows)) if o.requires_grad]
-    torch.autograd.backward([o for o, _ in outputs], [g for _, g in outputs])
-    return [y, logdet, *(a.grad for a in leaves if a is not None)]
-
-
+@pytest.mark.triton
 @pytest.mark.parametrize("squash", SQUASHES)
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_equals_the_definition(squash: str, inverse: bool, dtype: torch.dtype) -> None:
-    tolerance = {torch.float64: 1e-12, torch.float32: 2e-6}.get(dtype)
-    for shape in SHAPES:
-        arguments = inputs(shape, dtype, squash)
-        ours = gradients(arguments, squash=squash, inverse=inverse)
-        with iin_fast.backend("reference"):
-            expected = gradients(arguments, squash=squash, inverse=inverse)
-        for got, want in zip(ours, expected, strict=True):
-            assert got.dtype == want.dtype
-            # torch rounds 16-bit gradients of the definition at several places, the kernel once
-            relative = tolerance or torch.finfo(dtype).eps * 4
-            assert_close(
-                got, want, rtol=relative, atol=relative * max(1.0, want.abs().max().item() if want.numel() else 0)
-            )
+    for shape in cases(AFFINE_COUPLING):
+        call = partial(affine_coupling, squash=squash, inverse=inverse)
+        compare_with_definition(call, coupling_inputs(shape, dtype, squash), float32=2e-6)
+
+
+@pytest.mark.triton
+def test_long_rows() -> None:
+    for shape in cases(LONG_ROWS):
+        compare_with_definition(affine_coupling, coupling_inputs(shape, torch.float64), float32=2e-6)
 
 
 @pytest.mark.parametrize("squash", SQUASHES)
 def test_inverse_and_its_logdet(squash: str) -> None:
-    x, raw, shift = inputs((9, 17), torch.float64, squash)
+    x, raw, shift = coupling_inputs((9, 17), torch.float64, squash)
     y, logdet = affine_coupling(x, raw, shift, squash=squash)
     back, back_logdet = affine_coupling(y, raw, shift, squash=squash, inverse=True)
     assert_close(back, x)
@@ -66,7 +47,7 @@ def test_inverse_and_its_logdet(squash: str) -> None:
 @pytest.mark.parametrize("squash", SQUASHES)
 @pytest.mark.parametrize("inverse", [False, True])
 def test_logdet_is_that_of_the_jacobian(squash: str, inverse: bool) -> None:
-    x, raw, shift = inputs((1, 6), torch.float64, squash)
+    x, raw, shift = coupling_inputs((1, 6), torch.float64, squash)
     jacobian = torch.autograd.functional.jacobian(
         lambda v: affine_coupling(v, raw, shift, squash=squash, inverse=inverse)[0], x
     )
@@ -74,33 +55,36 @@ def test_logdet_is_that_of_the_jacobian(squash: str, inverse: bool) -> None:
     assert_close(jacobian.reshape(6, 6).slogdet().logabsdet, logdet[0])
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("squash", SQUASHES)
 @pytest.mark.parametrize("inverse", [False, True])
 def test_first_and_second_derivatives(squash: str, inverse: bool) -> None:
-    arguments = [a.requires_grad_() for a in inputs((3, 4), torch.float64, squash) if a is not None]
+    arguments = [a.requires_grad_() for a in coupling_inputs((3, 4), torch.float64, squash) if a is not None]
 
     def function(*given: Tensor) -> tuple[Tensor, Tensor]:
         x, shift = given[0], given[-1]
         return affine_coupling(x, given[1] if len(given) == 3 else None, shift, squash=squash, inverse=inverse)
 
-    assert gradcheck(function, arguments)
-    assert gradgradcheck(function, arguments)
+    assert gradcheck(function, arguments, fast_mode=BACKEND == "triton")
+    assert gradgradcheck(function, arguments, fast_mode=BACKEND == "triton")
 
 
+@pytest.mark.triton
 def test_strides_of_every_kind() -> None:
-    generator = torch.Generator().manual_seed(1)
-    wide = torch.randn(6, 40, generator=generator, dtype=torch.float64)
-    x, raw, shift = wide[:, 3:10], wide.flip(1)[:, ::5][:, :7], wide.t()[:6, :6].new_ones(7, 6).t() * wide[:, :7]
-    y, logdet = affine_coupling(x, raw, shift)
-    expected, expected_logdet = affine_coupling(x.contiguous(), raw.contiguous(), shift.contiguous())
-    assert_close(y, expected, rtol=0, atol=0)
-    assert_close(logdet, expected_logdet, rtol=0, atol=0)
-    row = torch.randn(1, 7, generator=generator, dtype=torch.float64).expand(6, 7)
-    assert_close(affine_coupling(row, raw, shift)[0], affine_coupling(row.contiguous(), raw, shift)[0])
+    plain = coupling_inputs((6, 7), torch.float64)
+    expected = affine_coupling(*plain)
+    for turn in range(3):  # each tensor in another layout, so that no stride stands in for another's
+        names = [list(LAYOUTS)[(turn + i) % len(LAYOUTS)] for i in range(3)]
+        strided = [LAYOUTS[name](t) for name, t in zip(names, plain, strict=True)]
+        assert_close(affine_coupling(*strided), expected, rtol=0, atol=0)
+    images = affine_coupling(*(rows_apart(t).reshape(6, 7, 1, 1) for t in plain))
+    assert_close((images[0].flatten(1), images[1]), expected, rtol=0, atol=0)
+    row = plain[0][:1].expand(6, 7)
+    assert_close(affine_coupling(row, *plain[1:])[0], affine_coupling(row.contiguous(), *plain[1:])[0])
 
 
 def test_gradient_may_be_an_expanded_scalar() -> None:
-    arguments = [a.requires_grad_() for a in inputs((5, 6), torch.float64, "tanh")]
+    arguments = [a.requires_grad_() for a in coupling_inputs((5, 6), torch.float64, "tanh")]
     y, logdet = affine_coupling(*arguments)
     (y.sum() + logdet.sum()).backward()
     with iin_fast.backend("reference"):
@@ -109,7 +93,7 @@ def test_gradient_may_be_an_expanded_scalar() -> None:
 
 
 def test_only_the_wanted_gradients_are_given() -> None:
-    x, raw, shift = inputs((5, 6), torch.float64, "tanh")
+    x, raw, shift = coupling_inputs((5, 6), torch.float64, "tanh")
     raw.requires_grad_()
     y, _ = affine_coupling(x, raw, shift)
     y.sum().backward()
@@ -117,7 +101,7 @@ def test_only_the_wanted_gradients_are_given() -> None:
 
 
 def test_clamp_bounds_the_scale() -> None:
-    x, raw, shift = inputs((4, 8), torch.float64, "tanh", scale=100.0)
+    x, raw, shift = coupling_inputs((4, 8), torch.float64, "tanh", scale=100.0)
     _, logdet = affine_coupling(x, raw, shift, squash="tanh", clamp=0.5)
     assert logdet.abs().max() <= 8 * 0.5 + 1e-12
     _, soft = affine_coupling(x, raw, shift, squash="atan", clamp=0.5)
@@ -126,7 +110,7 @@ def test_clamp_bounds_the_scale() -> None:
 
 @pytest.mark.parametrize("eps", [None, 0.0, 0.25])
 def test_softplus_scales_by_no_less_than_the_clamp(eps: float | None) -> None:
-    x, raw, shift = inputs((4, 8), torch.float64, "softplus", scale=10.0)
+    x, raw, shift = coupling_inputs((4, 8), torch.float64, "softplus", scale=10.0)
     scale = torch.nn.functional.softplus(raw, threshold=1000) + (1e-3 if eps is None else eps)
     y, logdet = affine_coupling(x, raw, shift, squash="softplus", clamp=eps)
     assert_close(y, x * scale + shift)
@@ -147,7 +131,7 @@ def test_codes_are_those_of_the_library() -> None:
 
 
 def test_no_row_leaks_into_another_and_nan_is_not_hidden() -> None:
-    x, raw, shift = inputs((3, 8), torch.float32, "tanh")
+    x, raw, shift = coupling_inputs((3, 8), torch.float32, "tanh")
     clean = affine_coupling(x, raw, shift)
     raw[1, 2] = torch.nan
     y, logdet = affine_coupling(x, raw, shift)
@@ -156,20 +140,22 @@ def test_no_row_leaks_into_another_and_nan_is_not_hidden() -> None:
     assert_close(logdet[[0, 2]], clean[1][[0, 2]], rtol=0, atol=0)
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("squash", SQUASHES)
 @pytest.mark.parametrize("inverse", [False, True])
 def test_opcheck(squash: str, inverse: bool) -> None:
     code, clamp = SQUASHES[squash].code, SQUASHES[squash].clamp
-    arguments = inputs((3, 4), torch.float32, squash)
-    torch.library.opcheck(torch.ops.iin_fast.affine_coupling, (*arguments, code, clamp, inverse))
+    arguments = coupling_inputs((3, 4), torch.float32, squash)
+    torch.library.opcheck(ops(BACKEND).affine_coupling, (*arguments, code, clamp, inverse))
     with_grad = [a if a is None else a.detach().requires_grad_() for a in arguments]
-    torch.library.opcheck(torch.ops.iin_fast.affine_coupling, (*with_grad, code, clamp, inverse))
+    torch.library.opcheck(ops(BACKEND).affine_coupling, (*with_grad, code, clamp, inverse))
     backward = (arguments[0], torch.ones(3), arguments[2], arguments[1], code, clamp, inverse)
-    torch.library.opcheck(torch.ops.iin_fast.affine_coupling_backward, backward)
+    torch.library.opcheck(ops(BACKEND).affine_coupling_backward, backward)
 
 
+@pytest.mark.triton
 def test_compiles_into_one_graph() -> None:
-    arguments = [a.requires_grad_() for a in inputs((5, 6), torch.float32, "tanh")]
+    arguments = [a.requires_grad_() for a in coupling_inputs((5, 6), torch.float32, "tanh")]
     compiled = torch.compile(lambda *a: affine_coupling(*a, squash="tanh"), fullgraph=True, backend="aot_eager")
     y, logdet = compiled(*arguments)
     expected = affine_coupling(*arguments)
@@ -179,7 +165,7 @@ def test_compiles_into_one_graph() -> None:
 
 
 def test_autocast_computes_in_float32() -> None:
-    x, raw, shift = inputs((3, 4), torch.float32, "tanh")
+    x, raw, shift = coupling_inputs((3, 4), torch.float32, "tanh")
     with torch.autocast("cpu", torch.bfloat16):
         y, logdet = affine_coupling(x, raw.bfloat16(), shift.bfloat16())
     expected = affine_coupling(x, raw.bfloat16().float(), shift.bfloat16().float())
@@ -188,12 +174,13 @@ def test_autocast_computes_in_float32() -> None:
 
 @pytest.mark.parametrize(("squash", "inverse"), list(itertools.product(["tanh", "sigmoid"], [False, True])))
 def test_extreme_scales_stay_finite_where_the_definition_does(squash: str, inverse: bool) -> None:
-    x, _, shift = inputs((2, 5), torch.float32, squash)
+    x, _, shift = coupling_inputs((2, 5), torch.float32, squash)
     raw = torch.tensor([[-1e4, -90.0, 0.0, 90.0, 1e4]] * 2)
     y, logdet = affine_coupling(x, raw, shift, squash=squash, inverse=inverse)
     assert y.isfinite().all() and logdet.isfinite().all()
 
 
+@pytest.mark.triton
 def test_gradients_at_the_edge_of_overflow() -> None:
     (*arguments, grad), truths = at_the_edge_of_overflow()
     leaves = [a.requires_grad_() for a in arguments]

@@ -4,22 +4,13 @@ import ctypes
 
 import pytest
 import torch
+from cases import AFFINE_COUPLING, DTYPES, LONG_ROWS, cases, coupling_inputs
 from cuda_emulator import LaunchPlan, call, data, load, matrix, type_name
 from numerics import at_the_edge_of_overflow, check_not_finite, check_sums, long_terms, of_gradients, spoiled
 from torch import Tensor
 from torch.testing import assert_close
 
 from iin_fast.ops.affine_coupling import SQUASHES, reference
-
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-SHAPES = [(0, 4), (1, 1), (5, 1), (4, 0), (2, 3), (9, 8), (7, 31), (25, 32), (19, 70)]
-WIDE = [(3, 1024), (2, 1001), (1, 40000)]  # a block a row, in vectors and not, and several blocks a row
-
-
-def inputs(shape: tuple[int, int], dtype: torch.dtype, squash: str) -> list[Tensor | None]:
-    generator = torch.Generator().manual_seed(0)
-    x, raw, shift = torch.randn(3, *shape, generator=generator, dtype=torch.float64).to(dtype)
-    return [x.clone(), None if squash == "none" else raw.clone(), shift.clone()]
 
 
 def forward(
@@ -94,22 +85,23 @@ def check(
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_equals_the_definition(squash: str, dtype: torch.dtype) -> None:
     for inverse in (False, True):
-        for shape in SHAPES:
-            check(inputs(shape, dtype, squash), squash, inverse)
+        for shape in cases(AFFINE_COUPLING, "cuda"):
+            check(coupling_inputs(shape, dtype, squash), squash, inverse)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_wide_rows(dtype: torch.dtype) -> None:
-    for shape in WIDE:
-        check(inputs(shape, dtype, "tanh"), "tanh", inverse=False)
-        check(inputs(shape, dtype, "none"), "none", inverse=True)
+def test_long_rows(dtype: torch.dtype) -> None:
+    for shape in cases(LONG_ROWS, "cuda"):
+        check(coupling_inputs(shape, dtype, "tanh"), "tanh", inverse=False)
+        check(coupling_inputs(shape, dtype, "none"), "none", inverse=True)
 
 
+@pytest.mark.values
 @pytest.mark.parametrize("squash", SQUASHES)
 @pytest.mark.parametrize("inverse", [False, True])
 def test_what_is_not_finite(squash: str, inverse: bool) -> None:
     for _, (x, raw, shift, grad_y, grad_logdet) in spoiled(
-        [*inputs((4, 37), torch.float32, squash), torch.ones(4, 37), torch.ones(4)]
+        [*coupling_inputs((4, 37), torch.float32, squash), torch.ones(4, 37), torch.ones(4)]
     ):
         leaves = [None if t is None else t.clone().requires_grad_() for t in (x, raw, shift)]
         truth, truth_logdet = reference.affine_coupling(*leaves, squash, 1.5, inverse)
@@ -122,6 +114,7 @@ def test_what_is_not_finite(squash: str, inverse: bool) -> None:
             check_not_finite(got, want, (squash, inverse, i), "kinds" if i < 2 else of_gradients(squash))
 
 
+@pytest.mark.values
 def test_gradients_at_the_edge_of_overflow() -> None:
     (x, raw, _, grad), truths = at_the_edge_of_overflow()
     grads = backward(x, raw, grad, torch.zeros(1), "identity", 1.0, False, LaunchPlan())
@@ -129,9 +122,10 @@ def test_gradients_at_the_edge_of_overflow() -> None:
         assert_close(got, want.float(), rtol=1e-5, atol=0)
 
 
+@pytest.mark.values
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_logdets_of_long_rows(dtype: torch.dtype) -> None:
-    for raw in long_terms(dtype, most=200_000):
+    for raw in long_terms(dtype, "cuda"):
         for multiprocessors in (1, 108):  # a block a row, and many
             zeros = torch.zeros_like(raw)
             _, logdet = forward(zeros, raw, zeros, "identity", 1.0, True, LaunchPlan(multiprocessors=multiprocessors))
@@ -159,7 +153,9 @@ def test_strided_rows_are_read_in_place(dtype: torch.dtype) -> None:
 def test_every_mapping_of_rows_to_threads_is_used() -> None:
     found = set()
     for features in (4, 8, 16, 32, 64, 128, 512, 516, 600, 8192):
-        forward_plan, backward_plan = check(inputs((3, features), torch.float32, "identity"), "identity", False)
+        forward_plan, backward_plan = check(
+            coupling_inputs((3, features), torch.float32, "identity"), "identity", False
+        )
         found.add((forward_plan.lanes, forward_plan.parts))
         assert forward_plan.vector == backward_plan.vector == 4
         assert forward_plan.launches == 1 + (forward_plan.parts > 1)
@@ -169,16 +165,17 @@ def test_every_mapping_of_rows_to_threads_is_used() -> None:
 
 @pytest.mark.parametrize("features", [4, 33, 600])
 def test_a_grid_smaller_than_the_rows(features: int) -> None:
-    for plan in check(inputs((50, features), torch.float32, "tanh"), "tanh", False, LaunchPlan(max_blocks=3)):
+    for plan in check(coupling_inputs((50, features), torch.float32, "tanh"), "tanh", False, LaunchPlan(max_blocks=3)):
         assert plan.blocks <= 3
 
 
 def test_an_empty_batch_launches_nothing() -> None:
-    for plan in check(inputs((0, 8), torch.float32, "tanh"), "tanh", False):
+    for plan in check(coupling_inputs((0, 8), torch.float32, "tanh"), "tanh", False):
         assert plan.launches == 0
 
 
+@pytest.mark.values
 def test_the_same_bits_every_time() -> None:
-    arguments = inputs((2, 40000), torch.float32, "tanh")
+    arguments = coupling_inputs((2, 40000), torch.float32, "tanh")
     first, second = (forward(*arguments, "tanh", 1.0, False, LaunchPlan()) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -1,123 +1,68 @@
 """flow: the compiled op against the definition, and the properties of the map."""
 
 import itertools
-import os
 import subprocess
 import sys
 import warnings
+from functools import partial
 
 import pytest
 import torch
+from cases import BACKEND, FLOW, LAYOUTS, FlowShape, cases, environment, flow_inputs, rows_apart
+from numerics import fixed_weights, with_gradients
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
 import iin_fast
-from iin_fast.ops.flow import flow, pack
+from iin_fast.ops.flow import flow
 
-# n_flows, dim, hidden, depth, batch, context_dim, contexts: tails of every kind of vector and of the last panel, chunks
-# of rows beyond one, nets that threads share and nets that they don't
-SHAPES = [
-    (2, 2, 1, 0, 1, 0, 1),
-    (1, 2, 17, 1, 0, 0, 1),
-    (2, 3, 17, 1, 2, 0, 1),
-    (3, 7, 70, 2, 7, 5, 3),
-    (2, 64, 130, 1, 25, 0, 1),
-    (2, 8, 64, 2, 130, 3, 1),
-    (1, 64, 512, 1, 50, 0, 1),
-    (1, 33, 512, 0, 2, 0, 1),
-    (2, 5, 40, 3, 1000, 0, 1),
-    (2, 9, 130, 1, 300, 4, 2),
-    (1, 150, 33, 1, 20, 70, 1),
-]
 NAMES = "x context loc scale weight_in bias_in weight_hidden bias_hidden weight_out bias_out permutation".split()
+MEMORIES = ["save", "invert"] if BACKEND == "triton" else ["save", "checkpoint", "invert"]
 
 
-def inputs(
-    n_flows: int,
-    dim: int,
-    hidden: int,
-    depth: int,
-    batch: int,
-    context_dim: int = 0,
-    contexts: int = 1,
-    dtype: torch.dtype = torch.float64,
-    size: float = 1.0,
-) -> list[Tensor | None]:
-    """The arguments of a flow whose nets have outputs of about ``size``, the same numbers for every dtype."""
-    generator = torch.Generator().manual_seed(dim * 1000 + hidden)
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    half = dim - dim // 2
-    wide = half + context_dim
-    tensors = [
-        randn(batch, dim),
-        randn(contexts, batch, context_dim) if context_dim else None,
-        0.3 * randn(n_flows, dim),
-        (1 + 0.3 * torch.tanh(randn(n_flows, dim))) * randn(n_flows, dim).sign(),
-        pack(randn(n_flows, 2, 2, hidden, wide) / wide**0.5),
-        0.3 * randn(n_flows, 2, 2, hidden),
-        pack(1.2 * randn(n_flows, 2, 2, depth, hidden, hidden) / hidden**0.5),
-        0.3 * randn(n_flows, 2, 2, depth, hidden),
-        pack(size * randn(n_flows, 2, 2, dim - half, hidden) / hidden**0.5),
-        0.3 * size * randn(n_flows, 2, 2, dim - half),
-    ]
-    permutation = torch.stack([torch.randperm(dim, generator=generator) for _ in range(n_flows)])
-    return [None if t is None else t.float().to(dtype) for t in tensors] + [permutation]
-
-
-def results(arguments: list[Tensor | None], **options: object) -> dict[str, Tensor]:
+def results(arguments: list[Tensor | None], backend: str = BACKEND, **options: object) -> dict[str, Tensor]:
     """Outputs, and the gradients of a fixed weighting of both."""
-    leaves = [t.detach().clone().requires_grad_() if t is not None and t.is_floating_point() else t for t in arguments]
-    y, logdet = flow(*leaves, **options)
-    weight = torch.linspace(-1, 2, max(y.numel(), 1), dtype=y.dtype)[: y.numel()].reshape(y.shape)
-    rows = torch.linspace(0.5, 1, max(len(logdet), 1), dtype=y.dtype)[: len(logdet)]
-    torch.autograd.backward([y, logdet], [weight, rows])
-    gradients = {
-        name: torch.zeros_like(t) if t.grad is None else t.grad
-        for name, t in zip(NAMES, leaves, strict=True)
-        if t is not None and t.requires_grad
-    }
-    return {"y": y.detach(), "logdet": logdet.detach(), **gradients}
+    named = dict(zip(NAMES, arguments, strict=True))
+    names = ["y", "logdet", *(n for n, t in named.items() if t is not None and t.is_floating_point())]
+    return dict(zip(names, with_gradients(partial(flow, **options), arguments, backend), strict=True))
 
 
 def relative(got: Tensor, want: Tensor) -> float:
     return ((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-30)).item()
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.triton
+@pytest.mark.parametrize("shape", cases(FLOW), ids=str)
 @pytest.mark.parametrize("inverse", [False, True])
-def test_float64_equals_the_definition(shape: tuple[int, ...], inverse: bool) -> None:
-    arguments = inputs(*shape)
-    for slope, exact in ((1.0, False), (0.9, False), (0.9, True)):
+def test_float64_equals_the_definition(shape: FlowShape, inverse: bool) -> None:
+    arguments = flow_inputs(shape)
+    arguments[0] = rows_apart(arguments[0])
+    for slope, exact in ((0.9, True),) if BACKEND == "triton" else ((1.0, False), (0.9, False), (0.9, True)):
         options = {"inverse": inverse, "activation_slope": slope, "exact_logdet": exact, "leaky_slope": 0.1}
-        with iin_fast.backend("reference"):
-            expected = results(arguments, **options)
-        for memory in ("save", "checkpoint", "invert"):
+        expected = results(arguments, "reference", **options)
+        for memory in MEMORIES:
             for name, got in results(arguments, **options, memory=memory).items():
                 assert got.shape == expected[name].shape
                 assert got.numel() == 0 or relative(got, expected[name]) < 1e-9, (name, slope, exact, memory)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", cases(FLOW), ids=str)
 @pytest.mark.parametrize("inverse", [False, True])
 def test_float32_equals_the_definition(shape: tuple[int, ...], inverse: bool) -> None:
     # Slope 1: where a LeakyReLU has its kink, a last-bit difference of an activation is a jump of a gradient, in any
     # implementation; the kink itself is tested in float64. Inversion loses what exp(-s) amplifies, hence the size.
     options = {"inverse": inverse, "leaky_slope": 1.0}
-    with iin_fast.backend("reference"):
-        expected = results(inputs(*shape, size=0.3), **options)
-    arguments = inputs(*shape, dtype=torch.float32, size=0.3)
-    for memory in ("save", "checkpoint", "invert"):
+    expected = results(flow_inputs(shape, size=0.3), "reference", **options)
+    arguments = flow_inputs(shape, dtype=torch.float32, size=0.3)
+    for memory in MEMORIES:
         for name, got in results(arguments, **options, memory=memory).items():
             assert got.dtype == torch.float32
             assert got.numel() == 0 or relative(got, expected[name]) < 1e-5, (name, memory)
 
 
 def test_gradients_of_both_memories_agree_at_depth_12_in_float32() -> None:
-    arguments = inputs(12, 64, 256, 2, 40, dtype=torch.float32, size=0.3)
+    arguments = flow_inputs((40, 64, 12, 256, 2), dtype=torch.float32, size=0.3)
     saved, inverted = (results(arguments, memory=memory) for memory in ("save", "invert"))
     for name, want in saved.items():
         assert relative(inverted[name], want) < 1e-3, name
@@ -149,7 +94,7 @@ def test_the_size_of_a_batch_does_not_change_the_gradients() -> None:
 
 def test_a_checkpoint_gives_the_gradients_of_save_bit_for_bit() -> None:
     for inverse in (False, True):
-        arguments = inputs(3, 9, 130, 2, 300, 4, 3, dtype=torch.float32)
+        arguments = flow_inputs((300, 9, 3, 130, 2, 4, 3), dtype=torch.float32)
         saved, checkpoint = (results(arguments, memory=m, inverse=inverse) for m in ("save", "checkpoint"))
         for name, want in saved.items():
             assert torch.equal(checkpoint[name], want), name
@@ -158,7 +103,7 @@ def test_a_checkpoint_gives_the_gradients_of_save_bit_for_bit() -> None:
 def test_a_checkpoint_keeps_little() -> None:
     kept = {}
     for memory in ("save", "checkpoint"):
-        y, _ = flow(*(t if t is None or not t.is_floating_point() else t.requires_grad_() for t in inputs(2, 64, 512, 2, 9)),
+        y, _ = flow(*(t if t is None or not t.is_floating_point() else t.requires_grad_() for t in flow_inputs((9, 64, 2, 512, 2))),
                     memory=memory)  # fmt: skip
         kept[memory] = y.grad_fn.saved_tensors[1].numel()
     assert 0 < kept["checkpoint"] < 0.03 * kept["save"]
@@ -182,9 +127,9 @@ def test_an_inverse_that_does_not_lead_back_is_told_once(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("inverse", [False, True])
-@pytest.mark.parametrize("memory", ["save", "checkpoint", "invert"])
+@pytest.mark.parametrize("memory", MEMORIES)
 def test_gradcheck(inverse: bool, memory: str) -> None:
-    *tensors, permutation = inputs(2, 3, 2, 1, 2, 1, 2)
+    *tensors, permutation = flow_inputs((2, 3, 2, 2, 1, 1, 2))
     leaves = [t.requires_grad_() for t in tensors if t is not None]
 
     def function(*given: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,16 +138,18 @@ def test_gradcheck(inverse: bool, memory: str) -> None:
     assert gradcheck(function, leaves)
 
 
+@pytest.mark.triton
 def test_second_derivatives_come_from_the_definition() -> None:
-    *tensors, permutation = inputs(1, 3, 2, 0, 1, 1, 1)
+    *tensors, permutation = flow_inputs((1, 3, 1, 2, 0, 1, 1))
     leaves = [t.requires_grad_() for t in tensors if t is not None]
-    assert gradgradcheck(lambda *given: flow(*given, permutation, leaky_slope=0.3), leaves)
+    run = partial(flow, permutation=permutation, leaky_slope=0.3)
+    assert gradgradcheck(run, leaves, fast_mode=BACKEND == "triton")
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-11), (torch.float32, 1e-3)])
 @pytest.mark.parametrize("n_flows", [12, 48])
 def test_round_trip(dtype: torch.dtype, bound: float, n_flows: int) -> None:
-    x, *rest = inputs(n_flows, 16, 64, 2, 40, dtype=dtype, size=0.2)
+    x, *rest = flow_inputs((40, 16, n_flows, 64, 2), dtype=dtype, size=0.2)
     rest[2] = rest[2].sign() * rest[2].abs().clamp(0.8, 1.25)  # the ActNorm of 48 random blocks spans 12 decades
     y, logdet = flow(x, *rest, activation_slope=0.9, exact_logdet=True)
     back, back_logdet = flow(y, *rest, inverse=True, activation_slope=0.9, exact_logdet=True)
@@ -213,15 +160,15 @@ def test_round_trip(dtype: torch.dtype, bound: float, n_flows: int) -> None:
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize("dim", [2, 7])
 def test_logdet_is_that_of_the_jacobian(inverse: bool, dim: int) -> None:
-    x, *rest = inputs(3, dim, 17, 1, 1, 3)
+    x, *rest = flow_inputs((1, dim, 3, 17, 1, 3))
     options = {"inverse": inverse, "activation_slope": 0.8, "exact_logdet": True}
     jacobian = torch.autograd.functional.jacobian(lambda v: flow(v, *rest, **options)[0], x).reshape(dim, dim)
     assert_close(jacobian.slogdet().logabsdet, flow(x, *rest, **options)[1][0])
 
 
-@pytest.mark.parametrize("shape", [(2, 7, 70, 2, 29), (2, 64, 512, 1, 300), (2, 8, 64, 2, 130)], ids=str)
+@pytest.mark.parametrize("shape", [(29, 7, 2, 70, 2), (300, 64, 2, 512, 1), (130, 8, 2, 64, 2)], ids=str)
 def test_rows_are_independent_and_nan_is_not_hidden(shape: tuple[int, ...]) -> None:
-    x, *rest = inputs(*shape, dtype=torch.float32)
+    x, *rest = flow_inputs(shape, dtype=torch.float32)
     clean_y, clean_logdet = flow(x, *rest)
     x[3, 1] = torch.nan
     y, logdet = flow(x, *rest)
@@ -236,12 +183,12 @@ def test_rows_are_independent_and_nan_is_not_hidden(shape: tuple[int, ...]) -> N
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("shape", [(2, 8, 64, 2, 130), (1, 64, 256, 2, 300)], ids=str)
+@pytest.mark.parametrize("shape", [(130, 8, 2, 64, 2), (300, 64, 1, 256, 2)], ids=str)
 def test_same_bits_twice(threads: int, shape: tuple[int, ...]) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        arguments = inputs(*shape, dtype=torch.float32)
+        arguments = flow_inputs(shape, dtype=torch.float32)
         first, second = results(arguments), results(arguments)
     finally:
         torch.set_num_threads(before)
@@ -251,9 +198,8 @@ def test_same_bits_twice(threads: int, shape: tuple[int, ...]) -> None:
 
 def test_many_threads_share_the_work_correctly() -> None:
     before = torch.get_num_threads()
-    arguments = [inputs(1, 9, 70, 1, batch) for batch in (1, 3, 50, 300)]
-    with iin_fast.backend("reference"):
-        expected = [results(a) for a in arguments]
+    arguments = [flow_inputs((batch, 9, 1, 70, 1)) for batch in (1, 3, 50, 300)]
+    expected = [results(a, "reference") for a in arguments]
     torch.set_num_threads(9)
     try:
         got = [results(a) for a in arguments]
@@ -264,33 +210,37 @@ def test_many_threads_share_the_work_correctly() -> None:
             assert relative(ours[name], want) < 1e-9, name
 
 
+@pytest.mark.triton
 def test_strides_of_every_kind() -> None:
-    x, *rest = inputs(2, 7, 17, 1, 6)
+    x, *rest = flow_inputs((6, 7, 2, 17, 1))
     expected = flow(x, *rest)
-    for strided in (x.t().contiguous().t(), torch.cat([x, x], 1)[:, :7], x.repeat_interleave(2, 0)[::2]):
-        assert_close(flow(strided, *rest), expected, rtol=0, atol=0)
+    for layout in LAYOUTS.values():
+        assert_close(flow(layout(x), *rest), expected, rtol=0, atol=0)
     transposed = [t.clone() if t is None or t.dim() < 2 else t.t().contiguous().t() for t in rest[1:3]]
     assert_close(flow(x, rest[0], *transposed, *rest[3:]), expected, rtol=0, atol=0)
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("wanted", ["x", "context", "loc", "bias_hidden"])
-@pytest.mark.parametrize("memory", ["save", "checkpoint", "invert"])
+@pytest.mark.parametrize("memory", MEMORIES)
 def test_only_the_wanted_gradients_are_given(wanted: str, memory: str) -> None:
-    arguments = inputs(2, 6, 17, 1, 5, 3)
+    arguments = flow_inputs((5, 6, 2, 17, 1, 3))
     everything = results(arguments, memory=memory)
     leaves = [t if t is None else t.detach().clone() for t in arguments]
     leaves[NAMES.index(wanted)].requires_grad_()
     y, logdet = flow(*leaves, memory=memory)
-    weight = torch.linspace(-1, 2, y.numel(), dtype=y.dtype).reshape(y.shape)
-    torch.autograd.backward([y, logdet], [weight, torch.linspace(0.5, 1, len(logdet), dtype=y.dtype)])
+    torch.autograd.backward([y, logdet], fixed_weights([y, logdet]))
     for name, leaf in zip(NAMES, leaves, strict=True):
         if leaf is not None:
             assert (leaf.grad is not None) == (name == wanted)
     assert_close(leaves[NAMES.index(wanted)].grad, everything[wanted])
 
 
+@pytest.mark.triton
 def test_gradient_of_one_output_alone() -> None:
-    arguments = [t.requires_grad_() if t is not None and t.is_floating_point() else t for t in inputs(2, 6, 17, 1, 5)]
+    arguments = [
+        t.requires_grad_() if t is not None and t.is_floating_point() else t for t in flow_inputs((5, 6, 2, 17, 1))
+    ]
     x = arguments[0]
     for pick in (0, 1):
         (got,) = torch.autograd.grad(flow(*arguments)[pick].sum(), x)
@@ -302,7 +252,7 @@ def test_gradient_of_one_output_alone() -> None:
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize("keep", [0, 1, 2])
 def test_opcheck(inverse: bool, keep: int) -> None:
-    arguments = inputs(2, 5, 6, 1, 3, 2, dtype=torch.float32)
+    arguments = flow_inputs((3, 5, 2, 6, 1, 2), dtype=torch.float32)
     rest = (0.01, 0.9, True, inverse, keep)
     torch.library.opcheck(torch.ops.iin_fast.flow, (*arguments, *rest))
     with_grad = [t.requires_grad_() if t is not None and t.is_floating_point() else t for t in arguments]
@@ -314,9 +264,10 @@ def test_opcheck(inverse: bool, keep: int) -> None:
         torch.library.opcheck(torch.ops.iin_fast.flow_backward, backward)
 
 
-@pytest.mark.parametrize("memory", ["auto", "checkpoint", "invert"])
+@pytest.mark.triton
+@pytest.mark.parametrize("memory", ["invert"] if BACKEND == "triton" else ["auto", "checkpoint", "invert"])
 def test_compiles_into_one_graph(memory: str) -> None:
-    arguments = inputs(2, 6, 17, 1, 5, dtype=torch.float32)
+    arguments = flow_inputs((5, 6, 2, 17, 1), dtype=torch.float32)
     leaves = [t.requires_grad_() if t is not None and t.is_floating_point() else t for t in arguments]
     compiled = torch.compile(lambda *a: flow(*a, memory=memory), fullgraph=True, backend="aot_eager", dynamic=True)
     wanted = [t for t in leaves if t is not None and t.requires_grad]
@@ -329,7 +280,7 @@ def test_compiles_into_one_graph(memory: str) -> None:
 
 
 def test_exports() -> None:
-    x, context, *rest = inputs(2, 6, 17, 1, 5, dtype=torch.float32)
+    x, context, *rest = flow_inputs((5, 6, 2, 17, 1), dtype=torch.float32)
 
     class Model(torch.nn.Module):
         def forward(self, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -340,7 +291,7 @@ def test_exports() -> None:
 
 
 def test_autocast_computes_in_float32() -> None:
-    arguments = inputs(2, 6, 17, 1, 5, dtype=torch.float32)
+    arguments = flow_inputs((5, 6, 2, 17, 1), dtype=torch.float32)
     half = [arguments[0].bfloat16(), *arguments[1:]]
     with torch.autocast("cpu", torch.bfloat16):
         got = flow(*half)
@@ -350,25 +301,24 @@ def test_autocast_computes_in_float32() -> None:
 @pytest.mark.parametrize("isa", ["avx2", "baseline"])
 def test_every_instruction_set(isa: str) -> None:
     probe = (
-        "import torch, test_flow as t, iin_fast\n"
+        "import test_flow as t\n"
+        "from cases import FLOW, cases\n"
         "from iin_fast._library import cpu_isa\n"
-        "for shape in t.SHAPES[2:6] + t.SHAPES[7:8]:\n"
+        "for shape in (s for s in cases(FLOW) if s.batch * s.hidden < 10_000):\n"
         "    t.test_float64_equals_the_definition(shape, False)\n"
         "    t.test_float32_equals_the_definition(shape, True)\n"
         "print(cpu_isa())\n"
     )
-    environment = {
-        **os.environ,
-        "IIN_FAST_CPU": isa,
-        "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path]),
-    }
-    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", probe], capture_output=True, text=True, env=environment(isa), check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() in (isa, "baseline")
 
 
 GUARDED = """
-import ctypes, mmap, sys, torch, test_flow as t
+import ctypes, mmap, torch
+from cases import flow_inputs
 from iin_fast.ops.flow import flow
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -384,9 +334,9 @@ def at_the_end_of_a_page(tensor):
     copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=pages * page - size)
     return copy.copy_(tensor.flatten()).view(tensor.shape)
 
-for shape in [(1, 3, 17, 1, 2, 2, 1), (1, 7, 70, 0, 30, 0, 1), (1, 2, 1, 1, 9, 0, 1)]:
+for shape in [(2, 3, 1, 17, 1, 2, 1), (30, 7, 1, 70, 0, 0, 1), (9, 2, 1, 1, 1, 0, 1)]:
     for dtype in (torch.float32, torch.float64):
-        arguments = t.inputs(*shape, dtype=dtype)
+        arguments = flow_inputs(shape, dtype=dtype)
         guarded = [a if a is None or a.numel() == 0 else at_the_end_of_a_page(a) for a in arguments]
         for memory in ("save", "checkpoint", "invert"):
             y, logdet = flow(guarded[0], guarded[1], guarded[2].requires_grad_(), *guarded[3:4],
@@ -399,15 +349,15 @@ print("inside")
 @pytest.mark.skipif(sys.platform != "linux", reason="guards pages with mprotect")
 @pytest.mark.parametrize("isa", ["avx512", "avx2", "baseline"])
 def test_nothing_is_read_beyond_a_tensor(isa: str) -> None:
-    path = os.pathsep.join([os.path.dirname(__file__), *sys.path])
-    environment = {**os.environ, "IIN_FAST_CPU": isa, "PYTHONPATH": path}
-    done = subprocess.run([sys.executable, "-c", GUARDED], capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", GUARDED], capture_output=True, text=True, env=environment(isa), check=False
+    )
     assert done.returncode == 0 and done.stdout.strip() == "inside", (done.returncode, done.stderr)
 
 
 class TestBadInput:
     def check(self, error: type[Exception], message: str, **changed: object) -> None:
-        arguments = dict(zip(NAMES, inputs(2, 6, 17, 1, 5, 3), strict=True))
+        arguments = dict(zip(NAMES, flow_inputs((5, 6, 2, 17, 1, 3)), strict=True))
         with pytest.raises(error, match=message):
             flow(**{**arguments, **changed})
 
@@ -436,8 +386,9 @@ class TestBadInput:
         self.check(ValueError, "activation_slope is 0.0", activation_slope=0.0)
 
 
+@pytest.mark.triton
 def test_gradients_with_a_graph_when_inputs_depend_on_each_other() -> None:
-    x, _, *tensors, permutation = inputs(1, 3, 2, 1, 2, context_dim=1)
+    x, _, *tensors, permutation = flow_inputs((2, 3, 1, 2, 1, 1))
     y, logdet = flow(x.requires_grad_(), x[None, :, :1].sin(), *tensors, permutation, leaky_slope=0.3)
     total = y.sum() + logdet.sum()
     (with_graph,) = torch.autograd.grad(total, x, create_graph=True)

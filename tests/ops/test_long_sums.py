@@ -20,6 +20,7 @@ def test_a_sum_one_by_one_fails_the_check() -> None:
         check_sums(torch.from_numpy(np.cumsum(terms.numpy(), 1)[:, -1]), terms)
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("inverse", [False, True])
 def test_logdets_of_couplings(dtype: torch.dtype, inverse: bool) -> None:
@@ -29,6 +30,7 @@ def test_logdets_of_couplings(dtype: torch.dtype, inverse: bool) -> None:
         check_sums(-logdet if inverse else logdet, raw)
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_losses_of_pairs(dtype: torch.dtype) -> None:
     for terms in long_terms(dtype):

@@ -1,61 +1,31 @@
 """pair_nll: every backend against the definition, and the definition against a density of torch.distributions."""
 
+from functools import partial
+
 import pytest
 import torch
-from numerics import RHOS, SIZES, check_near_one, pairs_near_one
-from torch import Tensor
+from cases import BACKEND, DTYPES, LAYOUTS, PAIR_NLL, cases, pair_inputs
+from numerics import RHOS, SIZES, check_near_one, compare_with_definition, pairs_near_one
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
 import iin_fast
+from iin_fast.backends import ops
 from iin_fast.functional import pair_nll
 
-CASES = [
-    (0, [4]),
-    (1, [1]),
-    (1, [3, 1]),
-    (7, [3, 4, 5]),
-    (25, [22, 11, 31]),
-    (130, [70]),
-    (3, [0, 600, 1]),
-    (2, [1] * 9),
-]
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
-
-def inputs(batch: int, sizes: list[int], dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    samples = torch.randn(2, batch, sum(sizes), generator=generator, dtype=torch.float64).to(dtype)
-    logdets = torch.randn(2, batch, generator=generator, dtype=torch.float64).to(wide)
-    shared = torch.rand(batch, len(sizes), generator=generator) < 0.5
-    return [*samples, *logdets], shared
-
-
-def with_gradients(arguments: list[Tensor], *rest: object, **options: object) -> list[Tensor]:
-    leaves = [a.detach().clone().requires_grad_() for a in arguments]
-    loss = pair_nll(*leaves, *rest, **options)
-    weight = torch.linspace(0.5, 2, max(len(loss), 1), dtype=loss.dtype)[: len(loss)]
-    return [loss, *torch.autograd.grad(loss, leaves, weight)]
-
-
+@pytest.mark.triton
 @pytest.mark.parametrize("normalized", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_equals_the_definition(normalized: bool, dtype: torch.dtype) -> None:
-    for batch, sizes in CASES:
-        arguments, shared = inputs(batch, sizes, dtype)
-        ours = with_gradients(arguments, shared, sizes, 0.975, normalized=normalized)
-        with iin_fast.backend("reference"):
-            expected = with_gradients(arguments, shared, sizes, 0.975, normalized=normalized)
-        relative = {torch.float64: 1e-12, torch.float32: 5e-6}.get(dtype, torch.finfo(dtype).eps * 4)
-        for got, want in zip(ours, expected, strict=True):
-            assert got.dtype == want.dtype
-            largest = want.abs().max().item() if want.numel() else 0.0
-            assert_close(got, want, rtol=relative, atol=relative * max(1.0, largest))
+    for batch, sizes in cases(PAIR_NLL):
+        tensors, shared = pair_inputs(batch, sizes, dtype)
+        call = partial(pair_nll, shared=shared, sizes=sizes, rho=0.975, normalized=normalized)
+        compare_with_definition(call, tensors, float32=5e-6)
 
 
 def test_normalized_is_the_joint_density_of_the_pair() -> None:
-    (za, zb, logdet_a, logdet_b), shared = inputs(6, [2, 3], torch.float64)
+    (za, zb, logdet_a, logdet_b), shared = pair_inputs(6, [2, 3], torch.float64)
     rho = 0.8
     got = pair_nll(za, zb, logdet_a, logdet_b, shared, [2, 3], rho, normalized=True)
     correlation = rho * shared.repeat_interleave(torch.tensor([2, 3]), 1).double()
@@ -66,16 +36,19 @@ def test_normalized_is_the_joint_density_of_the_pair() -> None:
         assert_close(got[i], -joint.log_prob(torch.cat([za[i], zb[i]])) - logdet_a[i] - logdet_b[i])
 
 
-def test_first_and_second_derivatives() -> None:
-    arguments, shared = inputs(3, [2, 1, 2], torch.float64)
+@pytest.mark.triton
+@pytest.mark.parametrize("normalized", [False, True])
+def test_first_and_second_derivatives(normalized: bool) -> None:
+    arguments, shared = pair_inputs(3, [2, 1, 2], torch.float64)
+    call = partial(pair_nll, shared=shared, sizes=[2, 1, 2], rho=0.9, normalized=normalized)
     leaves = [a.requires_grad_() for a in arguments]
-    for normalized in (False, True):
-        assert gradcheck(lambda *a, n=normalized: pair_nll(*a, shared, [2, 1, 2], 0.9, normalized=n), leaves)
-        assert gradgradcheck(lambda *a, n=normalized: pair_nll(*a, shared, [2, 1, 2], 0.9, normalized=n), leaves)
+    assert gradcheck(call, leaves, fast_mode=BACKEND == "triton")
+    assert gradgradcheck(call, leaves, fast_mode=BACKEND == "triton")
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("rho", RHOS)
-@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("backend", ["reference", BACKEND])
 def test_correlations_next_to_one(rho: float, backend: str) -> None:
     given, shared = pairs_near_one(rho)
     leaves = [t.requires_grad_() for t in given]
@@ -87,25 +60,30 @@ def test_correlations_next_to_one(rho: float, backend: str) -> None:
         check_near_one(loss.detach(), *(t.detach() for t in (*found, *leaves[:2])), shared, rho)
 
 
+@pytest.mark.triton
 def test_strides_of_every_kind() -> None:
-    (za, zb, logdet_a, logdet_b), shared = inputs(6, [2, 3], torch.float64)
-    expected = pair_nll(za, zb, logdet_a, logdet_b, shared, [2, 3], 0.9)
-    strided = [t.t().contiguous().t() for t in (za, zb)] + [torch.stack([t, t], 1)[:, 0] for t in (logdet_a, logdet_b)]
-    got = pair_nll(*strided, shared.t().contiguous().t(), [2, 3], 0.9)
-    assert_close(got, expected, rtol=0, atol=0)
+    (za, zb, *logdets), shared = pair_inputs(6, [2, 3], torch.float64)
+    expected = pair_nll(za, zb, *logdets, shared, [2, 3], 0.9)
+    for turn, layout in enumerate(LAYOUTS.values()):
+        other = list(LAYOUTS.values())[turn - 1]
+        apart = [torch.stack([t] * (2 + i), 1)[:, 0] for i, t in enumerate(logdets)]
+        got = pair_nll(layout(za), other(zb), *apart, shared.t().contiguous().t(), [2, 3], 0.9)
+        assert_close(got, expected, rtol=0, atol=0)
 
 
+@pytest.mark.triton
 def test_opcheck() -> None:
-    arguments, shared = inputs(4, [2, 3], torch.float32)
-    torch.library.opcheck(torch.ops.iin_fast.pair_nll, (*arguments, shared, [2, 3], 0.9, True))
+    arguments, shared = pair_inputs(4, [2, 3], torch.float32)
+    torch.library.opcheck(ops(BACKEND).pair_nll, (*arguments, shared, [2, 3], 0.9, True))
     leaves = [a.requires_grad_() for a in arguments]
-    torch.library.opcheck(torch.ops.iin_fast.pair_nll, (*leaves, shared, [2, 3], 0.9, False))
+    torch.library.opcheck(ops(BACKEND).pair_nll, (*leaves, shared, [2, 3], 0.9, False))
     backward = (torch.ones(4), *(a.detach() for a in leaves[:2]), shared, [2, 3], 0.9)
-    torch.library.opcheck(torch.ops.iin_fast.pair_nll_backward, backward)
+    torch.library.opcheck(ops(BACKEND).pair_nll_backward, backward)
 
 
+@pytest.mark.triton
 def test_compiles_into_one_graph() -> None:
-    arguments, shared = inputs(4, [2, 3], torch.float32)
+    arguments, shared = pair_inputs(4, [2, 3], torch.float32)
     leaves = [a.requires_grad_() for a in arguments]
     compiled = torch.compile(lambda *a: pair_nll(*a, shared, [2, 3], 0.9).mean(), fullgraph=True, backend="aot_eager")
     got, expected = compiled(*leaves), pair_nll(*leaves, shared, [2, 3], 0.9).mean()
@@ -114,7 +92,7 @@ def test_compiles_into_one_graph() -> None:
 
 
 def test_autocast_computes_in_float32() -> None:
-    (za, zb, logdet_a, logdet_b), shared = inputs(4, [2, 3], torch.bfloat16)
+    (za, zb, logdet_a, logdet_b), shared = pair_inputs(4, [2, 3], torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         loss = pair_nll(za.float(), zb, logdet_a, logdet_b, shared, [2, 3], 0.9)
     assert_close(loss, pair_nll(za.float(), zb.float(), logdet_a, logdet_b, shared, [2, 3], 0.9))
@@ -122,7 +100,7 @@ def test_autocast_computes_in_float32() -> None:
 
 class TestBadInput:
     def check(self, error: type[Exception], message: str, **changed: object) -> None:
-        (za, zb, logdet_a, logdet_b), shared = inputs(4, [2, 3], torch.float32)
+        (za, zb, logdet_a, logdet_b), shared = pair_inputs(4, [2, 3], torch.float32)
         named = dict(za=za, zb=zb, logdet_a=logdet_a, logdet_b=logdet_b, shared=shared, sizes=[2, 3], rho=0.9)
         with pytest.raises(error, match=message):
             pair_nll(**{**named, **changed})

@@ -4,6 +4,7 @@ import ctypes
 
 import pytest
 import torch
+from cases import DTYPES, PAIR_NLL, cases, pair_inputs
 from cuda_emulator import LaunchPlan, call, data, load, matrix, type_name
 from numerics import RHOS, SIZES, check_near_one, check_not_finite, check_sums, long_terms, pairs_near_one, spoiled
 from torch import Tensor
@@ -11,20 +12,6 @@ from torch.testing import assert_close
 
 from iin_fast.ops.pair_nll import reference
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-CASES = [
-    (0, [4]),
-    (1, [1]),
-    (3, []),
-    (1, [3, 1]),
-    (7, [3, 4, 5]),
-    (25, [22, 11, 31]),
-    (9, [16, 16, 32]),
-    (20, [70]),
-    (3, [0, 600, 0, 0, 8]),
-    (2, [1000, 1000, 48]),
-    (2, [1] * 9),
-]
 MANY_FACTORS = [1, 2, 0, 3] * 33 + [8]  # 133 factors: three launches
 
 
@@ -68,12 +55,8 @@ def check(
     batch: int, sizes: list[int], dtype: torch.dtype, normalized: bool, rho: float = 0.975, max_blocks: int = 2**31 - 1
 ) -> LaunchPlan:
     """Forward and backward of a random pair against the definition in float64."""
-    generator = torch.Generator().manual_seed(0)
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    samples = torch.randn(2, batch, sum(sizes), generator=generator, dtype=torch.float64).to(dtype)
-    logdets = torch.randn(2, batch, generator=generator, dtype=torch.float64).to(wide)
-    shared = torch.rand(batch, len(sizes), generator=generator) < 0.5
-    return check_tensors(*samples, *logdets, shared, sizes, normalized, rho, max_blocks)
+    tensors, shared = pair_inputs(batch, sizes, dtype)
+    return check_tensors(*tensors, shared, sizes, normalized, rho, max_blocks)
 
 
 def check_tensors(
@@ -110,8 +93,8 @@ def check_tensors(
 @pytest.mark.parametrize("normalized", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_equals_the_definition(normalized: bool, dtype: torch.dtype) -> None:
-    for batch, sizes in CASES:
-        check(batch, sizes, dtype, normalized)
+    for batch, sizes in cases(PAIR_NLL, "cuda"):
+        check(batch, list(sizes), dtype, normalized)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -143,14 +126,16 @@ def test_an_empty_batch_launches_nothing() -> None:
     assert check(0, [3, 5], torch.float32, True).launches == 0
 
 
+@pytest.mark.values
 def test_losses_of_long_rows() -> None:
-    for terms in long_terms(torch.float32, most=200_000):
+    for terms in long_terms(torch.float32, "cuda"):
         zeros, shared = torch.zeros_like(terms), torch.tensor([[True, False]] * 2)
         logdets = (torch.zeros(2), torch.zeros(2))
         loss = forward(terms, zeros, *logdets, shared, [0, terms.shape[1]], 0.9, False, LaunchPlan())
         check_sums(loss, terms * terms * 0.5)
 
 
+@pytest.mark.values
 @pytest.mark.parametrize("rho", RHOS)
 def test_correlations_next_to_one(rho: float) -> None:
     given, shared = pairs_near_one(rho)
@@ -159,6 +144,7 @@ def test_correlations_next_to_one(rho: float) -> None:
     check_near_one(loss, *grads, *given[:2], shared, rho)
 
 
+@pytest.mark.values
 @pytest.mark.parametrize("normalized", [False, True])
 def test_what_is_not_finite(normalized: bool) -> None:
     generator = torch.Generator().manual_seed(0)

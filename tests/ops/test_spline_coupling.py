@@ -3,30 +3,24 @@
 import itertools
 import json
 import math
-import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from cases import BACKEND, FORMS, SPLINE_COUPLING, cases, environment, spline_inputs
+from numerics import with_gradients
 from torch import Tensor
 
-import iin_fast
 from iin_fast.functional import rational_quadratic_spline, spline_coupling
 from iin_fast.ops import spline_coupling as op
 from iin_fast.ops.spline_coupling import parameter_count
 
-TAILS = ["linear", "circular", None]
-FORMS = ["nflows", "zuko"]
-
-
-def case(rows: int, features: int, bins: int, tails: str | None, dtype=torch.float64, spread=1.5, seed=0):
-    random = torch.Generator().manual_seed(seed)
-    x = 2.5 * torch.randn(rows, features, generator=random, dtype=torch.float64)
-    raw = spread * torch.randn(rows, features, parameter_count(bins, tails), generator=random, dtype=torch.float64)
-    return x.to(dtype), raw.to(dtype)
+TAILS = [None if name == "none" else name for name in op.TAILS]
 
 
 @pytest.mark.parametrize(("kind", "codes"), [("Tails", op.TAILS), ("Parameterization", op.PARAMETERIZATIONS)])
@@ -36,38 +30,32 @@ def test_codes_are_those_of_the_library(kind: str, codes: dict[str, int]):
     assert found and {name: int(code) for name, code in re.findall(r"(\w+) = (\d+)", found[1])} == codes
 
 
-def both(x: Tensor, raw: Tensor, **options):
-    """Values and gradients of the compiled code and of the definition."""
-    found = []
-    for backend in ("cpp", "reference"):
-        inputs = [t.detach().clone().requires_grad_() for t in (x, raw)]
-        with iin_fast.backend(backend):
-            y, logdet = spline_coupling(*inputs, **options)
-        random = torch.Generator().manual_seed(1)
-        weights = [torch.randn(t.shape, generator=random, dtype=torch.float64).to(t.dtype) for t in (y, logdet)]
-        found.append([y.detach(), logdet.detach(), *torch.autograd.grad([y, logdet], inputs, weights)])
-    return found
+def both(x: Tensor, raw: Tensor, **options: Any) -> list[list[Tensor]]:
+    """Values and gradients of the kernels and of the definition."""
+    return [with_gradients(partial(spline_coupling, **options), (x, raw), name) for name in (BACKEND, "reference")]
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("tails", TAILS)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("inverse", [False, True])
-@pytest.mark.parametrize(
-    ("rows", "features", "bins"), [(1, 1, 1), (7, 3, 2), (5, 17, 8), (2, 1, 64), (0, 4, 8), (33, 2, 5)]
-)
+@pytest.mark.parametrize(("rows", "features", "bins"), cases(SPLINE_COUPLING))
 def test_against_the_definition(tails, form, inverse, rows, features, bins) -> None:
-    x, raw = case(rows, features, bins, tails)
+    x, raw = spline_inputs(rows, features, bins, tails)
+    if x.numel() > 1:
+        x.view(-1)[0], x.view(-1)[1] = 2.0, -50.0  # the end of the box, and far outside
     options = {"bins": bins, "tails": tails, "tail_bound": 2.0, "parameterization": form, "inverse": inverse}
     ours, truth = both(x, raw, **options)
     for found, expected in zip(ours, truth, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_types(dtype, inverse) -> None:
     """As close to the float64 truth as the definition in the same type, up to a small factor."""
-    x, raw = case(40, 6, 8, "linear", dtype, spread=0.7)
+    x, raw = spline_inputs(40, 6, 8, "linear", dtype, spread=0.7)
     options = {"bins": 8, "tail_bound": 3.0, "inverse": inverse}
     ours, plain = both(x, raw, **options)
     truth = both(x.double(), raw.double(), **options)[1]
@@ -81,7 +69,7 @@ def test_types(dtype, inverse) -> None:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("tails", TAILS)
 def test_bijection(form, tails) -> None:
-    x, raw = case(64, 5, 8, tails)
+    x, raw = spline_inputs(64, 5, 8, tails)
     options = {"bins": 8, "tails": tails, "tail_bound": 2.0, "parameterization": form}
     y, logdet = spline_coupling(x, raw, **options)
     back, back_logdet = spline_coupling(y, raw, inverse=True, **options)
@@ -95,7 +83,7 @@ def test_bijection(form, tails) -> None:
 @pytest.mark.parametrize("tails", TAILS)
 @pytest.mark.parametrize("inverse", [False, True])
 def test_gradcheck(tails, form, inverse) -> None:
-    x, raw = case(3, 2, 4, tails, spread=0.8, seed=3)
+    x, raw = spline_inputs(3, 2, 4, tails, spread=0.8, seed=3)
     inputs = x.requires_grad_(), raw.requires_grad_()
     options = {"bins": 4, "tails": tails, "tail_bound": 2.0, "parameterization": form, "inverse": inverse}
     assert torch.autograd.gradcheck(lambda a, b: spline_coupling(a, b, **options), inputs)
@@ -104,7 +92,7 @@ def test_gradcheck(tails, form, inverse) -> None:
 
 def test_extreme_parameters_stay_finite() -> None:
     for dtype in (torch.float32, torch.float64):
-        x, raw = case(64, 4, 8, "linear", dtype, spread=300.0)
+        x, raw = spline_inputs(64, 4, 8, "linear", dtype, spread=300.0)
         inputs = x.requires_grad_(), raw.requires_grad_()
         for inverse in (False, True):
             y, logdet = spline_coupling(*inputs, bins=8, tail_bound=3.0, inverse=inverse)
@@ -112,9 +100,10 @@ def test_extreme_parameters_stay_finite() -> None:
             assert all(g.isfinite().all() for g in torch.autograd.grad([y.sum() + logdet.sum()], inputs))
 
 
+@pytest.mark.triton
 def test_layouts() -> None:
     """Slices of a wider output, expanded parameters, the flat form and more dimensions give what a plain tensor gives."""
-    x, raw = case(6, 4, 8, "linear")
+    x, raw = spline_inputs(6, 4, 8, "linear")
     expected = spline_coupling(x, raw, bins=8)
     wide = torch.randn(6, 4, 40, dtype=torch.float64)
     wide[..., 9:32] = raw
@@ -194,8 +183,9 @@ def test_three_tensors_of_any_shape_and_layout() -> None:
     assert none[0].shape == none[1].shape == (0, 4, 3)
 
 
+@pytest.mark.triton
 def test_slices_and_tensors_of_their_own_give_the_same() -> None:
-    x, packed = case(6, 4, 5, "linear")
+    x, packed = spline_inputs(6, 4, 5, "linear")
     wide = torch.cat([packed, packed], -1).requires_grad_()
     x.requires_grad_()
     found = []
@@ -223,7 +213,7 @@ def test_slices_and_tensors_of_their_own_give_the_same() -> None:
 
 
 def test_slices_under_transforms() -> None:
-    x, packed = case(6, 4, 5, "linear")
+    x, packed = spline_inputs(6, 4, 5, "linear")
     direction = torch.ones_like(packed)
 
     def run(packed: Tensor) -> Tensor:
@@ -239,16 +229,17 @@ def test_slices_under_transforms() -> None:
 
 
 def test_nan_stays_visible() -> None:
-    x, raw = case(2, 2, 4, "linear")
+    x, raw = spline_inputs(2, 2, 4, "linear")
     x[0, 0] = float("nan")
     y, logdet = spline_coupling(x, raw, bins=4)
     assert y[0, 0].isnan() and not y[1].isnan().any() and not logdet[1].isnan()
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 def test_a_box_that_is_not_square(form, inverse) -> None:
-    x, raw = case(30, 4, 6, None)
+    x, raw = spline_inputs(30, 4, 6, None)
     options = {"bins": 6, "tails": None, "box": (-1.0, 0.5, 0.0, 2.0), "parameterization": form, "inverse": inverse}
     for found, expected in zip(*both(x, raw, **options), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
@@ -257,7 +248,7 @@ def test_a_box_that_is_not_square(form, inverse) -> None:
 @pytest.mark.parametrize("inverse", [False, True])
 def test_beyond_an_open_box_the_slope_is_that_of_the_outer_knot(inverse) -> None:
     """In float32 to a few units in the last place: the bend of 64 narrow bins must not come in."""
-    x, raw = case(200, 1, 64, None, torch.float32)
+    x, raw = spline_inputs(200, 1, 64, None, torch.float32)
     x = torch.where(x < 0, x - 2, x + 2)
     logdet = spline_coupling(x, raw, bins=64, tails=None, tail_bound=2.0, inverse=inverse)[1]
     knot = torch.where(x < 0, raw[..., 128], raw[..., -1])[:, 0].double()
@@ -265,6 +256,7 @@ def test_beyond_an_open_box_the_slope_is_that_of_the_outer_knot(inverse) -> None
     torch.testing.assert_close(logdet.double(), -slope.log() if inverse else slope.log(), rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("tails", ["linear", "circular"])
@@ -287,7 +279,7 @@ def worst_errors() -> dict[str, float]:
     worst = {"float64": 0.0, "float32": 0.0, "float32, 90 %": 0.0}
     for form, tails, inverse, bins in itertools.product(FORMS, TAILS, (False, True), (1, 8, 64)):
         options = {"bins": bins, "tails": tails, "tail_bound": 2.0, "parameterization": form, "inverse": inverse}
-        x, raw = case(
+        x, raw = spline_inputs(
             37, 3, bins, tails, torch.float32, spread=1.0
         )  # the last block of every instruction set is part full
         single = both(x, raw, **options)[0]
@@ -304,10 +296,7 @@ def worst_errors() -> dict[str, float]:
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_instruction_sets(isa) -> None:
     program = "import json, test_spline_coupling as t; print(json.dumps(t.worst_errors()))"
-    environment = os.environ | {"IIN_FAST_CPU": isa}
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, cwd=Path(__file__).parent
-    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment(isa))
     assert done.returncode == 0, done.stderr
     worst = json.loads(done.stdout)
     assert worst["float64"] < 1e-10 and worst["float32"] < 2e-3 and worst["float32, 90 %"] < 3e-5, worst
@@ -315,7 +304,7 @@ def test_instruction_sets(isa) -> None:
 
 @pytest.mark.parametrize("inverse", [False, True])
 def test_opcheck(inverse) -> None:
-    x, raw = case(3, 2, 4, "linear")
+    x, raw = spline_inputs(3, 2, 4, "linear")
     options = (4, 0, 0, -1.0, 1.0, -1.0, 1.0, 1e-3, 1e-3, 1e-3, inverse)
     x, raw = x.requires_grad_(), raw.requires_grad_()
     torch.library.opcheck(torch.ops.iin_fast.spline_coupling, (x, raw, None, None, *options))
@@ -396,6 +385,7 @@ def test_gradients_with_a_graph_when_inputs_depend_on_each_other() -> None:
     torch.testing.assert_close(with_graph, without)
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("inverse", [False, True])
 def test_second_derivatives_where_parameters_depend_on_x(inverse: bool) -> None:
     """What the parameters owe to x counts once, as autograd has it."""

@@ -7,17 +7,15 @@ from typing import Any
 import pytest
 import spline_cases
 import torch
+from cases import DTYPES, FORMS, SPLINE_COUPLING, TAILS, cases, spline_inputs
 from cuda_emulator import call, data, load, matrix, type_name
-from long_sums import check_sums
+from numerics import check_sums
 from torch import Tensor
 from torch.testing import assert_close
 
-from iin_fast.ops.spline_coupling import PARAMETERIZATIONS, TAILS, parameter_count, reference
+from iin_fast.ops.spline_coupling import PARAMETERIZATIONS, parameter_count, reference
+from iin_fast.ops.spline_coupling import TAILS as TAIL_CODES
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-FORMS = list(PARAMETERIZATIONS)
-# rows, features, bins: no element, one, tiles of several rows, of one, and of a part of one
-SHAPES = [(0, 4, 8), (5, 0, 8), (1, 1, 1), (7, 3, 2), (45, 1, 8), (33, 2, 5), (25, 32, 8), (3, 70, 10), (2, 300, 4)]
 BOX = (-2.0, 2.0, -2.0, 2.0)
 
 
@@ -50,7 +48,7 @@ def spline(x: Tensor, raw: Tensor, bins: int, tails: str, form: str, inverse: bo
     box, low = limits.get("box", BOX), limits.get("low", 1e-3)
     assert raw.shape == (*x.shape, parameter_count(bins, tails)) and (raw.shape[2] == 1 or raw.stride(2) == 1)
     softness = 1 / math.log(low) if form == "zuko" else 0.0
-    codes = TAILS[tails], PARAMETERIZATIONS[form]
+    codes = TAIL_CODES[tails], PARAMETERIZATIONS[form]
     sizes = *raw.stride()[:2], *x.shape, bins, raw.shape[2]
     return Spline(raw.data_ptr(), *sizes, *codes, *box, low, low, low, softness, inverse)
 
@@ -75,15 +73,6 @@ def backward(
         *(data(grad_logdet), data(grad_x), data(grad_raw), ctypes.byref(launch)),
     )
     return grad_x, grad_raw
-
-
-def inputs(
-    rows: int, features: int, bins: int, tails: str, dtype: torch.dtype, spread: float = 0.7
-) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    x = 1.3 * torch.randn(rows, features, generator=generator, dtype=torch.float64)
-    raw = torch.randn(rows, features, parameter_count(bins, tails), generator=generator, dtype=torch.float64)
-    return x.to(dtype), (spread * raw).to(dtype)
 
 
 def assert_near(got: Tensor, want: Tensor, plain: Tensor) -> None:
@@ -135,8 +124,8 @@ def check(
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_equals_the_definition(tails: str, form: str, dtype: torch.dtype) -> None:
     for inverse in (False, True):
-        for rows, features, bins in SHAPES:
-            check(*inputs(rows, features, bins, tails, dtype), bins, tails, form, inverse)
+        for rows, features, bins in cases(SPLINE_COUPLING, "cuda"):
+            check(*spline_inputs(rows, features, bins, tails, dtype, spread=0.7), bins, tails, form, inverse)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -146,7 +135,9 @@ def test_many_bins(form: str, dtype: torch.dtype) -> None:
     found = []
     for bins in (16, 64, 100, 1500):
         for inverse in (False, True):
-            launches = check(*inputs(2, 40, bins, "linear", dtype), bins, "linear", form, inverse, low=1e-4)
+            launches = check(
+                *spline_inputs(2, 40, bins, "linear", dtype, spread=0.7), bins, "linear", form, inverse, low=1e-4
+            )
             for launch in launches:
                 assert launch.wide_in == launch.wide_out == 1
             found.append(launches[0].pitch > 0)
@@ -158,7 +149,9 @@ def test_odd_counts_are_read_16_bytes_at_a_time(dtype: torch.dtype) -> None:
     """Wherever a tile begins and ends between two 16-byte boundaries; an even count is padded instead."""
     for rows, features in [(1, 1), (3, 1), (9, 7), (61, 5), (400, 1)]:
         for bins, tails in [(8, "linear"), (1, "none"), (3, "circular")]:
-            for launch in check(*inputs(rows, features, bins, tails, dtype), bins, tails, "nflows", False):
+            for launch in check(
+                *spline_inputs(rows, features, bins, tails, dtype, spread=0.7), bins, tails, "nflows", False
+            ):
                 assert launch.wide_in == 1 - (bins == 1) or launch.pitch % 2 == 1
                 assert launch.pitch == parameter_count(bins, tails) | 1
                 assert launch.wide_in == launch.wide_out == parameter_count(bins, tails) % 2
@@ -166,7 +159,7 @@ def test_odd_counts_are_read_16_bytes_at_a_time(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strided_tensors_are_read_in_place(dtype: torch.dtype) -> None:
-    x, raw = inputs(11, 6, 8, "linear", dtype)
+    x, raw = spline_inputs(11, 6, 8, "linear", dtype, spread=0.7)
     count = raw.shape[2]
     rows = torch.zeros(11, 6 * count + 5, dtype=dtype)  # rows of a wider output
     rows[:, 2 : 2 + 6 * count] = raw.flatten(1)
@@ -194,7 +187,7 @@ def test_strided_tensors_are_read_in_place(dtype: torch.dtype) -> None:
 def test_every_mapping_of_elements_to_threads_is_used() -> None:
     found = set()
     for rows, features in [(300, 1), (100, 6), (20, 32), (5, 70), (3, 200), (2, 256), (1, 257), (3, 3000)]:
-        x, raw = inputs(rows, features, 2, "linear", torch.float32)
+        x, raw = spline_inputs(rows, features, 2, "linear", torch.float32, spread=0.7)
         first, second = check(x, raw, 2, "linear", "nflows", False)
         assert first.launches == 1 + (first.parts > 1) and second.launches == 1
         assert first.threads >= first.tile_rows * first.tile_features > first.threads - 32
@@ -212,22 +205,28 @@ def test_every_mapping_of_elements_to_threads_is_used() -> None:
 
 
 def test_small_launches_are_spread_over_the_gpu() -> None:
-    x, raw = inputs(50, 16, 8, "linear", torch.float32)
+    x, raw = spline_inputs(50, 16, 8, "linear", torch.float32, spread=0.7)
     for launch in check(x, raw, 8, "linear", "nflows", False, multiprocessors=100):
         assert (launch.threads, launch.tile_rows, launch.blocks) == (32, 2, 25)
 
 
 def test_no_rows_launch_nothing_and_no_features_give_0() -> None:
-    for launch in check(*inputs(0, 8, 4, "linear", torch.float32), 4, "linear", "nflows", False):
+    for launch in check(*spline_inputs(0, 8, 4, "linear", torch.float32, spread=0.7), 4, "linear", "nflows", False):
         assert launch.launches == 0
     _, logdet = forward(
-        *inputs(300, 0, 4, "linear", torch.float32), 4, "linear", "nflows", False, launch=SplineLaunch()
+        *spline_inputs(300, 0, 4, "linear", torch.float32, spread=0.7),
+        4,
+        "linear",
+        "nflows",
+        False,
+        launch=SplineLaunch(),
     )
     assert torch.equal(logdet, torch.zeros(300))
 
 
+@pytest.mark.values
 def test_the_same_bits_every_time() -> None:
-    x, raw = inputs(2, 3000, 2, "linear", torch.float32)
+    x, raw = spline_inputs(2, 3000, 2, "linear", torch.float32, spread=0.7)
     runs = [forward(x, raw, 2, "linear", "nflows", False, launch=SplineLaunch(multiprocessors=n)) for n in (4, 4)]
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
@@ -237,7 +236,7 @@ def test_the_same_bits_every_time() -> None:
 @pytest.mark.parametrize("tails", TAILS)
 def test_edges(tails: str, inverse: bool, form: str) -> None:
     """Coordinates on knots, at the ends of the box, next to them and far outside."""
-    x, raw = inputs(20, 3, 8, tails, torch.float64)
+    x, raw = spline_inputs(20, 3, 8, tails, torch.float64, spread=0.7)
     low = 1e-3
     widths = raw[..., 8:16] if inverse else raw[..., :8]
     if form == "zuko":
@@ -252,7 +251,7 @@ def test_edges(tails: str, inverse: bool, form: str) -> None:
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_extreme_parameters_stay_finite(dtype: torch.dtype, inverse: bool) -> None:
-    x, raw = inputs(64, 4, 8, "linear", dtype, spread=300.0)
+    x, raw = spline_inputs(64, 4, 8, "linear", dtype, spread=300.0)
     options = 8, "linear", "nflows", inverse
     y, logdet = forward(x, raw, *options, launch=SplineLaunch())
     ones = torch.ones_like(x), torch.ones_like(logdet)
@@ -264,7 +263,7 @@ def test_extreme_parameters_stay_finite(dtype: torch.dtype, inverse: bool) -> No
 
 
 def test_nan_stays_where_it_is() -> None:
-    x, raw = inputs(40, 3, 8, "linear", torch.float32)
+    x, raw = spline_inputs(40, 3, 8, "linear", torch.float32, spread=0.7)
     x[5, 1] = torch.nan
     y, logdet = forward(x, raw, 8, "linear", "nflows", False, launch=SplineLaunch())
     at = torch.zeros(40, 3, dtype=torch.bool)
@@ -282,23 +281,25 @@ def test_nan_stays_where_it_is() -> None:
 @pytest.mark.parametrize("tails", ["linear", "circular"])
 def test_gradients_far_outside_are_those_of_the_identity(tails: str, form: str, inverse: bool) -> None:
     x = torch.tensor([[math.inf, -math.inf, 1e38, -1e38, 0.1]])
-    raw = inputs(1, 5, 4, tails, torch.float32)[1]
+    raw = spline_inputs(1, 5, 4, tails, torch.float32, spread=0.7)[1]
     grads = torch.full_like(x, 100.0), torch.ones(1)
     grad_x, grad_raw = backward(*grads, x, raw, 4, tails, form, inverse, launch=SplineLaunch())
     assert torch.equal(grad_x[0, :4], grads[0][0, :4]) and not grad_raw[0, :4].any() and grad_raw[0, 4].isfinite().all()
 
 
+@pytest.mark.values
 @pytest.mark.parametrize("form", FORMS)
 def test_a_box_that_is_not_square(form: str) -> None:
-    x, raw = inputs(30, 4, 6, "none", torch.float64)
+    x, raw = spline_inputs(30, 4, 6, "none", torch.float64, spread=0.7)
     for inverse in (False, True):
         check(x, raw, 6, "none", form, inverse, box=(-1.0, 0.5, 0.0, 2.0))
 
 
+@pytest.mark.values
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("tails", TAILS)
 def test_the_inverse_undoes_the_forward_map(tails: str, form: str) -> None:
-    x, raw = inputs(40, 5, 8, tails, torch.float64)
+    x, raw = spline_inputs(40, 5, 8, tails, torch.float64, spread=0.7)
     y, logdet = forward(x, raw, 8, tails, form, False, launch=SplineLaunch())
     back, back_logdet = forward(y, raw, 8, tails, form, True, launch=SplineLaunch())
     assert_close(back, x, rtol=1e-9, atol=1e-9)
@@ -313,24 +314,28 @@ def run(x: Tensor, raw: Tensor, *options: Any) -> list[Tensor]:
     return [y, logdet, *backward(*grads, x, raw, bins, tails, form, inverse, launch=SplineLaunch(), box=box)]
 
 
+@pytest.mark.values
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_ends_are_exact(dtype: torch.dtype) -> None:
-    spline_cases.check_ends(run, dtype, bounds=(3.0,) if dtype.itemsize == 2 else (3.0, 0.7))
+    spline_cases.check_ends(run, dtype, "cuda")
 
 
 def test_what_is_not_finite_stays_so() -> None:
-    spline_cases.check_not_finite(run)
+    spline_cases.check_not_finite(run, "cuda")
 
 
+@pytest.mark.values
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_outside_of_the_box_every_bit_stays(dtype: torch.dtype) -> None:
     spline_cases.check_identity(run, dtype)
 
 
+@pytest.mark.values
 def test_strong_raw_values_against_the_truth() -> None:
-    spline_cases.check_strong_values(run, 2000)
+    spline_cases.check_strong_values(run, "cuda")
 
 
+@pytest.mark.values
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_logdets_of_long_rows(dtype: torch.dtype) -> None:
     """Of a row that many blocks share. Every term is the log of the slope of the first knot, of a size whose multiples round
