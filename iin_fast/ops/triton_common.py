@@ -2,6 +2,15 @@
 
 A kernel is launched through :func:`launch`, which can also write down what would be launched
 (:func:`recorded`), so that every kernel compiles for a target that this machine does not have.
+
+Names of a kernel's arguments, which every launch spells out:
+
+- ``x``: a pointer has the name of its tensor. Its shape stands beside it in the kernel's signature.
+- ``x_row``, ``x_net``: the elements from one row or net of ``x`` to the next. An axis without such a name is contiguous.
+- ``batch``, ``width``: a size has the name of its axis.
+- ``INVERSE``: what is known when the kernel is compiled. ``BLOCK_M``: of a tile. ``WIDE``: the type that sums are kept in.
+
+A pointer that a launch does not use is given another tensor's, since Triton compiles a kernel anew where one is None.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -83,7 +92,7 @@ def autotuned(
 ) -> Callable[[Any], Any]:
     """triton.autotune, results kept on disk from run to run; the interpreter takes the first config.
 
-    ``fitting`` picks the configs worth trying for the arguments of a launch.
+    ``fitting(configs, {}, **arguments)`` picks the configs worth trying for the arguments of a launch.
     """
     configs = list(configs[:1]) if INTERPRETED else list(configs)
     prune = None if fitting is None else {"early_config_prune": fitting}
@@ -104,12 +113,12 @@ _recording: list[CompileCase] | None = None
 _label = ""
 
 
-def launch(kernel: Any, grid: Any, *arguments: Any, **constants: Any) -> None:
-    """Run a kernel, or write it down inside :func:`recorded`. ``constants`` are constexprs, num_warps, num_stages."""
+def launch(kernel: Any, grid: Any, /, **arguments: Any) -> None:
+    """Run a kernel, or write it down inside :func:`recorded`. ``arguments`` may hold num_warps and num_stages too."""
     if _recording is None:
-        kernel[grid](*arguments, **constants)
+        kernel[grid](**arguments)
     else:
-        _record(_recording, kernel, arguments, constants)
+        _record(_recording, kernel, arguments)
 
 
 def tiles(batch: int, width: int, block: int) -> Callable[[dict[str, int]], tuple[int]]:
@@ -132,18 +141,16 @@ _TYPES = {
 }
 
 
-def _record(cases: list[CompileCase], kernel: Any, arguments: Sequence[Any], constants: dict[str, Any]) -> None:
+def _record(cases: list[CompileCase], kernel: Any, arguments: dict[str, Any]) -> None:
     """One case for each config of the kernel, specialised as Triton does: on 1, None, and multiples of 16."""
     tuned = isinstance(kernel, triton.runtime.Autotuner)
     function = kernel.fn if tuned else kernel
     configs = kernel.configs if tuned else [None]
     if tuned and kernel.early_config_prune is not None:
-        configs = kernel.early_config_prune(
-            configs, dict(zip(function.arg_names, arguments, strict=False)), **constants
-        )
+        configs = kernel.early_config_prune(configs, {}, **arguments)
     for number, config in enumerate(configs):
         options = {"num_warps": 4, "num_stages": 3}
-        values = dict(zip(function.arg_names, arguments, strict=False)) | constants
+        values = dict(arguments)
         if config is not None:
             values |= config.kwargs
             options |= {"num_warps": config.num_warps, "num_stages": config.num_stages}
@@ -286,4 +293,5 @@ def sum_parts(parts: Tensor, out: Tensor) -> None:
     """Sum ``parts [count, batch]`` into ``out [batch]``, in a fixed order."""
     count, batch = parts.shape
     grid = (ceil_div(batch, 128),)
-    launch(_sum_parts, grid, parts, out, batch, count, WIDE=tl_dtype(out.dtype), BLOCK=128, num_warps=4)
+    sizes = dict(batch=batch, count=count, WIDE=tl_dtype(out.dtype), BLOCK=128)
+    launch(_sum_parts, grid, parts=parts, out=out, num_warps=4, **sizes)

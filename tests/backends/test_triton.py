@@ -175,7 +175,7 @@ def test_rows_of_any_length_fit_the_grid(op: str, monkeypatch: pytest.MonkeyPatc
     module = importlib.import_module(f"iin_fast.ops.{op}.triton")
     grids = []
 
-    def note(kernel: Any, grid: Any, *arguments: Any, **constants: Any) -> None:
+    def note(kernel: Any, grid: Any, **_: Any) -> None:
         grids.append(grid({"TILE": 512}) if callable(grid) else grid)
 
     monkeypatch.setattr(module, "launch", note)

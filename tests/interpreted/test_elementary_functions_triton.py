@@ -22,7 +22,7 @@ def test_elementary_functions_hold_to_the_last_bits() -> None:
         x = torch.cat([sides, edges]).to(dtype)
         x = torch.cat([x, -x])
         t, a = torch.empty_like(x), torch.empty_like(x)
-        launch(kernel, (len(x) // 1024,), x, t, a, BLOCK=1024)
+        launch(kernel, (len(x) // 1024,), x=x, t=t, a=a, BLOCK=1024)
         tolerance = dict(rtol=ulps * torch.finfo(dtype).eps, atol=0)
         assert_close(t, x.double().tanh().to(dtype), **tolerance)
         assert_close(a, x.double().atan().to(dtype), **tolerance)

@@ -124,7 +124,7 @@ def _forward(
 @autotuned(_CONFIGS, key=["width", "batch_bucket"])
 @triton.jit(do_not_specialize=["batch", "batch_bucket"])
 def _backward(
-    grad_y,  # [batch, width], rows grad_row apart
+    grad_y,  # [batch, width], rows grad_y_row apart
     grad_logdet,  # [batch], grad_logdet_row apart
     value,  # what multiplies ds: x of the forward map, y of the inverse map
     raw,
@@ -133,7 +133,7 @@ def _backward(
     grad_shift,
     batch,
     width,
-    grad_row,
+    grad_y_row,
     grad_logdet_row,
     value_row,
     raw_row,
@@ -152,7 +152,7 @@ def _backward(
     valid = (row < batch)[:, None] & (column < width)
     long_row = row.to(tl.int64)[:, None]
     out = long_row * width + column
-    g = tl.load(grad_y + long_row * grad_row + column, mask=valid, other=0.0).to(WIDE)
+    g = tl.load(grad_y + long_row * grad_y_row + column, mask=valid, other=0.0).to(WIDE)
     if SQUASH == _NONE:
         gx = g
     else:
@@ -197,8 +197,23 @@ def affine_coupling(
         launch(
             _forward,
             lambda meta: (ceil_div(batch, meta["TILE"] // block), parts),
-            *(v, raw, t, y, sums, batch, width, v.stride(0), raw.stride(0), t.stride(0), part, bucket(batch)),
-            **dict(SQUASH=squash, CLAMP=clamp, INVERSE=inverse, WIDE=tl_dtype(x.dtype), BLOCK_N=block),
+            x=v,
+            raw=raw,
+            shift=t,
+            y=y,
+            logdet=sums,
+            batch=batch,
+            width=width,
+            x_row=v.stride(0),
+            raw_row=raw.stride(0),
+            shift_row=t.stride(0),
+            part=part,
+            batch_bucket=bucket(batch),
+            SQUASH=squash,
+            CLAMP=clamp,
+            INVERSE=inverse,
+            WIDE=tl_dtype(x.dtype),
+            BLOCK_N=block,
         )
         if parts > 1:
             sum_parts(sums, logdet)
@@ -227,9 +242,25 @@ def affine_coupling_backward(
         launch(
             _backward,
             tiles(batch, width, block),
-            *(g, grad_logdet, v, raw, grad_x, grad_x if grad_raw is None else grad_raw, grad_shift, batch, width),
-            *(g.stride(0), grad_logdet.stride(0), v.stride(0), raw.stride(0), bucket(batch)),
-            **dict(SQUASH=squash, CLAMP=clamp, INVERSE=inverse, WIDE=tl_dtype(value.dtype), BLOCK_N=block),
+            grad_y=g,
+            grad_logdet=grad_logdet,
+            value=v,
+            raw=raw,
+            grad_x=grad_x,
+            grad_raw=grad_x if grad_raw is None else grad_raw,
+            grad_shift=grad_shift,
+            batch=batch,
+            width=width,
+            grad_y_row=g.stride(0),
+            grad_logdet_row=grad_logdet.stride(0),
+            value_row=v.stride(0),
+            raw_row=raw.stride(0),
+            batch_bucket=bucket(batch),
+            SQUASH=squash,
+            CLAMP=clamp,
+            INVERSE=inverse,
+            WIDE=tl_dtype(value.dtype),
+            BLOCK_N=block,
         )
     return grad_x, grad_raw, grad_shift
 

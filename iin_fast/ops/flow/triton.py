@@ -112,14 +112,15 @@ class _Walk:
         """[2, batch, hidden], the output of layer ``layer`` of both nets."""
         return self.kept(self.activations, step)[:, layer if self.keep else layer % 2]
 
-    def launch(self, kernel: Any, grid: Any, *arguments: Any, **constants: Any) -> None:
-        launch(kernel, grid, *arguments, **{**self.constants, **constants})
+    def launch(self, kernel: Any, grid: Any, /, **arguments: Any) -> None:
+        launch(kernel, grid, **self.constants, **arguments)
 
     def invert_permutations(self) -> None:
         self.table = torch.empty(self.n, self.dim, dtype=torch.int32, device=self.x.device)
         count = self.n * self.dim
         grid = (ceil_div(count, 256),)
-        launch(kernels.invert_permutations, grid, self.permutation, self.table, count, self.dim, BLOCK=256)
+        tables = dict(permutation=self.permutation, inverse=self.table)
+        launch(kernels.invert_permutations, grid, **tables, count=count, dim=self.dim, BLOCK=256)
 
     # The way of a row from step to step: map, operation, table, and the block whose loc and scale apply.
 
@@ -141,17 +142,31 @@ class _Walk:
 
     def enter(self, inverse: bool, source: Tensor, target: Tensor, parts: Tensor | None) -> None:
         """The first stage of the map from its input."""
-        table = self.permutation[self.n - 1]
-        block_n = self.block_n
-        grid = (self.row_tiles, ceil_div(self.dim, block_n))
         launch(
             kernels.enter,
-            grid,
-            *(source, source, target, source, source if parts is None else parts, self.loc, self.scale),
-            *(source, source, table, self.batch, self.conditioning, self.transformed),
-            *(source.stride(0), 0, 0),
-            **dict(SLOPE=self.slope, LOG_SLOPE=self.log_slope, COUNT=parts is not None, WIDE=self.constants["WIDE"]),
-            **dict(MAP=TABLE if inverse else IDENTITY, OP=KEEP if inverse else NORMALIZE),
+            (self.row_tiles, ceil_div(self.dim, self.block_n)),
+            source=source,
+            values=source,
+            target=target,
+            grad_logdet=source,
+            parts=source if parts is None else parts,
+            loc=self.loc,
+            scale=self.scale,
+            loc_parts=source,
+            scale_parts=source,
+            table=self.permutation[self.n - 1],
+            batch=self.batch,
+            conditioning=self.conditioning,
+            transformed=self.transformed,
+            source_row=source.stride(0),
+            values_row=0,
+            grad_logdet_row=0,
+            SLOPE=self.slope,
+            LOG_SLOPE=self.log_slope,
+            COUNT=parts is not None,
+            MAP=TABLE if inverse else IDENTITY,
+            OP=KEEP if inverse else NORMALIZE,
+            WIDE=self.constants["WIDE"],
             **self.tiles,
         )
 
@@ -162,13 +177,25 @@ class _Walk:
         context = self.x if self.context is None else self.context_of(block)
         grid = lambda meta: (ceil_div(self.batch, meta["BLOCK_M"]), ceil_div(self.hidden, meta["BLOCK_N"]), 2)  # noqa: E731
         out = self.activation(step, 0)
+        sizes = dict(batch=self.batch, outside=self.hidden, batch_bucket=bucket(self.batch), LEAKY=self.leaky)
         self.launch(
             kernels.layer,
             grid,
-            *(stage, context, self.weight_in[block, half], self.bias_in[block, half], out, self.batch),
-            *(self.conditioning, self.context_width, self.hidden, self.dim, 0, self.context_width),
-            *(inside * self.hidden, self.hidden, out.stride(0), bucket(self.batch)),
-            **dict(LEAKY=self.leaky, CONTEXT=self.context_width > 0),
+            a=stage,
+            context=context,
+            weight=self.weight_in[block, half],
+            bias=self.bias_in[block, half],
+            out=out,
+            inside=self.conditioning,
+            context_width=self.context_width,
+            a_row=self.dim,
+            a_net=0,
+            context_row=self.context_width,
+            weight_net=inside * self.hidden,
+            bias_net=self.hidden,
+            out_net=out.stride(0),
+            CONTEXT=self.context_width > 0,
+            **sizes,
         )
         for i in range(self.depth):
             a, out = out, self.activation(step, i + 1)
@@ -176,9 +203,21 @@ class _Walk:
             self.launch(
                 kernels.layer,
                 grid,
-                *(a, self.x, weight, bias, out, self.batch, self.hidden, 0, self.hidden, self.hidden, a.stride(0)),
-                *(0, weight.stride(0), bias.stride(0), out.stride(0), bucket(self.batch)),
-                **dict(LEAKY=self.leaky, CONTEXT=False),
+                a=a,
+                context=self.x,
+                weight=weight,
+                bias=bias,
+                out=out,
+                inside=self.hidden,
+                context_width=0,
+                a_row=self.hidden,
+                a_net=a.stride(0),
+                context_row=0,
+                weight_net=weight.stride(0),
+                bias_net=bias.stride(0),
+                out_net=out.stride(0),
+                CONTEXT=False,
+                **sizes,
             )
 
     def context_of(self, block: int) -> Tensor:
@@ -197,12 +236,32 @@ class _Walk:
         self.launch(
             kernels.last_layer,
             (self.row_tiles, ceil_div(self.conditioning, self.block_n)),
-            *(a, stage, target, self.kept(self.s, step) if self.keep else stage),
-            *(self.kept(self.v, step) if len(self.v) else stage, stage if parts is None else parts),
-            *(weight, bias, self.loc[at], self.scale[at], table, self.batch, self.hidden, self.conditioning),
-            *(self.transformed, a.stride(0), weight.stride(0), bias.stride(0)),
-            **dict(SLOPE=self.slope, LOG_SLOPE=self.log_slope, INVERSE=inverse, MAP=mapping, OP=operation),
-            **dict(KEEP_S=self.keep, KEEP_V=len(self.v) > 0, LOGDET=parts is not None),
+            a=a,
+            stage=stage,
+            target=target,
+            s_out=self.kept(self.s, step) if self.keep else stage,
+            v_out=self.kept(self.v, step) if len(self.v) else stage,
+            parts=stage if parts is None else parts,
+            weight=weight,
+            bias=bias,
+            loc=self.loc[at],
+            scale=self.scale[at],
+            table=table,
+            batch=self.batch,
+            hidden=self.hidden,
+            conditioning=self.conditioning,
+            transformed=self.transformed,
+            a_net=a.stride(0),
+            weight_net=weight.stride(0),
+            bias_net=bias.stride(0),
+            SLOPE=self.slope,
+            LOG_SLOPE=self.log_slope,
+            INVERSE=inverse,
+            MAP=mapping,
+            OP=operation,
+            KEEP_S=self.keep,
+            KEEP_V=len(self.v) > 0,
+            LOGDET=parts is not None,
             **self.dots,
         )
 
@@ -255,8 +314,15 @@ def flow(
         launch(
             kernels.finish_logdet,
             (ceil_div(walk.batch, 128),),
-            *(parts, walk.scale, logdet, walk.batch, len(parts), walk.n * walk.dim),
-            **dict(INVERSE=inverse, WIDE=walk.constants["WIDE"], BLOCK=128),
+            parts=parts,
+            scale=walk.scale,
+            logdet=logdet,
+            batch=walk.batch,
+            count=len(parts),
+            scales=walk.n * walk.dim,
+            INVERSE=inverse,
+            WIDE=walk.constants["WIDE"],
+            BLOCK=128,
         )
     return y, logdet, saved
 
@@ -358,10 +424,18 @@ class _Backward:
             if self.grads[0] is not None and (i == w.steps - 1 or order[i + 1] // self.group != step // self.group):
                 first = step // self.group * self.group
                 self.weights(first, min(self.group, w.steps - first))
-        grid = (w.n, ceil_div(w.dim, 64))
-        constants = dict(WIDE=w.constants["WIDE"], BLOCK=64)
-        arguments = (self.loc_parts, self.scale_parts, self.grad_loc, self.grad_scale, w.row_tiles, w.dim)
-        launch(kernels.finish_actnorm, grid, *arguments, **constants)
+        launch(
+            kernels.finish_actnorm,
+            (w.n, ceil_div(w.dim, 64)),
+            loc_parts=self.loc_parts,
+            scale_parts=self.scale_parts,
+            grad_loc=self.grad_loc,
+            grad_scale=self.grad_scale,
+            tiles=w.row_tiles,
+            dim=w.dim,
+            WIDE=w.constants["WIDE"],
+            BLOCK=64,
+        )
 
     def enter(self) -> None:
         """g of the first step from the gradient of the output."""
@@ -369,11 +443,28 @@ class _Backward:
         launch(
             kernels.enter,
             (w.row_tiles, ceil_div(w.dim, w.block_n)),
-            *(self.grad_y, w.x, self.g[0], self.grad_logdet, self.g, w.loc, w.scale),
-            *(self.loc_parts[0], self.scale_parts[0], w.permutation[w.n - 1], w.batch, w.conditioning, w.transformed),
-            *(self.grad_y.stride(0), w.x.stride(0), self.grad_logdet.stride(0)),
-            **dict(SLOPE=w.slope, LOG_SLOPE=0.0, COUNT=False, WIDE=w.constants["WIDE"]),
-            **dict(MAP=IDENTITY if self.inverse else TABLE, OP=DENORMALIZE_GRAD if self.inverse else KEEP),
+            source=self.grad_y,
+            values=w.x,
+            target=self.g[0],
+            grad_logdet=self.grad_logdet,
+            parts=self.g,
+            loc=w.loc,
+            scale=w.scale,
+            loc_parts=self.loc_parts[0],
+            scale_parts=self.scale_parts[0],
+            table=w.permutation[w.n - 1],
+            batch=w.batch,
+            conditioning=w.conditioning,
+            transformed=w.transformed,
+            source_row=self.grad_y.stride(0),
+            values_row=w.x.stride(0),
+            grad_logdet_row=self.grad_logdet.stride(0),
+            SLOPE=w.slope,
+            LOG_SLOPE=0.0,
+            COUNT=False,
+            MAP=IDENTITY if self.inverse else TABLE,
+            OP=DENORMALIZE_GRAD if self.inverse else KEEP,
+            WIDE=w.constants["WIDE"],
             **w.tiles,
         )
 
@@ -401,10 +492,28 @@ class _Backward:
             w.launch(
                 kernels.layer_backward,
                 grid,
-                *(source, a, weight, out, g, v, s, self.grad_logdet, w.batch, w.hidden),
-                *(w.transformed if last else w.hidden, w.conditioning, source.stride(0), a.stride(0)),
-                *(weight.stride(0), out.stride(0), v.stride(0), self.grad_logdet.stride(0), bucket(w.batch)),
-                **dict(LEAKY=w.leaky, LAST=last, INVERSE=self.inverse),
+                d=source,
+                a=a,
+                weight=weight,
+                out=out,
+                g=g,
+                v=v,
+                s=s,
+                grad_logdet=self.grad_logdet,
+                batch=w.batch,
+                inside=w.hidden,
+                outside=w.transformed if last else w.hidden,
+                conditioning=w.conditioning,
+                d_net=source.stride(0),
+                a_net=a.stride(0),
+                weight_net=weight.stride(0),
+                out_net=out.stride(0),
+                v_row=v.stride(0),
+                grad_logdet_row=self.grad_logdet.stride(0),
+                batch_bucket=bucket(w.batch),
+                LEAKY=w.leaky,
+                LAST=last,
+                INVERSE=self.inverse,
             )
 
     def step(self, step: int, slot: int, g: Tensor, target: Tensor) -> None:
@@ -420,11 +529,34 @@ class _Backward:
         w.launch(
             kernels.first_layer_backward,
             (w.row_tiles, ceil_div(columns, w.block_n)),
-            *(d, weight, g, w.kept(w.s, step), w.stage(step), values, target, g if context is None else context),
-            *(self.grad_logdet, w.loc[at], w.scale[at], self.loc_parts[at], self.scale_parts[at], table, w.batch),
-            *(w.hidden, w.conditioning, w.transformed, w.context_width, d.stride(0), weight.stride(0)),
-            *(values.stride(0), self.grad_logdet.stride(0)),
-            **dict(SLOPE=w.slope, INVERSE=self.inverse, MAP=mapping, OP=operation, CONTEXT_GRAD=context is not None),
+            d=d,
+            weight=weight,
+            g=g,
+            s=w.kept(w.s, step),
+            stage=w.stage(step),
+            values=values,
+            target=target,
+            grad_context=g if context is None else context,
+            grad_logdet=self.grad_logdet,
+            loc=w.loc[at],
+            scale=w.scale[at],
+            loc_parts=self.loc_parts[at],
+            scale_parts=self.scale_parts[at],
+            table=table,
+            batch=w.batch,
+            hidden=w.hidden,
+            conditioning=w.conditioning,
+            transformed=w.transformed,
+            context_width=w.context_width,
+            d_net=d.stride(0),
+            weight_net=weight.stride(0),
+            values_row=values.stride(0),
+            grad_logdet_row=self.grad_logdet.stride(0),
+            SLOPE=w.slope,
+            INVERSE=self.inverse,
+            MAP=mapping,
+            OP=operation,
+            CONTEXT_GRAD=context is not None,
             **w.dots,
         )
 
@@ -440,48 +572,55 @@ class _Backward:
         )
 
         def run(
-            a: Tensor, d: Tensor, grad: Tensor, bias: Tensor | None, width: int, total: int, offset: int, layers: int,
-            a_strides: tuple[int, ...], d_strides: tuple[int, ...],
+            a: Tensor, d: Tensor, grad: Tensor, bias: Tensor | None, *, inputs: int, steps: int = count,
+            all_inputs: int | None = None, offset: int = 0, layers: int = 1, **strides: int,
         ) -> None:  # fmt: skip
+            """``inputs`` rows of the weights from ``offset`` on; ``strides`` of a; 0 where d or grad has one step or layer."""
             outside = d.shape[-1]
-            target = grad if bias is None else bias
             w.launch(
                 kernels.weight_gradient,
-                lambda meta: (ceil_div(width, meta["BLOCK_M"]), ceil_div(outside, meta["BLOCK_N"]), 2 * layers * count),
-                *(a, d, grad, target, w.batch, width, outside, total, offset, layers, *a_strides, *d_strides),
-                *(grad.stride(0), grad.stride(1), target.stride(0), target.stride(1), bucket(w.batch)),
+                lambda meta: (
+                    ceil_div(inputs, meta["BLOCK_M"]),
+                    ceil_div(outside, meta["BLOCK_N"]),
+                    2 * layers * steps,
+                ),
+                a=a,
+                d=d,
+                grad_weight=grad,
+                grad_bias=grad if bias is None else bias,
+                batch=w.batch,
+                inside=inputs,
+                outside=outside,
+                all_inside=inputs if all_inputs is None else all_inputs,
+                offset=offset,
+                layers=layers,
+                d_step=d.stride(0),
+                d_net=d.stride(1),
+                d_layer=d.stride(2) if d.dim() == 5 else 0,
+                grad_weight_step=grad.stride(0),
+                grad_weight_net=grad.stride(1),
+                grad_bias_step=0 if bias is None else bias.stride(0),
+                grad_bias_net=0 if bias is None else bias.stride(1),
+                batch_bucket=bucket(w.batch),
                 BIAS=bias is not None,
+                **strides,
             )
 
-        in_strides = (w.dim, stages.stride(0), 0, 0)
-        hidden_strides = (w.hidden, *(activations.stride(i) for i in (0, 1, 2)))
-        d_strides = tuple(d.stride(i) for i in (0, 1, 2))
-        run(stages, d, grad_in, bias_in, w.conditioning, inside, 0, 1, in_strides, d_strides)
+        of_stages = dict(a_row=w.dim, a_step=stages.stride(0), a_net=0, a_layer=0)
+        of_hidden = dict(
+            a_row=w.hidden, **{f"a_{axis}": activations.stride(i) for i, axis in enumerate(("step", "net", "layer"))}
+        )
+        run(stages, d, grad_in, bias_in, inputs=w.conditioning, all_inputs=inside, **of_stages)
         if w.context is not None and w.context_width > 0:
             # a context of every block serves two steps; one step at a time keeps the kernel simple
+            of_context = dict(a_row=w.context_width, a_step=0, a_net=0, a_layer=0)
+            part = dict(inputs=w.context_width, all_inputs=inside, offset=w.conditioning)
             for i in range(count):
-                block = (first + i) // 2
-                strides = (w.context_width, 0, 0, 0)
-                self._context_weights(i, w.context_of(block), grad_in[i], strides, d_strides, inside)
+                context = w.context_of((first + i) // 2)
+                run(context, d[i:], grad_in[i:], None, steps=1, **part, **of_context)
         if w.depth > 0:
-            run(
-                *(activations, d[:, :, 1:], grad_hidden, bias_hidden, w.hidden, w.hidden, 0, w.depth),
-                *(hidden_strides, d_strides),
-            )
-        last = activations[:, :, w.depth :]
-        run(last, d_out, grad_out, bias_out, w.hidden, w.hidden, 0, 1, hidden_strides, (*d_out.stride()[:2], 0))
-
-    def _context_weights(
-        self, slot: int, context: Tensor, grad: Tensor, strides: tuple[int, ...], d_strides: tuple[int, ...], total: int
-    ) -> None:
-        w, d = self.walk, self.d[slot]
-        w.launch(
-            kernels.weight_gradient,
-            lambda meta: (ceil_div(w.context_width, meta["BLOCK_M"]), ceil_div(w.hidden, meta["BLOCK_N"]), 2),
-            *(context, d, grad, grad, w.batch, w.context_width, w.hidden, total, w.conditioning, 1, *strides),
-            *(*d_strides, 0, grad.stride(0), 0, 0, bucket(w.batch)),
-            BIAS=False,
-        )
+            run(activations, d[:, :, 1:], grad_hidden, bias_hidden, inputs=w.hidden, layers=w.depth, **of_hidden)
+        run(activations[:, :, w.depth :], d_out, grad_out, bias_out, inputs=w.hidden, **of_hidden)
 
 
 def compile_cases() -> list[CompileCase]:

@@ -39,15 +39,24 @@ _NORMALIZE_GRAD, _DENORMALIZE_GRAD = map(tl.constexpr, (NORMALIZE_GRAD, DENORMAL
 _PANEL = tl.constexpr(PANEL)
 
 
-def _fitting(configs: list[triton.Config], arguments: dict[str, Any], **constants: Any) -> list[triton.Config]:
+def _fitting(
+    configs: list[triton.Config],
+    _: dict[str, Any],
+    *,
+    batch_bucket: int,
+    weight: torch.Tensor,
+    WIDE: Any,
+    LAST: bool = False,
+    **__: Any,
+) -> list[triton.Config]:
     """Small row tiles for small batches, large ones for large; tiles of wide types small enough not to spill."""
-    batch = arguments["batch_bucket"]
+    batch = batch_bucket
     most = 16 if batch <= 16 else 32 if batch <= 128 else 128
     least = 16 if batch <= 128 else 64
-    if constants.get("WIDE", arguments.get("WIDE")) == tl.float64:
+    if WIDE == tl.float64:
         least, most = 16, 32
-    deepest = 64 if batch <= 128 or arguments["weight"].element_size() == 2 else 32
-    if constants.get("LAST") and arguments["weight"].dtype == torch.float32:
+    deepest = 64 if batch <= 128 or weight.element_size() == 2 else 32
+    if LAST and weight.dtype == torch.float32:
         # the coupling's backward needs registers too
         most = 32 if batch <= 128 else 64
         return [c for c in configs if c.kwargs == {"BLOCK_M": most, "BLOCK_N": 32, "BLOCK_K": 32}]
@@ -72,10 +81,8 @@ _OUTER_TILES = [
 ]
 
 
-def _outer_fitting(configs: list[triton.Config], arguments: dict[str, Any], **constants: Any) -> list[triton.Config]:
-    if constants.get("WIDE", arguments.get("WIDE")) == tl.float64:
-        return configs[2:]
-    return configs
+def _outer_fitting(configs: list[triton.Config], _: dict[str, Any], *, WIDE: Any, **__: Any) -> list[triton.Config]:
+    return configs[2:] if WIDE == tl.float64 else configs
 
 
 _INTERPRETED = tl.constexpr(INTERPRETED)
@@ -589,10 +596,10 @@ def weight_gradient(
     d_step,
     d_net,
     d_layer,
-    weight_step,
-    weight_net,
-    bias_step,
-    bias_net,
+    grad_weight_step,
+    grad_weight_net,
+    grad_bias_step,
+    grad_bias_net,
     batch_bucket,
     BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -623,12 +630,12 @@ def weight_gradient(
         if BIAS:
             total += tl.sum(dt.to(WIDE), 0)
     base, start, width = _panel(first, all_inside, outside)
-    w = grad_weight + step * weight_step + net * weight_net + at_layer * (all_inside * outside)
+    w = grad_weight + step * grad_weight_step + net * grad_weight_net + at_layer * (all_inside * outside)
     w += base + (offset + i)[:, None] * width + (j - start)[None, :]
     tl.store(w, acc.to(w.dtype.element_ty), mask=(i < inside)[:, None] & (j < outside)[None, :])
     if BIAS:
         if tl.program_id(0) == 0:
-            at_bias = grad_bias + step * bias_step + net * bias_net + at_layer * outside + j
+            at_bias = grad_bias + step * grad_bias_step + net * grad_bias_net + at_layer * outside + j
             tl.store(at_bias, total.to(grad_bias.dtype.element_ty), mask=j < outside)
 
 

@@ -48,18 +48,18 @@ _WIDEST = 512  # columns of a tile, at most the smallest tile
 FACTORS_PER_LAUNCH = 64
 
 
-def _fitting(configs: list[triton.Config], arguments: dict[str, Any], **constants: Any) -> list[triton.Config]:
+def _fitting(configs: list[triton.Config], _: dict[str, Any], *, WIDE: Any, **__: Any) -> list[triton.Config]:
     """float64 with the smallest tile: the forward kernel spills in the others."""
-    return configs[-1:] if constants.get("WIDE") == tl.float64 else configs
+    return configs[-1:] if WIDE == tl.float64 else configs
 
 
 @triton.jit
-def _shared(shared, ends, long_row, column, factors, valid, WIDE: tl.constexpr):
+def _shared(shared, ends, long_row, column, shared_row, valid, WIDE: tl.constexpr):
     """1 where the pair shares the column's factor, else 0."""
     k = tl.zeros_like(column)
     for i in tl.static_range(len(ends)):
         k += (column >= ends[i]).to(column.dtype)
-    return tl.load(shared + long_row * factors + k, mask=valid, other=0).to(WIDE)
+    return tl.load(shared + long_row * shared_row + k, mask=valid, other=0).to(WIDE)
 
 
 @triton.jit
@@ -69,13 +69,13 @@ def _difference_and_precision(a, b, m, REST: tl.constexpr, INVERSE_VARIANCE: tl.
 
 
 @autotuned(_CONFIGS, key=["width", "batch_bucket"], fitting=_fitting)
-@triton.jit(do_not_specialize=["batch", "batch_bucket", "factors"])
+@triton.jit(do_not_specialize=["batch", "batch_bucket", "shared_row"])
 def _forward(
     za,  # [batch, width], rows za_row apart
     zb,
     logdet_a,  # [batch]
     logdet_b,
-    shared,  # [batch, len(ends)] bytes, rows `factors` apart
+    shared,  # [batch, len(ends)] bytes, rows shared_row apart
     ends,  # column behind the last one of each factor
     loss,  # [parts, batch]
     batch,
@@ -84,7 +84,7 @@ def _forward(
     zb_row,
     logdet_a_row,
     logdet_b_row,
-    factors,
+    shared_row,
     part,  # columns of a part
     batch_bucket,
     REST: tl.constexpr,  # 1 - rho, and 1 / (1 - rho²)
@@ -107,7 +107,7 @@ def _forward(
         valid = (row < batch)[:, None] & (column < width)
         a = tl.load(za + long_row * za_row + column, mask=valid, other=0.0).to(WIDE)
         b = tl.load(zb + long_row * zb_row + column, mask=valid, other=0.0).to(WIDE)
-        m = _shared(shared, ends, long_row, column, factors, valid, WIDE)
+        m = _shared(shared, ends, long_row, column, shared_row, valid, WIDE)
         difference, precision = _difference_and_precision(a, b, m, REST, INVERSE_VARIANCE)
         energy = 0.5 * (a * a + difference * difference * precision) + (PER_ELEMENT + m * PER_SHARED)
         total, lost = add_term(total, lost, tl.where(valid, energy, 0.0))
@@ -120,22 +120,22 @@ def _forward(
 
 
 @autotuned(_CONFIGS, key=["width", "batch_bucket"])
-@triton.jit(do_not_specialize=["batch", "batch_bucket", "factors"])
+@triton.jit(do_not_specialize=["batch", "batch_bucket", "shared_row"])
 def _backward(
     grad,  # [batch]
     za,  # [batch, width], rows za_row apart
     zb,
-    shared,  # [batch, len(ends)] bytes, rows `factors` apart
+    shared,  # [batch, len(ends)] bytes, rows shared_row apart
     ends,  # column behind the last one of each factor
-    grad_a,  # [batch, width], rows out_row apart
+    grad_a,  # [batch, width], rows grad_a_row apart, as grad_b
     grad_b,
     batch,
     width,
     grad_row,
     za_row,
     zb_row,
-    out_row,
-    factors,
+    grad_a_row,
+    shared_row,
     batch_bucket,
     RHO: tl.constexpr,
     REST: tl.constexpr,  # 1 - rho, and 1 / (1 - rho²)
@@ -153,10 +153,10 @@ def _backward(
     g = tl.load(grad + row.to(tl.int64) * grad_row, mask=row < batch, other=0.0).to(WIDE)[:, None]
     a = tl.load(za + long_row * za_row + column, mask=valid, other=0.0).to(WIDE)
     b = tl.load(zb + long_row * zb_row + column, mask=valid, other=0.0).to(WIDE)
-    m = _shared(shared, ends, long_row, column, factors, valid, WIDE)
+    m = _shared(shared, ends, long_row, column, shared_row, valid, WIDE)
     difference, precision = _difference_and_precision(a, b, m, REST, INVERSE_VARIANCE)
     pull = difference * precision
-    out = long_row * out_row + column
+    out = long_row * grad_a_row + column
     tl.store(grad_a + out, (g * (a - m * RHO * pull)).to(grad_a.dtype.element_ty), mask=valid)
     tl.store(grad_b + out, (g * pull).to(grad_b.dtype.element_ty), mask=valid)
 
@@ -211,11 +211,29 @@ def pair_nll(
             launch(
                 _forward,
                 lambda meta, block=block, parts=parts: (ceil_div(batch, meta["TILE"] // block), parts),
-                *(a[:, columns], b[:, columns], logdet_a, logdet_b, mask[:, factors], ends, sums[at:]),
-                *(batch, ends[-1], a.stride(0), b.stride(0), logdet_a.stride(0), logdet_b.stride(0), len(sizes)),
-                *(part, bucket(batch)),
-                **dict(REST=rest, INVERSE_VARIANCE=1 / variance, PER_ELEMENT=per_element, PER_SHARED=per_shared),
-                **dict(LOGDETS=at == 0, WIDE=tl_dtype(loss.dtype), BLOCK_N=block),
+                za=a[:, columns],
+                zb=b[:, columns],
+                logdet_a=logdet_a,
+                logdet_b=logdet_b,
+                shared=mask[:, factors],
+                ends=ends,
+                loss=sums[at:],
+                batch=batch,
+                width=ends[-1],
+                za_row=a.stride(0),
+                zb_row=b.stride(0),
+                logdet_a_row=logdet_a.stride(0),
+                logdet_b_row=logdet_b.stride(0),
+                shared_row=len(sizes),
+                part=part,
+                batch_bucket=bucket(batch),
+                REST=rest,
+                INVERSE_VARIANCE=1 / variance,
+                PER_ELEMENT=per_element,
+                PER_SHARED=per_shared,
+                LOGDETS=at == 0,
+                WIDE=tl_dtype(loss.dtype),
+                BLOCK_N=block,
             )
             at += parts
         if total > 1:
@@ -240,9 +258,26 @@ def pair_nll_backward(
             launch(
                 _backward,
                 tiles(batch, ends[-1], block),
-                *(grad, a[:, columns], b[:, columns], mask[:, factors], ends, grad_a[:, columns], grad_b[:, columns]),
-                *(batch, ends[-1], grad.stride(0), a.stride(0), b.stride(0), width, len(sizes), bucket(batch)),
-                **dict(RHO=rho, REST=rest, INVERSE_VARIANCE=1 / variance, WIDE=tl_dtype(za.dtype), BLOCK_N=block),
+                grad=grad,
+                za=a[:, columns],
+                zb=b[:, columns],
+                shared=mask[:, factors],
+                ends=ends,
+                grad_a=grad_a[:, columns],
+                grad_b=grad_b[:, columns],
+                batch=batch,
+                width=ends[-1],
+                grad_row=grad.stride(0),
+                za_row=a.stride(0),
+                zb_row=b.stride(0),
+                grad_a_row=width,
+                shared_row=len(sizes),
+                batch_bucket=bucket(batch),
+                RHO=rho,
+                REST=rest,
+                INVERSE_VARIANCE=1 / variance,
+                WIDE=tl_dtype(za.dtype),
+                BLOCK_N=block,
             )
     return grad_a, grad_b
 

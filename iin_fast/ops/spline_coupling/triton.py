@@ -51,9 +51,11 @@ _CONFIGS = [
 _LEAST = 256  # of elements of a row times padded bins
 
 
-def _fitting(configs: list[triton.Config], arguments: dict[str, Any], **constants: Any) -> list[triton.Config]:
+def _fitting(
+    configs: list[triton.Config], _: dict[str, Any], *, WIDE: Any, BINS: int, **__: Any
+) -> list[triton.Config]:
     """float64 and many bins with the fewest numbers a thread, which needs no spills."""
-    return configs[-1:] if constants.get("WIDE") == tl.float64 or constants["BINS"] > 32 else configs
+    return configs[-1:] if WIDE == tl.float64 or BINS > 32 else configs
 
 
 @triton.jit
@@ -95,14 +97,14 @@ def _slope(raw, ZUKO: tl.constexpr, SOFTNESS: tl.constexpr, MIN_D: tl.constexpr)
 
 @triton.jit
 def _locate(
-    x, parameters, long_row, row_stride, feature_stride, feature, valid,
+    x, parameters, long_row, parameters_row, parameters_feature, feature, valid,
     BINS: tl.constexpr, TAILS: tl.constexpr, ZUKO: tl.constexpr, SOFTNESS: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM: tl.constexpr, TOP: tl.constexpr,
     MIN_W: tl.constexpr, MIN_H: tl.constexpr, MIN_D: tl.constexpr,
     INVERSE: tl.constexpr, WIDE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """The bin of each coordinate [rows, features]: corner, size, slopes; and what backward needs besides."""
-    at = parameters + long_row * row_stride + feature * feature_stride
+    at = parameters + long_row * parameters_row + feature * parameters_feature
     k = tl.arange(0, BLOCK_K)[None, None, :]
     real = k < BINS
     inside = valid[:, :, None] & real
@@ -233,8 +235,8 @@ def _forward(
     batch,
     features,
     x_row,
-    row_stride,
-    feature_stride,
+    parameters_row,
+    parameters_feature,
     part,  # features of a part
     batch_bucket,
     BINS: tl.constexpr,
@@ -268,7 +270,7 @@ def _forward(
         value = tl.load(x + long_row * x_row + feature, mask=valid, other=0.0).to(WIDE)
         within = _clamp(value, LOW, HIGH)
         number, sx, width, sy, height, slope0, slope1, _0, _1, _2, _3, _4, _5, _6, _7 = _locate(
-            within, parameters, long_row, row_stride, feature_stride, feature, valid, BINS, TAILS, ZUKO, SOFTNESS,
+            within, parameters, long_row, parameters_row, parameters_feature, feature, valid, BINS, TAILS, ZUKO, SOFTNESS,
             LEFT, RIGHT, BOTTOM, TOP, MIN_W, MIN_H, MIN_D, INVERSE, WIDE, BLOCK_K,
         )  # fmt: skip
         theta, rest = _position(within, sx, width, sy, height, slope0, slope1, HIGH, INVERSE, WIDE)
@@ -320,7 +322,7 @@ def _share_gradient(
 @autotuned(_CONFIGS[::2], key=["features", "batch_bucket", "BINS", "INVERSE"], fitting=_fitting)
 @triton.jit(do_not_specialize=["batch", "batch_bucket"])
 def _backward(
-    grad_y,  # [batch, features], rows grad_row apart
+    grad_y,  # [batch, features], rows grad_y_row apart
     grad_logdet,  # [batch]
     x,  # [batch, features], rows x_row apart
     parameters,  # [batch, features, 2 BINS + derivatives], the last axis contiguous
@@ -328,11 +330,11 @@ def _backward(
     grad_parameters,  # [batch, features, 2 BINS + derivatives], contiguous
     batch,
     features,
-    grad_row,
+    grad_y_row,
     grad_logdet_row,
     x_row,
-    row_stride,
-    feature_stride,
+    parameters_row,
+    parameters_feature,
     batch_bucket,
     BINS: tl.constexpr,
     TAILS: tl.constexpr,
@@ -360,14 +362,14 @@ def _backward(
     feature = feature_tile * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
     valid = (row < batch)[:, None] & (feature < features)
     value = tl.load(x + long_row * x_row + feature, mask=valid, other=0.0).to(WIDE)
-    gy = tl.load(grad_y + long_row * grad_row + feature, mask=valid, other=0.0).to(WIDE)
+    gy = tl.load(grad_y + long_row * grad_y_row + feature, mask=valid, other=0.0).to(WIDE)
     gl = tl.load(grad_logdet + row.to(tl.int64) * grad_logdet_row, mask=row < batch, other=0.0).to(WIDE)[:, None]
     LOW: tl.constexpr = BOTTOM if INVERSE else LEFT
     HIGH: tl.constexpr = TOP if INVERSE else RIGHT
     within = _clamp(value, LOW, HIGH)
     number, sx, width, sy, height, slope0, slope1, step0, step1, share_w, mass_w, step_w, share_h, mass_h, step_h = (
         _locate(
-            within, parameters, long_row, row_stride, feature_stride, feature, valid, BINS, TAILS, ZUKO, SOFTNESS,
+            within, parameters, long_row, parameters_row, parameters_feature, feature, valid, BINS, TAILS, ZUKO, SOFTNESS,
             LEFT, RIGHT, BOTTOM, TOP, MIN_W, MIN_H, MIN_D, INVERSE, WIDE, BLOCK_K,
         )
     )  # fmt: skip
@@ -504,7 +506,17 @@ def spline_coupling(
         launch(
             _forward,
             lambda meta: (row_tiles(meta), parts),
-            *(x, parameters, y, sums, batch, features, x.stride(0), *parameters.stride()[:2], part, bucket(batch)),
+            x=x,
+            parameters=parameters,
+            y=y,
+            logdet=sums,
+            batch=batch,
+            features=features,
+            x_row=x.stride(0),
+            parameters_row=parameters.stride(0),
+            parameters_feature=parameters.stride(1),
+            part=part,
+            batch_bucket=bucket(batch),
             **_constants(x, bins, tails, parameterization, limits, inverse, block_f),
         )
         if parts > 1:
@@ -546,10 +558,23 @@ def spline_coupling_backward(
         launch(
             _backward,
             lambda meta: (row_tiles(meta) * ceil_div(features, block_f),),  # as `tiles` of triton_common
-            *(g, grad_logdet, x, parameters, grad_x, grad_parameters, batch, features, g.stride(0)),
-            *(grad_logdet.stride(0), x.stride(0), *parameters.stride()[:2], bucket(batch)),
+            grad_y=g,
+            grad_logdet=grad_logdet,
+            x=x,
+            parameters=parameters,
+            grad_x=grad_x,
+            grad_parameters=grad_parameters,
+            batch=batch,
+            features=features,
+            grad_y_row=g.stride(0),
+            grad_logdet_row=grad_logdet.stride(0),
+            x_row=x.stride(0),
+            parameters_row=parameters.stride(0),
+            parameters_feature=parameters.stride(1),
+            batch_bucket=bucket(batch),
             **_constants(x, bins, tails, parameterization, limits, inverse, block_f),
-            **dict(DERIVATIVES=knots, BLOCK_D=power_of_two(knots)),
+            DERIVATIVES=knots,
+            BLOCK_D=power_of_two(knots),
         )
     return grad_x, grad_parameters, x.new_empty(0), x.new_empty(0)
 
