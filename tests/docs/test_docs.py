@@ -39,7 +39,7 @@ def test_code_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for package in NEED_PACKAGES.get(page, []):
         pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
-    run_blocks(page)
+    assert run_blocks(page).keys() > {"__name__", "__builtins__"}, f"{page} has no code"
 
 
 def test_code_of_metrics_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

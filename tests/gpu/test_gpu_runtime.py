@@ -117,13 +117,14 @@ def test_a_graph_replays_with_changed_input(op: str, name: str, batch: int, devi
 def test_nothing_synchronises(op: str, name: str, batch: int, device: str) -> None:
     with chosen(op, name, device):
         call, leaves = _case(op, device, batch)
-        call(leaves)
+        want = call(leaves)
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            call(leaves)
+            got = call(leaves)
         finally:
             torch.cuda.set_sync_debug_mode("default")
+        assert_equal(got, want)
 
 
 @pytest.mark.needs_cuda
