@@ -150,8 +150,7 @@ def affine(
 
     Args:
         features: number of transformed features.
-        squash: as of :func:`iin_fast.functional.affine_coupling`; "none" has shifts alone.
-        clamp: bound of the log-scale (tanh, atan, softclip), or what is added to the scale (softplus).
+        squash, clamp: as of :func:`iin_fast.functional.affine_coupling`; "none" has shifts alone.
         gain: multiplies all raw values.
         layout: "scale_shift" (all scales, then all shifts), "shift_scale", or "interleaved" (scale and shift of a feature side by side).
     """

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import TYPE_CHECKING
 
+from ..ops.affine_coupling import SQUASHES
 from . import layers as L
 
 if TYPE_CHECKING:
@@ -90,8 +91,7 @@ def _net(
         tails = "no tails" if t.tails == "none" else f"{t.tails} tails"
         options = f"{t.bins} bins, {tails}, {t.form}, box {t.left:g} {t.right:g} {t.bottom:g} {t.top:g}"
     else:
-        bounded = t.squash in ("tanh", "atan", "softplus", "softclip")
-        options = t.squash + (f" {t.clamp:g}" if bounded else "")
+        options = t.squash if SQUASHES[t.squash].clamp_is == "no option" else f"{t.squash} {t.clamp:g}"
     options += f", gain {t.gain:g}" if t.gain != 1 else ""
     return [*rows, ("", f"  {L.kind(t)}", f"{raw} -> {transformed}: {options}", "")]
 

@@ -100,9 +100,9 @@ class AffineCoupling(Coupling):
         dim: number of features, at least 2.
         conditioner: maps ``[batch, c (+ context)]`` to ``[batch, 2 * (dim - c)]``, raw scales first, then shifts; for
             squash "none" to the shifts alone, ``[batch, dim - c]``.
-        squash: makes the log-scale: "tanh" (IIN), "atan" (FrEIA's soft clamp), "sigmoid" or "softplus" (nflows), "softclip"
-            (zuko), "identity", or "none" for an additive coupling.
-        clamp: bound of the log-scale for "tanh", "atan" and "softclip", least scale for "softplus".
+        squash: makes the log-scale; :func:`iin_fast.functional.affine_coupling` has a table of them. "none" is an additive
+            coupling.
+        clamp: an option of the squash, see there.
         swap: transform the first features instead of the last.
 
     Raises:

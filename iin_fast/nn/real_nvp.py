@@ -19,8 +19,8 @@ class RealNVP(MlpFlow):
         (raw, t) = MLP(x1, context),  y1 = x1,  y2 = x2 * exp(squash(raw)) + t,  log|det| = sum squash(raw).
 
     For an even ``dim`` the two halves take turns; for an odd one the transformed features move on in a circle. The
-    couplings start with raw scales and shifts of 0, so but for the squashes "sigmoid" and "softplus" as the identity. The first call of ``forward`` or ``log_prob`` starts ActNorm from
-    its batch.
+    couplings start with raw scales and shifts of 0: as the identity, if the squash maps 0 to 0. The first call of
+    ``forward`` or ``log_prob`` starts ActNorm from its batch.
 
     All layers run as one op. Their parameters lie stacked in a few tensors, each with ``n_flows`` as its first dimension.
 

@@ -52,7 +52,7 @@ def affine_coupling(
         raw_scale: like ``x``; None, and only None, for squash "none".
         shift: like ``x``.
         squash: name of the function that maps ``raw_scale`` to the log-scale.
-        clamp: bound of \|s\|, above 0, for tanh, atan and softclip; the least scale, at least 0, for softplus; else None.
+        clamp: the number of that name in the table, above 0 (of softplus from 0); None for the one that stands there.
         inverse: compute x from y.
 
     Returns:
