@@ -144,7 +144,7 @@ def test_slices_are_read_in_place() -> None:
 def test_three_tensors_give_what_one_gives(dtype, tails, bins) -> None:
     """Bit for bit, whatever lies between the rows: fewer values than a vector has lanes must not read or write beyond them."""
     for inverse, form, n in itertools.product([False, True], FORMS, [1, 5, 16, 37]):
-        x, packed = case(n, 1, bins, tails, dtype)
+        x, packed = spline_inputs(n, 1, bins, tails, dtype)
         counts = bins, bins, packed.shape[-1] - 2 * bins
         options = {"tails": tails, "inverse": inverse, "parameterization": form}
         options |= {"tail_bound": 2.0} if tails else {}
