@@ -205,10 +205,10 @@ def timed(call: Call, seconds: float) -> list[float]:
 
 
 class Jax:
-    """flowjax in a process of its own; it waits, without work, while the others are measured."""
+    """JAX in a process of its own; it waits, without work, while the others are measured."""
 
-    def __init__(self, python: str) -> None:
-        command = [python, str(Path(__file__).with_name("engine_jax.py"))]
+    def __init__(self, python: str, script: str = "engine_jax.py") -> None:
+        command = [python, str(Path(__file__).with_name(script))]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.versions: dict[str, str] = self._read()
 

@@ -67,18 +67,24 @@ def call(case: dict[str, Any], flow: Any) -> Callable[[], Any]:
     return train
 
 
-def main() -> None:
+def prepare(case: dict[str, Any]) -> tuple[int, Callable[[], Any]]:
+    flow = model(case)
+    size = sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(flow, eqx.is_inexact_array)))
+    return size, call(case, flow)
+
+
+def serve(prepare: Callable[[dict[str, Any]], tuple[int, Callable[[], Any]]], *libraries: str) -> None:
+    """Answer requests, one at a time; ``prepare`` gives the number of parameters and the call of a case."""
     ready: dict[str, Callable[[], Any]] = {}
-    print(json.dumps({name: version(name) for name in ("jax", "jaxlib", "flowjax")}), flush=True)
+    print(json.dumps({name: version(name) for name in ("jax", "jaxlib", *libraries)}), flush=True)
     for line in sys.stdin:
         case = json.loads(line)
         answer: dict[str, Any] = {}
         if case["name"] not in ready:
-            flow = model(case)
-            answer["parameters"] = sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(flow, eqx.is_inexact_array)))
+            answer["parameters"], made = prepare(case)
+            ready = {case["name"]: made}
             start = time.perf_counter()
-            ready = {case["name"]: call(case, flow)}
-            jax.block_until_ready(ready[case["name"]]())
+            jax.block_until_ready(made())
             answer["first_call"] = time.perf_counter() - start
         run = ready[case["name"]]
         times: list[float] = []
@@ -91,4 +97,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    serve(prepare, "flowjax")
