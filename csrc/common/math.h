@@ -67,16 +67,34 @@ template <class T> IIN_FAST_HD T power_of_two(typename Float<T>::Int n) {
   return bits<T>((n + Float<T>::bias) << Float<T>::mantissa_bits);
 }
 
+constexpr double reciprocal_factorial(int k) { return k <= 1 ? 1.0 : reciprocal_factorial(k - 1) / k; }
+
+// Coefficients of the series below, as constants that a fused multiply-add takes.
+template <class T, double (*coefficient)(int), int terms> struct Series {
+  T at[terms + 1];
+  constexpr Series() : at{} {
+    for (int k = 0; k <= terms; ++k)
+      at[k] = static_cast<T>(coefficient(k));
+  }
+  // sum of at[k] x^(k - 1) over k = 1 … terms
+  IIN_FAST_HD T operator()(T x) const {
+    T sum = at[terms];
+#if defined(__GNUC__) && !defined(__CUDACC__)
+#pragma GCC unroll 32
+#endif
+    for (int k = terms - 1; k >= 1; --k)
+      sum = sum * x + at[k];
+    return sum;
+  }
+};
+
+constexpr double odd_reciprocal(int k) { return 1.0 / (2 * k + 1); }
+constexpr double odd_reciprocal_in_turn(int k) { return (k % 2 == 0 ? 1.0 : -1.0) / (2 * k + 1); }
+
 // exp(r) - 1 for |r| <= ln(2) / 2.
 template <class T> IIN_FAST_HD T expm1_reduced(T r) {
-  T sum = T(1);
-  // Horner on sum_{k>=0} r^k / (k+1)!, from the last factor in: 1 + r/2 (1 + r/3 (1 + ...)).
-#if defined(__GNUC__) && !defined(__CUDACC__)
-#pragma GCC unroll 16
-#endif
-  for (int k = Float<T>::exp_terms; k >= 2; --k)
-    sum = T(1) + sum * r * T(1.0 / k);
-  return sum * r;
+  constexpr Series<T, reciprocal_factorial, Float<T>::exp_terms> series;
+  return series(r) * r;
 }
 
 // x = n ln 2 + r. NaN stays NaN in r.
@@ -171,12 +189,8 @@ template <class T> IIN_FAST_HD T log(T x) {
   const Int n = (bits<Int>(normal) - offset) >> F::mantissa_bits;
   const T m = bits<T>(bits<Int>(normal) - (n << F::mantissa_bits));
   const T s = (m - T(1)) / (m + T(1)), square = s * s;
-  T sum = T(0); // 2 atanh(s) = 2 s (1 + s^2/3 + s^4/5 + ...)
-#if defined(__GNUC__) && !defined(__CUDACC__)
-#pragma GCC unroll 16
-#endif
-  for (int k = F::log_terms; k >= 1; --k)
-    sum = square * (sum + T(1.0 / (2 * k + 1)));
+  constexpr Series<T, odd_reciprocal, F::log_terms> series;
+  const T sum = square * series(square); // 2 atanh(s) = 2 s (1 + s^2/3 + s^4/5 + ...)
   const T whole = T(n) - select(subnormal, T(F::mantissa_bits), T(0));
   const T result = whole * F::ln2_high + (T(2) * s + (T(2) * s * sum + whole * F::ln2_low));
   const T edge = select(x < T(0), Limits::quiet_NaN(), select(x == T(0), -Limits::infinity(), x)); // or inf, or NaN
@@ -191,12 +205,9 @@ template <class T> IIN_FAST_HD T softplus(T x) {
 #else
   const T e = exp(select(x > T(0), -x, x)); // in [0, 1]
   const T s = e / (T(2) + e), square = s * s;
-  T sum = T(0); // log(1 + e) = 2 atanh(s) = 2 s (1 + sum), s <= 1/3, with 2 s = e - s e: rounding of s counts less
-#if defined(__GNUC__) && !defined(__CUDACC__)
-#pragma GCC unroll 32
-#endif
-  for (int k = Float<T>::log1p_terms; k >= 1; --k)
-    sum = square * (sum + T(1.0 / (2 * k + 1)));
+  constexpr Series<T, odd_reciprocal, Float<T>::log1p_terms> series;
+  // log(1 + e) = 2 atanh(s) = 2 s (1 + sum), s <= 1/3, with 2 s = e - s e: rounding of s counts less
+  const T sum = square * series(square);
   return select(x > T(0), x, T(0)) + (e - s * (e - T(2) * sum));
 #endif
 }
@@ -214,12 +225,8 @@ template <class T> IIN_FAST_HD T atan(T x) {
   const T offset = select(far, T(half_pi), select(middle, T(quarter_pi), T(0)));
   const T offset_low = select(far, T(half_pi - T(half_pi)), select(middle, T(quarter_pi - T(quarter_pi)), T(0)));
   const T u = numerator / denominator, square = u * u;
-  T sum = T(0); // atan(u) = u (1 - u^2/3 + u^4/5 - ...)
-#if defined(__GNUC__) && !defined(__CUDACC__)
-#pragma GCC unroll 32
-#endif
-  for (int k = Float<T>::atan_terms; k >= 1; --k)
-    sum = square * (T((k % 2 == 0 ? 1.0 : -1.0) / (2 * k + 1)) + sum);
+  constexpr Series<T, odd_reciprocal_in_turn, Float<T>::atan_terms> series;
+  const T sum = square * series(square); // atan(u) = u (1 - u^2/3 + u^4/5 - ...)
   const T result = offset + (u + (u * sum + offset_low));
   return select(x < T(0), -result, result);
 #endif

@@ -78,74 +78,64 @@ IIN_FAST_INLINE void exponentials(const SplineShape<T> &shape, const T *raw, int
   }
 }
 
-// Finds the bin of every lane's coordinate: by x, or by y.
+// Finds the bin of every lane's coordinate, by x or by y, from what `exponentials` left. What belongs to the bin is
+// picked on the way along the knots, and turned into its corner and size once, behind it.
 template <Parameterization form, bool by_image, class T>
-IIN_FAST_INLINE void find_bins(const SplineShape<T> &shape, const T *widths /* exponentials */,
-                               const T *slopes /* raw */, int64_t stride /* of the slopes */, SplineBlock<T> &b) {
+IIN_FAST_INLINE void find_bins(const SplineShape<T> &shape, const T *numerators, const T *slopes /* raw */,
+                               int64_t stride /* of the slopes */, SplineBlock<T> &b) {
+  constexpr int block = block_size<T>;
   const SplineLimits<T> &limits = shape.limits;
-  const int64_t bins = shape.bins;
-  const Tails tails = shape.tails;
+  const int64_t bins = shape.bins, count = derivative_count(shape.tails, bins);
   const T wide = limits.right - limits.left, high = limits.top - limits.bottom;
   const T min_width = form == Parameterization::nflows ? limits.min_width : T(0);
   const T min_height = form == Parameterization::nflows ? limits.min_height : T(0);
   const T rest_width = T(1) - min_width * T(bins), rest_height = T(1) - min_height * T(bins);
-  const T *heights = widths + bins * block_size<T>;
-  alignas(64) T knot_x[block_size<T>], knot_y[block_size<T>], mass_w[block_size<T>], mass_h[block_size<T>];
-  alignas(64) T lost_w[block_size<T>], lost_h[block_size<T>], key[block_size<T>];
+  const T low = by_image ? limits.bottom : limits.left, side = by_image ? high : wide;
+  const T minimum = by_image ? min_height : min_width, rest = by_image ? rest_height : rest_width;
   const Sides<T> sides = sides_of<by_image>(limits);
+  // (not running sums of the numerators, divided at the end: a rounding more, and a third more error)
+  alignas(64) T key[block], mass_w[block], mass_h[block], lost_w[block], lost_h[block];
   IIN_FAST_LANES {
     key[l] = search_key(b.x[l], sides.low, sides.high);
-    knot_x[l] = limits.left;
-    knot_y[l] = limits.bottom;
     mass_w[l] = mass_h[l] = lost_w[l] = lost_h[l] = T(0);
-    b.raw0[l] = b.raw1[l] = T(0);
   }
-  const int64_t count = derivative_count(tails, bins);
   for (int64_t k = 0; k < bins; ++k) {
-    const BinEnds ends = bin_ends(tails, bins, k);
-    const T *left = slopes + (ends.first >= 0 ? ends.first : 0) * stride;
-    const T *right = slopes + (ends.second < count ? ends.second : count - 1) * stride;
-    const bool has_slopes = count > 0, last = k + 1 == bins;
+    const BinEnds ends = bin_ends(shape.tails, bins, k);
+    // where there are no derivatives at all, what is read is not used
+    const T *const left = count == 0 ? numerators : slopes + (ends.first >= 0 ? ends.first : 0) * stride;
+    const T *const right = count == 0 ? numerators : slopes + (ends.second < count ? ends.second : count - 1) * stride;
+    const T *const width = numerators + k * block, *const height = width + bins * block;
+    const T shift = minimum * T(k);
     IIN_FAST_LANES {
-      const T share_w = widths[k * block_size<T> + l] * b.over_w[l],
-              share_h = heights[k * block_size<T> + l] * b.over_h[l];
-      const T after_w = add(mass_w[l], share_w, lost_w[l]), after_h = add(mass_h[l], share_h, lost_h[l]);
-      const T next_x = last ? limits.right : limits.left + wide * (min_width * T(k + 1) + rest_width * after_w);
-      const T next_y = last ? limits.top : limits.bottom + high * (min_height * T(k + 1) + rest_height * after_h);
-      const bool here = (k == 0) | (key[l] >= (by_image ? knot_y[l] : knot_x[l]));
+      const T share_w = width[l] * b.over_w[l], share_h = height[l] * b.over_h[l];
+      const bool here = (k == 0) | (key[l] >= low + side * (shift + rest * (by_image ? mass_h[l] : mass_w[l])));
       b.bin[l] = math::select(here, T(k), b.bin[l]);
-      b.sx[l] = math::select(here, knot_x[l], b.sx[l]);
-      b.sy[l] = math::select(here, knot_y[l], b.sy[l]);
-      b.width[l] = math::select(here, bin_size(min_width + rest_width * share_w, wide), b.width[l]);
-      b.height[l] = math::select(here, bin_size(min_height + rest_height * share_h, high), b.height[l]);
-      b.mass_w[l] = math::select(here, mass_w[l], b.mass_w[l]);
-      b.mass_h[l] = math::select(here, mass_h[l], b.mass_h[l]);
       b.share_w[l] = math::select(here, share_w, b.share_w[l]);
       b.share_h[l] = math::select(here, share_h, b.share_h[l]);
-      mass_w[l] = after_w;
-      mass_h[l] = after_h;
-      knot_x[l] = next_x;
-      knot_y[l] = next_y;
+      b.mass_w[l] = math::select(here, mass_w[l], b.mass_w[l]);
+      b.mass_h[l] = math::select(here, mass_h[l], b.mass_h[l]);
+      b.raw0[l] = math::select(here, left[l], b.raw0[l]);
+      b.raw1[l] = math::select(here, right[l], b.raw1[l]);
+      mass_w[l] = add(mass_w[l], share_w, lost_w[l]);
+      mass_h[l] = add(mass_h[l], share_h, lost_h[l]);
     }
-    if (has_slopes)
-      IIN_FAST_LANES {
-        const bool here = b.bin[l] == T(k);
-        b.raw0[l] = math::select(here, left[l], b.raw0[l]);
-        b.raw1[l] = math::select(here, right[l], b.raw1[l]);
-      }
   }
   IIN_FAST_LANES {
+    b.sx[l] = limits.left + wide * (min_width * b.bin[l] + rest_width * b.mass_w[l]);
+    b.sy[l] = limits.bottom + high * (min_height * b.bin[l] + rest_height * b.mass_h[l]);
+    b.width[l] = bin_size(min_width + rest_width * b.share_w[l], wide);
+    b.height[l] = bin_size(min_height + rest_height * b.share_h[l], high);
     b.slope0[l] = knot_slope<form>(b.raw0[l], limits);
     b.slope1[l] = knot_slope<form>(b.raw1[l], limits);
   }
-  if (tails == Tails::linear)
+  if (shape.tails == Tails::linear)
     IIN_FAST_LANES {
       b.slope0[l] = math::select(b.bin[l] == T(0), T(1), b.slope0[l]);
       b.slope1[l] = math::select(b.bin[l] == T(bins - 1), T(1), b.slope1[l]);
     }
 }
 
-// Coordinates of a block and their bins. Leaves the softmax numerators in `work`.
+// Coordinates of a block and their bins. Leaves the softmax numerators in `work`, first.
 template <Parameterization form, bool by_image, class T>
 IIN_FAST_INLINE void locate(const SplineShape<T> &shape, const T *raw, int64_t stride, const T *x, T *work,
                             SplineBlock<T> &b) {
@@ -157,7 +147,7 @@ IIN_FAST_INLINE void locate(const SplineShape<T> &shape, const T *raw, int64_t s
 }
 
 // The map of a block: y and the log-det's term of each element. `raw` is [2 bins + derivatives][lane], its values
-// `stride` apart; `work` has room for spline_work<T>(bins) numbers.
+// `stride` apart; `work` has room for spline_work<T>(bins) elements.
 template <Parameterization form, bool inverse, class T>
 IIN_FAST_INLINE void spline_block_forward(const SplineShape<T> &shape, const T *raw, int64_t stride, const T *x, T *y,
                                           T *logdet, T *work) {

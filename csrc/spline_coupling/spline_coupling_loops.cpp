@@ -151,6 +151,12 @@ void forward_rows(const SplineForward<Storage> &job, int64_t begin, int64_t end,
     spline_block_forward<form, inverse>(shape, raw, block, x, y, logdet, work);
     for (int l = 0; l < valid; ++l)
       narrow(y[l], job.y + element + l);
+    if (features == 1) { // nothing to add up
+      for (int l = 0; l < valid; ++l)
+        job.logdet[element + l] = logdet[l];
+      row += valid;
+      continue;
+    }
     for (int l = 0; l < valid;) {
       const int count = static_cast<int>(smaller(valid - l, features - feature));
       add_terms<T>(sum, count, [&](int64_t i) __attribute__((always_inline)) { return logdet[l + i]; });
