@@ -40,6 +40,7 @@ __all__ = [
     "cases",
     "coupling_inputs",
     "environment",
+    "few",
     "flow_inputs",
     "pair_inputs",
     "rows_apart",
@@ -178,6 +179,11 @@ FLOW_BOUNDS = {torch.float32: (2e-6, 1e-5), torch.float16: (5e-3, 5e-2), torch.b
 def cases(table: dict[Any, str], backend: str = BACKEND) -> list[Any]:
     """The cases of a table that ``backend`` runs."""
     return [case for case, backends in table.items() if backend in backends]
+
+
+def few(values: Iterable[Any], count: int = 1) -> list[Any]:
+    """All of them, or the first ones in the interpreter: for what the other tests show for each already."""
+    return list(values)[: count if BACKEND == "triton" else None]
 
 
 def environment(isa: str) -> dict[str, str]:

@@ -6,7 +6,8 @@ A kernel is launched through :func:`launch`, which can also write down what woul
 Names of a kernel's arguments, which every launch spells out:
 
 - ``x``: a pointer has the name of its tensor. Its shape stands beside it in the kernel's signature.
-- ``x_row``, ``x_net``: the elements from one row or net of ``x`` to the next. An axis without such a name is contiguous.
+- ``x_row``, ``x_net``: the elements from one row or net of ``x`` to the next; :func:`strided` gives them with ``x``. An axis
+  without such a name is contiguous.
 - ``batch``, ``width``: a size has the name of its axis.
 - ``INVERSE``: what is known when the kernel is compiled. ``BLOCK_M``: of a tile. ``WIDE``: the type that sums are kept in.
 
@@ -38,6 +39,7 @@ __all__ = [
     "recorded",
     "rows",
     "softplus",
+    "strided",
     "sum_parts",
     "tanh",
     "tile_of",
@@ -119,6 +121,12 @@ def launch(kernel: Any, grid: Any, /, **arguments: Any) -> None:
         kernel[grid](**arguments)
     else:
         _record(_recording, kernel, arguments)
+
+
+def strided(axes: str, /, **tensors: Tensor) -> dict[str, Any]:
+    """The tensors, and how far apart their first axes lie: ``strided("row", x=x)`` is ``{"x": x, "x_row": x.stride(0)}``."""
+    strides = {f"{name}_{axis}": t.stride(i) for name, t in tensors.items() for i, axis in enumerate(axes.split())}
+    return tensors | strides
 
 
 def tiles(batch: int, width: int, block: int) -> Callable[[dict[str, int]], tuple[int]]:

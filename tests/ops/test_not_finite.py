@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from cases import BACKEND, DTYPES, FlowShape, coupling_inputs, flow_inputs, pair_inputs
+from cases import BACKEND, DTYPES, FlowShape, coupling_inputs, few, flow_inputs, pair_inputs
 from numerics import compare_not_finite, of_gradients
 from torch import Tensor
 
@@ -13,20 +13,19 @@ from iin_fast.ops.affine_coupling import SQUASHES
 from iin_fast.ops.flow import flow
 
 pytestmark = pytest.mark.triton
-# The interpreter takes a type and a shape of each.
 INTERPRETED = BACKEND == "triton"
 
 
 @pytest.mark.parametrize("squash", SQUASHES)
 @pytest.mark.parametrize("inverse", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES[:1] if INTERPRETED else DTYPES)
+@pytest.mark.parametrize("dtype", few(DTYPES))
 def test_affine_coupling(squash: str, inverse: bool, dtype: torch.dtype) -> None:
     call = partial(affine_coupling, squash=squash, inverse=inverse)
     compare_not_finite(call, coupling_inputs((4, 37), dtype, squash), of_gradients=of_gradients(squash))
 
 
-@pytest.mark.parametrize("normalized", [True] if INTERPRETED else [False, True])
-@pytest.mark.parametrize("dtype", DTYPES[:1] if INTERPRETED else DTYPES)
+@pytest.mark.parametrize("normalized", few([True, False]))
+@pytest.mark.parametrize("dtype", few(DTYPES))
 def test_pair_nll(normalized: bool, dtype: torch.dtype) -> None:
     sizes = [3, 20, 17]
     tensors, shared = pair_inputs(4, sizes, dtype)
@@ -34,7 +33,7 @@ def test_pair_nll(normalized: bool, dtype: torch.dtype) -> None:
     compare_not_finite(call, tensors, of_gradients="places")
 
 
-@pytest.mark.parametrize("dtype", [torch.float64] if INTERPRETED else [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", few([torch.float64, torch.float32]))
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize(
     ("shape", "slope"),

@@ -24,6 +24,7 @@ from ..triton_common import (
     on_device,
     power_of_two,
     recorded,
+    strided,
     tl_dtype,
 )
 from ..types import accumulator_type
@@ -145,7 +146,7 @@ class _Walk:
         launch(
             kernels.enter,
             (self.row_tiles, ceil_div(self.dim, self.block_n)),
-            source=source,
+            **strided("row", source=source),
             values=source,
             target=target,
             grad_logdet=source,
@@ -158,7 +159,6 @@ class _Walk:
             batch=self.batch,
             conditioning=self.conditioning,
             transformed=self.transformed,
-            source_row=source.stride(0),
             values_row=0,
             grad_logdet_row=0,
             SLOPE=self.slope,
@@ -173,7 +173,7 @@ class _Walk:
     def conditioner(self, step: int) -> None:
         """The hidden activations of both nets of a step, from its stage."""
         block, half = divmod(step, 2)
-        stage, inside = self.stage(step), self.conditioning + self.context_width
+        stage = self.stage(step)
         context = self.x if self.context is None else self.context_of(block)
         grid = lambda meta: (ceil_div(self.batch, meta["BLOCK_M"]), ceil_div(self.hidden, meta["BLOCK_N"]), 2)  # noqa: E731
         out = self.activation(step, 0)
@@ -183,17 +183,12 @@ class _Walk:
             grid,
             a=stage,
             context=context,
-            weight=self.weight_in[block, half],
-            bias=self.bias_in[block, half],
-            out=out,
+            **strided("net", weight=self.weight_in[block, half], bias=self.bias_in[block, half], out=out),
             inside=self.conditioning,
             context_width=self.context_width,
             a_row=self.dim,
             a_net=0,
             context_row=self.context_width,
-            weight_net=inside * self.hidden,
-            bias_net=self.hidden,
-            out_net=out.stride(0),
             CONTEXT=self.context_width > 0,
             **sizes,
         )
@@ -203,19 +198,12 @@ class _Walk:
             self.launch(
                 kernels.layer,
                 grid,
-                a=a,
+                **strided("net", a=a, weight=weight, bias=bias, out=out),
                 context=self.x,
-                weight=weight,
-                bias=bias,
-                out=out,
                 inside=self.hidden,
                 context_width=0,
                 a_row=self.hidden,
-                a_net=a.stride(0),
                 context_row=0,
-                weight_net=weight.stride(0),
-                bias_net=bias.stride(0),
-                out_net=out.stride(0),
                 CONTEXT=False,
                 **sizes,
             )
@@ -236,14 +224,12 @@ class _Walk:
         self.launch(
             kernels.last_layer,
             (self.row_tiles, ceil_div(self.conditioning, self.block_n)),
-            a=a,
+            **strided("net", a=a, weight=weight, bias=bias),
             stage=stage,
             target=target,
             s_out=self.kept(self.s, step) if self.keep else stage,
             v_out=self.kept(self.v, step) if len(self.v) else stage,
             parts=stage if parts is None else parts,
-            weight=weight,
-            bias=bias,
             loc=self.loc[at],
             scale=self.scale[at],
             table=table,
@@ -251,9 +237,6 @@ class _Walk:
             hidden=self.hidden,
             conditioning=self.conditioning,
             transformed=self.transformed,
-            a_net=a.stride(0),
-            weight_net=weight.stride(0),
-            bias_net=bias.stride(0),
             SLOPE=self.slope,
             LOG_SLOPE=self.log_slope,
             INVERSE=inverse,
@@ -443,10 +426,8 @@ class _Backward:
         launch(
             kernels.enter,
             (w.row_tiles, ceil_div(w.dim, w.block_n)),
-            source=self.grad_y,
-            values=w.x,
+            **strided("row", source=self.grad_y, values=w.x, grad_logdet=self.grad_logdet),
             target=self.g[0],
-            grad_logdet=self.grad_logdet,
             parts=self.g,
             loc=w.loc,
             scale=w.scale,
@@ -456,9 +437,6 @@ class _Backward:
             batch=w.batch,
             conditioning=w.conditioning,
             transformed=w.transformed,
-            source_row=self.grad_y.stride(0),
-            values_row=w.x.stride(0),
-            grad_logdet_row=self.grad_logdet.stride(0),
             SLOPE=w.slope,
             LOG_SLOPE=0.0,
             COUNT=False,
@@ -492,24 +470,14 @@ class _Backward:
             w.launch(
                 kernels.layer_backward,
                 grid,
-                d=source,
-                a=a,
-                weight=weight,
-                out=out,
+                **strided("net", d=source, a=a, weight=weight, out=out),
+                **strided("row", v=v, grad_logdet=self.grad_logdet),
                 g=g,
-                v=v,
                 s=s,
-                grad_logdet=self.grad_logdet,
                 batch=w.batch,
                 inside=w.hidden,
                 outside=w.transformed if last else w.hidden,
                 conditioning=w.conditioning,
-                d_net=source.stride(0),
-                a_net=a.stride(0),
-                weight_net=weight.stride(0),
-                out_net=out.stride(0),
-                v_row=v.stride(0),
-                grad_logdet_row=self.grad_logdet.stride(0),
                 batch_bucket=bucket(w.batch),
                 LEAKY=w.leaky,
                 LAST=last,
@@ -529,15 +497,13 @@ class _Backward:
         w.launch(
             kernels.first_layer_backward,
             (w.row_tiles, ceil_div(columns, w.block_n)),
-            d=d,
-            weight=weight,
+            **strided("net", d=d, weight=weight),
+            **strided("row", values=values, grad_logdet=self.grad_logdet),
             g=g,
             s=w.kept(w.s, step),
             stage=w.stage(step),
-            values=values,
             target=target,
             grad_context=g if context is None else context,
-            grad_logdet=self.grad_logdet,
             loc=w.loc[at],
             scale=w.scale[at],
             loc_parts=self.loc_parts[at],
@@ -548,10 +514,6 @@ class _Backward:
             conditioning=w.conditioning,
             transformed=w.transformed,
             context_width=w.context_width,
-            d_net=d.stride(0),
-            weight_net=weight.stride(0),
-            values_row=values.stride(0),
-            grad_logdet_row=self.grad_logdet.stride(0),
             SLOPE=w.slope,
             INVERSE=self.inverse,
             MAP=mapping,
@@ -572,10 +534,10 @@ class _Backward:
         )
 
         def run(
-            a: Tensor, d: Tensor, grad: Tensor, bias: Tensor | None, *, inputs: int, steps: int = count,
-            all_inputs: int | None = None, offset: int = 0, layers: int = 1, **strides: int,
+            d: Tensor, grad: Tensor, bias: Tensor | None, *, inputs: int, all_inputs: int | None = None,
+            offset: int = 0, layers: int = 1, steps: int = count, **a: Any,
         ) -> None:  # fmt: skip
-            """``inputs`` rows of the weights from ``offset`` on; ``strides`` of a; 0 where d or grad has one step or layer."""
+            """Weights from ``offset`` on by ``inputs`` of all inputs; ``a`` has the activations and their strides."""
             outside = d.shape[-1]
             w.launch(
                 kernels.weight_gradient,
@@ -584,43 +546,33 @@ class _Backward:
                     ceil_div(outside, meta["BLOCK_N"]),
                     2 * layers * steps,
                 ),
-                a=a,
-                d=d,
-                grad_weight=grad,
-                grad_bias=grad if bias is None else bias,
+                **strided("step net layer", d=d),
+                **strided("step net", grad_weight=grad, grad_bias=grad if bias is None else bias),
                 batch=w.batch,
                 inside=inputs,
                 outside=outside,
                 all_inside=inputs if all_inputs is None else all_inputs,
                 offset=offset,
                 layers=layers,
-                d_step=d.stride(0),
-                d_net=d.stride(1),
-                d_layer=d.stride(2) if d.dim() == 5 else 0,
-                grad_weight_step=grad.stride(0),
-                grad_weight_net=grad.stride(1),
-                grad_bias_step=0 if bias is None else bias.stride(0),
-                grad_bias_net=0 if bias is None else bias.stride(1),
                 batch_bucket=bucket(w.batch),
                 BIAS=bias is not None,
-                **strides,
+                **a,
             )
 
-        of_stages = dict(a_row=w.dim, a_step=stages.stride(0), a_net=0, a_layer=0)
-        of_hidden = dict(
-            a_row=w.hidden, **{f"a_{axis}": activations.stride(i) for i, axis in enumerate(("step", "net", "layer"))}
-        )
-        run(stages, d, grad_in, bias_in, inputs=w.conditioning, all_inputs=inside, **of_stages)
+        one_net, part = dict(a_net=0, a_layer=0), dict(inputs=w.conditioning, all_inputs=inside)
+        run(d, grad_in, bias_in, a=stages, a_row=w.dim, a_step=stages.stride(0), **part, **one_net)
         if w.context is not None and w.context_width > 0:
             # a context of every block serves two steps; one step at a time keeps the kernel simple
-            of_context = dict(a_row=w.context_width, a_step=0, a_net=0, a_layer=0)
             part = dict(inputs=w.context_width, all_inputs=inside, offset=w.conditioning)
             for i in range(count):
                 context = w.context_of((first + i) // 2)
-                run(context, d[i:], grad_in[i:], None, steps=1, **part, **of_context)
+                run(d[i:], grad_in[i:], None, steps=1, a=context, a_row=w.context_width, a_step=0, **part, **one_net)
+        hidden = dict(inputs=w.hidden, a_row=w.hidden)
         if w.depth > 0:
-            run(activations, d[:, :, 1:], grad_hidden, bias_hidden, inputs=w.hidden, layers=w.depth, **of_hidden)
-        run(activations[:, :, w.depth :], d_out, grad_out, bias_out, inputs=w.hidden, **of_hidden)
+            layers = strided("step net layer", a=activations)
+            run(d[:, :, 1:], grad_hidden, bias_hidden, layers=w.depth, **hidden, **layers)
+        last = strided("step net layer", a=activations[:, :, w.depth :])
+        run(d_out, grad_out, bias_out, **hidden, **last)
 
 
 def compile_cases() -> list[CompileCase]:
