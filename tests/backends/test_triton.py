@@ -190,7 +190,8 @@ def test_rows_of_any_length_fit_the_grid(op: str, monkeypatch: pytest.MonkeyPatc
         module.pair_nll(x, x, rows, rows, shared, [width - 5, 5], 0.9, False)
         module.pair_nll_backward(rows, x, x, shared, [width - 5, 5], 0.9)
     else:
-        raw, options = torch.empty(2, width, 5, device="meta"), (2, 0, 0, -1.0, 1.0, -1.0, 1.0, 1e-3, 1e-3, 1e-3, False)
+        raw = torch.empty(2, width, 5, device="meta")
+        options = (None, None, 2, 0, 0, -1.0, 1.0, -1.0, 1.0, 1e-3, 1e-3, 1e-3, False)
         module.spline_coupling(x, raw, *options)
         module.spline_coupling_backward(x, rows, x, raw, *options)
     assert len(grids) >= 2 and grids[-1][0] > 2**18
