@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,9 @@ from setuptools.extension import Extension
 
 ROOT = Path(__file__).parent.resolve()
 BUILD_INFO = Path("iin_fast") / "_build_info.py"
+PURE = os.environ.get("IIN_FAST_NATIVE", "on") == "off"
+"""Whether to build a package without compiled libraries, in which plain torch computes, and Triton where there is one."""
+WITHOUT = "IIN_FAST_NATIVE=off pip install ... installs it without compiled kernels"
 
 
 def commit() -> str:
@@ -36,9 +40,19 @@ def commit() -> str:
         return "unknown"
 
 
+def schemas() -> list[str]:
+    """What the compiled library would tell torch of its ops."""
+    calls = [
+        call
+        for path in sorted(ROOT.glob("csrc/**/*.cpp"))
+        for call in re.findall(r'm\.def\(((?:\s*"[^"]*")+)\)', path.read_text())
+    ]
+    return ["".join(re.findall(r'"([^"]*)"', call)) for call in calls]
+
+
 def write_build_info(folder: Path) -> None:
     target = folder / BUILD_INFO
-    text = f'"""Written by the build."""\n\nCOMMIT = "{commit()}"\n'
+    text = f'"""Written by the build."""\n\nCOMMIT = "{commit()}"\nSCHEMAS: list[str] = {schemas() if PURE else []}\n'
     if not target.exists() or target.read_text() != text:
         target.write_text(text)
 
@@ -54,17 +68,25 @@ class CMakeBuild(build_ext):
         torch = importlib.util.find_spec("torch")
         if torch is None or not torch.submodule_search_locations:
             raise SystemExit("building iin-fast needs torch for its headers: pip install torch")
+        isas = os.environ.get("IIN_FAST_ISAS", "all")
         # kept between builds, so that a second build compiles what changed
-        work = ROOT / "build" / "cmake"
+        work = ROOT / "build" / ("cmake" if isas == "all" else f"cmake-{isas}")
         cmake, ninja = shutil.which("cmake"), shutil.which("ninja")
         if cmake is None or ninja is None:
             raise SystemExit("building iin-fast needs cmake and ninja: pip install cmake ninja")
+        compilers = [os.environ["CXX"]] if "CXX" in os.environ else ["c++", "g++", "clang++"]
+        if not any(map(shutil.which, compilers)):
+            raise SystemExit(
+                f"building iin-fast needs a C++ compiler, and found none named {', '.join(compilers)}: install GCC 11 or "
+                f"newer (apt install g++, dnf install gcc-c++), or set CXX; {WITHOUT}"
+            )
         configure = [
             cmake,
             *("-S", str(ROOT), "-B", str(work), "-G", "Ninja"),
             f"-DCMAKE_MAKE_PROGRAM={ninja}",
             f"-DIIN_FAST_TORCH={next(iter(torch.submodule_search_locations))}",
             f"-DIIN_FAST_OUTPUT={output}",
+            f"-DIIN_FAST_ISAS={isas}",
             f"-DIIN_FAST_CUDA={os.environ.get('IIN_FAST_CUDA', 'auto')}",
         ]
         architectures = os.environ.get("IIN_FAST_CUDA_ARCHITECTURES", "").replace(",", ";")
@@ -72,8 +94,10 @@ class CMakeBuild(build_ext):
         configure.append(
             f"-DIIN_FAST_CUDA_ARCHITECTURES={architectures}" if architectures else "-UIIN_FAST_CUDA_ARCHITECTURES"
         )
-        subprocess.run(configure, check=True)
-        subprocess.run([cmake, "--build", str(work)], check=True)
+        os.environ.setdefault("NINJA_STATUS", "compiling: file %f of %t, %e s: ")
+        for command in (configure, [cmake, "--build", str(work)]):
+            if subprocess.run(command).returncode != 0:
+                raise SystemExit(f"building iin-fast failed: the compiler's messages stand above; {WITHOUT}")
         if not (output / "libiin_fast_cuda.so").exists():
             self.warn("no CUDA compiler was found: this build holds the CPU library only")
 
@@ -97,12 +121,12 @@ class Wheel(bdist_wheel):
     """One wheel for every Python: the libraries use neither CPython's API nor torch's unstable C++ one."""
 
     def finalize_options(self) -> None:
-        self.py_limited_api = "cp310"
+        self.py_limited_api = False if PURE else "cp310"
         super().finalize_options()
 
     def run(self) -> None:
         super().run()
-        if sys.platform != "linux":
+        if sys.platform != "linux" or PURE:
             return
         # auditwheel reads which glibc the libraries need and names the platform by it; torch's libraries come with torch
         (built,) = Path(self.dist_dir).glob("*-linux_*.whl")
@@ -115,11 +139,11 @@ class Wheel(bdist_wheel):
 
 class BinaryDistribution(Distribution):
     def has_ext_modules(self) -> bool:
-        return True
+        return not PURE
 
 
 setup(
     distclass=BinaryDistribution,
-    ext_modules=[Extension("iin_fast.lib", [])],
+    ext_modules=[] if PURE else [Extension("iin_fast.lib", [])],
     cmdclass={"build_ext": CMakeBuild, "build_py": BuildPy, "sdist": SDist, "bdist_wheel": Wheel},
 )

@@ -8,27 +8,24 @@ namespace {
 // PTX, which the driver compiles for later GPUs.
 std::string cuda_targets() { return IIN_FAST_CUDA_TARGETS; }
 
-// The CUDA that this library was built with, as 1000 major + 10 minor: the driver must be for the same major or later.
-int64_t cuda_runtime() { return CUDART_VERSION; }
+// The CUDA of the compiler, as 1000 major + 10 minor: the driver must be for the same major or later.
+int64_t cuda_compiler() { return 1000 * __CUDACC_VER_MAJOR__ + 10 * __CUDACC_VER_MINOR__; }
 
 // The latest CUDA that this machine's driver serves, in the same units; 0 without a driver.
-int64_t cuda_driver() {
-  int version = 0;
-  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
-}
+int64_t driver_version() { return cuda_driver_version(); }
 
 } // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(iin_fast, m) {
   m.def("cuda_targets() -> str");
-  m.def("cuda_runtime() -> int");
+  m.def("cuda_compiler() -> int");
   m.def("cuda_driver() -> int");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(iin_fast, CompositeExplicitAutograd, m) {
   m.impl("cuda_targets", TORCH_BOX(&cuda_targets));
-  m.impl("cuda_runtime", TORCH_BOX(&cuda_runtime));
-  m.impl("cuda_driver", TORCH_BOX(&cuda_driver));
+  m.impl("cuda_compiler", TORCH_BOX(&cuda_compiler));
+  m.impl("cuda_driver", TORCH_BOX(&driver_version));
 }
 
 } // namespace iin_fast

@@ -27,6 +27,9 @@ __all__ = [
 
 NAMES = ("reference", "cpp", "triton")
 
+OLDEST_GPU = (8, 0)
+"""The compute capability that the GPU kernels need."""
+
 
 class BackendUnavailable(RuntimeError):
     """A backend is forced that has no implementation of an op on a device."""
@@ -77,7 +80,8 @@ def register(op: str, name: str, device: str) -> None:
 
 def register_library(op: str) -> None:
     """Declare the compiled library's implementation of ``op``: for the CPU, and for NVIDIA GPUs where the build has it."""
-    register(op, "cpp", "cpu")
+    if "cpu" in libraries:
+        register(op, "cpp", "cpu")
     if "cuda" in libraries and torch.version.hip is None:  # to a ROCm torch an AMD GPU is "cuda", too
         register(op, "cpp", "cuda")
 
@@ -95,38 +99,44 @@ def ops(name: str) -> Any:
     return torch.ops.iin_fast if name == "cpp" else torch.ops.iin_fast_triton
 
 
-def available(op: str, device: str) -> list[str]:
-    """The backends that can run ``op`` on tensors of a device type, in the order of NAMES."""
+def available(op: str, device: str, index: int | None = None) -> list[str]:
+    """The backends that can run ``op`` on tensors of a device type, in the order of NAMES. ``index``: of which GPU."""
     have = _implemented.get(op, {("reference", "any")})
     found = [name for name in NAMES if (name, device) in have or (name, "any") in have]
-    if device == "cuda" and "cpp" in found and _driver_is_too_old():
-        found.remove("cpp")
-    return found
+    return [name for name in found if _runs_on(name, index)] if device == "cuda" else found
 
 
-_too_old: bool | None = None  # not asked yet: the question loads the driver
+_unfit: dict[int, dict[str, str]] = {}  # GPU -> the backends that it or its driver cannot run, and why
 
 
-def _driver_is_too_old() -> bool:
-    """Whether the driver is older than the compiled library needs; says so once.
-
-    A torch of CUDA 12 runs on drivers that the library's CUDA runtime refuses. Asked at the first tensor on a GPU.
-    """
-    global _too_old
-    if _too_old is None:
-        driver, runtime = cuda_versions()
-        _too_old = 0 < driver and driver // 1000 < runtime // 1000  # all drivers of a major version serve it
-        if _too_old:
-            warnings.warn(
-                f"iin_fast: the driver serves CUDA {driver // 1000}.{driver % 1000 // 10}, the CUDA library of this build "
-                f"needs {needed_driver(runtime)}; other backends run instead",
-                stacklevel=2,
-            )
-    return _too_old
+def _runs_on(name: str, index: int | None) -> bool:
+    """Whether a GPU and its driver can run a backend; says so once if not. Asked at the first tensor on that GPU."""
+    if index is None:
+        index = torch.cuda.current_device() if torch.cuda.is_available() else 0
+    if index not in _unfit:
+        _unfit[index] = _reasons(index)
+        for reason in dict.fromkeys(_unfit[index].values()):
+            warnings.warn(f"iin_fast: {reason}; other backends run instead", stacklevel=2)
+    return name not in _unfit[index]
 
 
 # torch.compile cannot trace the question. This is torch.compiler.assume_constant_result without an import of the compiler.
-_driver_is_too_old._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_runs_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _reasons(index: int) -> dict[str, str]:
+    if torch.version.hip is not None:
+        return {}
+    capability = torch.cuda.get_device_capability(index) if torch.cuda.is_available() else OLDEST_GPU
+    if capability < OLDEST_GPU:
+        (major, minor), (first, _) = capability, OLDEST_GPU
+        reason = f"cuda:{index} has compute capability {major}.{minor}, the GPU kernels need {first}.0 or later"
+        return dict.fromkeys(("cpp", "triton"), reason)
+    driver, compiler = cuda_versions()
+    if 0 < driver and driver // 1000 < compiler // 1000:  # all drivers of a major version serve it
+        serves = f"the driver serves CUDA {driver // 1000}.{driver % 1000 // 10}"
+        return {"cpp": f"{serves}, the CUDA library of this build needs {needed_driver(compiler)}"}
+    return {}
 
 
 def needs_definition() -> bool:
@@ -160,29 +170,31 @@ def chosen(op: str, x: Tensor) -> str:
             )
         return "reference"
     if forced is None and ("cpp", device) in _implemented.get(op, ()):  # the usual, in one look
-        if device != "cuda" or not _driver_is_too_old():
+        if device != "cuda" or _runs_on("cpp", x.device.index):
             return "cpp"
-    have = available(op, device)
+    have = available(op, device, x.device.index)
     if forced is not None:
         if forced not in have:
             raise BackendUnavailable(
                 f"{op}: backend {forced!r} is forced, but on {device} only {', '.join(have)} can run it"
-                + _remedy(forced, device)
+                + _remedy(forced, x.device)
             )
         return forced
     return "cpp" if "cpp" in have else have[-1]
 
 
-def _remedy(name: str, device: str) -> str:
-    if name == "cpp" and device == "cuda" and "cuda" in libraries:
-        if torch.version.hip is not None:
-            return "; the compiled library has no code for AMD GPUs"
-        return f"; the compiled library needs {needed_driver(cuda_versions()[1])}"
+def _remedy(name: str, device: torch.device) -> str:
+    if device.type == "cuda" and not _runs_on(name, device.index):
+        return f"; {next(reasons[name] for reasons in _unfit.values() if name in reasons)}"
+    if name == "cpp" and not libraries:
+        return "; this is a pure package: install it without IIN_FAST_NATIVE=off, where there is a C++ compiler"
+    if name == "cpp" and device.type == "cuda" and "cuda" in libraries:
+        return "; the compiled library has no code for AMD GPUs"
     if name != "triton":
         return ""
     if PathFinder.find_spec("triton") is None:
         return "; Triton is not installed: pip install triton"
-    if device == "cpu":
+    if device.type == "cpu":
         return "; set TRITON_INTERPRET=1 before Python starts to run the Triton kernels on the CPU, for tests"
     return ""
 

@@ -85,7 +85,7 @@ def _cpu_model() -> str:
 
 def collect() -> dict[str, str]:
     """Version, commit, torch, Python, backends, CPU instruction set, GPU targets and driver of the build, GPUs found."""
-    targets = "none: built without a CUDA compiler, CPU only"
+    targets = "none: built without a CUDA compiler, CPU only" if libraries else "none: a pure package"
     if "cuda" in libraries:
         targets = torch.ops.iin_fast.cuda_targets()
     return {

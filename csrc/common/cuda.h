@@ -9,14 +9,15 @@
 
 #include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <cuda_runtime.h>
 #include <torch/csrc/stable/accelerator.h>
 
 #include "common/tensor.h"
+#include "cuda_driver/cuda_driver.h"
 
 namespace iin_fast {
 
@@ -45,8 +46,10 @@ public:
     STD_TORCH_CHECK(first.is_cuda(), op_, ": expected tensors on a CUDA device");
     device_ = first.get_device_index();
     guard_.emplace(device_);
-    // This library has a CUDA runtime of its own, which must make the same choice as torch's.
-    check(cudaSetDevice(device_), "cudaSetDevice");
+    STD_TORCH_CHECK(driver_ != nullptr, op_,
+                    ": no usable NVIDIA driver (libcuda.so.1) was found; this build needs one "
+                    "for CUDA 12 (525) or later. Update it, or use iin_fast.backend(\"triton\")");
+    check(use_device(*driver_, device_), "the choice of the device");
     STABLE_TORCH_ERROR_CODE_CHECK(current_stream(device_, &stream_));
   }
 
@@ -55,86 +58,95 @@ public:
                     " must be on the CUDA device of the first tensor");
   }
 
-  int multiprocessors() const {
-    int count = 0;
-    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device_), "cudaDeviceGetAttribute");
-    return count;
-  }
+  int multiprocessors() const { return attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT); }
 
   template <class... Parameters, class... Arguments>
   void operator()(void (*kernel)(Parameters...), dim3 grid, dim3 block, Arguments &&...arguments) const {
-    launch(0, false, kernel, grid, block, std::forward<Arguments>(arguments)...);
+    with_shared(0)(kernel, grid, block, std::forward<Arguments>(arguments)...);
   }
 
   // Blocks of a cooperative launch that run at once on this device; 0 if it has no such launches, or no such block
   // fits.
   template <class... Parameters> int blocks_together(void (*kernel)(Parameters...), int threads, size_t shared) const {
-    int cooperative = 0, most = 0, blocks = 0;
-    check(cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device_), "cudaDeviceGetAttribute");
-    check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_), "cudaDeviceGetAttribute");
-    if (!cooperative || shared > static_cast<size_t>(most))
+    if (!attribute(CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH) ||
+        shared > static_cast<size_t>(attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)))
       return 0;
-    allow_shared(kernel, shared);
-    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared),
-          "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
+    int blocks = 0;
+    check(driver_->cuOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, function_of(kernel, shared), threads, shared),
+          "cuOccupancyMaxActiveBlocksPerMultiprocessor");
     return blocks * multiprocessors();
   }
 
-  // The same with dynamic shared memory; `cooperative`: all blocks at once, so that they may meet.
+  // The same with dynamic shared memory; `cooperative`: all blocks at once, so that they may meet. False: the device
+  // refuses a cooperative launch, and nothing has run.
   struct WithShared {
     const CudaCall &call;
     size_t bytes;
     bool cooperative;
     template <class... Parameters, class... Arguments>
-    void operator()(void (*kernel)(Parameters...), dim3 grid, dim3 block, Arguments &&...arguments) const {
-      call.launch(bytes, cooperative, kernel, grid, block, std::forward<Arguments>(arguments)...);
+    bool operator()(void (*kernel)(Parameters...), dim3 grid, dim3 block, Arguments &&...arguments) const {
+      std::tuple<Parameters...> values(std::forward<Arguments>(arguments)...); // of the kernel's own types
+      return std::apply(
+          [&](auto &...value) {
+            void *addresses[] = {&value...};
+            return call.launch(call.function_of(kernel, bytes), bytes, cooperative, grid, block, addresses);
+          },
+          values);
     }
   };
   WithShared with_shared(size_t bytes) const { return {*this, bytes, false}; }
   WithShared together(size_t bytes) const { return {*this, bytes, true}; }
 
 private:
-  // More than 48 KiB of shared memory must be asked for.
-  template <class Kernel> void allow_shared(Kernel *kernel, size_t bytes) const {
-    if (bytes > 48 * 1024)
-      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
-            "cudaFuncSetAttribute");
+  int attribute(CUdevice_attribute which) const {
+    int value = 0;
+    check(driver_->cuDeviceGetAttribute(&value, which, device_), "cuDeviceGetAttribute");
+    return value;
   }
 
-  template <class... Parameters, class... Arguments>
-  void launch(size_t shared, bool cooperative, void (*kernel)(Parameters...), dim3 grid, dim3 block,
-              Arguments &&...arguments) const {
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeCooperative;
-    attribute.val.cooperative = 1;
-    allow_shared(kernel, shared);
-    cudaLaunchConfig_t config{};
-    config.gridDim = grid;
-    config.blockDim = block;
-    config.dynamicSmemBytes = shared;
-    config.stream = static_cast<cudaStream_t>(stream_);
+  // More than 48 KiB of shared memory must be asked for.
+  template <class Kernel> CUfunction function_of(Kernel *kernel, size_t shared) const {
+    CUfunction function = nullptr;
+    check(find_kernel(*driver_, reinterpret_cast<const void *>(kernel), &function), "the load of a kernel");
+    if (shared > 48 * 1024)
+      check(driver_->cuFuncSetAttribute(function, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                                        static_cast<int>(shared)),
+            "cuFuncSetAttribute");
+    return function;
+  }
+
+  bool launch(CUfunction kernel, size_t shared, bool cooperative, dim3 grid, dim3 block, void **addresses) const {
+    CUlaunchAttribute attribute{};
+    attribute.id = CU_LAUNCH_ATTRIBUTE_COOPERATIVE;
+    attribute.value.cooperative = 1;
+    CUlaunchConfig config{};
+    config.gridDimX = grid.x, config.gridDimY = grid.y, config.gridDimZ = grid.z;
+    config.blockDimX = block.x, config.blockDimY = block.y, config.blockDimZ = block.z;
+    config.sharedMemBytes = static_cast<unsigned>(shared);
+    config.hStream = static_cast<CUstream>(stream_);
     config.attrs = &attribute;
     config.numAttrs = cooperative;
-    check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), "the launch of a kernel");
+    const CUresult result = driver_->cuLaunchKernelEx(&config, kernel, addresses, nullptr);
+    if (cooperative && (result == CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE || result == CUDA_ERROR_NOT_SUPPORTED))
+      return false;
+    check(result, "the launch of a kernel");
+    return true;
   }
 
-  void check(cudaError_t error, const char *what) const {
-    if (error == cudaSuccess)
+  void check(CUresult error, const char *what) const {
+    if (error == CUDA_SUCCESS)
       return;
-    cudaGetLastError(); // so that a later call doesn't report this error again
-    STD_TORCH_CHECK(false, op_, ": ", what, " failed on cuda:", device_, ": ", cudaGetErrorString(error), hint(error));
-  }
-
-  static std::string hint(cudaError_t error) {
-    if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorUnsupportedPtxVersion)
-      return " (this build has code for " IIN_FAST_CUDA_TARGETS " only; build iin-fast from source for this GPU)";
-    if (error == cudaErrorInsufficientDriver)
-      return " (this build needs a driver for CUDA " + std::to_string(CUDART_VERSION / 1000) +
-             " or later; update the driver, or use iin_fast.backend(\"triton\"), which needs no later one than torch)";
-    return "";
+    const char *text = nullptr;
+    driver_->cuGetErrorString(error, &text);
+    const bool no_code = error == CUDA_ERROR_NO_BINARY_FOR_GPU || error == CUDA_ERROR_UNSUPPORTED_PTX_VERSION;
+    STD_TORCH_CHECK(false, op_, ": ", what, " failed on cuda:", device_, ": ", text ? text : "unknown error",
+                    no_code ? " (this build has code for " IIN_FAST_CUDA_TARGETS
+                              " only; build iin-fast from source for this GPU)"
+                            : "");
   }
 
   const char *op_;
+  const CudaDriver *driver_ = cuda_driver();
   int32_t device_ = 0;
   void *stream_ = nullptr;
   std::optional<torch::stable::accelerator::DeviceGuard> guard_;

@@ -7,7 +7,9 @@ namespace iin_fast {
 namespace {
 
 Isa detect() {
-#if defined(__x86_64__)
+#if defined(IIN_FAST_ONE_ISA)
+  return Isa::IIN_FAST_ONE_ISA;
+#else
   __builtin_cpu_init();
   Isa best = Isa::baseline;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
@@ -24,8 +26,6 @@ Isa detect() {
       return Isa::avx2;
   }
   return best;
-#else
-  return Isa::baseline;
 #endif
 }
 

@@ -1,6 +1,6 @@
-// Lets the CPU library load beside glibc 2.28, which is what torch itself asks for: what newer versions added is bound
-// to the older version of the same function, or defined here. CMakeLists.txt has the linker send calls of exp and log
-// to the wrappers. tests/packaging/test_symbols.py reads what the built library needs.
+// Lets the libraries load beside glibc 2.28, which is what torch itself asks for: what newer versions added is bound
+// to the older version of the same function, or defined here. CMakeLists.txt has the linker send calls to the wrappers.
+// tests/packaging/test_symbols.py reads what the built library needs.
 #include <features.h>
 
 #if defined(__x86_64__) && defined(__GLIBC__)
@@ -12,11 +12,17 @@ __attribute__((visibility("hidden"))) char __libc_single_threaded = 0;
 
 double iin_fast_exp(double x);
 double iin_fast_log(double x);
+void *iin_fast_dlopen(const char *name, int mode);
+void *iin_fast_dlsym(void *library, const char *name);
 __asm__(".symver iin_fast_exp, exp@GLIBC_2.2.5");
 __asm__(".symver iin_fast_log, log@GLIBC_2.2.5");
+__asm__(".symver iin_fast_dlopen, dlopen@GLIBC_2.2.5");
+__asm__(".symver iin_fast_dlsym, dlsym@GLIBC_2.2.5");
 
 double __wrap_exp(double x) { return iin_fast_exp(x); }
 double __wrap_log(double x) { return iin_fast_log(x); }
+void *__wrap_dlopen(const char *name, int mode) { return iin_fast_dlopen(name, mode); }
+void *__wrap_dlsym(void *library, const char *name) { return iin_fast_dlsym(library, name); }
 }
 
 #endif

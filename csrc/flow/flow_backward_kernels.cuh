@@ -250,9 +250,9 @@ void launch_flow_backward(const FlowBackwardWalk<typename Precision::Storage> &b
           back.grads.weight_in == nullptr ? 0 : WeightTiles<Precision>(walk).count(walk.depth() + 2);
       const int64_t tiles =
           back.row_tiles * (hidden > inside ? hidden : inside) + weights; // more blocks would only meet
-      launch.together(bytes)(flow_persistent_backward_kernel<Precision>,
-                             dim3(static_cast<unsigned>(tiles < blocks ? tiles : blocks)), dim3(tile_threads), one);
-      return;
+      if (launch.together(bytes)(flow_persistent_backward_kernel<Precision>,
+                                 dim3(static_cast<unsigned>(tiles < blocks ? tiles : blocks)), dim3(tile_threads), one))
+        return;
     }
   }
   launch_table(walk, walk.inverse, launch);

@@ -188,12 +188,13 @@ Gradients flow_backward(const Tensor &grad_y_in,      // [batch, dim]
     }
     const Tensor scratch = arranged(t.x, [&](Arena &arena) { arrange_backward(back, weight_grads, arena); });
     with_precision<Storage>(tf32, [&](auto precision) { launch_flow_backward<decltype(precision)>(back, call); });
-    if (grad_context.has_value() && type != wide && grad_context->numel() > 0) {
-      const int64_t count = grad_context->numel();
-      const unsigned blocks = tiles_of(count, tile_threads);
-      call(flow_narrow_kernel<Storage>, dim3(blocks < 4096 ? blocks : 4096), dim3(tile_threads), back.grad_context,
-           mutable_data<Storage>(*grad_context), count);
-    }
+    if constexpr (!std::is_same_v<Storage, T>)
+      if (grad_context.has_value() && grad_context->numel() > 0) {
+        const int64_t count = grad_context->numel();
+        const unsigned blocks = tiles_of(count, tile_threads);
+        call(flow_narrow_kernel<Storage>, dim3(blocks < 4096 ? blocks : 4096), dim3(tile_threads), back.grad_context,
+             mutable_data<Storage>(*grad_context), count);
+      }
   });
   return {grad_x, grad_context, grad_loc, grad_scale, grads[0], grads[1], grads[2], grads[3], grads[4], grads[5]};
 }

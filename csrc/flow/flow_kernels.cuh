@@ -567,7 +567,7 @@ void launch_step(const FlowWalk<typename Precision::Storage> &walk, int step, bo
 
 // The map. launch(kernel, grid, block, arguments...) starts a kernel, launch.with_shared(bytes)(...) one with dynamic
 // shared memory, launch.together(bytes)(...) one whose blocks may meet, of which launch.blocks_together says how many
-// run at once (0: none may).
+// run at once (0: none may); it gives false where the device refuses the launch, and nothing has run.
 template <class Precision, class Launch>
 void launch_flow_forward(const FlowWalk<typename Precision::Storage> &walk, const Launch &launch) {
   using Storage = typename Precision::Storage;
@@ -579,11 +579,10 @@ void launch_flow_forward(const FlowWalk<typename Precision::Storage> &walk, cons
     const int64_t columns = 2 * tiles_of(walk.sizes.hidden, PersistentLayer<Precision>::columns);
     const int64_t tiles = row_tiles * (columns > walk.tiles ? columns : walk.tiles); // more blocks would only meet
     const int64_t blocks = launch.blocks_together(flow_persistent_kernel<Precision>, tile_threads, bytes);
-    if (blocks > 0) {
-      launch.together(bytes)(flow_persistent_kernel<Precision>,
-                             dim3(static_cast<unsigned>(tiles < blocks ? tiles : blocks)), dim3(tile_threads), walk);
+    if (blocks > 0 &&
+        launch.together(bytes)(flow_persistent_kernel<Precision>,
+                               dim3(static_cast<unsigned>(tiles < blocks ? tiles : blocks)), dim3(tile_threads), walk))
       return;
-    }
   }
   launch_table(walk, !walk.inverse, launch);
   launch_enter(walk, walk.inverse, launch);

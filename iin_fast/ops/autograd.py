@@ -120,11 +120,11 @@ def short_call(overload: Any, setup: Callable[..., None], backward: Callable[...
     return call
 
 
-def autocast_to_float32(name: str) -> None:
+def autocast_to_float32(name: str, lib: torch.library.Library) -> None:
     """Under ``torch.autocast``, on any device, the op ``name`` computes in float32."""
     for device in ("cpu", "cuda", "xpu"):
         try:
-            torch.library.register_autocast(name, device, torch.float32)
+            torch.library.register_autocast(name, device, torch.float32, lib=lib)
         except ValueError:  # torch 2.10 registers none for xpu
             if device != "xpu":
                 raise

@@ -21,7 +21,10 @@ _MODULE = "torch.utils.flop_counter"
 def _register(module: ModuleType) -> None:
     for op in OPS.values():
         for name, formula in ((op.name, op.flops), (f"{op.name}_backward", op.flops_backward)):
-            module.register_flop_formula([getattr(ops(backend), name) for backend in op.backends])(formula)
+            targets = [getattr(ops(backend), name) for backend in op.backends]
+            for target in targets:
+                module.flop_registry.pop(target, None)  # of this package's earlier import
+            module.register_flop_formula(targets)(formula)
 
 
 class _AtImport:

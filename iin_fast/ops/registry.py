@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
+from .._library import registrations
 from ..backends import ops, register_library, register_triton
 from .autograd import autocast_to_float32, by_definition, differentiated, short_call
-from .triton_ops import define_twin
+from .triton_ops import TWINS, define_twin
 from .types import FLOATING
 from .vmap import Rule, fold_rows
 
@@ -56,6 +57,8 @@ class Op:
 
 OPS: dict[str, Op] = {}
 
+_COMPILED = registrations("iin_fast", "FRAGMENT")
+
 
 def gpu_ops() -> list[str]:
     """The names of all ops with kernels for GPUs."""
@@ -74,6 +77,7 @@ def register(op: Op) -> dict[str, Callable[..., Any]]:
 
 def _register(op: Op, backend: str) -> Callable[..., Any]:
     namespace, library = ops(backend), torch.library
+    lib = _COMPILED if backend == "cpp" else TWINS
     forward, kernel = getattr(namespace, op.name), getattr(namespace, f"{op.name}_backward")
     name, name_backward = f"{namespace.name}::{op.name}", f"{namespace.name}::{op.name}_backward"
 
@@ -83,10 +87,10 @@ def _register(op: Op, backend: str) -> Callable[..., Any]:
             return *found, *(None,) * (len(ctx.needs_input_grad) - len(found))
         return op.backward(kernel.default, ctx, *grads)
 
-    library.register_fake(name, (backend == "triton" and op.fake_triton) or op.fake)
-    library.register_fake(name_backward, op.fake_backward)
-    library.register_autograd(name, backward, setup_context=op.setup)
-    library.register_vmap(name, op.vmap(forward))
-    library.register_vmap(name_backward, op.vmap_backward(kernel))
-    autocast_to_float32(name)
+    library.register_fake(name, (backend == "triton" and op.fake_triton) or op.fake, lib=lib)
+    library.register_fake(name_backward, op.fake_backward, lib=lib)
+    library.register_autograd(name, backward, setup_context=op.setup, lib=lib)
+    library.register_vmap(name, op.vmap(forward), lib=lib)
+    library.register_vmap(name_backward, op.vmap_backward(kernel), lib=lib)
+    autocast_to_float32(name, lib)
     return short_call(forward.default, op.setup, backward)

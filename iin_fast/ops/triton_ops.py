@@ -10,19 +10,19 @@ from typing import Any
 
 import torch
 
-from .. import _library  # noqa: F401  (loads the compiled ops, whose schemas the twins take)
+from .._library import registrations
 
-__all__ = ["define_twin"]
+__all__ = ["TWINS", "define_twin"]
 
-_ops = torch.library.Library("iin_fast_triton", "DEF")
+TWINS = registrations("iin_fast_triton", "DEF")
 
 
 def define_twin(op: str) -> None:
     """Define the twins of ``iin_fast::<op>`` and of its backward."""
     for name in (op, f"{op}_backward"):
         schema = str(getattr(torch.ops.iin_fast, name).default._schema)
-        _ops.define(schema.removeprefix("iin_fast::"))
-        _ops.impl(name, _kernel(op, name), "CompositeExplicitAutograd")
+        TWINS.define(schema.removeprefix("iin_fast::"))
+        TWINS.impl(name, _kernel(op, name), "CompositeExplicitAutograd")
 
 
 def _kernel(op: str, name: str) -> Callable[..., Any]:

@@ -201,7 +201,7 @@ def test_a_driver_older_than_the_library_leaves_the_work_to_triton(
 ) -> None:
     """A torch of CUDA 12 runs on drivers that a library of CUDA 13 refuses. 0 is a machine without a driver."""
     monkeypatch.setattr(backends, "cuda_versions", lambda: (driver, runtime))
-    monkeypatch.setattr(backends, "_too_old", None)
+    monkeypatch.setattr(backends, "_unfit", {})
     other = "triton" if find_spec("triton") else "reference"
     for op in gpu_ops():
         assert backends.chosen(op, ON_CUDA) == ("cpp" if serves else other)
@@ -215,11 +215,31 @@ def test_a_driver_older_than_the_library_leaves_the_work_to_triton(
             backends.chosen("flow", ON_CUDA)
 
 
+def test_a_gpu_older_than_the_kernels_runs_the_definition(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setattr(backends, "cuda_versions", lambda: (13000, 13000))
+    monkeypatch.setattr(backends, "_unfit", {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: ((7, 5), (8, 0))[index])
+    old: Any = SimpleNamespace(device=torch.device("cuda", 0))
+    for op in gpu_ops():
+        assert backends.chosen(op, old) == "reference"
+        assert backends.available(op, "cuda", 0) == ["reference"]
+        assert backends.available(op, "cuda") == backends.available(op, "cuda", 1) != ["reference"]
+    reason = "cuda:0 has compute capability 7.5, the GPU kernels need 8.0 or later"
+    assert [str(warning.message) for warning in recwarn] == [f"iin_fast: {reason}; other backends run instead"]
+    for name in ("cpp", "triton"):
+        with iin_fast.backend(name), pytest.raises(backends.BackendUnavailable, match=reason):
+            backends.chosen("flow", old)
+
+
 def test_compile_takes_the_look_at_the_driver_as_a_constant(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "cuda_versions", lambda: (13000, 13000))
-    monkeypatch.setattr(backends, "_too_old", None)
+    monkeypatch.setattr(backends, "_unfit", {})
     compiled: Any = torch.compile(
-        lambda x: x - 1 if backends._driver_is_too_old() else x + 1, fullgraph=True, backend="eager"
+        lambda x: x + 1 if backends._runs_on("cpp", 0) else x - 1, fullgraph=True, backend="eager"
     )
     assert torch.equal(compiled(torch.zeros(2)), torch.ones(2))
 

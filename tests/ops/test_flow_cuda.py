@@ -173,6 +173,18 @@ def test_one_kernel_for_all_layers(shape: FlowShape, inverse: bool, dtype: torch
             assert torch.equal(a, b)  # the same sums in the same order
 
 
+def test_a_device_that_refuses_one_kernel_for_all_layers() -> None:
+    given = arguments(*SHAPES[2], torch.float64)
+    y, logdet, saved, c = forward(given, save=True)
+    refused = forward(given, save=True, resident=-5)
+    assert refused[3].launches == c.launches > 1
+    assert all(torch.equal(a, b) for a, b in zip(refused[:3], (y, logdet, saved), strict=True))
+    grads, c = backward(given, y, saved, y, logdet)
+    refused_grads, refused_c = backward(given, y, saved, y, logdet, resident=-5)
+    assert refused_c.launches == c.launches > 1
+    assert all(torch.equal(a, b) for a, b in zip(refused_grads, grads, strict=True) if a is not None)
+
+
 def test_more_rows_than_one_kernel_takes() -> None:
     given = arguments(FlowShape(130, 8, 2, 16, 1), torch.float64)
     y, logdet, saved, c = forward(given, save=True, resident=8)

@@ -1,4 +1,4 @@
-"""What the CPU library needs of the system: no more than torch's own wheels do (glibc 2.28)."""
+"""What the compiled libraries need of the system: no more than torch's own wheels do (glibc 2.28)."""
 
 import re
 import shutil
@@ -12,10 +12,9 @@ objdump = shutil.which("objdump")
 
 
 @pytest.mark.skipif(objdump is None, reason="no objdump")
-def test_the_cpu_library_loads_beside_glibc_2_28() -> None:
-    text = subprocess.run(
-        [str(objdump), "-T", str(libraries["cpu"])], capture_output=True, text=True, check=True
-    ).stdout
+@pytest.mark.parametrize("name", libraries)
+def test_a_library_loads_beside_glibc_2_28(name: str) -> None:
+    text = subprocess.run([str(objdump), "-T", str(libraries[name])], capture_output=True, text=True, check=True).stdout
     needed: dict[str, set[tuple[int, ...]]] = {}
     for name, version in re.findall(r"\((GLIBC|GLIBCXX|CXXABI|GCC)_([0-9.]+)\)", text):
         needed.setdefault(name, set()).add(tuple(map(int, version.split("."))))

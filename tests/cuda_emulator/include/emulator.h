@@ -407,14 +407,16 @@ struct Launch {
   size_t shared_bytes = 0;  // dynamic shared memory
   bool cooperative = false; // all blocks at once, so that the kernel may use barriers over the grid
   int *launches = nullptr;  // counts, if given
-  int resident = 0;         // blocks that run at once, for blocks_together
+  int resident = 0; // blocks that run at once, for blocks_together; negative: so many, but the launch is refused
 
   Launch with_shared(size_t bytes) const { return {bytes, cooperative, launches, resident}; }
   Launch together(size_t bytes) const { return {bytes, true, launches, resident}; }
-  template <class Kernel> int blocks_together(Kernel *, int, size_t) const { return resident; }
+  template <class Kernel> int blocks_together(Kernel *, int, size_t) const { return std::abs(resident); }
 
   template <class... Parameters, class... Arguments>
-  void operator()(void (*kernel)(Parameters...), dim3 grid, dim3 block, Arguments &&...arguments) const {
+  bool operator()(void (*kernel)(Parameters...), dim3 grid, dim3 block, Arguments &&...arguments) const {
+    if (cooperative && resident < 0)
+      return false;
     const uint64_t threads = uint64_t(block.x) * block.y * block.z;
     if (threads == 0 || threads > 1024 || block.z > 64)
       throw Fault("invalid block: " + std::to_string(threads) + " threads");
@@ -438,7 +440,7 @@ struct Launch {
         prepare(i);
         Block(body).run();
       }
-      return;
+      return true;
     }
     Grid all;
     all.blocks = blocks;
@@ -463,6 +465,7 @@ struct Launch {
       worker.join();
     if (all.fault)
       std::rethrow_exception(all.fault);
+    return true;
   }
 };
 

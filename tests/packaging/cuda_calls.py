@@ -1,0 +1,90 @@
+"""Calls every op of the CUDA library past the dispatcher, with tensors of the CPU. Run with fake_gpu.c preloaded."""
+
+import itertools
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import iin_fast._library  # noqa: F401 (loads the ops)
+
+KEY = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def call(op: str, *arguments: Any) -> Any:
+    return getattr(torch.ops.iin_fast, op).default.redispatch(KEY, *arguments)
+
+
+def net(dim: int, hidden: int, context: int, dtype: torch.dtype) -> list[Tensor]:
+    """The tensors of a flow with two layers of one hidden layer; dim is even."""
+    half = dim // 2
+    shapes = [(2, dim), (2, dim), (2, 2, 2, (half + context) * hidden), (2, 2, 2, hidden)]
+    shapes += [(2, 2, 2, 1, hidden * hidden), (2, 2, 2, 1, hidden), (2, 2, 2, hidden * half), (2, 2, 2, half)]
+    return [*(torch.ones(shape, dtype=dtype) for shape in shapes), torch.arange(dim).repeat(2, 1)]
+
+
+def flow(rows: int, dtype: torch.dtype, tf32: bool = False, inverse: bool = False, context: int = 0) -> None:
+    x = torch.randn(rows, 8, dtype=torch.float64).to(dtype)
+    given = torch.ones(1, rows, context, dtype=dtype) if context else None
+    tensors = net(8, 16, context, dtype)
+    y, logdet, saved = call("flow", x, given, *tensors, 0.01, 1.0, False, inverse, 2, tf32)
+    for kept, weights in itertools.product((saved, saved[:0]), (True, False)):
+        call(
+            *("flow_backward", y, logdet, y, kept, given, *tensors, 0.01, 1.0, inverse, 2),
+            *(context > 0, weights, tf32),
+        )
+
+
+def others(rows: int, features: int, dtype: torch.dtype) -> None:
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    x, row = torch.ones(rows, features, dtype=dtype), torch.ones(rows, dtype=wide)
+    shared = torch.ones(rows, 1, dtype=torch.bool)
+    call("affine_coupling", x, x, x, 1, 1.0, False)
+    call("affine_coupling_backward", x, row, x, x, 1, 1.0, False)
+    call("pair_nll", x, x, row, row, shared, [features], 0.9, False)
+    call("pair_nll_backward", row, x, x, shared, [features], 0.9)
+    for bins in (2, 8, 5000 if features < 10 else 40):  # the last: too many for shared memory
+        raw, spline = (
+            torch.ones(rows, features, 3 * bins - 1, dtype=dtype),
+            (bins, 0, 0, -1, 1, -1, 1, 1e-3, 1e-3, 1e-3),
+        )
+        for inverse in (False, True):
+            call("spline_coupling", x, raw, *spline, inverse)
+            call("spline_coupling_backward", x, row, x, raw, *spline, inverse)
+
+
+def everything() -> None:
+    for dtype in DTYPES:
+        for rows, tf32, inverse, context in itertools.product((5, 300), (False, True), (False, True), (0, 3)):
+            flow(rows, dtype, tf32, inverse, context)
+        for rows, features in ((3, 7), (64, 64), (1, 100004)):
+            others(rows, features, dtype)
+
+
+def one() -> None:
+    x = torch.arange(12.0).reshape(3, 4)
+    y, logdet = call("affine_coupling", x, x, x, 1, 1.0, False)
+    print(x.data_ptr(), y.data_ptr(), logdet.data_ptr())
+
+
+def in_a_thread() -> None:
+    """A thread has no current context until something makes one current."""
+    one()
+    thread = threading.Thread(target=one)
+    thread.start()
+    thread.join()
+
+
+CALLS: dict[str, Callable[[], None]] = {
+    "everything": everything,
+    "one": one,
+    "in_a_thread": in_a_thread,
+    "few rows": lambda: flow(5, torch.float32),
+}
+
+if __name__ == "__main__":
+    CALLS[sys.argv[1]]()
