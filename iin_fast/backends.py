@@ -79,7 +79,8 @@ def register(op: str, name: str, device: str) -> None:
 
 
 def register_library(op: str) -> None:
-    """Declare the compiled library's implementation of ``op``: for the CPU, and for NVIDIA GPUs where the build has it."""
+    """Declare the definition of ``op``, and the compiled library's: for the CPU, and for NVIDIA GPUs where the build has it."""
+    register(op, "reference", "any")
     if "cpu" in libraries:
         register(op, "cpp", "cpu")
     if "cuda" in libraries and torch.version.hip is None:  # to a ROCm torch an AMD GPU is "cuda", too

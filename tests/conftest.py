@@ -17,11 +17,11 @@ collect_ignore = ["conftest.py"]  # the search for doctests would import it a se
 # What `make test-fast` leaves out: files that compile, start many processes or train for long. Together they take nine tenths
 # of the time of `make test`, and are a tenth of its tests.
 SLOW = """
-    backends/test_triton composition/test_compile composition/test_distributed composition/test_export composition/test_onnx
+    api/test_import_again backends/test_triton composition/test_compile composition/test_distributed composition/test_export composition/test_onnx
     benchmarks/test_gpu_script cuda_emulator/test_emulator demo/test_demo docs/test_docs docs/test_examples docs/test_readme
     dropin/test_onnx dropin/test_sbi evaluate/test_evaluate flow/test_sanitized ops/test_affine_coupling_cuda ops/test_extremes
-    ops/test_flow_cuda ops/test_spline_coupling_cuda ops/test_spline_extremes packaging/test_distribution
-    packaging/test_gpu_report report/test_report train/test_allocator train/test_chosen train/test_commands train/test_kill
+    ops/test_flow_cuda ops/test_spline_coupling_cuda ops/test_spline_extremes packaging/test_cuda_launches packaging/test_distribution
+    packaging/test_gpu_report packaging/test_pure report/test_report train/test_allocator train/test_chosen train/test_commands train/test_kill
     train/test_two_nodes
 """
 SLOW_FILES = {Path(__file__).parent / f"{name}.py" for name in SLOW.split()}

@@ -59,6 +59,9 @@ CUresult load(const CudaDriver &driver, Kernel &kernel) {
   CUkernel handle = nullptr;
   if (result == CUDA_SUCCESS)
     result = driver.cuLibraryGetKernel(&handle, kernel.image->library, kernel.name);
+  CUfunction function = nullptr;
+  if (result == CUDA_SUCCESS)
+    result = driver.cuKernelGetFunction(&function, handle); // the driver puts off loading up to here
   if (result == CUDA_SUCCESS)
     kernel.handle.store(handle, std::memory_order_release);
   driver.cuThreadExchangeStreamCaptureMode(&mode);

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .._library import libraries
 from ..info import collect, versions
 from ..nn import Flow
 from ..testing import eager_flow
@@ -41,7 +42,10 @@ def run_bench(
     Raises:
         ValueError: an unknown peer.
         OSError: the folder cannot be written.
+        RuntimeError: this is a pure package.
     """
+    if not libraries:
+        raise RuntimeError("bench: times the compiled library, which a pure package lacks; install with a C++ compiler")
     out = Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -95,8 +99,8 @@ def run_bench(
 
 
 def _default_peers(quick: bool) -> list[str]:
-    libraries = {"FrEIA", "nflows", "normflows"}
-    missing = libraries - versions(*libraries).keys()
+    names = {"FrEIA", "nflows", "normflows"}
+    missing = names - versions(*names).keys()
     return [name for name in SYSTEMS if name not in missing and not (quick and name.startswith("compile"))]
 
 

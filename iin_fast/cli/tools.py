@@ -58,13 +58,17 @@ def check(
 def demo(
     out: Annotated[Path, typer.Option(help="run folder, with pictures, evaluation and report")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="the whole run follows from it")] = 0,
-    quick: Annotated[bool, typer.Option(help="a run of a minute that only shows that everything works")] = False,
+    quick: Annotated[
+        bool, typer.Option(help="a run of a minute; digits can be recognised, swaps are not clean yet")
+    ] = False,
 ) -> None:
     """Coloured digits: train an autoencoder and an IIN on its latents, swap digit and colour, evaluate, write a report."""
-    from ..demo import run_demo
+    from ..demo import Plan, run_demo
 
     keep_freed_memory()
-    found, page = run_demo(out, seed=seed, quick=quick, say=lambda line: console.print(line, highlight=False))
+    found, page = run_demo(
+        out, seed=seed, plan=Plan.quick() if quick else None, say=lambda line: console.print(line, highlight=False)
+    )
     show_evaluation(found)
     console.print(f"open {page}", highlight=False, soft_wrap=True)
 

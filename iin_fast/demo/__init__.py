@@ -1,5 +1,5 @@
 """The main job from one command: an IIN that swaps digit and color of handwritten digits, trained and judged here."""
 
-from .run import run_demo
+from .run import Plan, run_demo
 
-__all__ = ["run_demo"]
+__all__ = ["Plan", "run_demo"]

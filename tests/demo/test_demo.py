@@ -14,9 +14,11 @@ pytest.importorskip("tensorboard")
 
 import iin_fast
 from iin_fast.data import load_latents
-from iin_fast.demo import data, run_demo
+from iin_fast.demo import Plan, data, run_demo
 from iin_fast.demo.data import PALETTE, ColoredPairs, colorize, draw_colors, jitter, load_digits, paint, read_color
 from iin_fast.demo.first_stage import VAE, Judge, pair_latents
+
+FEW = Plan(judge_steps=40, vae_steps=40, pairs=400, iin_steps=20, max_samples=150)  # shows that everything runs
 
 
 def marked_digits(n):
@@ -40,7 +42,7 @@ def digits():
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "made" / "by the run"
     random_state = torch.get_rng_state()
-    found, page = run_demo(out, seed=3, quick=True)
+    found, page = run_demo(out, seed=3, plan=FEW)
     assert torch.equal(torch.get_rng_state(), random_state)  # the caller's own draws are not disturbed
     assert page == out / "report.html"
     return out, found
@@ -153,7 +155,7 @@ def test_report_shows_swaps_and_metrics(finished):
 
 def test_a_second_run_takes_another_folder(finished):
     with pytest.raises(FileExistsError, match="holds a run already"):
-        run_demo(finished[0], quick=True)
+        run_demo(finished[0], plan=FEW)
 
 
 def test_output_folder_that_cannot_be_written_fails_at_once(tmp_path):

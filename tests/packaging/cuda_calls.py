@@ -53,8 +53,8 @@ def others(rows: int, features: int, dtype: torch.dtype) -> None:
             (bins, 0, 0, -1, 1, -1, 1, 1e-3, 1e-3, 1e-3),
         )
         for inverse in (False, True):
-            call("spline_coupling", x, raw, *spline, inverse)
-            call("spline_coupling_backward", x, row, x, raw, *spline, inverse)
+            call("spline_coupling", x, raw, None, None, *spline, inverse)
+            call("spline_coupling_backward", x, row, x, raw, None, None, *spline, inverse)
 
 
 def everything() -> None:

@@ -106,8 +106,8 @@ def test_a_torch_without_cuda_is_named() -> None:
         "affine_coupling_backward": (x, rows, x, x, 1, 1.0, False),
         "pair_nll": (x, x, rows, rows, shared, [3], 0.9, False),
         "pair_nll_backward": (rows, x, x, shared, [3], 0.9),
-        "spline_coupling": (x, raw, *spline),
-        "spline_coupling_backward": (x, rows, x, raw, *spline),
+        "spline_coupling": (x, raw, None, None, *spline),
+        "spline_coupling_backward": (x, rows, x, raw, None, None, *spline),
     }
     for op, arguments in calls.items():
         with pytest.raises(RuntimeError, match=f"{op}: the torch in this process is built without CUDA"):
