@@ -174,7 +174,7 @@ def test_one_kernel_for_all_layers(shape: FlowShape, inverse: bool, dtype: torch
 
 
 def test_a_device_that_refuses_one_kernel_for_all_layers() -> None:
-    given = arguments(*SHAPES[2], torch.float64)
+    given = arguments(SHAPES[2], torch.float64)
     y, logdet, saved, c = forward(given, save=True)
     refused = forward(given, save=True, resident=-5)
     assert refused[3].launches == c.launches > 1
