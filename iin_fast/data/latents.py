@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from ..arrays import MISSING, to_numpy
-from ..files import safetensors_library, serialize, write_file
+from ..files import check_name, npz_bytes, parse_json, read_npz, read_tensors, serialize, write_file
 from ..iin.factors import RESIDUAL
 
 __all__ = ["MISSING", "Latents", "class_context", "load_latents", "save_arrays"]
@@ -224,14 +223,7 @@ def load_latents(path: str | os.PathLike[str]) -> Latents:
         ('labels', 4, 2, ('digit',))
     """
     file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file, expected latents in .npz or .safetensors")
-    if file.suffix == ".npz":
-        arrays = _read_npz(file)
-    elif file.suffix == ".safetensors":
-        arrays = _read_safetensors(file)
-    else:
-        raise ValueError(f"{file}: ends in {file.suffix or 'nothing'!r}, expected .npz or .safetensors")
+    arrays = read_arrays(file)
     unknown = sorted(set(arrays) - set(_KNOWN))
     if unknown:
         raise ValueError(f"{file}: holds {unknown}, expected z, labels, names, or za, zb, factor, names, or z alone")
@@ -240,7 +232,7 @@ def load_latents(path: str | os.PathLike[str]) -> Latents:
         names = np.asarray(names)
         if names.ndim != 1 or names.dtype.kind not in "US":
             raise TypeError(f"{file}: names is {names.dtype} of shape {list(names.shape)}, expected a list of strings")
-        names = [text.decode() if isinstance(text, bytes) else str(text) for text in names.tolist()]
+        names = [text.decode(errors="replace") if isinstance(text, bytes) else str(text) for text in names.tolist()]
     pair_keys = [key for key in ("za", "zb", "factor", "shared") if key in arrays]
     if "z" in arrays and pair_keys:
         raise ValueError(f"{file}: holds z and {pair_keys}, expected samples or pairs, not both")
@@ -292,19 +284,17 @@ def save_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Tensor | Arra
     """Write named arrays to ``.npz`` or ``.safetensors``; the file appears whole or not at all.
 
     Raises:
-        ValueError: another ending.
+        ValueError: another ending, a name that such files keep for themselves.
         OSError: the file can't be written.
     """
-    import io
-
     file = Path(path)
+    for name in arrays:
+        check_name(f"{file}: arrays", name)
     plain = {
         k: v.detach().cpu().contiguous().numpy() if isinstance(v, Tensor) else np.asarray(v) for k, v in arrays.items()
     }
     if file.suffix == ".npz":
-        buffer = io.BytesIO()
-        np.savez(buffer, **plain)  # type: ignore[arg-type]
-        data = buffer.getvalue()
+        data = npz_bytes(plain)
     elif file.suffix == ".safetensors":
         metadata = {k: json.dumps(v.tolist()) for k, v in plain.items() if v.dtype.kind == "U"}
         tensors = {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in plain.items() if v.dtype.kind != "U"}
@@ -316,31 +306,47 @@ def save_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Tensor | Arra
     return file
 
 
-def _read_npz(file: Path) -> dict[str, Any]:
-    try:
-        with np.load(file, allow_pickle=False) as opened:
-            if not hasattr(opened, "files"):
-                raise ValueError("one array, not an archive of named ones")
-            return {name: opened[name] for name in opened.files}
-    except (ValueError, zipfile.BadZipFile, EOFError, KeyError, OSError) as error:
-        reason = "it holds Python objects" if "pickle" in str(error) else str(error)
-        raise ValueError(f"{file}: damaged or no .npz file of plain arrays ({reason})") from error
+def read_arrays(file: Path) -> dict[str, Any]:
+    """All arrays of a file, by its ending; ``names`` in the metadata of a .safetensors file is one of them.
 
-
-def _read_safetensors(file: Path) -> dict[str, Any]:
-    safetensors = safetensors_library()
-    try:
-        with safetensors.safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            arrays: dict[str, Any] = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{file}: damaged or no safetensors file ({error})") from error
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a damaged file, or one of another kind.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file, expected arrays in .npz or .safetensors")
+    if file.suffix == ".npz":
+        return dict(read_npz(file))
+    if file.suffix != ".safetensors":
+        raise ValueError(f"{file}: ends in {file.suffix or 'nothing'!r}, expected .npz or .safetensors")
+    tensors, metadata = read_tensors(file)
+    arrays: dict[str, Any] = dict(tensors)
     if "names" in metadata:
         try:
-            arrays["names"] = np.asarray(json.loads(metadata["names"]))
-        except ValueError as error:
+            names = parse_json(metadata["names"])
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{file}: names in the metadata are no JSON list ({error})") from error
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"{file}: names in the metadata are {metadata['names'][:80]}, expected a list of strings")
+        arrays["names"] = np.asarray(names, dtype=str)
     return arrays
+
+
+def read_split(file: Path) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The rows that a run was trained on, and those that it held out.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file that is damaged.
+    """
+    arrays = read_arrays(file)
+    for name in ("train", "held_out"):
+        rows = arrays.get(name)
+        if rows is None or rows.ndim != 1 or rows.dtype.kind not in "iu":
+            raise ValueError(f"{file}: {name} is missing or no list of rows")
+        if len(rows) and rows.min() < 0:
+            raise ValueError(f"{file}: {name} has the row {rows.min()}, expected rows from 0")
+    return arrays["train"].astype(np.int64), arrays["held_out"].astype(np.int64)
 
 
 def _array(where: str, name: str, values: Any) -> np.ndarray[Any, Any]:
@@ -387,8 +393,7 @@ def _names(where: str, names: Sequence[str] | None, concepts: int) -> tuple[str,
         return tuple(str(k) for k in range(concepts))
     named = tuple(names)
     for name in named:
-        if not isinstance(name, str) or not name:
-            raise TypeError(f"{where}: names has {name!r}, expected non-empty strings")
+        check_name(f"{where}: names", name)
     if len(named) != concepts:
         raise ValueError(f"{where}: names has {len(named)} names {list(named)}, expected {concepts}, one per concept")
     if len(set(named)) != len(named):

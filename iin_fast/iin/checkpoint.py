@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import checksum, safetensors_library, serialize, write_file
+from ..files import checksum, parse_json, read_json, read_tensors, serialize, write_file
 
-__all__ = ["DTYPES", "FORMAT", "VERSION", "check", "config_file", "load", "save"]
+__all__ = ["DTYPES", "FORMAT", "VERSION", "check", "check_sizes", "config_file", "load", "save"]
 
 FORMAT = "iin_fast.IIN"
 VERSION = 1
+SIZES = ("dim", "n_flows", "hidden_dim", "hidden_depth", "context_dim", "bins", "left_out", "flat")
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32, "float64": torch.float64}
 
 
@@ -61,23 +62,17 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
         FileNotFoundError: one of the files is missing.
         ValueError: a file that is damaged or not of iin-fast.
     """
-    safetensors = safetensors_library()
     for file in (config_file(path), tensor_file(path)):
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no such file; IIN.load expects the folder that IIN.save wrote")
     config = _read_config(config_file(path))
     file = tensor_file(path)
-    try:
-        with safetensors.safe_open(file, framework="pt") as opened:
-            header = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{file}: damaged or no safetensors file ({error})") from error
+    tensors, header = read_tensors(file)
     if "config" not in header or "crc32" not in header:
         raise ValueError(f"{file}: a safetensors file, but not of an IIN (no configuration in its header)")
     try:
-        same = _parse(header["config"]) == config
-    except ValueError:
+        same = parse_json(header["config"]) == config
+    except (ValueError, RecursionError):
         same = False
     if not same:
         raise ValueError(f"{file}: written with another configuration than {config_file(path).name} beside it")
@@ -85,6 +80,27 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
         raise ValueError(f"{file}: damaged, its parameters are not those that were written (CRC-32 differs)")
     del config["format"], config["version"]
     return tensors, config
+
+
+def check_sizes(config: Mapping[str, Any], elements: int) -> None:
+    """Refuse sizes for which a file of so many elements is too small, before a model of them is made.
+
+    Raises:
+        TypeError, ValueError: a size that is no integer from 0, or too large.
+    """
+    sizes = {name: config.get(name) or 0 for name in SIZES}
+    for name, size in sizes.items():
+        if type(size) is not int or size < 0:
+            raise TypeError(f"{name} is {size!r}, expected an integer from 0")
+    kept = sizes["dim"] - sizes["left_out"]
+    least = sizes["dim"]
+    if config.get("coupling") == "linear" or config.get("flat") is not None:
+        least += kept**2
+    live = kept - sizes["flat"]
+    inner = sizes["context_dim"] + sizes["hidden_depth"] * sizes["hidden_dim"] + live // 2 * max(1, sizes["bins"])
+    least += sizes["n_flows"] * (live + sizes["hidden_dim"] * inner)
+    if least > elements:
+        raise ValueError(f"sizes of {least:,} parameters at least, but the file has {elements:,}")
 
 
 def check(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
@@ -111,22 +127,9 @@ def check(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], expected:
             raise ValueError(f"{file}: parameter {name!r} has NaN or Inf")
 
 
-def _parse(text: str) -> Any:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        if len(set(names)) != len(names):
-            raise ValueError(f"a name twice in {names}")
-        return dict(pairs)
-
-    return json.loads(text, object_pairs_hook=unique)
-
-
 def _read_config(file: Path) -> dict[str, Any]:
-    try:
-        config = _parse(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or a name twice
-        raise ValueError(f"{file}: damaged or no JSON file ({error})") from error
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
+    config = read_json(file)
+    if config.get("format") != FORMAT:
         raise ValueError(f'{file}: not written by IIN.save (expected "format": "{FORMAT}")')
     if config.get("version") != VERSION:
         raise ValueError(

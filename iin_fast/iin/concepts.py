@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_dtype, check_floating, check_rank, check_shape, checked_int, checked_number
+from ..files import check_name
 from .factors import RESIDUAL
 
 __all__ = ["ConceptPairs", "concept_pairs"]
@@ -99,8 +100,9 @@ def concept_pairs(
     n, seed = checked_int(where, "n", n), checked_int(where, "seed", seed, least=0)
     names = (name,) if rest is None else (name, rest)
     for label in names:
-        if not isinstance(label, str) or not label or label == RESIDUAL:
-            raise ValueError(f"{where}: {label!r} is no name for a factor, expected a non-empty string, not 'residual'")
+        check_name(f"{where}: name or rest", label)
+        if label == RESIDUAL:
+            raise ValueError(f"{where}: name or rest has 'residual', which is what the concepts leave over; take another name")
     if name == rest:
         raise ValueError(f"{where}: rest is {rest!r}, expected another name than the concept's")
     if rest is not None and len(with_) != len(without):

@@ -8,6 +8,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from ..checks import checked_int
+from ..files import check_name
 
 __all__ = ["RESIDUAL", "Factors", "factor_sizes"]
 
@@ -34,8 +35,7 @@ def factor_sizes(dim: int, factors: Mapping[str, int] | None, *, where: str = "f
         raise TypeError(f"{where}: factors is a {kind}, expected a mapping of name to size, like {{'digit': 22}}")
     sizes: dict[str, int] = {}
     for name, size in factors.items():
-        if not isinstance(name, str) or not name:
-            raise TypeError(f"{where}: factors has the name {name!r}, expected a non-empty string")
+        check_name(f"{where}: factors", name)
         sizes[name] = checked_int(where, f"factors[{name!r}]", size)
     total = sum(sizes.values())
     if RESIDUAL in sizes:
@@ -94,8 +94,7 @@ class Factors(Mapping[str, Tensor]):
             raise ValueError("Factors: parts is empty, expected at least one factor")
         first = None
         for name, part in parts.items():
-            if not isinstance(name, str) or not name:
-                raise TypeError(f"Factors: parts has the name {name!r}, expected a non-empty string")
+            check_name("Factors: parts", name)
             if not isinstance(part, Tensor):
                 raise TypeError(f"Factors: {name!r} is a {type(part).__name__}, expected a torch.Tensor [batch, size]")
             if part.dim() != 2 or part.shape[1] == 0:

@@ -542,6 +542,7 @@ class IIN(nn.Module):
         # Drawn from a generator of its own: loading a model leaves the global random state alone.
         generator = torch.Generator().manual_seed(0)
         try:
+            checkpoint.check_sizes(config, sum(tensor.numel() for tensor in tensors.values()))
             dtype = checkpoint.DTYPES[config.pop("dtype")]
             left_out = config.pop("left_out", None)  # None: no map before the flow
             if left_out is not None:
@@ -550,11 +551,14 @@ class IIN(nn.Module):
                 model: IIN = linear.LinearIIN._of_config(config, dtype)
             else:
                 model = cls(**config, dtype=dtype, device="cpu", generator=generator, memory=memory)
-        except (KeyError, TypeError, ValueError) as error:
+        except (ArithmeticError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{checkpoint.config_file(path)}: no valid configuration of an IIN ({error!r})") from error
         checkpoint.check(path, tensors, model.state_dict())
         model.load_state_dict(tensors)
-        return model.to(device)
+        try:
+            return model.to(device)
+        except (AssertionError, RuntimeError) as error:
+            raise ValueError(f"IIN.load: device is {str(device)!r}, which is not there: {error}") from error
 
     @property
     def config(self) -> dict[str, Any]:

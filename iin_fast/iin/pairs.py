@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..arrays import MISSING, to_numpy
 from ..checks import checked_int
+from ..files import check_name
 
 __all__ = ["PairBatches", "PairSampler", "Pairs"]
 
@@ -392,8 +393,7 @@ def _table(
     if table.min() < MISSING:
         raise ValueError(f"PairSampler: labels have the value {table.min()}, expected none below 0 but -1 for unknown")
     for name in names:
-        if not isinstance(name, str) or not name:
-            raise TypeError(f"PairSampler: names has {name!r}, expected non-empty strings")
+        check_name("PairSampler: names", name)
     if len(set(names)) != len(names):
         raise ValueError(f"PairSampler: names has one twice: {list(names)}")
     return table, tuple(names)

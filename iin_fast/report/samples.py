@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..data import class_context
+from ..data.latents import read_split
 from ..iin import IIN
 from .sheets import as_images, grid, inside, with_margins, write_sheet
 
@@ -57,8 +58,7 @@ class Shown:
             raise ValueError(f"{where}: images has {len(images)} samples, expected {len(z)} like the latents")
         rows = np.arange(len(z))
         if split is not None and split.is_file():
-            with np.load(split) as arrays:
-                held_out = arrays["held_out"]
+            held_out = read_split(split)[1]
             if len(held_out) >= 2 and held_out.max() < len(z):
                 rows = held_out
         self.model, self.decoder = model, decoder

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 from collections.abc import Callable, Mapping
 from functools import cache, partial
@@ -13,10 +12,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ..files import write_file
+from ..files import read_json, write_file
 from ..iin import IIN, LinearIIN
 from ..iin.factors import RESIDUAL
 from ..train import held_out_rise
+from ..train.run_folder import recorded
 from . import metrics, sheets
 from .samples import Images, Shown, interpolations, swaps
 
@@ -65,6 +65,9 @@ UNSAID = {
     *("settings/hidden_depth", "settings/log_every", "settings/held_out_every", "settings/save_every"),
 }
 
+# What comes of a number that is a text, or of an entry that is not there, wherever the page reads it.
+DAMAGE = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
+
 Log = Mapping[str, tuple[list[float], list[float]]]  # column to steps and values
 
 
@@ -105,47 +108,60 @@ def write_report(
     sheets.require_matplotlib("write_report")
     folder = Path(run_folder)
     model = IIN.load(folder)
-    run, evaluation = _json(folder / "run.json"), _json(folder / "evaluation.json")
-    log = _log(folder / "logs" / "metrics.csv")
-    if run.get("settings", {}).get("patience") and "loss" in log:  # it may have stopped early
-        run = {**run, "steps": int(log["loss"][0][-1])}
-    known = run.get("settings", {}).get("context")
+    run = recorded(folder)
+    settings, damage = run.get("settings", {}), (*DAMAGE, _jinja2().TemplateError)
     split: Path | None = folder / "split.npz"
     if hasattr(latents, "fingerprint") and latents.fingerprint() != run.get("latents", {}).get("sha256"):
         split = None  # other latents than those it was trained on: all of them are held out
-    shown = None if latents is None else Shown(model, latents, decoder, images, split, known)
-    page = _template().render(
-        model=model,
-        parts=[*model.concepts, *(["the rest"] if RESIDUAL in model.sizes else [])],
-        residual=RESIDUAL,
-        run=run,
-        source=Path(_path_of(run.get("latents"))).name,
-        evaluation=evaluation,
-        cards=metrics.cards(evaluation, log),
-        swaps=swaps(shown, folder),
-        ways=interpolations(shown, folder),
-        columns=list(metrics.columns_of(evaluation).values()),
-        lines=metrics.lines(evaluation),
-        own=metrics.own_correlations(evaluation),
-        shared=metrics.shared_correlations(evaluation),
-        information=metrics.information(evaluation),
-        advice=held_out_rise(folder),
-        plots=_plots(log),
-        speed=np.quantile(log["samples_per_second"][1], [0, 0.5, 1]).tolist() if "samples_per_second" in log else None,
-        facts=_facts(model, run),
-    )
+    shown = None if latents is None else Shown(model, latents, decoder, images, split, settings.get("context"))
+    pictures = {"swaps": swaps(shown, folder), "ways": interpolations(shown, folder)}
+    file = folder / "evaluation.json"
+    evaluation = read_json(file) if file.is_file() else {}
+    log = _log(folder / "logs" / "metrics.csv")
+    if settings.get("patience") and "loss" in log:  # it may have stopped early
+        run = {**run, "steps": int(log["loss"][0][-1])}
+    try:
+        page = _template().render(
+            model=model,
+            parts=[*model.concepts, *(["the rest"] if RESIDUAL in model.sizes else [])],
+            residual=RESIDUAL,
+            run=run,
+            source=Path(_path_of(run.get("latents"))).name,
+            evaluation=evaluation,
+            cards=metrics.cards(evaluation, log),
+            columns=list(metrics.columns_of(evaluation).values()),
+            lines=metrics.lines(evaluation),
+            own=metrics.own_correlations(evaluation),
+            shared=metrics.shared_correlations(evaluation),
+            information=metrics.information(evaluation),
+            advice=held_out_rise(folder),
+            plots=_plots(log),
+            speed=np.quantile(log["samples_per_second"][1], [0, 0.5, 1]).tolist() if "samples_per_second" in log else None,
+            facts=_facts(model, run),
+            **pictures,
+        )
+    except damage as error:
+        raise ValueError(
+            f"{folder}: evaluation.json, run.json or logs/metrics.csv is damaged or of another version ({error!r}); "
+            "iin-fast evaluate writes the first anew"
+        ) from error
     path = folder / "report.html"
     write_file(path, page.encode())
     return path
 
 
+def _jinja2() -> Any:
+    import jinja2
+
+    return jinja2
+
+
 @cache
 def _template() -> Any:
     """The page, into which all that is inserted is escaped."""
-    from jinja2 import Environment, PackageLoader
-
-    loader = PackageLoader("iin_fast.report")
-    return Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True).get_template("page.html")
+    jinja2 = _jinja2()
+    loader = jinja2.PackageLoader("iin_fast.report")
+    return jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True).get_template("page.html")
 
 
 def _plots(log: Log) -> list[dict[str, str]]:
@@ -237,19 +253,6 @@ def _path_of(latents: Any) -> str:
     if isinstance(latents, Mapping):
         latents = latents.get("path")
     return latents if isinstance(latents, str) else ""
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """The file's dictionary; empty where there is no file."""
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: damaged or no JSON file ({error})") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: holds a {type(found).__name__}, expected a JSON object")
-    return found
 
 
 def _log(path: Path) -> dict[str, tuple[list[float], list[float]]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 import os
 import time
@@ -12,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ..files import write_file
+from ..files import read_json, write_file
 
 __all__ = ["COLUMNS", "Bar", "Log", "early_end", "event_writer", "held_out_rise"]
 
@@ -131,7 +130,7 @@ def held_out_rise(run: str | os.PathLike[str]) -> str:
             for line in csv.DictReader(stream)
             if line["held_out_loss"]
         ]
-    record = json.loads(made.read_text(encoding="utf-8"))
+    record = read_json(made)
     settings = record.get("settings", {})
     if (
         settings.get("keep") == "swaps"
@@ -154,7 +153,7 @@ def early_end(run: str | os.PathLike[str]) -> str:
     file, made = folder / "logs" / "metrics.csv", folder / "run.json"
     if not file.is_file() or not made.is_file():
         return ""
-    record = json.loads(made.read_text(encoding="utf-8"))
+    record = read_json(made)
     with open(file, newline="", encoding="utf-8") as stream:
         done = max((int(line["step"]) for line in csv.DictReader(stream)), default=0)
     patience = record.get("settings", {}).get("patience")

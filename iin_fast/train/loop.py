@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import Latents, class_context, load_latents
-from ..files import safetensors_library, write_file
+from ..files import npz_bytes, read_json, safetensors_library, write_file
 from ..iin import IIN, FactorLoss, Factors, Inputs, checkpoint
 from ..iin.factors import RESIDUAL
 from ..iin.linear import white_inputs
@@ -456,9 +455,7 @@ class _Training:
             "versions": _versions(),
         }
         write_file(self.folder / "run.json", (json.dumps(record, indent=2) + "\n").encode())
-        buffer = io.BytesIO()
-        np.savez(buffer, train=train_rows, held_out=held_rows)
-        write_file(self.folder / "split.npz", buffer.getvalue())
+        write_file(self.folder / "split.npz", npz_bytes({"train": train_rows, "held_out": held_rows}))
 
 
 def _concepts(data: Latents, settings: Settings) -> tuple[str, ...]:
@@ -526,10 +523,10 @@ def _check_folder(run: Path, data: Latents, settings: Settings, resume: bool) ->
     file = run / "run.json"
     if not file.is_file():
         return
+    record = read_json(file)
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
         before = {"latents": record["latents"]["sha256"], **record["settings"]}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(f"{file}: damaged, or not of a training ({error!r})") from error
     now = {"latents": data.fingerprint(), **settings.record()}
     for name in now:

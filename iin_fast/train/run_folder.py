@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ..checks import checked_int
 from ..data import Latents, class_context, load_latents
+from ..data.latents import read_arrays, read_split
 from ..evaluate.likelihood import in_parts
-from ..files import write_file
+from ..files import read_json, write_file
 from ..iin import IIN, Factors
 from ..iin.model import outlier_share
 
@@ -342,7 +343,7 @@ def report(
 
     folder = Path(run)
     if latents is None:
-        path = _recorded(folder).get("latents", {}).get("path")
+        path = recorded(folder).get("latents", {}).get("path")
         data = load_latents(path) if path and Path(path).is_file() else None
     else:
         data = _latents(latents)
@@ -400,7 +401,7 @@ def _z(run: PathLike, model: IIN, latents: Source) -> tuple[Tensor, Tensor | Non
 
 def _context_name(run: PathLike) -> str:
     """The concept whose class is the context of the run's model."""
-    name = _recorded(Path(run)).get("settings", {}).get("context")
+    name = recorded(Path(run)).get("settings", {}).get("context")
     if not isinstance(name, str):
         raise ValueError(
             f"{os.fspath(run)}: its model wants a context, but run.json does not say which; use iin_fast.IIN"
@@ -428,23 +429,21 @@ def _given_context(where: str, run: PathLike, model: IIN, context: Context, n: i
     return found.to(model.dtype)
 
 
-def _recorded(run: Path) -> dict[str, Any]:
+def recorded(run: Path) -> dict[str, Any]:
     """What the training wrote of itself; empty for a folder of ``IIN.save``."""
     file = run / "run.json"
     if not file.is_file():
         return {}
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(record, dict) or not isinstance(record.get("latents", {}), dict):
-            raise ValueError("no JSON object of a training")
-    except ValueError as error:
-        raise ValueError(f"{file}: damaged ({error})") from error
+    record = read_json(file)
+    for name in ("latents", "settings"):
+        if not isinstance(record.get(name, {}), dict):
+            raise ValueError(f"{file}: {name} is {record[name]!r}, expected a JSON object")
     return record
 
 
 def _held_out(run: Path, latents: Source | None) -> tuple[Latents, NDArray[np.int64] | None, NDArray[np.int64]]:
     """Latents, the rows to learn on (None: half of the others) and the rows that are held out."""
-    trained = _recorded(run).get("latents", {})
+    trained = recorded(run).get("latents", {})
     path = trained.get("path")
     if latents is None and path is None:
         raise ValueError(f"{run}: does not say which latents it was trained on; name the latents")
@@ -455,8 +454,10 @@ def _held_out(run: Path, latents: Source | None) -> tuple[Latents, NDArray[np.in
         if latents is None:
             raise ValueError(f"{path}: changed since the training; name latents that are held out")
         return data, None, np.arange(data.n)
-    with np.load(run / "split.npz") as split:
-        train_rows, held_rows = split["train"], split["held_out"]
+    train_rows, held_rows = read_split(run / "split.npz")
+    last = max(train_rows.max(initial=-1), held_rows.max(initial=-1))
+    if last >= data.n:
+        raise ValueError(f"{run / 'split.npz'}: has the row {last}, expected below {data.n}, the rows of the latents")
     if len(held_rows) == 0:
         raise ValueError(f"{run}: the training held nothing out; name other latents")
     return data, train_rows, held_rows
@@ -486,7 +487,7 @@ def _evaluate_density(
     if context is not None:
         options |= {"context": context[held_rows], "train_context": context[train_rows]}
     if data.shared is not None:
-        options |= {"names": data.names, "rho": _recorded(run).get("settings", {}).get("rho")}
+        options |= {"names": data.names, "rho": recorded(run).get("settings", {}).get("rho")}
         for name, rows in (("shared", held_rows), ("train_shared", train_rows)):
             options[name] = data.shared[torch.from_numpy(units(data, rows))]
     result = evaluate_unlabelled(model, data.z[held_rows], data.z[train_rows], **options)
@@ -496,15 +497,8 @@ def _evaluate_density(
 
 
 def _factor_file(file: Path) -> dict[str, Tensor]:
-    from ..data.latents import _read_npz, _read_safetensors
-
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file, expected factors in .npz or .safetensors")
-    if file.suffix not in (".npz", ".safetensors"):
-        raise ValueError(f"{file}: ends in {file.suffix or 'nothing'!r}, expected .npz or .safetensors")
-    arrays = _read_npz(file) if file.suffix == ".npz" else _read_safetensors(file)
     factors: dict[str, Tensor] = {}
-    for name, array in arrays.items():
+    for name, array in read_arrays(file).items():
         numbers = isinstance(array, Tensor) or array.dtype.kind == "f"
         part = torch.as_tensor(array) if numbers else torch.empty(0, dtype=torch.bool)
         if not part.is_floating_point() or part.dim() != 2:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import checksum, safetensors_library, serialize, sync_folder, write_file
+from ..files import checksum, parse_json, read_json, read_tensors, serialize, sync_folder, write_file
 from ..iin import IIN, checkpoint
 
 __all__ = ["Progress", "latest", "load", "publish", "save", "tidy"]
@@ -122,19 +122,20 @@ def load(folder: Path, device: torch.device | str = "cpu") -> tuple[IIN, Progres
     for path in (file, beside):
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file; the checkpoint is not whole")
-    safetensors = safetensors_library()
     try:
-        with safetensors.safe_open(file, framework="pt") as opened:
-            header = opened.metadata() or {}
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
-        record = json.loads(beside.read_text(encoding="utf-8"))
-        same = json.loads(header.get("training", "null")) == record
-    except (safetensors.SafetensorError, ValueError) as error:
+        tensors, header = read_tensors(file)
+        record = read_json(beside)
+        same = parse_json(header.get("training", "null")) == record
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{folder}: damaged checkpoint ({error})") from error
     if not same or record.get("format") != FORMAT or header.get("crc32") != checksum(tensors):
         raise ValueError(f"{folder}: damaged checkpoint, {file.name} is not what was written with {beside.name}")
-    if record["version"] != VERSION:
-        raise ValueError(f"{folder}: version {record['version']!r} of the format, expected {VERSION}; update iin-fast")
+    if record.get("version") != VERSION:
+        raise ValueError(
+            f"{folder}: version {record.get('version')!r} of the format, expected {VERSION}; update iin-fast"
+        )
+    if type(record.get("step")) is not int or "sampler" not in record or "sums" not in tensors:
+        raise ValueError(f"{folder}: damaged checkpoint, without its step, sampler or sums")
     optimizer: dict[str, dict[str, Tensor]] = {}
     random: dict[str, Tensor] = {}
     swaps: dict[str, Tensor] = {}

@@ -137,7 +137,7 @@ def test_missing_folder(tmp_path):
         (b'{"format": "iin_fast.IIN", "version"', "damaged or no JSON file"),
         (b'{"a": 1, "a": 2}', "a name twice"),
         (b"[" * 100_000, "damaged or no JSON file"),
-        (b"[]", "not written by IIN.save"),
+        (b"[]", "holds a list, expected a JSON object"),
         (b'{"architectures": ["BertModel"], "hidden_size": 768}', "not written by IIN.save"),
         (b'{"format": "iin_fast.IIN", "version": 2}', "version 2 of the format, expected 1"),
         (b'{"format": "iin_fast.IIN"}', "version None"),

@@ -76,7 +76,7 @@ def test_noise_is_in_deviations_of_each_feature():
         (dict(background=BACKGROUND.to("meta")), ValueError, "background is on meta"),
         (dict(rest="rest"), ValueError, "without has 4 latents, expected 5 like with_"),
         (dict(with_=WITH[:4], rest="concept"), ValueError, "expected another name"),
-        (dict(name="residual"), ValueError, "'residual' is no name for a factor"),
+        (dict(name="residual"), ValueError, "'residual', which is what the concepts leave over"),
         (dict(background_share=1.0), ValueError, "background_share is 1.0"),
         (dict(noise=-1.0), ValueError, "noise is -1.0"),
         (dict(n=0), ValueError, "n is 0"),
