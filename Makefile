@@ -133,3 +133,24 @@ gpu:
 
 clean:
 	rm -rf build dist *.egg-info iin_fast/lib iin_fast/_build_info.py
+
+# Faults. docs/reliability.md says what each campaign promises, and what the last one found.
+.PHONY: fuzz kill soak sanitize
+MINUTES ?= 10
+KILLS ?= 50
+
+# New cases for that many minutes: ops, modules, programs, files, commands. make test has a short seeded set.
+fuzz: build
+	IIN_FAST_FUZZ_MINUTES=$(MINUTES) $(BIN)/python -m pytest -n 0 -s -q tests/fuzz
+
+# Trainings killed at random moments, stopped by signals, on a full disk, and with a dying rank.
+kill: build
+	$(BIN)/python -m tests.faults.kill --kills $(KILLS)
+
+# Training steps, evaluations, saves and loads for that many minutes: resident memory and speed.
+soak: build
+	$(BIN)/python -m tests.faults.soak --minutes $(MINUTES)
+
+# The compiled ops and the emulated CUDA kernels under AddressSanitizer, UBSan and ThreadSanitizer.
+sanitize: build
+	$(BIN)/python -m tests.faults.sanitize

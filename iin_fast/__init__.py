@@ -2,6 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from . import _interrupt as _interrupt
 from . import allocator, data, functional, nn, testing
 from .backends import backend
 from .dropin import accelerate, patch, restore, unpatch

@@ -18,7 +18,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 __all__ = [
-    *("check_name", "checksum", "npz_bytes", "parse_json", "read_json", "read_npz", "read_tensors", "safetensors_library"),
+    *(
+        "check_name",
+        "checksum",
+        "npz_bytes",
+        "parse_json",
+        "read_json",
+        "read_npz",
+        "read_tensors",
+        "safetensors_library",
+    ),
     *("serialize", "sync_folder", "write_file"),
 ]
 

@@ -2,6 +2,7 @@
 Threads are tested where a test sets their number (tests/ops)."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,17 +13,22 @@ import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
+if (
+    signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+):  # of a shell's background job; trainings respect that, tests of Ctrl-C can't
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 collect_ignore = ["conftest.py"]  # the search for doctests would import it a second time, under the name of another one
 
 # What `make test-fast` leaves out: files that compile, start many processes or train for long. Together they take nine tenths
 # of the time of `make test`, and are a tenth of its tests.
 SLOW = """
-    api/test_import_again backends/test_triton composition/test_compile composition/test_distributed composition/test_export composition/test_onnx
-    benchmarks/test_gpu_script cuda_emulator/test_emulator demo/test_demo docs/test_docs docs/test_examples docs/test_readme
-    dropin/test_onnx dropin/test_sbi evaluate/test_evaluate flow/test_sanitized ops/test_affine_coupling_cuda ops/test_extremes
-    ops/test_flow_cuda ops/test_spline_coupling_cuda ops/test_spline_extremes packaging/test_cuda_launches packaging/test_distribution
-    packaging/test_gpu_report packaging/test_pure report/test_report train/test_allocator train/test_chosen train/test_commands train/test_kill
-    train/test_two_nodes
+    api/test_import_again backends/test_triton benchmarks/test_gpu_script cli/test_faults composition/test_compile
+    composition/test_distributed composition/test_export composition/test_onnx cuda_emulator/test_emulator demo/test_demo
+    docs/test_docs docs/test_examples docs/test_readme dropin/test_onnx dropin/test_sbi evaluate/test_evaluate flow/test_sanitized
+    ops/test_affine_coupling_cuda ops/test_extremes ops/test_flow_cuda ops/test_spline_coupling_cuda ops/test_spline_extremes
+    packaging/test_cuda_launches packaging/test_distribution packaging/test_gpu_report packaging/test_pure report/test_report
+    train/test_allocator train/test_chosen train/test_commands train/test_kill train/test_lock train/test_two_nodes
 """
 SLOW_FILES = {Path(__file__).parent / f"{name}.py" for name in SLOW.split()}
 assert all(file.exists() for file in SLOW_FILES), "SLOW names a file that is no longer there"

@@ -8,6 +8,7 @@ try:
 except ImportError as missing:
     raise SystemExit(f"iin-fast: the command line needs {missing.name}: pip install 'iin-fast[cli]'") from missing
 
+from .._interrupt import raise_on_interrupt
 from . import method, tools
 from .console import Commands
 
@@ -27,4 +28,5 @@ for panel, commands in (("The method", METHOD), ("This machine", MACHINE)):
 
 
 def main() -> None:
+    raise_on_interrupt()
     app()

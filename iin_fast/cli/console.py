@@ -1,5 +1,6 @@
 """Where the commands print, and how they fail: one line, no traceback."""
 
+import os
 from typing import Any
 
 import typer
@@ -12,15 +13,24 @@ console = Console()
 errors = Console(stderr=True)
 
 
+EXPECTED = (ArithmeticError, ImportError, OSError, RuntimeError, TypeError, ValueError)
+
+
 class Commands(typer.core.TyperGroup):
-    """Commands whose errors are one line on stderr and exit code 2."""
+    """Commands whose errors are one line on stderr and exit code 2; Ctrl-C gives 130."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except (typer.Abort, typer.Exit):  # RuntimeErrors themselves
             raise
-        except (ArithmeticError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
-            text = " ".join(str(error).split()) or type(error).__name__
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+        except Exception as error:
+            if os.environ.get("IIN_FAST_TRACEBACK"):
+                raise
+            text = " ".join(str(error).split())
+            if not text or not isinstance(error, EXPECTED):
+                text = f"{type(error).__name__}: {text}; IIN_FAST_TRACEBACK=1 shows where"
             errors.print(f"[red]error:[/red] {escape(text)}", highlight=False, soft_wrap=True)
             raise typer.Exit(2) from error

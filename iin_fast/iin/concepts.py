@@ -102,7 +102,9 @@ def concept_pairs(
     for label in names:
         check_name(f"{where}: name or rest", label)
         if label == RESIDUAL:
-            raise ValueError(f"{where}: name or rest has 'residual', which is what the concepts leave over; take another name")
+            raise ValueError(
+                f"{where}: name or rest has 'residual', which is what the concepts leave over; take another name"
+            )
     if name == rest:
         raise ValueError(f"{where}: rest is {rest!r}, expected another name than the concept's")
     if rest is not None and len(with_) != len(without):

@@ -305,7 +305,7 @@ class Flow(DataDependentStart, Density):
                 "methods other than forward with torch.distributed.fsdp.register_fsdp_forward_method(module, 'inverse')"
             )
         if (context is None) != (self.context_dim == 0):
-            got, wanted = "None" if context is None else list(context.shape), "None"
+            got, wanted = list(context.shape) if isinstance(context, Tensor) else repr(context), "None"
             if self.context_dim:
                 wanted = f"[{x.shape[0]}, {self.context_dim}] (context_dim is {self.context_dim})"
             raise ValueError(f"Flow: context is {got}, expected {wanted}")

@@ -82,6 +82,7 @@ class RowFlow(Density):
                 wide == 0
                 if context is None
                 else wide > 0
+                and isinstance(context, Tensor)
                 and context.shape == (x.shape[0], wide)
                 and context.dtype == like.dtype
                 and context.device == like.device
@@ -94,9 +95,9 @@ class RowFlow(Density):
         where = type(self).__name__
         check_features(where, name, x, self.dim)
         wanted = [x.shape[0], self.context_dim] if self.context_dim else None
-        got = None if context is None else list(context.shape)
+        got = list(context.shape) if isinstance(context, Tensor) else context
         if got != wanted:
-            raise ValueError(f"{where}: context is {got}, expected {wanted}")
+            raise ValueError(f"{where}: context is {got!r}, expected {wanted}")
         for argument, value in ((name, x), ("context", context)):
             if value is not None:
                 check_floating(where, argument, value)

@@ -136,7 +136,9 @@ def write_report(
             information=metrics.information(evaluation),
             advice=held_out_rise(folder),
             plots=_plots(log),
-            speed=np.quantile(log["samples_per_second"][1], [0, 0.5, 1]).tolist() if "samples_per_second" in log else None,
+            speed=np.quantile(log["samples_per_second"][1], [0, 0.5, 1]).tolist()
+            if "samples_per_second" in log
+            else None,
             facts=_facts(model, run),
             **pictures,
         )
@@ -161,7 +163,9 @@ def _template() -> Any:
     """The page, into which all that is inserted is escaped."""
     jinja2 = _jinja2()
     loader = jinja2.PackageLoader("iin_fast.report")
-    return jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True).get_template("page.html")
+    return jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True).get_template(
+        "page.html"
+    )
 
 
 def _plots(log: Log) -> list[dict[str, str]]:

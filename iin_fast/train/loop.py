@@ -11,7 +11,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,16 @@ from ..iin.linear import white_inputs
 from . import state
 from .batches import Batch, Batches, estimate_sizes, fit_linear, split_rows, units
 from .judge import SwapJudge
+from .lock import lock
 from .logs import Bar, Log, event_writer, held_out_rise
+from .numerics import first_not_finite, not_finite_part
 from .settings import Facts, Settings
 
 __all__ = ["train"]
 
 HELD_OUT_PAIRS = 1024
+# What the loss may rise by, in nats per dimension of either latent, and over how many steps it is averaged.
+MOST_RISE, MOST_RISE_AT_END, RECENT_STEPS = 10.0, 1.0, 10
 
 
 def train(
@@ -77,9 +81,11 @@ def train(
 
     Raises:
         FileExistsError: ``out`` holds a run, and ``resume`` is False.
-        FloatingPointError: the loss or a parameter is not finite; the last checkpoint stays.
+        FloatingPointError: the loss, a gradient or a parameter is not finite, with the block and layer where that begins, or
+            the loss rose by 10 nats per dimension, or by 1 at the end; the last checkpoint stays.
         ImportError: lightning-fabric, tensorboard or safetensors is missing.
-        KeyboardInterrupt: after Ctrl-C or SIGTERM; a checkpoint of the last step is written before.
+        KeyboardInterrupt: after Ctrl-C, SIGTERM or SIGHUP; a checkpoint of the last step is written before.
+        RuntimeError: another training is at work in ``out``.
         TypeError, ValueError: latents, settings or a checkpoint that don't fit, factors of no dimensions.
 
     References:
@@ -102,18 +108,19 @@ def train(
     settings = settings.chosen(known)
     fabric = _fabric(accelerator, devices, nodes, strategy, settings)
     run = Path(out)
-    if fabric.is_global_zero:
-        _check_folder(run, data, settings, resume)
-    fabric.barrier()
-    found = state.latest(run) if resume else None
-    fabric.barrier()  # nothing is written before all have looked
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)
-        training = _Training(fabric, data, run, settings, found, progress)
-        if progress and fabric.is_global_zero:
-            print(settings.text(known), flush=True)
-        model = training.run()
-    fabric.barrier()
+    with lock(run) if fabric.is_global_zero else nullcontext():
+        if fabric.is_global_zero:
+            _check_folder(run, data, settings, resume)
+        fabric.barrier()
+        found = state.latest(run) if resume else None
+        fabric.barrier()  # nothing is written before all have looked
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)
+            training = _Training(fabric, data, run, settings, found, progress)
+            if progress and fabric.is_global_zero:
+                print(settings.text(known), flush=True)
+            model = training.run()
+        fabric.barrier()
     if settings.keep != "last":
         model.load_state_dict(checkpoint.load(run)[0])
     advice = held_out_rise(run) if fabric.is_global_zero else ""
@@ -212,6 +219,8 @@ class _Training:
             self.sums.copy_(own)
             torch.set_rng_state(self.progress.random["torch"])
         self.raw_optimizer = optimizer
+        self.first_loss = self.recent_loss = math.inf  # of the first step of this process, and of about ten steps
+        self.pairs: list[Tensor] = []  # of this step
         self.saved = self.progress.step if found is not None else None
 
     def _fresh(self, concepts: tuple[str, ...], train_rows: np.ndarray[Any, Any]) -> IIN:
@@ -283,6 +292,8 @@ class _Training:
         size, rank = settings.batch // fabric.world_size, fabric.global_rank
         own = slice(rank * size, (rank + 1) * size)
         device = fabric.device
+        # Every step where that costs nothing; else each line of the log, where all processes meet.
+        watched = device.type == "cpu" and fabric.world_size == 1
         log = Log(self.folder, self.progress.step) if fabric.is_global_zero else None
         self.wrapped.train()
         try:
@@ -300,10 +311,18 @@ class _Training:
                     rate = settings.rate(step)
                     for group in self.optimizer.param_groups:
                         group["lr"] = rate
-                    loss, nats = self.wrapped(*(x.to(device, non_blocking=True) for x in self._pairs(step, own)))
+                    self.pairs = self._pairs(step, own)
+                    loss, nats = self.wrapped(*(x.to(device, non_blocking=True) for x in self.pairs))
+                    if step == steps[0]:
+                        self.first_loss = self.recent_loss = fabric.all_reduce(loss.detach()).item()
+                    if watched:
+                        self._check_finite(loss.item())
                     fabric.backward(loss)
                     if settings.clip:
-                        nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
+                        norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip)
+                        if watched and not math.isfinite(norm):
+                            part = not_finite_part((name, p.grad) for name, p in self.model.named_parameters())
+                            raise self._failure(f"the gradient of {part or 'all parameters together'} is not finite")
                     self.optimizer.step()
                     self.optimizer.zero_grad()
                     self.sums += torch.stack([loss.detach().double(), nats.double(), torch.ones_like(nats).double()])
@@ -338,6 +357,8 @@ class _Training:
         sums = self.fabric.all_reduce(self.sums.clone(), reduce_op="mean").tolist()
         loss, nats = sums[0] / sums[2], sums[1] / sums[2]
         self._check_finite(loss)
+        self.recent_loss += (loss - self.recent_loss) * min(1.0, sums[2] / RECENT_STEPS)
+        self._check_risen(self.recent_loss)
         self.sums.zero_()
         done = self.progress.step
         seconds = time.perf_counter() - self.clock
@@ -396,6 +417,12 @@ class _Training:
         progress.sums = fabric.all_gather(self.sums).reshape(fabric.world_size, 3).cpu()
         if not torch.isfinite(progress.sums).all():
             self._check_finite(math.nan)
+        if self.pairs:  # a step may have spoilt what it learned from: such a model takes no good one's place
+            with torch.no_grad(), fabric.autocast():
+                loss = self.objective(*(x.to(fabric.device) for x in self.pairs))[0]
+            loss = fabric.all_reduce(loss).item()
+            self._check_finite(loss)
+            self._check_risen(loss)
         if fabric.is_global_zero and self.saved != progress.step:
             if log is not None:
                 log.sync()
@@ -405,23 +432,33 @@ class _Training:
             try:
                 state.save(self.folder, self.model, progress)
             except ValueError as error:  # NaN or Inf
-                self._check_finite(math.nan, str(error))
+                raise self._failure(str(error)) from error
         self.saved = progress.step
         fabric.barrier()
         self.clock += time.perf_counter() - begin
 
-    def _check_finite(self, loss: float, detail: str = "") -> None:
+    def _check_finite(self, loss: float) -> None:
         if math.isfinite(loss):
             return
-        what = detail or "the loss is not finite"
+        za, zb, _, *context = self.pairs
+        where = first_not_finite(self.model, torch.cat([za, zb]), *context)
+        raise self._failure("the loss is not finite" + (f" (first: {where})" if where else ""))
+
+    def _check_risen(self, loss: float) -> None:
+        """Whether a loss is so far above that of the first step that the training has diverged."""
+        most = MOST_RISE_AT_END if self.progress.step == self.settings.steps else MOST_RISE
+        if loss > self.first_loss + most * 2 * self.data.dim:
+            raise self._failure(f"the loss rose from {self.first_loss:.4g} to {loss:.4g} nats per pair")
+
+    def _failure(self, what: str) -> FloatingPointError:
         kept = (
             f"the checkpoint of step {self.saved} is intact"
             if self.saved is not None
             else "no checkpoint was written yet"
         )
-        raise FloatingPointError(
-            f"train: {what} at step {self.progress.step} or shortly before; {kept}. A lower learning_rate (now "
-            f"{self.settings.rate(self.progress.step - 1):.3g}) or a larger batch helps; so do latents without "
+        return FloatingPointError(
+            f"train: {what} after step {self.progress.step} or shortly before; {kept}. A lower learning_rate (now "
+            f"{self.settings.rate(max(0, self.progress.step - 1)):.3g}) or a larger batch helps; so do latents without "
             "outliers and constant features"
         )
 
@@ -539,7 +576,7 @@ def _check_folder(run: Path, data: Latents, settings: Settings, resume: bool) ->
 
 @contextmanager
 def _stop_signals() -> Iterator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set; a second one of them acts as usual."""
+    """An event that Ctrl-C, SIGTERM and SIGHUP set; a second one of them acts as usual. What is ignored (nohup, ``&``) stays so."""
     event = threading.Event()
     before: dict[signal.Signals, Any] = {}
 
@@ -549,8 +586,9 @@ def _stop_signals() -> Iterator[threading.Event]:
             signal.signal(signum, handler)
 
     if threading.current_thread() is threading.main_thread():
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            before[signum] = signal.signal(signum, stop) or signal.SIG_DFL
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(signum) != signal.SIG_IGN:
+                before[signum] = signal.signal(signum, stop) or signal.SIG_DFL
     try:
         yield event
     finally:

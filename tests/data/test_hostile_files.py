@@ -67,7 +67,9 @@ def archive(file, members, compression=zipfile.ZIP_STORED):
 
 
 def tensors(file, entries, body=b"", metadata=None):
-    head = {name: {"dtype": kind, "shape": shape, "data_offsets": span} for name, (kind, shape, span) in entries.items()}
+    head = {
+        name: {"dtype": kind, "shape": shape, "data_offsets": span} for name, (kind, shape, span) in entries.items()
+    }
     text = json.dumps(head | ({} if metadata is None else {"__metadata__": metadata})).encode()
     file.write_bytes(struct.pack("<Q", len(text)) + text + body)
     return file

@@ -320,7 +320,9 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(latents, setting
     z = latents.z.clone()
     z[split_rows(latents, 0.1)[0][::100]] = 1e25  # a few outliers; their squares are no float32
     broken = Latents.of(z, latents.labels, latents.names)
-    with pytest.raises(FloatingPointError, match="not finite at step 10 or shortly before; no checkpoint was written"):
+    with pytest.raises(
+        FloatingPointError, match=r"not finite .*after step \d+ or shortly before; no checkpoint was written"
+    ):
         train(broken, run, settings(), accelerator="cpu")
     assert not (run / "model.safetensors").exists()
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ... import backends
 from ...backends import chosen
-from ...checks import autocast_enabled, checked_choice
+from ...checks import autocast_enabled, checked_choice, checked_flag
 from ...flow import FlowProgram
 from ...flow import layers as L
 from ..affine_coupling import SQUASHES
@@ -72,7 +72,11 @@ def flow_program(
         True
     """
     checked_choice("flow_program", "memory", memory, tuple(KEEP))
-    if isinstance(x, Tensor) and autocast_enabled(x):  # a density is no place for products of 8 bits of precision
+    for name, value, kind in (("x", x, Tensor), ("program", program, FlowProgram)):
+        if not isinstance(value, kind):
+            raise TypeError(f"flow_program: {name} is a {type(value).__name__}, expected a {kind.__name__}")
+    inverse, base = checked_flag("flow_program", "inverse", inverse), checked_flag("flow_program", "base", base)
+    if autocast_enabled(x):  # a density is no place for products of 8 bits of precision
         x, context = engine.in_float32(x), engine.in_float32(context)
         parameters = [engine.in_float32(p) for p in parameters]
         with torch.autocast(x.device.type, enabled=False):

@@ -17,6 +17,7 @@ from ...checks import (
     check_dtype,
     check_floating,
     checked_choice,
+    checked_flag,
     checked_int,
     checked_number,
 )
@@ -286,6 +287,7 @@ def _run(
     x: Tensor, values: Sequence[Tensor], bins: int, tails: str, form: str, limits: tuple[float, ...], inverse: bool
 ) -> tuple[Tensor, Tensor]:
     """``values``: raw values in one tensor, or in three."""
+    inverse = checked_flag("spline_coupling", "inverse", inverse)
     if x.dtype.itemsize == 2 and not autocast_enabled(x):
         limits = (*_edges_in(x.dtype, limits[:4]), *limits[4:])
     backend = chosen("spline_coupling", x)

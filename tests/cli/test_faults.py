@@ -1,0 +1,214 @@
+"""Damaged runs, wrong options and Ctrl-C: the commands say one line and end with 2, or 130; nothing leaves a traceback."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("typer")
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
+pytest.importorskip("lightning_fabric")
+
+from typer.testing import CliRunner
+
+from iin_fast.cli import app
+from iin_fast.cli.console import Commands
+from iin_fast.data import Latents, save_arrays
+from iin_fast.train import Settings, train
+
+
+def run(*words):
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    return result.exit_code, result.output, result.exception
+
+
+def refused(*words):
+    """The line that a command says, which must be its only one."""
+    code, output, error = run(*words)
+    assert code == 2 and isinstance(error, SystemExit), (words, output, repr(error))
+    assert output.startswith("error: ") and output.count("\n") == 1 and "Traceback" not in output, (words, output)
+    return output
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A run with its latents and its evaluation."""
+    folder = tmp_path_factory.mktemp("made")
+    z = torch.randn(120, 6, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(120)[:, None] % 3
+    file = save_arrays(folder / "z.npz", {"z": z + labels, "labels": labels, "names": np.array(["digit"])})
+    settings = Settings({"digit": 2}, preset="paper", steps=8, n_flows=1, hidden_dim=8, batch=8, save_every=4)
+    train(file, folder / "run", settings, accelerator="cpu")
+    code, output, _ = run("evaluate", folder / "run", "--max-samples", 60)
+    assert code == 0, output
+    return folder
+
+
+@pytest.fixture
+def copy(made, tmp_path):
+    shutil.copytree(made / "run", tmp_path / "run")
+    return tmp_path / "run"
+
+
+FILES = ("config.json", "model.safetensors", "run.json", "split.npz", "evaluation.json", "logs/metrics.csv")
+USES = {"evaluate": ("--max-samples", 40), "report": (), "encode": None}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_of_a_run_cut_short_emptied_or_of_another_kind(made, copy, name, tmp_path):
+    whole = (copy / name).read_bytes()
+    if name != "logs/metrics.csv":
+        shutil.rmtree(copy / "logs")  # no plots, which take most of the time
+    for content in (b"", whole[: len(whole) // 2], b"\xff" * 40, b"[]", b'{"a": [1]}'):
+        (copy / name).write_bytes(content)
+        for command, options in USES.items():
+            words = (made / "z.npz", "--out", tmp_path / "out.npz") if options is None else options
+            code, output, error = run(command, copy, *words)
+            assert code in (0, 2) and (error is None or isinstance(error, SystemExit)), (command, content, output)
+            if code == 2:
+                assert output.startswith("error: ") and output.count("\n") == 1, output
+            elif name == "evaluation.json" and command == "evaluate":
+                (copy / name).write_bytes(content)  # it was written anew
+            elif name in ("config.json", "model.safetensors"):
+                raise AssertionError(f"{command} took {name} with {content!r}")
+
+
+def places(found, place=()):
+    for key, value in found.items() if isinstance(found, dict) else enumerate(found):
+        yield (*place, key)
+        if isinstance(value, dict | list):
+            yield from places(value, (*place, key))
+
+
+@pytest.mark.parametrize("name", ["evaluation.json", "run.json"])
+def test_entries_of_another_type_or_missing(copy, name):
+    """Each of many entries is replaced by what it is not, renamed, or taken away: the report is written or refused in a line."""
+    draw, whole = random.Random(0), json.loads((copy / name).read_text())
+    shutil.rmtree(copy / "logs")  # no plots, which take most of the time
+    every, refusals = list(places(whole)), 0
+    for number in range(60):
+        found = json.loads(json.dumps(whole))
+        *way, last = draw.choice(every)
+        inner = found
+        for key in way:
+            inner = inner[key]
+        value = draw.choice([None, "text", -1, 1e308, [], {}, [[1]], {"shape": {"both": 1}}, True])
+        if number % 3 or isinstance(inner, list):
+            inner[last] = value
+        else:
+            inner["unknown"] = inner.pop(last)
+        (copy / name).write_text(json.dumps(found))
+        code, output, error = run("report", copy)
+        assert code == 0 or (code == 2 and isinstance(error, SystemExit)), (way, last, value, output, repr(error))
+        if code == 2:
+            assert output.startswith("error: ") and output.count("\n") == 1, output
+        refusals += code == 2
+    assert refusals
+
+
+def test_what_is_not_there_or_of_another_kind(made, copy, tmp_path):
+    file, out = made / "z.npz", tmp_path / "out.npz"
+    if not torch.cuda.is_available():
+        assert "device is 'cuda'" in refused("encode", copy, file, "--out", out, "--device", "cuda")
+        refused("check", "--device", "cuda")
+    refused("encode", copy, file, "--out", out, "--device", "meta")
+    single = tmp_path / "single.npz"
+    with open(single, "wb") as stream:
+        np.save(stream, np.ones((4, 6)))
+    assert "damaged or no .npz file" in refused("encode", copy, single, "--out", out)
+    assert "damaged or no .npz file" in refused("decode", copy, single, "--out", out)
+    assert "is a file, expected a folder" in refused("train", file, "--out", single)
+    (tmp_path / "folder.npz").mkdir()
+    refused("encode", copy, file, "--out", tmp_path / "folder.npz")
+    refused("encode", copy, tmp_path / "folder.npz", "--out", out)
+    refused("encode", copy, file, "--out", single / "below.npz")
+    refused("report", copy / "config.json")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(("error", "line"), [(MemoryError(), "MemoryError"), (AssertionError("no GPU"), "no GPU")])
+def test_any_error_is_one_line(monkeypatch, error, line):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("iin_fast.info.collect", fail)
+    assert line in refused("info")
+    monkeypatch.setenv("IIN_FAST_TRACEBACK", "1")
+    assert run("info")[2] is error
+
+
+def test_ctrl_c_inside_any_command_ends_with_130(monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("iin_fast.info.collect", interrupted)
+    code, output, _ = run("info")
+    assert code == 130 and output == ""
+    assert issubclass(app.info.cls, Commands)
+
+
+# Says when torch, which takes the most time, begins to be imported.
+WATCH = """
+import os, sys
+
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            sys.meta_path.remove(self)
+            os.write(1, b"x")
+
+sys.meta_path.insert(0, Watch())
+"""
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.2, 0.5, 1.0])
+def test_ctrl_c_during_imports_leaves_no_traceback(seconds, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(WATCH)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    words = [sys.executable, "-m", "iin_fast.cli", "info"]
+    process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.read(1)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode in (-signal.SIGINT, 130, 0) and b"Traceback" not in err, err
+
+
+def test_ctrl_c_that_the_parent_ignores_is_ignored():
+    """As under nohup, or behind an ampersand."""
+    program = (
+        "import signal, os, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); os.execv(sys.executable, sys.argv[1:])"
+    )
+    words = [sys.executable, "-c", program, sys.executable, "-m", "iin_fast.cli", "info"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for _ in range(20):
+        time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and "torch" in out, err
+
+
+def test_latents_that_are_hard_to_learn_from_end_in_a_model_or_a_line(tmp_path):
+    """A constant feature, one constant but for a row, scales of 1e7 and 1e-7, copies, classes of one row."""
+    generator = torch.Generator().manual_seed(0)
+    z, labels = torch.randn(200, 8, generator=generator), torch.arange(200)[:, None] % 3
+    z[:, 1], z[:, 2], z[0, 2] = 3.0, 0.0, 1.0
+    z[:, 4], z[:, 5], z[:, 6] = 1e7 * z[:, 4], 1e-7 * z[:, 5], z[:, 0]
+    file = save_arrays(tmp_path / "z.npz", {"z": z, "labels": labels, "names": np.array(["digit"])})
+    options = "--n-flows 2 --hidden-dim 16 --batch 16 --steps 60 --accelerator cpu".split()
+    code, output, _ = run("train", file, "--out", tmp_path / "run", *options)
+    assert code == 0 and output.count("note: ") >= 4, output
+    with open(tmp_path / "run" / "logs" / "metrics.csv") as stream:
+        head, *lines = (line.split(",") for line in stream.read().splitlines())
+    losses = [float(line[1]) for line in lines if line[1]]
+    assert max(losses) < 1000  # nats per pair of 16 numbers
+    assert Latents.of(z).n == 200 and head[1] == "loss"
