@@ -563,11 +563,12 @@ def _check_folder(run: Path, data: Latents, settings: Settings, resume: bool) ->
     record = read_json(file)
     try:
         before = {"latents": record["latents"]["sha256"], **record["settings"]}
+        older = record["versions"]["iin-fast"] != _versions()["iin-fast"]  # it may have had fewer settings
     except (KeyError, TypeError) as error:
         raise ValueError(f"{file}: damaged, or not of a training ({error!r})") from error
     now = {"latents": data.fingerprint(), **settings.record()}
     for name in now:
-        if name not in before or before[name] != now[name]:
+        if before.get(name) != now[name] and not (older and name not in before):
             raise ValueError(
                 f"train: {name} is {now[name]!r}, but the run in {run} has {before.get(name)!r}; resume takes the same "
                 "latents and settings"

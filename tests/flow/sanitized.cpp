@@ -1,9 +1,11 @@
 // Parses each line of the input as a flow program and walks it forward and back, on memory of exactly the size that it
-// asks for. Compiled with AddressSanitizer by test_sanitized.py. Prints how many lines were refused and walked.
+// asks for, with two threads. Compiled with sanitizers by test_sanitized.py. Prints how many lines were refused and
+// walked.
 #include <iostream>
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "flow_program/flow_program_loops.h"
@@ -47,7 +49,11 @@ bool walk(const Plan &plan, int64_t batch, bool inverse, Keep keep) {
   job.program = p, job.inverse = inverse, job.base = true, job.keep = keep, job.batch = batch;
   job.x = x.data, job.context = context.data, job.parameters = data.data(), job.bool_mask = bool_mask.data();
   job.y = y.data, job.logdet = logdet.data, job.saved = keep == Keep::nothing ? nullptr : saved.data, job.threads = 2;
-  job.parallel = [](int64_t count, void (*body)(int64_t, int64_t, void *), void *pointer) { body(0, count, pointer); };
+  job.parallel = [](int64_t count, void (*body)(int64_t, int64_t, void *), void *pointer) {
+    std::thread other(body, 0, count / 2, pointer);
+    body(count / 2, count, pointer);
+    other.join();
+  };
   const Memory workspace(baseline::program_workspace<float>(job, false));
   job.workspace = workspace.data;
   if (baseline::program_forward<float>(job) >= 0)

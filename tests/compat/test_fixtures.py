@@ -1,0 +1,91 @@
+"""What released versions wrote loads for ever, and gives what it gave: tests/fixtures/make.py wrote it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("safetensors")
+pytest.importorskip("lightning_fabric")
+
+from fixtures import make
+from safetensors.torch import load_file
+
+import iin_fast
+from iin_fast import IIN, LinearIIN
+from iin_fast.flow import FlowProgram
+from iin_fast.train import state, train
+
+VERSIONS = sorted(path for path in Path(make.__file__).parent.iterdir() if (path / "expected.safetensors").is_file())
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+@pytest.fixture(params=VERSIONS, ids=lambda path: path.name)
+def version(request: pytest.FixtureRequest) -> Path:
+    return request.param
+
+
+def told() -> torch.Tensor:
+    labels = make.latents().labels
+    return torch.nn.functional.one_hot(labels[:8, 1], 2).float()
+
+
+def test_there_is_a_version() -> None:
+    assert "0.1.0" in [path.name for path in VERSIONS]
+
+
+@pytest.mark.parametrize("name", ["affine", "spline", "conditional", "linear", "run"])
+def test_models(version: Path, name: str) -> None:
+    model = IIN.load(version / name)
+    assert isinstance(model, LinearIIN) == (name == "linear")
+    context = told() if name == "conditional" else None
+    expected = load_file(version / "expected.safetensors")[name]
+    torch.testing.assert_close(make.result(model, context), expected, **TOLERANCE)
+    z = make.latents().z[:8]
+    torch.testing.assert_close(model.decode(model.encode(z, context), context), z, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", make.FLOWS)
+def test_state_dicts_and_programs(version: Path, name: str) -> None:
+    flow = make.FLOWS[name]()
+    flow.load_state_dict(load_file(version / f"{name}.safetensors"))
+    expected = load_file(version / "expected.safetensors")[name]
+    torch.testing.assert_close(make.result(flow, told()), expected, **TOLERANCE)
+    file = version / f"{name}.program"
+    if file.is_file():
+        program = FlowProgram.parse(file.read_text())
+        assert program.text == file.read_text().strip()
+        y, logdet = program_result(program, flow)
+        torch.testing.assert_close(torch.cat([y, logdet[:, None]], 1), expected, **TOLERANCE)
+
+
+def program_result(program: FlowProgram, flow: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    from iin_fast.functional import flow_program
+
+    with torch.no_grad():
+        return flow_program(make.latents().z[:8], told(), flow._tensors(), program)
+
+
+def test_a_run_folder_is_resumed(version: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(version / "run", tmp_path / "run"))
+    before, progress = state.load(state.latest(run))
+    assert progress.step == 6
+    model = train(make.latents(), run, make.SETTINGS, accelerator="cpu", resume=True)
+    for name, value in IIN.load(version / "run").state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    assert before.config == model.config
+
+
+def test_a_setting_that_an_older_version_did_not_know_is_no_obstacle(version: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(version / "run", tmp_path / "run"))
+    record = json.loads((run / "run.json").read_text())
+    del record["settings"]["clip"]
+    (run / "run.json").write_text(json.dumps(record))
+    if record["versions"]["iin-fast"] == iin_fast.__version__:
+        with pytest.raises(ValueError, match="clip is 0.0, but the run in .* has None"):
+            train(make.latents(), run, make.SETTINGS, accelerator="cpu", resume=True)
+    record["versions"]["iin-fast"] = "0.0.9"
+    (run / "run.json").write_text(json.dumps(record))
+    train(make.latents(), run, make.SETTINGS, accelerator="cpu", resume=True)

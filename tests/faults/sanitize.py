@@ -1,0 +1,73 @@
+"""The compiled ops under sanitizers: python -m tests.faults.sanitize (make sanitize).
+
+1. The CPU library is built anew with AddressSanitizer and UBSan, and the tests of the ops run on it, in every instruction set.
+2. The emulated CUDA kernels run under AddressSanitizer in tests/cuda_emulator, with the race checker.
+3. The thread team and the walk of flow programs run under ThreadSanitizer, on threads that it sees: torch's own pool is not
+   compiled for it, so that tests through torch would report its barriers as races.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+BUILD = ROOT / "build" / "sanitized"
+FLAGS = "-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
+OPS = "affine_coupling pair_nll spline_coupling flow extremes not_finite threads long_sums spline_extremes".split()
+
+
+def library() -> Path:
+    """A tree with the package, and with its CPU library compiled for the sanitizers."""
+    tree = BUILD / "tree"
+    configure = ["cmake", "-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja", "-DIIN_FAST_CUDA=off"]
+    configure += [f"-DCMAKE_CXX_FLAGS_RELEASE={FLAGS}", f"-DIIN_FAST_OUTPUT={tree / 'iin_fast' / 'lib'}"]
+    subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(["cmake", "--build", str(BUILD), "-j", str(os.cpu_count())], check=True)
+    shutil.copytree(ROOT / "iin_fast", tree / "iin_fast", dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.so"))
+    return tree
+
+
+def runtime(name: str) -> str:
+    """Where the sanitizer's library is that has to be loaded before Python's own allocations."""
+    found = subprocess.run(
+        ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    if not Path(found).is_absolute():
+        raise SystemExit(f"sanitize: g++ has no {name}")
+    return found
+
+
+def tests(tree: Path, sets: list[str]) -> None:
+    preload = f"{runtime('libasan.so')} {runtime('libubsan.so')}"
+    options = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1", "LD_PRELOAD": preload}
+    files = [f"tests/ops/test_{name}.py" for name in OPS] + ["tests/flow/test_op.py", "tests/flow/test_engine.py"]
+    for isa in sets:
+        environment = os.environ | options | {"PYTHONPATH": str(tree), "IIN_FAST_CPU": isa}
+        loaded = "import iin_fast._library as l; print(l.libraries['cpu'], l.cpu_isa())"
+        told = subprocess.run(
+            [sys.executable, "-c", loaded], env=environment, cwd=BUILD, capture_output=True, text=True, check=True
+        ).stdout
+        assert str(tree) in told, told  # not the library of the source tree
+        print(f"== AddressSanitizer, UBSan: {told.split()[1]}", flush=True)
+        pytest = str(Path(sys.executable).parent / "pytest")  # not python -m, which would put the source tree first
+        subprocess.run(
+            [pytest, "-n", "0", "-q", "-p", "no:cacheprovider", *files], env=environment, cwd=ROOT, check=True
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--isa", nargs="*", default=["avx512", "avx2", "baseline"], help="instruction sets")
+    given = parser.parse_args()
+    tests(library(), given.isa)
+    print("== ThreadSanitizer, emulated CUDA kernels", flush=True)
+    rest = ["tests/flow/test_sanitized.py", "tests/common/test_thread_team.py", "tests/cuda_emulator"]
+    subprocess.run([sys.executable, "-m", "pytest", "-n", "0", "-q", *rest], cwd=ROOT, check=True)
+    print("sanitize: nothing found")
+
+
+if __name__ == "__main__":
+    main()
