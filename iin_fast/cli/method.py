@@ -58,7 +58,7 @@ def train(
     and after a crash the same command with --resume loses nothing.
     """
     from ..data import load_latents
-    from ..train import early_end, held_out_rise, inspect_latents
+    from ..train import early_end, held_out_rise, inspect_latents, loss_rise
     from ..train import train as run_training
 
     keep_freed_memory()
@@ -81,7 +81,7 @@ def train(
     for name, size in model.sizes.items():
         table.add_row(escape(name), str(size))
     console.print(table)
-    for advice in filter(None, (early_end(out), held_out_rise(out))):
+    for advice in filter(None, (early_end(out), held_out_rise(out), loss_rise(out))):
         console.print(f"[yellow]note:[/yellow] {escape(advice)}", highlight=False, soft_wrap=True)
     console.print(
         f"written to {out}; next: iin-fast evaluate {out}, then iin-fast report {out}", highlight=False, soft_wrap=True

@@ -2,7 +2,7 @@
 
 from .batches import Batches, estimate_sizes, split_rows
 from .findings import Findings, inspect_latents
-from .logs import early_end, held_out_rise
+from .logs import early_end, held_out_rise, loss_rise
 from .loop import train
 from .settings import Settings
 
@@ -13,6 +13,7 @@ __all__ = [
     "early_end",
     "estimate_sizes",
     "held_out_rise",
+    "loss_rise",
     "inspect_latents",
     "split_rows",
     "train",

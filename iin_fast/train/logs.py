@@ -13,7 +13,7 @@ from typing import Any
 
 from ..files import read_json, write_file
 
-__all__ = ["COLUMNS", "Bar", "Log", "early_end", "event_writer", "held_out_rise"]
+__all__ = ["COLUMNS", "Bar", "Log", "early_end", "event_writer", "held_out_rise", "loss_rise"]
 
 EVERY = 20.0  # seconds between two lines of a bar that is no bar
 COLUMNS = (
@@ -120,17 +120,8 @@ def held_out_rise(run: str | os.PathLike[str]) -> str:
     Well above: by more than 0.05 nats per dimension of either latent of a pair. The flow then learns its latents by heart. Where
     the model with the best swaps is kept, that does no harm, and there is nothing to say.
     """
-    folder = Path(run)
-    file, made = folder / "logs" / "metrics.csv", folder / "run.json"
-    if not file.is_file() or not made.is_file():
-        return ""
-    with open(file, newline="", encoding="utf-8") as stream:
-        looks = [
-            (float(line["held_out_loss"]), int(line["step"]))
-            for line in csv.DictReader(stream)
-            if line["held_out_loss"]
-        ]
-    record = read_json(made)
+    record, lines = _written(run)
+    looks = [(float(line["held_out_loss"]), int(line["step"])) for line in lines if line["held_out_loss"]]
     settings = record.get("settings", {})
     if (
         settings.get("keep") == "swaps"
@@ -147,15 +138,23 @@ def held_out_rise(run: str | os.PathLike[str]) -> str:
     )
 
 
+def loss_rise(run: str | os.PathLike[str]) -> str:
+    """A line of advice where the loss of the training in ``run`` ended above its start by 1 nat per dimension of either latent, or ``""``."""
+    record, lines = _written(run)
+    losses = [float(line["loss"]) for line in lines if line["loss"]]
+    if not losses or not losses[-1] > losses[0] + 2 * record.get("dim", math.inf):
+        return ""
+    rate = record.get("settings", {}).get("learning_rate", 0)
+    return (
+        f"the loss rose from {losses[0]:.4g} to {losses[-1]:.4g} nats per pair: the learning rate (now {rate:.3g}) is too large, or "
+        "the latents have outliers"
+    )
+
+
 def early_end(run: str | os.PathLike[str]) -> str:
     """A line that says where the training in ``run`` ended before its last step, for want of a gain, or ``""``."""
-    folder = Path(run)
-    file, made = folder / "logs" / "metrics.csv", folder / "run.json"
-    if not file.is_file() or not made.is_file():
-        return ""
-    record = read_json(made)
-    with open(file, newline="", encoding="utf-8") as stream:
-        done = max((int(line["step"]) for line in csv.DictReader(stream)), default=0)
+    record, lines = _written(run)
+    done = max((int(line["step"]) for line in lines), default=0)
     patience = record.get("settings", {}).get("patience")
     if not patience or done >= record.get("steps", 0):
         return ""
@@ -163,6 +162,15 @@ def early_end(run: str | os.PathLike[str]) -> str:
         f"ended at step {done} of {record['steps']}: {patience} looks at held-out latents in a row found no better model "
         f"(--patience 0 goes on to the end)"
     )
+
+
+def _written(run: str | os.PathLike[str]) -> tuple[dict[str, Any], list[dict[str, str]]]:
+    """What a training wrote of itself, and the lines of its log; nothing where one of them is missing."""
+    file, made = Path(run) / "logs" / "metrics.csv", Path(run) / "run.json"
+    if not file.is_file() or not made.is_file():
+        return {}, []
+    with open(file, newline="", encoding="utf-8") as stream:
+        return read_json(made), list(csv.DictReader(stream))
 
 
 def _until(file: Path, step: int) -> str:

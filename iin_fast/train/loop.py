@@ -29,7 +29,7 @@ from . import state
 from .batches import Batch, Batches, estimate_sizes, fit_linear, split_rows, units
 from .judge import SwapJudge
 from .lock import lock
-from .logs import Bar, Log, event_writer, held_out_rise
+from .logs import Bar, Log, event_writer, held_out_rise, loss_rise
 from .numerics import first_not_finite, not_finite_part
 from .settings import Facts, Settings
 
@@ -37,7 +37,7 @@ __all__ = ["train"]
 
 HELD_OUT_PAIRS = 1024
 # What the loss may rise by, in nats per dimension of either latent, and over how many steps it is averaged.
-MOST_RISE, MOST_RISE_AT_END, RECENT_STEPS = 10.0, 1.0, 10
+MOST_RISE, RECENT_STEPS = 10.0, 10
 
 
 def train(
@@ -77,12 +77,12 @@ def train(
         the trained model, on its device: the one in the run folder.
 
     Warns:
-        UserWarning: the held-out loss rose in the course of the training; see :func:`held_out_rise`.
+        UserWarning: the loss, or the held-out one, rose in the course of the training; see :func:`loss_rise`, :func:`held_out_rise`.
 
     Raises:
         FileExistsError: ``out`` holds a run, and ``resume`` is False.
         FloatingPointError: the loss, a gradient or a parameter is not finite, with the block and layer where that begins, or
-            the loss rose by 10 nats per dimension, or by 1 at the end; the last checkpoint stays.
+            the loss rose by 10 nats per dimension; the last checkpoint stays.
         ImportError: lightning-fabric, tensorboard or safetensors is missing.
         KeyboardInterrupt: after Ctrl-C, SIGTERM or SIGHUP; a checkpoint of the last step is written before.
         RuntimeError: another training is at work in ``out``.
@@ -123,9 +123,9 @@ def train(
         fabric.barrier()
     if settings.keep != "last":
         model.load_state_dict(checkpoint.load(run)[0])
-    advice = held_out_rise(run) if fabric.is_global_zero else ""
-    if advice:
-        warnings.warn(f"train: {advice}", stacklevel=2)
+    for advice in (held_out_rise(run), loss_rise(run)) if fabric.is_global_zero else ():
+        if advice:
+            warnings.warn(f"train: {advice}", stacklevel=2)
     return model
 
 
@@ -220,7 +220,8 @@ class _Training:
             torch.set_rng_state(self.progress.random["torch"])
         self.raw_optimizer = optimizer
         self.first_loss = self.recent_loss = math.inf  # of the first step of this process, and of about ten steps
-        self.pairs: list[Tensor] = []  # of this step
+        self.pairs: list[Tensor] = []  # of this step, and their loss
+        self.loss = torch.zeros(())
         self.saved = self.progress.step if found is not None else None
 
     def _fresh(self, concepts: tuple[str, ...], train_rows: np.ndarray[Any, Any]) -> IIN:
@@ -313,8 +314,9 @@ class _Training:
                         group["lr"] = rate
                     self.pairs = self._pairs(step, own)
                     loss, nats = self.wrapped(*(x.to(device, non_blocking=True) for x in self.pairs))
+                    self.loss = loss.detach()
                     if step == steps[0]:
-                        self.first_loss = self.recent_loss = fabric.all_reduce(loss.detach()).item()
+                        self.first_loss = self.recent_loss = fabric.all_reduce(self.loss).item()
                     if watched:
                         self._check_finite(loss.item())
                     fabric.backward(loss)
@@ -358,7 +360,7 @@ class _Training:
         loss, nats = sums[0] / sums[2], sums[1] / sums[2]
         self._check_finite(loss)
         self.recent_loss += (loss - self.recent_loss) * min(1.0, sums[2] / RECENT_STEPS)
-        self._check_risen(self.recent_loss)
+        self._check_risen(self.first_loss, self.recent_loss)
         self.sums.zero_()
         done = self.progress.step
         seconds = time.perf_counter() - self.clock
@@ -420,9 +422,9 @@ class _Training:
         if self.pairs:  # a step may have spoilt what it learned from: such a model takes no good one's place
             with torch.no_grad(), fabric.autocast():
                 loss = self.objective(*(x.to(fabric.device) for x in self.pairs))[0]
-            loss = fabric.all_reduce(loss).item()
+            before, loss = fabric.all_reduce(torch.stack([self.loss, loss])).tolist()
             self._check_finite(loss)
-            self._check_risen(loss)
+            self._check_risen(before, loss)
         if fabric.is_global_zero and self.saved != progress.step:
             if log is not None:
                 log.sync()
@@ -444,11 +446,10 @@ class _Training:
         where = first_not_finite(self.model, torch.cat([za, zb]), *context)
         raise self._failure("the loss is not finite" + (f" (first: {where})" if where else ""))
 
-    def _check_risen(self, loss: float) -> None:
-        """Whether a loss is so far above that of the first step that the training has diverged."""
-        most = MOST_RISE_AT_END if self.progress.step == self.settings.steps else MOST_RISE
-        if loss > self.first_loss + most * 2 * self.data.dim:
-            raise self._failure(f"the loss rose from {self.first_loss:.4g} to {loss:.4g} nats per pair")
+    def _check_risen(self, before: float, loss: float) -> None:
+        """Whether a loss is so far above another that the training has diverged."""
+        if loss > before + MOST_RISE * 2 * self.data.dim:
+            raise self._failure(f"the loss rose from {before:.4g} to {loss:.4g} nats per pair")
 
     def _failure(self, what: str) -> FloatingPointError:
         kept = (
