@@ -327,7 +327,7 @@ def test_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(latents, setting
     assert not (run / "model.safetensors").exists()
 
     run = tmp_path / "later"
-    options = settings(steps=400, save_every=1, log_every=7, learning_rate=1e4, decay_start=400)
+    options = settings(steps=400, save_every=1, log_every=7, learning_rate=1e4, warmup=10**6, decay_start=400)
     with pytest.raises(FloatingPointError, match=r"the checkpoint of step \d+ is intact. A lower learning_rate"):
         train(latents, run, options, accelerator="cpu")
     (checkpoint,) = (run / "state").glob("*")
