@@ -316,7 +316,7 @@ class _Training:
                     loss, nats = self.wrapped(*(x.to(device, non_blocking=True) for x in self.pairs))
                     self.loss = loss.detach()
                     if step == steps[0]:
-                        self.first_loss = self.recent_loss = fabric.all_reduce(self.loss).item()
+                        self.first_loss = self.recent_loss = fabric.all_reduce(self.loss.clone()).item()
                     if watched:
                         self._check_finite(loss.item())
                     fabric.backward(loss)
