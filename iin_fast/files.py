@@ -96,11 +96,11 @@ def check_name(where: str, name: object) -> None:
         ValueError: a name that numpy.savez or safetensors take for themselves, or of characters that no file name holds.
     """
     if not isinstance(name, str) or not name:
-        raise TypeError(f"{where} has {name!r}, expected non-empty strings")
+        raise TypeError(f"{where} {name!r}, expected a non-empty string")
     taken = name in TAKEN_NAMES or name.endswith(".npy")
     if taken or "\0" in name or any("\ud800" <= letter <= "\udfff" for letter in name):
         why = "which files of arrays keep for themselves" if taken else "whose characters no file can hold"
-        raise ValueError(f"{where} has {name!r}, {why}; take another name")
+        raise ValueError(f"{where} {name!r}, {why}; take another name")
 
 
 def npz_bytes(arrays: Mapping[str, NDArray[Any]]) -> bytes:

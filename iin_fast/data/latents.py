@@ -289,7 +289,7 @@ def save_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Tensor | Arra
     """
     file = Path(path)
     for name in arrays:
-        check_name(f"{file}: arrays", name)
+        check_name(f"{file}: arrays have the name", name)
     plain = {
         k: v.detach().cpu().contiguous().numpy() if isinstance(v, Tensor) else np.asarray(v) for k, v in arrays.items()
     }
@@ -393,7 +393,7 @@ def _names(where: str, names: Sequence[str] | None, concepts: int) -> tuple[str,
         return tuple(str(k) for k in range(concepts))
     named = tuple(names)
     for name in named:
-        check_name(f"{where}: names", name)
+        check_name(f"{where}: names has", name)
     if len(named) != concepts:
         raise ValueError(f"{where}: names has {len(named)} names {list(named)}, expected {concepts}, one per concept")
     if len(set(named)) != len(named):

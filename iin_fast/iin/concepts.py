@@ -100,7 +100,7 @@ def concept_pairs(
     n, seed = checked_int(where, "n", n), checked_int(where, "seed", seed, least=0)
     names = (name,) if rest is None else (name, rest)
     for label in names:
-        check_name(f"{where}: name or rest", label)
+        check_name(f"{where}: name or rest is", label)
         if label == RESIDUAL:
             raise ValueError(
                 f"{where}: name or rest has 'residual', which is what the concepts leave over; take another name"

@@ -35,7 +35,7 @@ def factor_sizes(dim: int, factors: Mapping[str, int] | None, *, where: str = "f
         raise TypeError(f"{where}: factors is a {kind}, expected a mapping of name to size, like {{'digit': 22}}")
     sizes: dict[str, int] = {}
     for name, size in factors.items():
-        check_name(f"{where}: factors", name)
+        check_name(f"{where}: factors has the name", name)
         sizes[name] = checked_int(where, f"factors[{name!r}]", size)
     total = sum(sizes.values())
     if RESIDUAL in sizes:
@@ -94,7 +94,7 @@ class Factors(Mapping[str, Tensor]):
             raise ValueError("Factors: parts is empty, expected at least one factor")
         first = None
         for name, part in parts.items():
-            check_name("Factors: parts", name)
+            check_name("Factors: parts has the name", name)
             if not isinstance(part, Tensor):
                 raise TypeError(f"Factors: {name!r} is a {type(part).__name__}, expected a torch.Tensor [batch, size]")
             if part.dim() != 2 or part.shape[1] == 0:

@@ -393,7 +393,7 @@ def _table(
     if table.min() < MISSING:
         raise ValueError(f"PairSampler: labels have the value {table.min()}, expected none below 0 but -1 for unknown")
     for name in names:
-        check_name("PairSampler: names", name)
+        check_name("PairSampler: names has", name)
     if len(set(names)) != len(names):
         raise ValueError(f"PairSampler: names has one twice: {list(names)}")
     return table, tuple(names)
