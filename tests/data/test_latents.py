@@ -110,7 +110,7 @@ BAD[4, 2] = np.inf
         ({"z": Z, "labels": LABELS, "names": ["a"]}, ValueError, r"names has 1 names \['a'\], expected 2"),
         ({"z": Z, "labels": LABELS, "names": ["a", "a"]}, ValueError, "names has one twice"),
         ({"z": Z, "labels": LABELS, "names": ["a", "residual"]}, ValueError, "take another name"),
-        ({"z": Z, "labels": LABELS, "names": ["a", ""]}, TypeError, "names has '', expected non-empty"),
+        ({"z": Z, "labels": LABELS, "names": ["a", ""]}, TypeError, "names has '', expected a non-empty string"),
         ({"z": Z, "labels": LABELS, "names": [1, 2]}, TypeError, "names is int64"),
         ({"z": Z, "names": ["a"]}, ValueError, "there are no labels that they name"),
         ({"z": Z, "label": LABELS}, ValueError, r"holds \['label'\], expected z, labels"),
