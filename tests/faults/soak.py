@@ -55,7 +55,7 @@ def main() -> None:
         file = save_arrays(folder / "z.npz", {"z": z, "labels": labels})
         (folder / "bad.npz").write_bytes(file.read_bytes()[:500])
         while time.monotonic() < end or len(seconds) < 20:
-            begin = time.perf_counter()
+            begin = time.process_time()
             for model, optimizer in zip(models, optimizers, strict=True):
                 for _ in range(5):
                     steps(model, optimizer, z)
@@ -71,18 +71,20 @@ def main() -> None:
                 train(Latents.of(z, labels, ["digit"]), folder / f"run-{len(seconds)}", settings, accelerator="cpu")
                 run_folder.evaluate(folder / f"run-{len(seconds)}", save_arrays(folder / "y.npz", {"z": z + 0.1}))
             else:  # rounds that are compared do the same work
-                seconds.append(time.perf_counter() - begin)
+                seconds.append(time.process_time() - begin)
                 gc.collect()
                 memory.append(resident())
                 continue
-            seconds.append(seconds[-1] if seconds else time.perf_counter() - begin)
+            seconds.append(seconds[-1] if seconds else time.process_time() - begin)
             memory.append(resident())
     tenth = max(2, len(seconds) // 10)
     grown = statistics.median(memory[-tenth:]) / statistics.median(memory[tenth : 2 * tenth]) - 1
     slower = statistics.median(seconds[-tenth:]) / statistics.median(seconds[tenth : 2 * tenth]) - 1
+    shown = ", ".join(f"{value:.0f}" for value in memory[:: max(1, len(memory) // 20)])
+    print(f"soak: MiB over time: {shown}")
     print(
         f"soak: {len(seconds)} rounds in {given.minutes:g} minutes; {memory[-1]:.0f} MiB resident, {grown:+.2%} since the first "
-        f"tenth; a round takes {statistics.median(seconds):.3f} s, {slower:+.1%}"
+        f"tenth; a round takes the processor {statistics.median(seconds):.3f} s, {slower:+.1%}"
     )
     if grown > 0.01:
         raise SystemExit("soak: memory grew by more than 1 %")
