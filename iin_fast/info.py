@@ -75,12 +75,14 @@ def _backends() -> str:
 
 
 def _cpu_model() -> str:
+    """The name, with the numbers of family and model where there are some: virtual machines shorten the name."""
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    lines = cpuinfo.read_text().split("\n\n")[0].splitlines() if cpuinfo.exists() else []
+    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    if "model name" not in found:
+        return platform.processor() or platform.machine()
+    numbers = [f"{key.split()[-1]} {found[key]}" for key in ("cpu family", "model") if key in found]
+    return found["model name"] + (f" ({', '.join(numbers)})" if numbers else "")
 
 
 def collect() -> dict[str, str]:
