@@ -31,7 +31,7 @@ from .judge import SwapJudge
 from .lock import lock
 from .logs import Bar, Log, event_writer, held_out_rise, loss_rise
 from .numerics import first_not_finite, not_finite_part
-from .settings import Facts, Settings
+from .settings import PATIENT, Facts, Settings
 
 __all__ = ["train"]
 
@@ -406,7 +406,8 @@ class _Training:
                 progress.swaps["best"] = swaps.clone()
         lower = loss < progress.lowest_loss
         progress.lowest_loss = min(loss, progress.lowest_loss)
-        progress.stale = 0 if better or lower else progress.stale + 1
+        early = progress.step < PATIENT * self.settings.steps
+        progress.stale = 0 if better or lower or early else progress.stale + 1
         if self.settings.keep != "last" and better:
             parameters = self.model.state_dict().items()
             progress.best = {name: value.detach().to("cpu", copy=True) for name, value in parameters}

@@ -63,6 +63,7 @@ SPEED = {"affine": 15e9, "spline": 5e9}
 MOST_STEPS, LEAST_STEPS = 3000, 200
 LOOKS = 30
 NOISE_FALLS = 0.1, 0.3  # from and to these shares of the steps
+PATIENT = 0.3  # share of the steps after which a training may end early: before, noise still falls, and the held-out loss with it
 
 
 class Facts(NamedTuple):
@@ -120,7 +121,8 @@ class Settings:
             lowest held-out loss of all looks; or ``"swaps"``, the one whose swaps of held-out latents change one concept and keep
             the others most often, as small networks read them that learned on the other rows. Where that takes labels which
             are not there, it is ``"best"``.
-        patience: looks in a row without a lower held-out loss or a better model, after which the training stops; 0 for no such end.
+        patience: looks in a row without a lower held-out loss or a better model, after which the training stops, counted from three
+            tenths of ``steps`` on; 0 for no such end.
         precision: ``"32-true"``, ``"64-true"``, or ``"bf16-mixed"`` (autocast; parameters stay float32).
         seed: of weights, split and pairs.
         log_every: steps between two lines of the log.

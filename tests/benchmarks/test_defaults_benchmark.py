@@ -56,7 +56,8 @@ def test_a_campaign_runs_what_is_not_there(defaults, tmp_path, monkeypatch):
     defaults.campaign(file, ["tiny"], ["none", "hand"], [0], quick=True)
     again = list(defaults.cells(file))
     assert [cell["rule"] for cell in again] == ["none", "hand"] and again[1]["scores"] == trained["scores"]
-    monkeypatch.setitem(defaults.RULES, "hand", lambda data: defaults.replace(defaults.RULES["tuned"](data), noise=0.0))
+    quiet = defaults.replace(defaults.hand("tiny"), noise=0.0)
+    monkeypatch.setitem(defaults.RULES, "hand", lambda data: quiet)
     defaults.campaign(file, ["tiny"], ["none", "hand"], [0], quick=True)
     assert [cell["rule"] for cell in defaults.cells(file)] == ["none", "hand", "hand"]
 

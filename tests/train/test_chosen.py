@@ -14,7 +14,7 @@ from iin_fast.data import Latents
 from iin_fast.evaluate import gaussian_nats_per_dim
 from iin_fast.train import Settings, early_end, split_rows, train
 from iin_fast.train.judge import SwapJudge
-from iin_fast.train.settings import NOISE_FALLS, PAPER, Facts
+from iin_fast.train.settings import NOISE_FALLS, PAPER, PATIENT, Facts
 
 SHORT = {"steps": 30, "n_flows": 2, "hidden_dim": 16}
 
@@ -55,11 +55,10 @@ def test_every_setting_is_chosen_and_fits_the_time(rows, dim):
         still_open = {name for name, value in chosen.record().items() if value is None}
         assert still_open == {"factors", "context", "unlabelled"}
         assert chosen.chosen(facts) == chosen  # so that a resume has the same
-        # Much noise hides what sharp bends would gain: a lack of gain can't end a training before the noise falls.
-        assert NOISE_FALLS[0] * chosen.steps < chosen.patience * chosen.held_out_every
         assert chosen.keep == ("swaps" if kind == "labels" else "best")
         assert Settings(minutes=0.5).chosen(facts).steps <= chosen.steps
         assert str(chosen.steps) in chosen.text(facts)
+    assert NOISE_FALLS[1] <= PATIENT < 1  # much noise hides what sharp bends gain
     assert Settings().chosen(facts._replace(held_out=0)).keep == "last"
     assert (
         Settings(steps=7, noise=0.1, others="agree").chosen(facts).record() | {"steps": 7, "noise": 0.1}
@@ -194,7 +193,7 @@ def test_a_training_that_gains_nothing_more_stops(tmp_path):
     looks = [line for line in metrics(tmp_path / "run") if line["held_out_loss"]]
     end = int(looks[-1]["step"])
     losses = [float(line["held_out_loss"]) for line in looks]
-    assert end < 400 and min(losses[-3:]) >= min(losses[:-3])
+    assert 130 <= end < 400 and min(losses[-3:]) >= min(losses[:-3])  # looks count from step 120 on
     assert f"ended at step {end} of 400" in early_end(tmp_path / "run") and early_end(tmp_path) == ""
     model = (tmp_path / "run" / "model.safetensors").read_bytes()
     train(data, tmp_path / "run", settings, accelerator="cpu", resume=True)
