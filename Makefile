@@ -116,15 +116,9 @@ cuda-load-check: dist/.built
 matrix: dist/.built
 	$(PYTHON) benchmarks/matrix.py dist/*.whl
 
-# Lines of Python and of C++ that the tests of two minutes run: build/coverage/python, build/coverage/cpp.txt
-coverage: $(VENV)/.ready
-	$(PIP) install --quiet gcovr
-	rm -rf build/coverage
-	IIN_FAST_BUILD=$(CURDIR)/build/coverage/cmake IIN_FAST_ISAS=native IIN_FAST_CUDA=off CXXFLAGS=--coverage \
-	  $(PIP) install --quiet --no-build-isolation --no-deps --target build/coverage/package .
-	PYTHONPATH=$(CURDIR)/build/coverage/package $(BIN)/pytest tests -n auto -q -m "not slow" \
-	  --cov=iin_fast --cov-report=term --cov-report=html:build/coverage/python
-	$(BIN)/gcovr --root csrc --filter csrc/ build/coverage/cmake | tee build/coverage/cpp.txt
+# Lines of Python that the tests of two minutes run; page by page in build/coverage.
+coverage: build
+	$(BIN)/python -m pytest tests -n auto -q -m "not slow" --cov=iin_fast --cov-report=term --cov-report=html:build/coverage
 
 # Everything that needs a GPU, in ten minutes: build, tests, sanitizer, benchmarks. With the caller's python3, which has a
 # torch with CUDA: the environment above has one for the CPU.

@@ -70,7 +70,7 @@ class CMakeBuild(build_ext):
             raise SystemExit("building iin-fast needs torch for its headers: pip install torch")
         isas = os.environ.get("IIN_FAST_ISAS", "all")
         # kept between builds, so that a second build compiles what changed
-        work = Path(os.environ.get("IIN_FAST_BUILD", ROOT / "build" / ("cmake" if isas == "all" else f"cmake-{isas}")))
+        work = ROOT / "build" / ("cmake" if isas == "all" else f"cmake-{isas}")
         cmake, ninja = shutil.which("cmake"), shutil.which("ninja")
         if cmake is None or ninja is None:
             raise SystemExit("building iin-fast needs cmake and ninja: pip install cmake ninja")
