@@ -19,9 +19,9 @@ PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 
 
 def find_python(version: str) -> str | None:
-    """An interpreter on PATH, or one of pyenv's."""
+    """An interpreter of pyenv's, whose shims on PATH refuse to run, or one on PATH."""
     pyenv = sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python"))
-    return shutil.which(f"python{version}") or (str(pyenv[-1]) if pyenv else None)
+    return str(pyenv[-1]) if pyenv else shutil.which(f"python{version}")
 
 
 def tried(python: str, torch: str, wheel: Path, folder: Path) -> str:
