@@ -58,9 +58,7 @@ def check(
 def demo(
     out: Annotated[Path, typer.Option(help="run folder, with pictures, evaluation and report")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="the whole run follows from it")] = 0,
-    quick: Annotated[
-        bool, typer.Option(help="a run of a minute; digits can be recognised, swaps are not clean yet")
-    ] = False,
+    quick: Annotated[bool, typer.Option(help="a run of about a minute, for a first impression")] = False,
 ) -> None:
     """Coloured digits: train an autoencoder and an IIN on its latents, swap digit and colour, evaluate, write a report."""
     from ..demo import Plan, run_demo

@@ -35,7 +35,7 @@ class Plan:
 
     @classmethod
     def quick(cls) -> Plan:
-        """A minute: digits can be recognised, but swaps are not yet clean."""
+        """About a minute, for a first impression."""
         return cls(judge_steps=200, vae_steps=400, pairs=4000, iin_minutes=0.25, max_samples=200)
 
 
