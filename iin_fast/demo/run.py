@@ -36,7 +36,7 @@ class Plan:
     @classmethod
     def quick(cls) -> Plan:
         """About a minute, for a first impression."""
-        return cls(judge_steps=200, vae_steps=400, pairs=4000, iin_minutes=0.25, max_samples=200)
+        return cls(judge_steps=200, vae_steps=900, pairs=4000, iin_minutes=0.25, max_samples=200)
 
 
 def run_demo(
