@@ -32,9 +32,7 @@ def main(steps: int = 600) -> dict[str, float]:
     iin(z[train][:512])  # ActNorm starts from data
     optimizer = torch.optim.Adam(iin.parameters(), lr=2e-3, betas=(0.5, 0.9), fused=True)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, total_iters=steps)
-    noise = torch.Generator().manual_seed(
-        0
-    )  # 1400 digits are few: a little noise keeps the flow from learning them by heart
+    noise = torch.Generator().manual_seed(0)  # 1400 digits are few: a little noise keeps the flow from overfitting them
     for _ in range(steps):
         pairs = sampler.sample(128)
         za, zb = (z[train][rows] + 0.2 * torch.randn(128, 16, generator=noise) for rows in (pairs.a, pairs.b))

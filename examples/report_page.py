@@ -2,7 +2,7 @@
 
 scikit-learn's handwritten digits in four colors, 8 × 8 × 3 numbers each, and their 32 principal components as the latent: an
 autoencoder that is done in a line, with its decoder. An IIN learns digit and color on 1500 digits; metrics and pictures are of
-the others, none of whose strokes it has seen. Few latents: noise keeps it from learning them by heart.
+the others, none of whose strokes it has seen. Few latents: noise keeps it from overfitting them.
 
     python examples/report_page.py        # a few minutes; runs/report_page/run/report.html
 

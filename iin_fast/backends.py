@@ -170,7 +170,7 @@ def chosen(op: str, x: Tensor) -> str:
                 f"run it; use iin_fast.backend('reference') there, or torch.autograd"
             )
         return "reference"
-    if forced is None and ("cpp", device) in _implemented.get(op, ()):  # the usual, in one look
+    if forced is None and ("cpp", device) in _implemented.get(op, ()):  # the usual case, first
         if device != "cuda" or _runs_on("cpp", x.device.index):
             return "cpp"
     have = available(op, device, x.device.index)

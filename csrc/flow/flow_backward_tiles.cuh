@@ -1,9 +1,9 @@
 // What the kernels of the flow's backward do, tile by tile, whichever kernel calls it. Terms: flow_kernels.cuh.
 //
-// g [batch, dim] is the gradient of what a step put out. A step of the way back: the last layers' input gradients,
-// whose factor comes from the coupling's backward; the hidden layers'; the first layers', with the coupling's direct
-// part, the way back to the previous step, and ActNorm's backward. Gradients of weights need only activations and the
-// gradients of activations, so they may wait.
+// g [batch, dim] is the gradient of what a step put out. A backward step: the last layers' input
+// gradients, whose factor comes from the coupling's backward; the hidden layers'; the first layers', with the
+// coupling's direct part, the transition to the previous step, and ActNorm's backward. Gradients of weights need
+// only activations and the gradients of activations, so they may wait.
 #pragma once
 
 #include "flow/flow_kernels.cuh"
@@ -18,7 +18,7 @@ template <class T> struct Strided {
 
 template <class Storage> struct FlowBackwardWalk {
   using T = compute_t<Storage>;
-  FlowWalk<Storage> walk; // every: all steps were saved; else they are walked again, the other way round, from x
+  FlowWalk<Storage> walk; // every: all steps were saved; else they are walked again, in the other direction, from x
   const Storage *grad_y;  // [batch, dim], rows grad_y_row apart
   int64_t grad_y_row;
   const T *grad_logdet;       // [batch]
@@ -46,21 +46,24 @@ template <class Storage> struct FlowBackwardWalk {
     return {walk.of_step(walk.v, step), walk.transformed()};
   }
   __host__ __device__ int step_of(int walked) const { return walk.inverse ? walked : walk.steps() - 1 - walked; }
-  // The way of gradients, opposite to the map's: its pass names what is undone, so denormalize stands for the gradient
-  // of normalize.
-  __host__ __device__ Way way(int step) const { return walk.inverse ? walk.onward(step) : walk.back(step); }
+  // The transition of gradients, opposite to the map's: its pass names what is undone, so denormalize stands for the
+  // gradient of normalize.
+  __host__ __device__ Transition transition(int step) const {
+    return walk.inverse ? walk.onward(step) : walk.back(step);
+  }
 };
 
-// The gradient g of a column on its way. value: what ActNorm put out (way.pass denormalize) or its inverse (normalize).
-// Adds to the gradients of loc and scale.
+// The gradient g of a column in a transition. value: what ActNorm put out (transition.pass denormalize) or its
+// inverse (normalize). Adds to the gradients of loc and scale.
 template <class Storage, class T = compute_t<Storage>>
-__device__ __forceinline__ T pass_gradient(const FlowWalk<Storage> &walk, const Way &way, int column, int to, T g,
-                                           T value, T grad_logdet, T &grad_loc, T &grad_scale) {
-  if (way.pass == Pass::keep)
+__device__ __forceinline__ T pass_gradient(const FlowWalk<Storage> &walk, const Transition &transition, int column,
+                                           int to, T g, T value, T grad_logdet, T &grad_loc, T &grad_scale) {
+  if (transition.pass == Pass::keep)
     return g;
-  const int64_t at = static_cast<int64_t>(way.block) * walk.dim() + (way.pass == Pass::normalize ? to : column);
+  const int64_t at =
+      static_cast<int64_t>(transition.block) * walk.dim() + (transition.pass == Pass::normalize ? to : column);
   const T scale = widen(__ldg(walk.weights.scale + at)), slope = static_cast<T>(walk.activation_slope);
-  if (way.pass == Pass::denormalize) {
+  if (transition.pass == Pass::denormalize) {
     const T through = value < T(0) ? g * slope : g;
     const AffineGradient<T> e = affine_backward<true, false>(leaky_inverse(value, slope) / scale, scale, through);
     grad_loc += e.shift, grad_scale += e.scale + grad_logdet / scale;
@@ -79,15 +82,16 @@ __device__ __forceinline__ void enter_backward_column(const FlowBackwardWalk<Sto
                                                       int column) {
   using T = compute_t<Storage>;
   const FlowWalk<Storage> &walk = back.walk;
-  const Way way = walk.inverse ? Way{Move::keep, 0, Pass::normalize, 0}
-                               : Way{Move::table, static_cast<int>(walk.sizes.n_flows) - 1, Pass::keep, 0};
-  const int to = move_column(walk, way, column);
+  const Transition transition = walk.inverse
+                                    ? Transition{Move::keep, 0, Pass::normalize, 0}
+                                    : Transition{Move::table, static_cast<int>(walk.sizes.n_flows) - 1, Pass::keep, 0};
+  const int to = move_column(walk, transition, column);
   const int64_t row0 = tile * rows;
   T grad_loc = 0, grad_scale = 0;
   for (int64_t row = row0; row < row0 + rows && row < walk.sizes.batch; ++row) {
     const T g = widen(back.grad_y[row * back.grad_y_row + column]), value = widen(walk.x[row * walk.x_row + column]);
     back.g(0)[row * walk.dim() + to] =
-        pass_gradient(walk, way, column, to, g, value, back.grad_logdet[row], grad_loc, grad_scale);
+        pass_gradient(walk, transition, column, to, g, value, back.grad_logdet[row], grad_loc, grad_scale);
   }
   if (walk.inverse) {
     back.loc_parts[tile * walk.dim() + to] = grad_loc;
@@ -119,7 +123,8 @@ __device__ __forceinline__ void load_turned(typename Tile::Storage *to, const ty
 
 enum class Layers : int { first, hidden, last };
 
-// What the first layers' tile does with the sum over both nets: coupling, the way back to the previous step, ActNorm.
+// What the first layers' tile does with the sum over both nets: coupling, the transition to the previous step,
+// ActNorm.
 template <class Tile>
 __device__ __forceinline__ void leave_backward(const FlowBackwardWalk<typename Tile::Storage> &back,
                                                unsigned char *shared, int step, int walked, int row_tile, int column0) {
@@ -128,18 +133,19 @@ __device__ __forceinline__ void leave_backward(const FlowBackwardWalk<typename T
   const FlowWalk<typename Tile::Storage> &walk = back.walk;
   const int inside = walk.inside(), transformed = walk.transformed(), conditioning = walk.conditioning();
   const int64_t row0 = static_cast<int64_t>(row_tile) * Tile::rows, rows = walk.sizes.batch - row0;
-  const Way way = back.way(step);
+  const Transition transition = back.transition(step);
   const bool at_end = walked == walk.steps() - 1;
   T *const target = at_end ? nullptr : back.g(walked + 1);
   const T *const g = back.g(walked), *const s = walk.of_step(walk.s, step), *const stage = walk.stage(step);
-  const Strided<T> values = back.coupled(step, way.pass != Pass::normalize);
+  const Strided<T> values = back.coupled(step, transition.pass != Pass::normalize);
   T *const grad_context =
       back.grad_context == nullptr
           ? nullptr
           : back.grad_context + (walk.sizes.context_count > 1 ? step / 2 : 0) * walk.sizes.batch * walk.context_dim();
   const int j = column0 + threadIdx.x % columns, group = threadIdx.x / columns;
   const bool has_u = j < conditioning, has_v = j < transformed;
-  const int to_u = has_u ? move_column(walk, way, j) : 0, to_v = has_v ? move_column(walk, way, conditioning + j) : 0;
+  const int to_u = has_u ? move_column(walk, transition, j) : 0,
+            to_v = has_v ? move_column(walk, transition, conditioning + j) : 0;
   const auto put = [&](int64_t row, int to, T value) {
     if (at_end)
       narrow(value, back.grad_x[row * walk.dim() + to]);
@@ -152,19 +158,19 @@ __device__ __forceinline__ void leave_backward(const FlowBackwardWalk<typename T
     const T acc = Tile::result(shared, 0, at, j - column0), gl = back.grad_logdet[row];
     if (has_u)
       put(row, to_u,
-          pass_gradient(walk, way, j, to_u, acc + g[row * walk.dim() + j], stage[row * walk.dim() + j], gl, sums[0],
-                        sums[1]));
+          pass_gradient(walk, transition, j, to_u, acc + g[row * walk.dim() + j], stage[row * walk.dim() + j], gl,
+                        sums[0], sums[1]));
     if (has_v) {
       const T st = s[row * transformed + j];
       const T gv = g[row * walk.dim() + conditioning + j] * math::exp(walk.inverse ? -st : st);
       put(row, to_v,
-          pass_gradient(walk, way, conditioning + j, to_v, gv, values.data[row * values.row + j], gl, sums[2],
+          pass_gradient(walk, transition, conditioning + j, to_v, gv, values.data[row * values.row + j], gl, sums[2],
                         sums[3]));
     }
     if (grad_context != nullptr && !has_u && j < inside)
       grad_context[row * walk.context_dim() + j - conditioning] += acc;
   }
-  if (way.pass == Pass::keep)
+  if (transition.pass == Pass::keep)
     return;
   T *const all = reinterpret_cast<T *>(shared); // [groups, 4, columns]
   __syncthreads();
@@ -173,7 +179,7 @@ __device__ __forceinline__ void leave_backward(const FlowBackwardWalk<typename T
   __syncthreads();
   if (group != 0)
     return;
-  const int64_t part = (static_cast<int64_t>(way.block) * back.row_tiles + row_tile) * walk.dim();
+  const int64_t part = (static_cast<int64_t>(transition.block) * back.row_tiles + row_tile) * walk.dim();
   for (int i = 0; i < 4; ++i) {
     if (!(i < 2 ? has_u : has_v))
       continue;
@@ -181,7 +187,7 @@ __device__ __forceinline__ void leave_backward(const FlowBackwardWalk<typename T
     for (int other = 0; other < groups; ++other)
       sum += all[(other * 4 + i) * columns + threadIdx.x];
     const int column = i < 2 ? j : conditioning + j, to = i < 2 ? to_u : to_v;
-    (i % 2 ? back.scale_parts : back.loc_parts)[part + (way.pass == Pass::normalize ? to : column)] = sum;
+    (i % 2 ? back.scale_parts : back.loc_parts)[part + (transition.pass == Pass::normalize ? to : column)] = sum;
   }
 }
 

@@ -6,10 +6,10 @@
 // Weights are read as they lie, in panels [in][64 outputs]: no tile of a weight crosses a panel.
 //
 // Launches for n blocks with nets of depth + 2 layers: a table of permutations, the first stage, 2 n (depth + 2)
-// layers, of which the last ones hold coupling, log-det and the way to the next stage, and the sum of log-dets. Bytes:
-// every weight once for every `rows` of a tile (mostly from the L2 cache after the first), and for each layer the
-// activations of a row, written once and read once for every `columns` outputs. Up to 128 rows narrow tiles spread a
-// weight over many multiprocessors; beyond, tiles of 64 × 64 multiply. All sums run in a fixed order: results repeat
+// layers, of which the last ones hold coupling, log-det and the transition to the next stage, and the sum of log-dets.
+// Bytes: every weight once for every `rows` of a tile (mostly from the L2 cache after the first), and for each layer
+// the activations of a row, written once and read once for every `columns` outputs. Up to 128 rows narrow tiles spread
+// a weight over many multiprocessors; beyond, tiles of 64 × 64 multiply. All sums run in a fixed order: results repeat
 // bit for bit.
 //
 // The persistent kernel (up to persistent_rows rows) walks all layers in one launch, with a barrier over the grid
@@ -30,8 +30,8 @@ namespace iin_fast {
 enum class Move : int { keep, swap, unswap, table };
 enum class Pass : int { keep, normalize, denormalize };
 
-// The way of a row from a step to the next.
-struct Way {
+// The transition of a row from a step to the next.
+struct Transition {
   Move move;
   int permutation; // the block whose table applies
   Pass pass;
@@ -87,7 +87,7 @@ template <class Storage> struct FlowWalk {
   }
 
   // From the stage of `step` to what follows; going forward and going back.
-  __host__ __device__ Way onward(int step) const {
+  __host__ __device__ Transition onward(int step) const {
     const int block = step / 2;
     if (step % 2 == 0)
       return {Move::swap, 0, Pass::keep, 0};
@@ -95,7 +95,7 @@ template <class Storage> struct FlowWalk {
       return {Move::table, block, Pass::keep, 0};
     return {Move::table, block, Pass::normalize, block + 1};
   }
-  __host__ __device__ Way back(int step) const {
+  __host__ __device__ Transition back(int step) const {
     const int block = step / 2;
     if (step % 2 == 1)
       return {Move::unswap, 0, Pass::keep, 0};
@@ -107,15 +107,15 @@ template <class Storage> struct FlowWalk {
 
 // Where a column of a stage goes. A table is clamped: it may hold anything.
 template <class Storage>
-__device__ __forceinline__ int move_column(const FlowWalk<Storage> &walk, const Way &way, int column) {
+__device__ __forceinline__ int move_column(const FlowWalk<Storage> &walk, const Transition &transition, int column) {
   const int conditioning = walk.conditioning(), transformed = walk.transformed();
-  switch (way.move) {
+  switch (transition.move) {
   case Move::swap:
     return column < conditioning ? column + transformed : column - conditioning;
   case Move::unswap:
     return column < transformed ? column + conditioning : column - transformed;
   case Move::table: {
-    const int to = walk.table[static_cast<int64_t>(way.permutation) * walk.dim() + column];
+    const int to = walk.table[static_cast<int64_t>(transition.permutation) * walk.dim() + column];
     return to < 0 ? 0 : to >= walk.dim() ? walk.dim() - 1 : to;
   }
   default:
@@ -144,16 +144,17 @@ __device__ __forceinline__ bool pass_value(const FlowWalk<Storage> &walk, Pass p
   return negative;
 }
 
-// A column of a row on its way to the next stage, or to the output; returns what the log-det gains (times the sign of
-// the map).
+// A column of a row goes to the next stage, or to the output; returns what the log-det gains (times the
+// sign of the map).
 template <class Storage>
-__device__ __forceinline__ compute_t<Storage> carry(const FlowWalk<Storage> &walk, const Way &way,
+__device__ __forceinline__ compute_t<Storage> carry(const FlowWalk<Storage> &walk, const Transition &transition,
                                                     compute_t<Storage> *target, Storage *output, int64_t row,
                                                     int column, compute_t<Storage> value) {
   using T = compute_t<Storage>;
-  const int to = move_column(walk, way, column);
-  const int64_t at = static_cast<int64_t>(way.block) * walk.dim() + (way.pass == Pass::normalize ? to : column);
-  const bool negative = pass_value(walk, way.pass, at, value);
+  const int to = move_column(walk, transition, column);
+  const int64_t at =
+      static_cast<int64_t>(transition.block) * walk.dim() + (transition.pass == Pass::normalize ? to : column);
+  const bool negative = pass_value(walk, transition.pass, at, value);
   if (output != nullptr)
     narrow(value, output[row * walk.dim() + to]);
   else
@@ -182,12 +183,13 @@ __device__ __forceinline__ void enter_rows(const FlowWalk<Storage> &walk, bool i
                                            int64_t warps) {
   using T = compute_t<Storage>;
   const int lane = threadIdx.x % warp_lanes, last = static_cast<int>(walk.sizes.n_flows) - 1;
-  const Way way = inverse ? Way{Move::table, last, Pass::keep, 0} : Way{Move::keep, 0, Pass::normalize, 0};
+  const Transition transition =
+      inverse ? Transition{Move::table, last, Pass::keep, 0} : Transition{Move::keep, 0, Pass::normalize, 0};
   T *const target = walk.stage(inverse ? walk.steps() - 1 : 0);
   for (int64_t row = first_warp; row < walk.sizes.batch; row += warps) {
     CompensatedSum<T> sum;
     for (int column = lane; column < walk.dim(); column += warp_lanes)
-      sum.add(carry<Storage>(walk, way, target, nullptr, row, column, widen(walk.x[row * walk.x_row + column])));
+      sum.add(carry<Storage>(walk, transition, target, nullptr, row, column, widen(walk.x[row * walk.x_row + column])));
     T gained = sum.total();
     for (int offset = warp_lanes / 2; offset > 0; offset /= 2)
       gained += __shfl_xor_sync(whole_warp, gained, offset);
@@ -305,8 +307,8 @@ __device__ __forceinline__ void layer_tile(const FlowWalk<typename Tile::Storage
   }
 }
 
-// Last layers of both nets, coupling, log-det, and the way of these columns (those that condition go along) to the next
-// stage. `inverse`: the direction of the walk, of which this is step number `walked`.
+// Last layers of both nets, coupling, log-det, and the transition of these columns (those that condition go along) to
+// the next stage. `inverse`: the direction of the walk, of which this is step number `walked`.
 template <class Tile>
 __device__ __forceinline__ void last_tile(const FlowWalk<typename Tile::Storage> &walk, unsigned char *shared, int step,
                                           bool inverse, int64_t row0, int tile, Do what = Do::all) {
@@ -338,7 +340,7 @@ __device__ __forceinline__ void last_tile(const FlowWalk<typename Tile::Storage>
   Tile::run(shared, steps, load, what == Do::rest);
   const Storage *const bias = walk.weights.bias_out + net_at * transformed;
   const int last = inverse ? 0 : walk.steps() - 1;
-  const Way way = inverse ? walk.back(step) : walk.onward(step);
+  const Transition transition = inverse ? walk.back(step) : walk.onward(step);
   const T *const stage = walk.stage(step);
   T *const target = step == last ? nullptr : walk.stage(inverse ? step - 1 : step + 1);
   Storage *const output = step == last ? walk.y : nullptr;
@@ -362,10 +364,10 @@ __device__ __forceinline__ void last_tile(const FlowWalk<typename Tile::Storage>
       if (walk.keep_v)
         walk.of_step(walk.v, step)[row * transformed + j] = v;
       if (goes_on)
-        gained += carry<Storage>(walk, way, target, output, row, conditioning + j, v);
+        gained += carry<Storage>(walk, transition, target, output, row, conditioning + j, v);
     }
     if (at < rows && j < conditioning && goes_on)
-      gained += carry<Storage>(walk, way, target, output, row, j, stage[row * walk.dim() + j]);
+      gained += carry<Storage>(walk, transition, target, output, row, j, stage[row * walk.dim() + j]);
     if (parts != nullptr) {
 #pragma unroll
       for (int offset = columns / 2; offset > 0; offset /= 2)
@@ -411,8 +413,8 @@ __global__ void __launch_bounds__(tile_threads) flow_finish_kernel(const FlowWal
               static_cast<int64_t>(gridDim.x) * tile_threads);
 }
 
-// Rows up to which one kernel walks all layers, and its buffers: weights of a layer that are on their way while the
-// layer before ends. 90 KB, so that they fit GPUs of compute capability 8.6 and 8.9 too.
+// Rows up to which one kernel walks all layers, and its buffers: weights of a layer that are under way while
+// the layer before ends. 90 KB, so that they fit GPUs of compute capability 8.6 and 8.9 too.
 constexpr int64_t persistent_rows = 64;
 constexpr int persistent_buffers = 6;
 template <class P> using PersistentLayer = LayerTile<P, false, persistent_buffers>;

@@ -95,7 +95,7 @@ def colorize(shapes: Tensor, colors: Tensor) -> Tensor:
 def jitter(shapes: Tensor, generator: torch.Generator) -> Tensor:
     """Turns, slants, scales and shifts each shape a little, as another hand would have written it.
 
-    1300 images are too few for a flow with millions of weights; this keeps it from learning them by heart.
+    1300 images are too few for a flow with millions of weights; this keeps it from overfitting them.
     """
     n = len(shapes)
     uniform = torch.rand(n, 6, generator=generator) * 2 - 1

@@ -177,7 +177,7 @@ class LinearRival:
 
 
 class MeanShift:
-    r"""Creates swaps by a shift along class means, which is told the classes of both samples.
+    r"""Creates swaps by a shift along class means, which knows the classes of both samples.
 
     .. math:: z' = z + \mu_{y(\text{donor})} - \mu_{y(z)}
 

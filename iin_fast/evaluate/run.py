@@ -71,7 +71,7 @@ def evaluate(
         max_samples: most samples that a metric learns on, and is taken on; time grows with it, for information with its
             square.
         seed: of all draws.
-        progress: told what begins.
+        progress: called with what begins.
 
     Returns:
         a dictionary of plain values: ``swap``, ``verdict`` (concept to what :func:`swap_verdict` says), ``information``, ``dci``, ``mig``, ``sap``, ``leak``, ``likelihood``,

@@ -51,7 +51,7 @@ def concept_pairs(
     - a latent of each group share nothing; or, where ``rest`` names a factor for everything else and ``with_[i]`` is the
       same thing as ``without[i]`` but for the concept (the same picture in two styles), they share the rest;
     - two latents of ``background`` share nothing. They need not show the concept; they teach the flow where latents lie.
-      A handful of examples alone would be learned by heart.
+      A handful of examples alone would be overfit.
 
     One half of the pairs that are not of the background comes from within the groups, evenly from either, the other half
     from across.

@@ -77,7 +77,7 @@ class Shown:
         self.is_mute = not (self.as_text or self.as_image or self.names)  # nothing says what a sample is
 
     def context_of(self, rows: Sequence[int] | NDArray[np.int64]) -> Tensor | None:
-        """What the model is told of samples, ``[len(rows), context_dim]``."""
+        """The context of samples, ``[len(rows), context_dim]``."""
         return None if self.context is None else self.context[list(rows)]
 
     def originals(self, rows: Sequence[int]) -> NDArray[np.float64]:

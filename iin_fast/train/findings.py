@@ -65,7 +65,7 @@ class Findings:
             why = "fewer rows than features" if self.n <= self.live else "some features are combinations of others"
             found.append(
                 f"the latents vary in {self.rank} of {self.live} directions ({why}): without noise on the latents the density "
-                "has no bound, and training learns them by heart"
+                "has no bound, and training overfits them"
             )
         for concept, classes in self.few.items():
             shown = ", ".join(f"{label} ({rows})" for label, rows in list(classes.items())[:SHOWN])

@@ -117,23 +117,23 @@ class Bar:
 def held_out_rise(run: str | os.PathLike[str]) -> str:
     """A line of advice where the held-out loss of the training in ``run`` ended well above its lowest value, or ``""``.
 
-    Well above: by more than 0.05 nats per dimension of either latent of a pair. The flow then learns its latents by heart. Where
+    Well above: by more than 0.05 nats per dimension of either latent of a pair. The flow then overfits its latents. Where
     the model with the best swaps is kept, that does no harm, and there is nothing to say.
     """
     record, lines = _written(run)
-    looks = [(float(line["held_out_loss"]), int(line["step"])) for line in lines if line["held_out_loss"]]
+    evaluations = [(float(line["held_out_loss"]), int(line["step"])) for line in lines if line["held_out_loss"]]
     settings = record.get("settings", {})
     if (
         settings.get("keep") == "swaps"
-        or not looks
-        or not looks[-1][0] > min(looks)[0] + 0.05 * 2 * record.get("dim", math.inf)
+        or not evaluations
+        or not evaluations[-1][0] > min(evaluations)[0] + 0.05 * 2 * record.get("dim", math.inf)
     ):
         return ""
-    lowest, step = min(looks)
+    lowest, step = min(evaluations)
     kept = "kept" if settings.get("keep") == "best" else "not kept (keep best does that)"
     return (
-        f"the held-out loss rose from {lowest:.2f} nats per pair at step {step} to {looks[-1][0]:.2f} at step {looks[-1][1]}: "
-        f"the flow learns its latents by heart. More noise (now {settings.get('noise', 0):g}), fewer steps or a smaller network help; "
+        f"the held-out loss rose from {lowest:.2f} nats per pair at step {step} to {evaluations[-1][0]:.2f} at step {evaluations[-1][1]}: "
+        f"the flow overfits its latents. More noise (now {settings.get('noise', 0):g}), fewer steps or a smaller network help; "
         f"the model of step {step} was {kept}"
     )
 
@@ -159,7 +159,7 @@ def early_end(run: str | os.PathLike[str]) -> str:
     if not patience or done >= record.get("steps", 0):
         return ""
     return (
-        f"ended at step {done} of {record['steps']}: {patience} looks at held-out latents in a row found no better model "
+        f"ended at step {done} of {record['steps']}: {patience} evaluations at held-out latents in a row found no better model "
         f"(--patience 0 goes on to the end)"
     )
 

@@ -332,15 +332,15 @@ class _Training:
                     bar.step(done)
 
                     last = done == settings.steps
-                    look = self.held_out is not None and (done % settings.held_out_every == 0 or last)
-                    line = look or last or done % settings.log_every == 0
+                    evaluate = self.held_out is not None and (done % settings.held_out_every == 0 or last)
+                    line = evaluate or last or done % settings.log_every == 0
                     if line:
-                        self._line(rate, look, log, bar)
-                    stop, enough = stopped.is_set(), look and 0 < settings.patience <= self.progress.stale
+                        self._line(rate, evaluate, log, bar)
+                    stop, enough = stopped.is_set(), evaluate and 0 < settings.patience <= self.progress.stale
                     if fabric.world_size > 1:  # all stop at one step: they agree where they meet anyway
-                        told = torch.tensor([float(stop), float(enough)])
+                        flags = torch.tensor([float(stop), float(enough)])
                         stop, enough = (
-                            line and flag for flag in fabric.all_reduce(told, reduce_op="sum").bool().tolist()
+                            line and flag for flag in fabric.all_reduce(flags, reduce_op="sum").bool().tolist()
                         )
                     last = last or enough
                     if last or stop or done % settings.save_every == 0:
@@ -354,8 +354,8 @@ class _Training:
                 log.close()
         return self.model.eval()
 
-    def _line(self, rate: float, look: bool, log: Log | None, bar: Bar) -> None:
-        """One line of the log; with ``look``, the held-out pairs too."""
+    def _line(self, rate: float, evaluate: bool, log: Log | None, bar: Bar) -> None:
+        """One line of the log; with ``evaluate``, the held-out pairs too."""
         sums = self.fabric.all_reduce(self.sums.clone(), reduce_op="mean").tolist()
         loss, nats = sums[0] / sums[2], sums[1] / sums[2]
         self._check_finite(loss)
@@ -366,7 +366,7 @@ class _Training:
         seconds = time.perf_counter() - self.clock
         values = {"loss": loss, "nats_per_dim": nats, "learning_rate": rate}
         values["samples_per_second"] = 2 * self.settings.batch * (done - self.since) / max(seconds, 1e-9)
-        if look and log is not None:
+        if evaluate and log is not None:
             values |= self._look()
         if log is not None:
             log.write(done, values)

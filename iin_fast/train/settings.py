@@ -1,4 +1,4 @@
-"""What a training can be told, and what it chooses by itself."""
+"""The settings of a training, and what it chooses by itself."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ PAPER: dict[str, Any] = {
 # Flops per second that the steps of a default training are counted with: a core of a laptop that does other things too.
 SPEED = {"affine": 15e9, "spline": 5e9}
 MOST_STEPS, LEAST_STEPS = 3000, 200
-LOOKS = 30
+EVALUATIONS = 30
 NOISE_FALLS = 0.1, 0.3  # from and to these shares of the steps
 PATIENT = 0.3  # share of the steps after which a training may end early: before, noise still falls, and the held-out loss with it
 
@@ -113,15 +113,15 @@ class Settings:
             pulls the flow back to the linear solution.
         clip: longest gradient, as a norm over all parameters; 0 for any length.
         noise: deviation of the Gaussian noise that every step adds to its latents, in standard deviations of each feature
-            over the training rows; 0 for none, as published. It keeps the flow from learning few latents by heart.
+            over the training rows; 0 for none, as published. It keeps the flow from overfitting few latents.
         noise_end: deviation from three tenths of the steps on. The noise falls to it from one tenth on, each step by the same factor.
             Of the preset ``"paper"`` it is ``noise``.
         held_out: share of the latents that is never trained on, from 0 to below 1.
         keep: which model a run leaves: ``"last"``, that of the last step, as published; ``"best"``, the one with the
-            lowest held-out loss of all looks; or ``"swaps"``, the one whose swaps of held-out latents change one concept and keep
+            lowest held-out loss of all evaluations; or ``"swaps"``, the one whose swaps of held-out latents change one concept and keep
             the others most often, as small networks read them that learned on the other rows. Where that takes labels which
             are not there, it is ``"best"``.
-        patience: looks in a row without a lower held-out loss or a better model, after which the training stops, counted from three
+        patience: evaluations in a row without a lower held-out loss or a better model, after which the training stops, counted from three
             tenths of ``steps`` on; 0 for no such end.
         precision: ``"32-true"``, ``"64-true"``, or ``"bf16-mixed"`` (autocast; parameters stay float32).
         seed: of weights, split and pairs.
@@ -239,7 +239,7 @@ class Settings:
         rest = {
             "warmup": min(100, found.steps // 10),
             "decay_start": found.steps // 2,
-            "held_out_every": max(1, found.steps // LOOKS),
+            "held_out_every": max(1, found.steps // EVALUATIONS),
             "save_every": max(1, found.steps // 2),
         }
         return found._filled(rest)  # type: ignore[no-any-return]

@@ -43,7 +43,7 @@ class Progress:
     best: dict[str, Tensor] | None = None  # parameters of the lowest held-out loss, where they are to be kept
     best_loss: float = math.inf
     lowest_loss: float = math.inf  # on held-out pairs
-    stale: int = 0  # looks since the last one with a lower loss or a better model
+    stale: int = 0  # evaluations since the last one with a lower loss or a better model
     swaps: dict[str, Tensor] = field(default_factory=dict)  # of the first and the best model, where swaps are judged
 
 
