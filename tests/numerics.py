@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from cases import BACKEND, LONGEST_SUM, SUM_UNITS
+from op_cases import BACKEND, LONGEST_SUM, SUM_UNITS
 from torch import Tensor
 from torch.testing import assert_close
 

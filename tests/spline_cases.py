@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from cases import BACKEND, FORMS, SPLINE_ENDS, SPLINE_NOT_FINITE, SPLINE_STRONG, TAILS, cases
+from op_cases import BACKEND, FORMS, SPLINE_ENDS, SPLINE_NOT_FINITE, SPLINE_STRONG, TAILS, cases
 from torch import Tensor
 
 from iin_fast.ops.spline_coupling import parameter_count, reference

@@ -425,7 +425,7 @@ class _Training:
                 loss = self.objective(*(x.to(fabric.device) for x in self.pairs))[0]
             before, loss = fabric.all_reduce(torch.stack([self.loss, loss])).tolist()
             self._check_finite(loss)
-            self._check_risen(before, loss)
+            self._check_risen(min(before, self.first_loss), loss)
         if fabric.is_global_zero and self.saved != progress.step:
             if log is not None:
                 log.sync()

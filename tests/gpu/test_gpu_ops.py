@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import FLOW_BOUNDS
+from op_cases import FLOW_BOUNDS
 from torch import Tensor
 
 from iin_fast.backends import NAMES, available, backend

@@ -4,8 +4,8 @@ from functools import partial
 
 import pytest
 import torch
-from cases import FLOW_BOUNDS, SMALL_FLOW, flow_inputs
 from numerics import with_gradients
+from op_cases import FLOW_BOUNDS, SMALL_FLOW, flow_inputs
 from torch.testing import assert_close
 
 import iin_fast

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import AFFINE_COUPLING, BACKEND, DTYPES, LAYOUTS, LONG_ROWS, cases, coupling_inputs, few, rows_apart
 from numerics import at_the_edge_of_overflow, compare_with_definition
+from op_cases import AFFINE_COUPLING, BACKEND, DTYPES, LAYOUTS, LONG_ROWS, cases, coupling_inputs, few, rows_apart
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close

@@ -8,8 +8,8 @@ from functools import partial
 
 import pytest
 import torch
-from cases import BACKEND, FLOW, LAYOUTS, FlowShape, cases, environment, few, flow_inputs, rows_apart
 from numerics import fixed_weights, with_gradients
+from op_cases import BACKEND, FLOW, LAYOUTS, FlowShape, cases, environment, few, flow_inputs, rows_apart
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
@@ -302,7 +302,7 @@ def test_autocast_computes_in_float32() -> None:
 def test_every_instruction_set(isa: str) -> None:
     probe = (
         "import test_flow as t\n"
-        "from cases import FLOW, cases\n"
+        "from op_cases import FLOW, cases\n"
         "from iin_fast._library import cpu_isa\n"
         "for shape in (s for s in cases(FLOW) if s.batch * s.hidden < 10_000):\n"
         "    t.test_float64_equals_the_definition(shape, False)\n"
@@ -318,7 +318,7 @@ def test_every_instruction_set(isa: str) -> None:
 
 GUARDED = """
 import ctypes, mmap, torch
-from cases import flow_inputs
+from op_cases import flow_inputs
 from iin_fast.ops.flow import flow
 
 libc = ctypes.CDLL(None, use_errno=True)

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from cases import ALIGNED_FLOW, FLOW, FLOW_BOUNDS, SMALL_FLOW, FlowShape, cases, flow_inputs, rows_apart
 from cuda_emulator import SANITIZE, call, data, load, type_name
 from numerics import check_not_finite, spoiled
+from op_cases import ALIGNED_FLOW, FLOW, FLOW_BOUNDS, SMALL_FLOW, FlowShape, cases, flow_inputs, rows_apart
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from cases import few
 from numerics import check_sums, long_terms
+from op_cases import few
 
 from iin_fast.functional import affine_coupling, pair_nll
 from iin_fast.ops.flow import flow

@@ -4,8 +4,8 @@ from functools import partial
 
 import pytest
 import torch
-from cases import BACKEND, DTYPES, FlowShape, coupling_inputs, few, flow_inputs, pair_inputs
 from numerics import compare_not_finite, of_gradients
+from op_cases import BACKEND, DTYPES, FlowShape, coupling_inputs, few, flow_inputs, pair_inputs
 from torch import Tensor
 
 from iin_fast.functional import affine_coupling, pair_nll

@@ -4,8 +4,8 @@ from functools import partial
 
 import pytest
 import torch
-from cases import BACKEND, DTYPES, LAYOUTS, PAIR_NLL, cases, pair_inputs
 from numerics import RHOS, SIZES, check_near_one, compare_with_definition, pairs_near_one
+from op_cases import BACKEND, DTYPES, LAYOUTS, PAIR_NLL, cases, pair_inputs
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import BACKEND, FORMS, SPLINE_COUPLING, cases, environment, spline_inputs
 from numerics import with_gradients
+from op_cases import BACKEND, FORMS, SPLINE_COUPLING, cases, environment, spline_inputs
 from torch import Tensor
 
 from iin_fast.functional import rational_quadratic_spline, spline_coupling

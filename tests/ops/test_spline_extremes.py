@@ -6,10 +6,10 @@ import math
 import pytest
 import spline_cases
 import torch
-from cases import BACKEND, DTYPES, FORMS, TAILS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import check_sums
+from op_cases import BACKEND, DTYPES, FORMS, TAILS
 from spline_cases import definition, elements, weights
 from torch import Tensor
 
