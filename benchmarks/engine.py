@@ -1,5 +1,5 @@
 """Whole flows against flowjax under jax.jit and the libraries for torch, as users train them:
-python benchmarks/engine.py --jax PYTHON [--out OUT.json] [--only NAME …]
+python benchmarks/engine.py --jax PYTHON [--out OUT.json] [--picture docs/images/engine_batch.png] [--only NAME …]
 
 PYTHON is that of an environment with jax and flowjax. All sides run in turn, several rounds, on the same number of threads. A
 step is loss, backward and Adam; all torch sides use torch's fused Adam. Every side has the same number
@@ -10,6 +10,7 @@ import argparse
 import json
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import iin_fast
+from iin_fast.bench.memory import peak_above
 from iin_fast.bench.run import machine_peaks
 from iin_fast.bench.timing import spread, time_of
 from iin_fast.info import collect, versions
@@ -186,6 +188,8 @@ def torch_call(side: str, flow: nn.Module, case: dict[str, Any]) -> Call:
 
         return density
     log_prob()  # data-dependent starts
+    if case["measure"] == "gradient":
+        return lambda: (-log_prob().mean()).backward()
     optimizer = torch.optim.Adam(flow.parameters(), lr=1e-3, fused=True)
 
     def step() -> None:
@@ -231,6 +235,59 @@ class Jax:
 
 
 SIDES = {"iin-fast": ours, "nflows": nflows_model, "zuko": zuko_model, "normflows": normflows_model}
+
+
+MEMORY_BATCH, MEMORY_LAYERS = 4096, (10, 20, 40)
+
+
+def memory(side: str, layers: int) -> float:
+    """MiB that a training step of the NSF holds at most above what was there, without the gradients; in a process of its own."""
+    command = [sys.executable, __file__, "--memory-of", side, str(layers)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def memory_here(side: str, layers: int) -> float:
+    case = {**NSF, "layers": layers, "batch": MEMORY_BATCH, "measure": "gradient"}
+    flow = SIDES[side](case)
+    assert flow is not None
+    torch_call(side, flow, {**case, "batch": 4})()  # loads libraries, starts threads
+    flow.zero_grad()
+    step = torch_call(side, flow, case)
+    flow.zero_grad()
+    peak = peak_above(step)
+    return peak - sum(p.grad.nbytes for p in flow.parameters() if p.grad is not None) / 2**20
+
+
+def draw(result: dict[str, Any], picture: Path) -> None:
+    """The NSF's step and density over batch sizes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
+    for axis, measure, title in zip(axes, ("step", "log_prob"), ("training step", "log_prob"), strict=True):
+        rows = [
+            row
+            for row in result["cases"].values()
+            if row["case"]["flow"] == "NSF" and row["case"]["measure"] == measure
+        ]
+        rows.sort(key=lambda row: row["case"]["batch"])
+        for side in rows[0]["sides"]:
+            medians, least, most = ([1e3 * row["sides"][side][k] for row in rows] for k in ("median", "min", "max"))
+            batches = [row["case"]["batch"] for row in rows]
+            (line,) = axis.plot(batches, medians, "o-", label=side, lw=2.5 if side == "iin-fast" else 1.2)
+            axis.fill_between(batches, least, most, alpha=0.15, color=line.get_color())
+        axis.set(xscale="log", yscale="log", xlabel="batch", ylabel="ms (median; band: min to max)", title=title)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    machine = result["machine"]
+    figure.suptitle(
+        f"Neural spline flow, 10 couplings, hidden 64\n{machine['CPU']}, {machine['CPU instruction set']}", fontsize=10
+    )
+    figure.tight_layout()
+    figure.savefig(picture, dpi=110)
 
 
 def floor(case: dict[str, Any], parameters: int, peaks: dict[str, float]) -> float:
@@ -279,7 +336,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[""], help="cases whose name begins with one of these")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.4, help="of each side in a round")
+    parser.add_argument(
+        "--memory-of", nargs=2, metavar=("SIDE", "LAYERS"), help="only print what that side's step holds"
+    )
     arguments = parser.parse_args()
+    if arguments.memory_of:
+        print(memory_here(arguments.memory_of[0], int(arguments.memory_of[1])))
+        return
     peaks = machine_peaks(False)
     jax = Jax(arguments.jax) if arguments.jax else None
     libraries = versions("torch", "nflows", "zuko", "normflows")
@@ -295,6 +358,12 @@ def main() -> None:
             result["cases"][case["name"]] = run_case(case, jax, arguments.rounds, arguments.seconds, peaks)
     if jax is not None:
         jax.close()
+    if arguments.only == [""]:
+        result["memory"] = {
+            side: {layers: memory(side, layers) for layers in MEMORY_LAYERS} for side in ("iin-fast", "nflows", "zuko")
+        }
+        if arguments.picture:
+            draw(result, arguments.picture)
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
 
 

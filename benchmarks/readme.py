@@ -148,6 +148,43 @@ def engine_table(name: str = "engine_cpu.json") -> str:
         f"The first call took {1e3 * min(first):.0f} to {1e3 * max(first):.0f} ms here and {min(compiled):.1f} to "
         f"{max(compiled):.1f} s in flowjax, which compiles.",
     ]
+    if "memory" in result:
+        depths = list(next(iter(result["memory"].values())))
+        lines += [
+            "",
+            "MiB that loss and backward of the NSF hold at most at 4096 rows, above parameters and gradients:",
+            "",
+            f"| | {' | '.join(f'{depth} couplings' for depth in depths)} |",
+            f"|---|{'---:|' * len(depths)}",
+            *(f"| {side} | {' | '.join(f'{v:.0f}' for v in row.values())} |" for side, row in result["memory"].items()),
+        ]
+    return "\n".join(lines)
+
+
+def iin_table(name: str) -> str:
+    """The IIN's flow beside its rivals; nothing before there is a run."""
+    if not (RESULTS / name).exists():
+        return ""
+    result = json.loads((RESULTS / name).read_text())
+    machine, versions, peaks = result["machine"], result["versions"], result["peaks"]
+    rivals = [side for side in next(iter(result["cases"].values()))["sides"] if side != "iin-fast"]
+    shown = {"eager": "published code", "compile": "torch.compile"}
+    lines = [
+        f"Medians in milliseconds, and how many times as long as ours; in brackets least and most. {machine['CPU']} "
+        f"({machine['CPU instruction set']}), torch {versions['torch']}, jax {versions['jax']}. All sides in one run, in turn, "
+        f"with 2 threads. The floor: {peaks['gflops']:.0f} GFLOP/s and {peaks['read_gbytes']:.0f} GB/s, as the same run measured them.",
+        "",
+        f"| case | **iin-fast** | {' | '.join(shown.get(rival, rival) for rival in rivals)} | × floor |",
+        f"|---|{'---:|' * (len(rivals) + 2)}",
+    ]
+    for case, found in result["cases"].items():
+        sides, ours = found["sides"], found["sides"]["iin-fast"]
+        cells = [
+            f"{milliseconds(sides[r])}, {sides[r]['median'] / ours['median']:.1f} × "
+            f"({sides[r]['min'] / ours['max']:.1f}–{sides[r]['max'] / ours['min']:.1f})"
+            for r in rivals
+        ]
+        lines.append(f"| {case} | {milliseconds(ours)} | {' | '.join(cells)} | {ours['median'] / found['floor']:.1f} |")
     return "\n".join(lines)
 
 
@@ -419,6 +456,8 @@ PAGES = {
     "docs/speed.md": {
         "engine": engine_table,
         "engine avx2": partial(engine_table, "engine_cpu_avx2.json"),
+        "iin": partial(iin_table, "iin_cpu.json"),
+        "iin avx2": partial(iin_table, "iin_cpu_avx2.json"),
         "speed": speed_table,
         "splines": spline_table,
     },
