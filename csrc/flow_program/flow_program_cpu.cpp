@@ -100,9 +100,9 @@ template <class T> int64_t chosen(const Plan &plan, int64_t batch, int64_t keep)
 
 std::tuple<Tensor, Tensor, Tensor> flow_program(const Tensor &x,                      // [batch, dim]
                                                 const std::optional<Tensor> &context, // [batch, context]
-                                                const std::vector<Tensor> &parameters, const std::string &program,
+                                                const std::vector<Tensor> &parameters, StringHandle program,
                                                 bool inverse, bool base, int64_t keep) {
-  const std::shared_ptr<const Plan> plan = plan_of(program);
+  const std::shared_ptr<const Plan> plan = plan_of(text_of(program));
   check_keep(keep);
   const Inputs in = checked(*plan, x, context, parameters);
   Tensor y = cpu_empty(in.x, in.x.sizes()), logdet = cpu_empty(in.x, {in.x.size(0)}), saved = y;
@@ -133,9 +133,10 @@ flow_program_backward(const std::optional<Tensor> &grad_y, // [batch, dim], none
                       const Tensor &grad_logdet,           // [batch]
                       const Tensor &x,                     // [batch, dim]
                       const Tensor &saved, const std::optional<Tensor> &context, const std::vector<Tensor> &parameters,
-                      const std::string &program, bool inverse, bool base, int64_t keep, bool context_grad,
-                      const std::string &wanted) {
-  const std::shared_ptr<const Plan> plan = plan_of(program);
+                      StringHandle program, bool inverse, bool base, int64_t keep, bool context_grad,
+                      StringHandle wanted_text) {
+  const std::string wanted = text_of(wanted_text);
+  const std::shared_ptr<const Plan> plan = plan_of(text_of(program));
   check_keep(keep);
   const Inputs in = checked(*plan, x, context, parameters);
   const ScalarType scalar = in.x.scalar_type();
