@@ -4,6 +4,7 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -116,31 +117,36 @@ def spline_table() -> str:
 ENGINE_RIVALS = ("flowjax", "nflows", "zuko", "normflows")
 
 
+def rivals_table(result: dict[str, Any], rivals: dict[str, str], libraries: str, floor: str) -> list[str]:
+    """A row for each case of one run; ``rivals`` are sides and their names, some of which a case may lack."""
+    machine = result["machine"]
+    lines = [
+        f"Medians in milliseconds, and how many times as long as ours; in brackets least and most. {machine['CPU']} "
+        f"({machine['CPU instruction set']}), {libraries}. All sides in one run, in turn, with 2 threads. The floor: {floor}.",
+        "",
+        f"| case | **iin-fast** | {' | '.join(rivals.values())} | × floor |",
+        f"|---|{'---:|' * (len(rivals) + 2)}",
+    ]
+    for case, found in result["cases"].items():
+        sides, ours = found["sides"], found["sides"]["iin-fast"]
+        cells = []
+        for rival in rivals:
+            row = sides.get(rival)
+            ratio = "" if row is None else f", {row['median'] / ours['median']:.1f} ×"
+            span = "" if row is None else f" ({row['min'] / ours['max']:.1f}–{row['max'] / ours['min']:.1f})"
+            cells.append(milliseconds(row) + ratio + span)
+        lines.append(f"| {case} | {milliseconds(ours)} | {' | '.join(cells)} | {ours['median'] / found['floor']:.1f} |")
+    return lines
+
+
 def engine_table(name: str = "engine_cpu.json") -> str:
     """Whole flows beside their rivals; nothing before there is a run."""
     if not (RESULTS / name).exists():
         return ""
     result = json.loads((RESULTS / name).read_text())
-    machine, versions = result["machine"], result["versions"]
-    libraries = ", ".join(f"{library} {versions[library]}" for library in ("torch", "jax", *ENGINE_RIVALS))
-    lines = [
-        f"Medians in milliseconds, and how many times as long as ours; in brackets least and most. {machine['CPU']} "
-        f"({machine['CPU instruction set']}), {libraries}. All sides in one run, in turn, with 2 threads. The floor: the "
-        f"arithmetic of the nets at the {result['peaks']['gflops']:.0f} GFLOP/s that the same run measured.",
-        "",
-        f"| case | **iin-fast** | {' | '.join(ENGINE_RIVALS)} | × floor |",
-        f"|---|{'---:|' * (len(ENGINE_RIVALS) + 2)}",
-    ]
-    for case, found in result["cases"].items():
-        sides, ours = found["sides"], found["sides"]["iin-fast"]
-        cells = []
-        for rival in ENGINE_RIVALS:
-            row = sides.get(rival)
-            ratio = "" if row is None else f", {row['median'] / ours['median']:.1f} ×"
-            span = "" if row is None else f" ({row['min'] / ours['max']:.1f}–{row['max'] / ours['min']:.1f})"
-            cells.append(milliseconds(row) + ratio + span)
-        floor = f"{ours['median'] / found['floor']:.1f}"
-        lines.append(f"| {case} | {milliseconds(ours)} | {' | '.join(cells)} | {floor} |")
+    libraries = ", ".join(f"{library} {result['versions'][library]}" for library in ("torch", "jax", *ENGINE_RIVALS))
+    floor = f"the arithmetic of the nets at the {result['peaks']['gflops']:.0f} GFLOP/s that the same run measured"
+    lines = rivals_table(result, {rival: rival for rival in ENGINE_RIVALS}, libraries, floor)
     first = [row["first_call"] for row in (found["sides"]["iin-fast"] for found in result["cases"].values())]
     compiled = [found["sides"]["flowjax"]["first_call"] for found in result["cases"].values()]
     lines += [
@@ -166,26 +172,12 @@ def iin_table(name: str) -> str:
     if not (RESULTS / name).exists():
         return ""
     result = json.loads((RESULTS / name).read_text())
-    machine, versions, peaks = result["machine"], result["versions"], result["peaks"]
-    rivals = [side for side in next(iter(result["cases"].values()))["sides"] if side != "iin-fast"]
-    shown = {"eager": "published code", "compile": "torch.compile"}
-    lines = [
-        f"Medians in milliseconds, and how many times as long as ours; in brackets least and most. {machine['CPU']} "
-        f"({machine['CPU instruction set']}), torch {versions['torch']}, jax {versions['jax']}. All sides in one run, in turn, "
-        f"with 2 threads. The floor: {peaks['gflops']:.0f} GFLOP/s and {peaks['read_gbytes']:.0f} GB/s, as the same run measured them.",
-        "",
-        f"| case | **iin-fast** | {' | '.join(shown.get(rival, rival) for rival in rivals)} | × floor |",
-        f"|---|{'---:|' * (len(rivals) + 2)}",
-    ]
-    for case, found in result["cases"].items():
-        sides, ours = found["sides"], found["sides"]["iin-fast"]
-        cells = [
-            f"{milliseconds(sides[r])}, {sides[r]['median'] / ours['median']:.1f} × "
-            f"({sides[r]['min'] / ours['max']:.1f}–{sides[r]['max'] / ours['min']:.1f})"
-            for r in rivals
-        ]
-        lines.append(f"| {case} | {milliseconds(ours)} | {' | '.join(cells)} | {ours['median'] / found['floor']:.1f} |")
-    return "\n".join(lines)
+    versions, peaks = result["versions"], result["peaks"]
+    shown = {"eager": "published code", "compile": "torch.compile", "JAX": "JAX"}
+    sides = next(iter(result["cases"].values()))["sides"]
+    libraries = f"torch {versions['torch']}, jax {versions['jax']}"
+    floor = f"{peaks['gflops']:.0f} GFLOP/s and {peaks['read_gbytes']:.0f} GB/s, as the same run measured them"
+    return "\n".join(rivals_table(result, {r: name for r, name in shown.items() if r in sides}, libraries, floor))
 
 
 def accuracy_table() -> str:
