@@ -186,8 +186,8 @@ template <class T> IIN_FAST_HD T log(T x) {
   const T normal = select(subnormal, x * power_of_two<T>(F::mantissa_bits), x);
   // m in [sqrt(1/2), sqrt(2)), normal = m 2^n
   const Int offset = bits<Int>(T(0.70710678118654752440));
-  const Int n = (bits<Int>(normal) - offset) >> F::mantissa_bits;
-  const T m = bits<T>(bits<Int>(normal) - (n << F::mantissa_bits));
+  const Int above = bits<Int>(normal) - offset, n = above >> F::mantissa_bits;
+  const T m = bits<T>(bits<Int>(normal) - (above & ~((Int(1) << F::mantissa_bits) - 1)));
   const T s = (m - T(1)) / (m + T(1)), square = s * s;
   constexpr Series<T, odd_reciprocal, F::log_terms> series;
   const T sum = square * series(square); // 2 atanh(s) = 2 s (1 + s^2/3 + s^4/5 + ...)
