@@ -336,6 +336,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[""], help="cases whose name begins with one of these")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.4, help="of each side in a round")
+    parser.add_argument("--picture", type=Path, help="file for a plot over batch sizes")
     parser.add_argument(
         "--memory-of", nargs=2, metavar=("SIDE", "LAYERS"), help="only print what that side's step holds"
     )

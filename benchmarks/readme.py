@@ -432,7 +432,7 @@ def summary_table() -> str:
         lines.append(f"| {label} | {milliseconds(ours)} | {cells[0]} | {cells[1]} | {ours['median'] / least:.1f} |")
     return "\n".join(
         [
-            f"How many times as long the other side takes; medians of runs in turn on one machine ({'; '.join(sorted(machines))}). "
+            f"How many times as long the other side takes; medians of runs in turn, each on one machine ({'; '.join(sorted(machines))}). "
             "The floor is what the machine's arithmetic or memory allows at least. Steps are loss, backward and Adam.",
             "",
             *lines,
