@@ -6,6 +6,7 @@ or serves only with CUDA's gigabytes, is "not served".
 """
 
 import argparse
+import os
 import re
 import shutil
 import subprocess
@@ -19,9 +20,13 @@ PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 
 
 def find_python(version: str) -> str | None:
-    """An interpreter of pyenv's, whose shims on PATH refuse to run, or one on PATH."""
-    pyenv = sorted(Path.home().glob(f".pyenv/versions/{version}.*/bin/python"))
-    return str(pyenv[-1]) if pyenv else shutil.which(f"python{version}")
+    """The interpreter behind ``python3.x`` on PATH, which may be a shim of pyenv's that wants a version named."""
+    command = [f"python{version}", "-c", "import sys; print(sys.executable)"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYENV_VERSION": version})
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def tried(python: str, torch: str, wheel: Path, folder: Path) -> str:

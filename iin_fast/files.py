@@ -18,17 +18,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 __all__ = [
-    *(
-        "check_name",
-        "checksum",
-        "npz_bytes",
-        "parse_json",
-        "read_json",
-        "read_npz",
-        "read_tensors",
-        "safetensors_library",
-    ),
-    *("serialize", "sync_folder", "write_file"),
+    "check_name",
+    "checksum",
+    "npz_bytes",
+    "parse_json",
+    "read_json",
+    "read_npz",
+    "read_tensors",
+    "safetensors_library",
+    "serialize",
+    "sync_folder",
+    "write_file",
 ]
 
 TAKEN_NAMES = ("file", "allow_pickle", "__metadata__")  # by numpy.savez and safetensors

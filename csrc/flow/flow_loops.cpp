@@ -144,30 +144,20 @@ template <class T> struct Rows {
     return slope == T(1) ? 0 : negatives * log_slope;
   }
 
-  // Gradient gx of x from g, that of h; adds to those of loc and scale.
-  void normalize_backward(int64_t block, const T *h, const T *g, T grad_logdet, T *gx, T *grad_loc,
+  // Back through normalize, from the gradient of h to that of x, or through denormalize (inverse), the other way; adds
+  // to the gradients of loc and scale.
+  template <bool inverse>
+  void normalize_backward(int64_t block, const T *h, const T *grad, T grad_logdet, T *to, T *grad_loc,
                           T *grad_scale) const {
     const T *scale = job.weights.scale + block * w.dim;
-    const T slope = job.activation_slope;
+    const T slope = job.activation_slope, sign = inverse ? T(-1) : T(1);
 #pragma omp simd
     for (int64_t j = 0; j < w.dim; ++j) {
       const T scaled = leaky_inverse(h[j], slope) / scale[j];
-      const AffineGradient<T> e = affine_backward<true, false>(scaled, scale[j], h[j] < T(0) ? g[j] * slope : g[j]);
-      gx[j] = e.x, grad_loc[j] += e.shift, grad_scale[j] += e.scale + grad_logdet / scale[j];
-    }
-  }
-
-  // Gradient g of h from gx, that of x.
-  void denormalize_backward(int64_t block, const T *h, const T *gx, T grad_logdet, T *g, T *grad_loc,
-                            T *grad_scale) const {
-    const T *scale = job.weights.scale + block * w.dim;
-    const T slope = job.activation_slope;
-#pragma omp simd
-    for (int64_t j = 0; j < w.dim; ++j) {
-      const T scaled = leaky_inverse(h[j], slope) / scale[j];
-      const AffineGradient<T> e = affine_backward<true, true>(scaled, scale[j], gx[j]);
-      g[j] = h[j] < T(0) ? e.x / slope : e.x;
-      grad_loc[j] += e.shift, grad_scale[j] += e.scale - grad_logdet / scale[j];
+      const T through = !inverse && h[j] < T(0) ? grad[j] * slope : grad[j];
+      const AffineGradient<T> e = affine_backward<true, inverse>(scaled, scale[j], through);
+      to[j] = inverse && h[j] < T(0) ? e.x / slope : e.x;
+      grad_loc[j] += e.shift, grad_scale[j] += e.scale + sign * grad_logdet / scale[j];
     }
   }
 
@@ -421,8 +411,8 @@ private:
       rows_.normalize(block, x, h);
       rows_.put(block, r, h, stage);
     }
-    rows_.denormalize_backward(block, h, gx, whole_.grad_logdet[r], gradient_of(r), grad_loc(block, group),
-                               grad_scale(block, group));
+    rows_.template normalize_backward<true>(block, h, gx, whole_.grad_logdet[r], gradient_of(r), grad_loc(block, group),
+                                            grad_scale(block, group));
   }
 
   // One half of a coupling, for rows [chunk, chunk + count).
@@ -522,8 +512,8 @@ private:
     if (step % 2 == 1)
       return turn(block, step - 1, r, row, &Rows<T>::unswap);
     T *const g = gradient_of(r), *const gx = block == 0 ? whole_.grad_x + r * w_.dim : row.next;
-    rows_.normalize_backward(block, row.z, g, whole_.grad_logdet[r], gx, grad_loc(block, group),
-                             grad_scale(block, group));
+    rows_.template normalize_backward<false>(block, row.z, g, whole_.grad_logdet[r], gx, grad_loc(block, group),
+                                             grad_scale(block, group));
     if (block == 0)
       return;
     rows_.unpermute(block - 1, gx, g);

@@ -50,15 +50,6 @@ void affine_transform_backward(const AffineTransformer &t, bool inverse, const T
   });
 }
 
-template <class F> void with_spline_form(int64_t form, bool inverse, F &&f) {
-  using N = std::integral_constant<Parameterization, Parameterization::nflows>;
-  using Z = std::integral_constant<Parameterization, Parameterization::zuko>;
-  if (form == static_cast<int64_t>(Parameterization::nflows))
-    inverse ? f(N(), std::true_type()) : f(N(), std::false_type());
-  else
-    inverse ? f(Z(), std::true_type()) : f(Z(), std::false_type());
-}
-
 // Raw widths and heights of a feature times their gain. The gradient takes the same way.
 template <class T> void scale_sizes(const SplineTransformer &t, T *raw, int64_t ld) {
   const T gain = static_cast<T>(t.gain);
@@ -71,7 +62,7 @@ template <class T>
 void spline_transform(const SplineTransformer &t, bool inverse, const T *raw, int64_t ld, const T *x, T *y, T *logdet,
                       T *lost, T *work) {
   const SplineShape<T> shape = spline_shape<T>(t.bins, static_cast<Tails>(t.tails), t.limits);
-  with_spline_form(t.form, inverse, [&](auto form, auto backwards) {
+  with_form(static_cast<Parameterization>(t.form), inverse, [&](auto form, auto backwards) {
     for (int64_t r = 0; r < ld; r += block_size<T>) {
       alignas(64) T terms[block_size<T>];
       spline_block_forward<decltype(form)::value, decltype(backwards)::value>(shape, raw + r, ld, x + r, y + r, terms,
@@ -86,7 +77,7 @@ template <class T>
 void spline_transform_backward(const SplineTransformer &t, bool inverse, const T *raw, T *grad_raw, int64_t ld,
                                const T *x, const T *g, const T *grad_logdet, T *gx, T *work) {
   const SplineShape<T> shape = spline_shape<T>(t.bins, static_cast<Tails>(t.tails), t.limits);
-  with_spline_form(t.form, inverse, [&](auto form, auto backwards) {
+  with_form(static_cast<Parameterization>(t.form), inverse, [&](auto form, auto backwards) {
     for (int64_t r = 0; r < ld; r += block_size<T>)
       spline_block_backward<decltype(form)::value, decltype(backwards)::value>(
           shape, raw + r, ld, x + r, g + r, grad_logdet + r, grad_raw + r, ld, gx + r, work);

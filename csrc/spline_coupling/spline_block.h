@@ -27,6 +27,16 @@ template <class T> SplineShape<T> spline_shape(int64_t bins, Tails tails, const 
            T(l.softness)}};
 }
 
+// Calls f with the form and the direction as compile-time constants.
+template <class F> void with_form(Parameterization form, bool inverse, F &&f) {
+  using N = std::integral_constant<Parameterization, Parameterization::nflows>;
+  using Z = std::integral_constant<Parameterization, Parameterization::zuko>;
+  if (form == Parameterization::nflows)
+    inverse ? f(N(), std::true_type()) : f(N(), std::false_type());
+  else
+    inverse ? f(Z(), std::true_type()) : f(Z(), std::false_type());
+}
+
 // What is known of each element of a block.
 template <class T> struct SplineBlock {
   alignas(64) T x[block_size<T>]; // its coordinate, held at the edges of the box

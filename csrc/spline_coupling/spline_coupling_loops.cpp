@@ -210,15 +210,6 @@ template <class T> IIN_FAST_INLINE T *aligned(T *scratch) {
   return reinterpret_cast<T *>((reinterpret_cast<uintptr_t>(scratch) + 63) & ~uintptr_t(63));
 }
 
-template <class F> void with_form(Parameterization form, bool inverse, F &&f) {
-  using N = std::integral_constant<Parameterization, Parameterization::nflows>;
-  using Z = std::integral_constant<Parameterization, Parameterization::zuko>;
-  if (form == Parameterization::nflows)
-    inverse ? f(N(), std::true_type()) : f(N(), std::false_type());
-  else
-    inverse ? f(Z(), std::true_type()) : f(Z(), std::false_type());
-}
-
 } // namespace
 
 template <class Storage>

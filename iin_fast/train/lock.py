@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import os
 import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 __all__ = ["lock"]
 
@@ -50,6 +55,8 @@ def _locked(file: Path) -> int:
                 raise NotADirectoryError(f"train: {file.parent} is a file, expected a folder for the run") from error
             continue  # another training has just taken its empty folder away
         try:
+            if fcntl is None:
+                raise OSError(errno.ENOLCK, "this system has no such locks")
             fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             who = os.read(opened, 300).decode(errors="replace").strip()

@@ -105,4 +105,5 @@ def test_a_loss_that_ended_above_its_start_gives_a_note(latents, settings, tmp_p
 
 @pytest.mark.parametrize("rate", [1e-3, 3e-2])
 def test_one_that_is_not_is_left_alone(latents, settings, tmp_path, rate):
-    train(latents, tmp_path / "run", settings(steps=100, learning_rate=rate, preset="auto"), accelerator="cpu")
+    model = train(latents, tmp_path / "run", settings(steps=100, learning_rate=rate, preset="auto"), accelerator="cpu")
+    assert model.log_prob(torch.as_tensor(latents.z).float()).isfinite().all() and loss_rise(tmp_path / "run") == ""
