@@ -3,6 +3,7 @@ Threads are tested where a test sets their number (tests/ops)."""
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,3 +39,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path in SLOW_FILES:
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="module")
+def group() -> Iterator[None]:
+    """One process that is its own group."""
+    if torch.distributed.is_initialized():
+        pytest.skip("this process has a group of its own")
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()

@@ -19,8 +19,8 @@ std::tuple<Tensor, Tensor> affine_coupling(const Tensor &x_in,                  
   if (raw_in.has_value())
     raw = with_contiguous_rows(*raw_in);
   const int64_t rows = row_count(x), features = feature_count(x);
-  Tensor y = torch::stable::new_empty(x, x.sizes());
-  Tensor logdet = torch::stable::new_empty(x, {rows}, accumulate_type(x.scalar_type()));
+  Tensor y = cpu_empty(x, x.sizes());
+  Tensor logdet = cpu_empty(x, {rows}, accumulate_type(x.scalar_type()));
   with_storage("affine_coupling", x.scalar_type(), [&](auto storage) {
     using Storage = decltype(storage);
     const CouplingForward<Storage> job{const_rows<Storage>(x),
@@ -51,11 +51,11 @@ affine_coupling_backward(const Tensor &grad_y_in,      // [batch, ...]
   std::optional<Tensor> raw, grad_raw;
   if (raw_in.has_value()) {
     raw = with_contiguous_rows(*raw_in);
-    grad_raw = torch::stable::new_empty(value, value.sizes());
+    grad_raw = cpu_empty(value, value.sizes());
   }
   const int64_t rows = row_count(value), features = feature_count(value);
-  Tensor grad_x = torch::stable::new_empty(value, value.sizes());
-  Tensor grad_shift = torch::stable::new_empty(value, value.sizes());
+  Tensor grad_x = cpu_empty(value, value.sizes());
+  Tensor grad_shift = cpu_empty(value, value.sizes());
   with_storage("affine_coupling_backward", value.scalar_type(), [&](auto storage) {
     using Storage = decltype(storage);
     const CouplingBackward<Storage> job{const_rows<Storage>(value),

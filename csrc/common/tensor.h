@@ -13,6 +13,13 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include "common/half.h"
+#include "common/kept_memory.h"
+
+// Of torch 2.11; a null pointer where torch is older.
+extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
+    void *data, int64_t dim, const int64_t *sizes, const int64_t *strides, int64_t storage_offset, int32_t dtype,
+    int32_t device_type, int32_t device_index, AtenTensorHandle *made, int32_t layout, const uint8_t *opaque_metadata,
+    int64_t opaque_metadata_size, void (*deleter)(void *data, void *context), void *deleter_context);
 
 namespace iin_fast {
 
@@ -77,18 +84,32 @@ template <class F> void with_storage(const char *op, ScalarType type, F &&f) {
   }
 }
 
-// A tensor on the CPU in the dtype of `like`, without values. new_empty goes through the dispatcher, several times as
-// long.
-inline Tensor cpu_empty(const Tensor &like, torch::headeronly::IntHeaderOnlyArrayRef sizes) {
+// A tensor on the CPU, without values, in the dtype of `like` or in another. torch's new_empty goes through the
+// dispatcher, several times as long. Large ones lie in memory that stays (kept_memory.h), where torch can take it: from
+// 2.11 on.
+inline Tensor cpu_empty(const Tensor &like, torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                        std::optional<ScalarType> type = std::nullopt) {
   std::vector<int64_t> strides(sizes.size());
   int64_t stride = 1;
   for (size_t d = sizes.size(); d-- > 0; stride *= sizes[d] > 1 ? sizes[d] : 1)
     strides[d] = stride;
-  int32_t dtype = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  const int64_t dim = static_cast<int64_t>(sizes.size());
+  const ScalarType scalar = type.value_or(like.scalar_type());
+  const int32_t dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(scalar));
+  int64_t bytes = scalar == ScalarType::Double ? 8 : scalar == ScalarType::Float ? 4 : 2;
+  for (const int64_t size : sizes)
+    bytes *= size;
   AtenTensorHandle made = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &made));
+  if (bytes >= kept_from && torch_from_blob != nullptr && keeps_memory()) {
+    KeptBlock *const block = take_kept(bytes);
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(
+        kept_data(block), dim, sizes.data(), strides.data(), 0, dtype, aoti_torch_device_type_cpu(), -1, &made,
+        aoti_torch_layout_strided(), nullptr, 0, [](void *, void *kept) { give_back(static_cast<KeptBlock *>(kept)); },
+        block));
+  } else {
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(dim, sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &made));
+  }
   return Tensor(made);
 }
 

@@ -5,30 +5,11 @@
 #include "common/thread_team.h"
 #include "flow/flow_checks.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 namespace iin_fast {
 namespace {
 
 using torch::stable::contiguous;
-using torch::stable::new_empty;
 using torch::stable::new_zeros;
-
-// A fresh tensor of many megabytes is mapped anew at every call (glibc caches no block of 32 MiB or more), and touching
-// it page by page costs more than computing what goes in: with pages of 2 MiB, a backward of the published size takes
-// half the time (docs/performance.md). A hint; where the system has no such pages nothing changes.
-Tensor with_large_pages(Tensor t, int64_t element_size) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t page = 2 << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(t.mutable_data_ptr()) + page - 1) / page * page;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(t.mutable_data_ptr()) + t.numel() * element_size) / page * page;
-  if (t.numel() > 0 && end >= begin + 8 * page)
-    madvise(reinterpret_cast<void *>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-  return t;
-}
 
 // The team that the calling thread leads, if any.
 thread_local ThreadTeam *leading = nullptr;
@@ -128,14 +109,14 @@ std::tuple<Tensor, Tensor, Tensor> flow(const Tensor &x_in,                     
                          contiguous(bias_in),    contiguous(weight_hidden), contiguous(bias_hidden),
                          contiguous(weight_out), contiguous(bias_out),      contiguous(permutation)};
   const FlowSizes s = checked(x, context, p);
-  Tensor y = new_empty(x, {s.batch, s.dim}), logdet = new_empty(x, {s.batch}), saved = x;
+  Tensor y = cpu_empty(x, {s.batch, s.dim}), logdet = cpu_empty(x, {s.batch}), saved = x;
   with_type(x.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    saved = with_large_pages(new_empty(x, {IIN_FAST_LOOP(flow_saved_size<T>)(s, keep)}), sizeof(T));
+    saved = cpu_empty(x, {IIN_FAST_LOOP(flow_saved_size<T>)(s, keep)});
     if (s.batch == 0)
       return;
     FlowJob<T> job = job_of<T>(s, p, context);
-    const Tensor workspace = new_empty(x, {IIN_FAST_LOOP(flow_forward_workspace<T>)(s, job.threads, keep) + 64});
+    const Tensor workspace = cpu_empty(x, {IIN_FAST_LOOP(flow_forward_workspace<T>)(s, job.threads, keep) + 64});
     job.leaky_slope = static_cast<T>(leaky_slope), job.activation_slope = static_cast<T>(activation_slope);
     job.exact_logdet = exact_logdet, job.inverse = inverse;
     job.x = in<T>(x), job.y = out<T>(y), job.logdet = out<T>(logdet);
@@ -171,7 +152,7 @@ Gradients flow_backward(const Tensor &grad_y_in,      // [batch, dim]
   const FlowSizes s = checked(y, context, p);
   check_flow_elements("grad_y", grad_y, s.batch * s.dim, y.scalar_type());
   check_flow_elements("grad_logdet", grad_logdet, s.batch, y.scalar_type());
-  Tensor grad_x = new_empty(y, {s.batch, s.dim});
+  Tensor grad_x = cpu_empty(y, {s.batch, s.dim});
   std::optional<Tensor> grad_context;
   if (context_grad && context.has_value())
     grad_context = new_zeros(*context, context->sizes());
@@ -179,10 +160,8 @@ Gradients flow_backward(const Tensor &grad_y_in,      // [batch, dim]
   const Tensor *const weights[] = {&p.weight_in,   &p.bias_in,    &p.weight_hidden,
                                    &p.bias_hidden, &p.weight_out, &p.bias_out};
   std::optional<Tensor> grads[6];
-  const int64_t element_size = y.scalar_type() == ScalarType::Double ? 8 : 4;
   for (int i = 0; weight_grads && i < 6; ++i)
-    grads[i] = s.batch == 0 ? new_zeros(*weights[i], weights[i]->sizes())
-                            : with_large_pages(new_empty(*weights[i], weights[i]->sizes()), element_size);
+    grads[i] = s.batch == 0 ? new_zeros(*weights[i], weights[i]->sizes()) : cpu_empty(*weights[i], weights[i]->sizes());
   with_type(y.scalar_type(), [&](auto type) {
     using T = decltype(type);
     check_flow_elements("saved", saved, IIN_FAST_LOOP(flow_saved_size<T>)(s, keep), y.scalar_type());
@@ -191,7 +170,7 @@ Gradients flow_backward(const Tensor &grad_y_in,      // [batch, dim]
     FlowBackwardJob<T> job{};
     job.forward = job_of<T>(s, p, context);
     const int64_t size = IIN_FAST_LOOP(flow_backward_workspace<T>)(s, job.forward.threads, keep, weight_grads);
-    const Tensor workspace = new_empty(y, {size + 64});
+    const Tensor workspace = cpu_empty(y, {size + 64});
     job.forward.leaky_slope = static_cast<T>(leaky_slope);
     job.forward.activation_slope = static_cast<T>(activation_slope);
     job.forward.inverse = inverse;

@@ -16,7 +16,7 @@ Tensor pair_nll(const Tensor &za_in, const Tensor &zb_in,             // [batch,
   const Tensor logdet_a = torch::stable::contiguous(logdet_a_in), logdet_b = torch::stable::contiguous(logdet_b_in);
   const Tensor shared = torch::stable::contiguous(shared_in);
   const int64_t batch = za.size(0), dim = za.size(1);
-  Tensor loss = torch::stable::new_empty(za, {batch}, accumulate_type(za.scalar_type()));
+  Tensor loss = cpu_empty(za, {batch}, accumulate_type(za.scalar_type()));
   with_storage("pair_nll", za.scalar_type(), [&](auto storage) {
     using Storage = decltype(storage);
     using T = compute_t<Storage>;
@@ -47,7 +47,7 @@ std::tuple<Tensor, Tensor> pair_nll_backward(const Tensor &grad_in,             
   const Tensor za = torch::stable::contiguous(za_in), zb = torch::stable::contiguous(zb_in);
   const Tensor shared = torch::stable::contiguous(shared_in);
   const int64_t batch = za.size(0), dim = za.size(1);
-  Tensor grad_za = torch::stable::new_empty(za, {batch, dim}), grad_zb = torch::stable::new_empty(za, {batch, dim});
+  Tensor grad_za = cpu_empty(za, {batch, dim}), grad_zb = cpu_empty(za, {batch, dim});
   with_storage("pair_nll_backward", za.scalar_type(), [&](auto storage) {
     using Storage = decltype(storage);
     const PairNllBackward<Storage> job{static_cast<const Storage *>(za.const_data_ptr()),

@@ -67,12 +67,11 @@ inline SplineTensors with_contiguous_values(SplineTensors values) {
   return values;
 }
 
-// Of three tensors; where raw values come in one, the other two are empty.
-inline SplineTensors empty_gradients(const SplineTensors &values) {
+// Of three tensors, each made by empty(like, sizes); where raw values come in one, the other two are empty.
+template <class Empty> SplineTensors empty_gradients(const SplineTensors &values, const Empty &empty) {
   SplineTensors grads;
   for (size_t i = 0; i < 3; ++i)
-    grads.push_back(i < values.size() ? torch::stable::new_empty(values[i], values[i].sizes())
-                                      : torch::stable::new_empty(values[0], {0}));
+    grads.push_back(i < values.size() ? empty(values[i], values[i].sizes()) : torch::stable::new_empty(values[0], {0}));
   return grads;
 }
 

@@ -37,8 +37,8 @@ spline_coupling(const Tensor &x_in,                          // [rows, features]
   check_spline("spline_coupling", x_in, values_in, options);
   const Tensor x = torch::stable::contiguous(x_in);
   const SplineTensors values = with_contiguous_values(values_in);
-  Tensor y = torch::stable::new_empty(x, x.sizes());
-  Tensor logdet = torch::stable::new_empty(x, {x.size(0)}, accumulate_type(x.scalar_type()));
+  Tensor y = cpu_empty(x, x.sizes());
+  Tensor logdet = cpu_empty(x, {x.size(0)}, accumulate_type(x.scalar_type()));
   with_storage("spline_coupling", x.scalar_type(), [&](auto storage) {
     using Storage = decltype(storage);
     const SplineForward<Storage> job{parameters_of<Storage>(values, options, inverse),
@@ -70,8 +70,8 @@ spline_coupling_backward(const Tensor &grad_y_in,                 // [rows, feat
   const Tensor x = torch::stable::contiguous(x_in);
   const SplineTensors values = with_contiguous_values(values_in);
   const Tensor grad_y = torch::stable::contiguous(grad_y_in), grad_logdet = torch::stable::contiguous(grad_logdet_in);
-  Tensor grad_x = torch::stable::new_empty(x, x.sizes());
-  SplineTensors grads = empty_gradients(values);
+  Tensor grad_x = cpu_empty(x, x.sizes());
+  SplineTensors grads = empty_gradients(values, [](const auto &like, auto sizes) { return cpu_empty(like, sizes); });
   with_storage(op, x.scalar_type(), [&](auto storage) {
     using Storage = decltype(storage);
     const auto written = [](Tensor &t) { return static_cast<Storage *>(t.mutable_data_ptr()); };

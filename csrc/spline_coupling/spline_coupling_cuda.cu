@@ -87,7 +87,8 @@ spline_coupling_backward(const Tensor &grad_y_in,      // [rows, features]
   const Tensor x = with_contiguous_rows(x_in), parameters = with_contiguous_values(parameters_in);
   const Tensor grad_y = with_contiguous_rows(grad_y_in), grad_logdet = torch::stable::contiguous(grad_logdet_in);
   Tensor grad_x = torch::stable::new_empty(x, x.sizes());
-  SplineTensors grads = empty_gradients({parameters});
+  SplineTensors grads =
+      empty_gradients({parameters}, [](const auto &like, auto sizes) { return torch::stable::new_empty(like, sizes); });
   with_device_storage(op, x.scalar_type(), [&](auto storage) {
     using Storage = decltype(storage);
     const DeviceSplineBackward<Storage> job{device_spline<Storage>(op, parameters, options, inverse),

@@ -1,7 +1,7 @@
 """The IIN inside what training code wraps models in: the loss calls the wrapper, and knows the IIN within."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,17 +12,6 @@ from torch.optim.swa_utils import AveragedModel
 
 from iin_fast import IIN, FactorLoss
 from iin_fast.iin.model import unwrapped
-
-
-@pytest.fixture(scope="module")
-def group() -> Iterator[None]:
-    """One process that is its own group."""
-    if torch.distributed.is_initialized():
-        pytest.skip("this process has a group of its own")
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
 
 
 def fabric(model: IIN) -> Any:
