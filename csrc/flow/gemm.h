@@ -69,7 +69,7 @@ template <class T, int R, int C, int Lines> void multiply_tile(const Product<T> 
       b[c] = load(w + c * n);
 #pragma GCC unroll 4
     for (int line = 0; line < Lines; ++line)
-      __builtin_prefetch(ahead + line * 64, 0, Lines == line_rate<C> ? 3 : 2); // a lone tile: first cache
+      __builtin_prefetch(ahead + line * 64, 0, Lines == line_rate<C> && Lines > 1 ? 3 : 2); // a lone tile: first cache
     ahead += Lines * 64;
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
@@ -193,63 +193,76 @@ template <class T, int C = max_columns> OuterTile<T> outer_with(int64_t rows, in
 // How far ahead a lone tile asks.
 constexpr int64_t stream_bytes = 6 * 1024;
 
-// Weights of one pass over the rows stay in the first cache: bytes of W that a block of k may hold.
-constexpr int64_t block_bytes = 16 * 1024;
+// Bytes of W that a block of k may hold: where a tile is as wide as a panel, weights of one pass over the rows stay in
+// the first cache; where it is narrower, what a tile meets is a part of them, and short blocks load and store sums too
+// often.
+constexpr int64_t block_bytes = (max_columns * vector_bytes < panel_width * 4 ? 64 : 16) * 1024;
 
 // C[rows, columns] of one panel. `readable`: whether a vector may be read that begins in any row of w and ends beyond
-// it, i.e. whether w is padded.
+// it, i.e. whether w is padded. Where a panel is wider than a tile, a block of k meets all columns before the next one
+// comes: it is one run of memory.
 template <class T> void multiply_panel(const Product<T> &whole, int64_t rows, int64_t columns, bool readable) {
   constexpr int n = lanes<T>;
-  alignas(64) T tail[n * max_columns * n]; // the last rows of w, padded
-  alignas(64) T start[max_columns * n];
-  for (int64_t column = 0; column < columns;) {
-    const int64_t vectors = smaller(ceil_div(columns - column, n), max_columns), width = vectors * n;
-    const int64_t beyond = readable ? 0 : larger(column + width - columns, 0);
-    const int64_t tail_rows = beyond ? smaller(ceil_div(beyond, whole.ldw), whole.k) : 0;
-    const int64_t tiles = ceil_div(rows, max_rows(vectors));
-    const int64_t direct = whole.k - tail_rows;
-    const int64_t block = tiles == 1 ? larger(direct, 1) : larger(16, block_bytes / (width * (int64_t)sizeof(T)));
-    const T *first = whole.start == nullptr ? nullptr : whole.start + column;
-    if (first != nullptr && column + width > columns) {
-      for (int64_t j = 0; j < width; ++j)
-        start[j] = column + j < columns ? first[j] : T(0);
-      first = start;
-    }
-    for (int64_t i = 0; i < tail_rows; ++i)
-      for (int64_t j = 0; j < width; ++j)
-        tail[i * width + j] = column + j < columns ? whole.w[(direct + i) * whole.ldw + column + j] : T(0);
-    // the pieces of k: blocks of w itself, then the tail
-    for (int64_t k = 0; k < whole.k;) {
-      Product<T> p = whole;
-      p.k = k < direct ? smaller(block, direct - k) : whole.k - k;
-      if (k < direct)
-        p.w += k * p.ldw + column;
-      else
-        p.w = tail, p.ldw = width;
-      p.start = k == 0 ? first : nullptr;
-      p.a += k;
-      p.c += column;
-      p.mask += whole.mask ? column : 0;
-      if (k + p.k < whole.k)
-        p.finish = Finish::store;
-      // What comes next, while this block is computed: with four tiles or more, each of the first four asks for a
-      // quarter; a lone tile asks for its own weights, as far ahead as a core has in flight to memory several times.
-      const int64_t rate = tiles >= 4 ? 1 : tiles >= 2 ? 2 : 3, asking = tiles >= 4 ? 4 : tiles >= 2 ? 2 : 1;
-      const int64_t bytes = p.k * p.ldw * sizeof(T);
-      if (!readable)
-        p.ahead = reinterpret_cast<const char *>(p.w) + (tiles == 1 ? stream_bytes : bytes);
-      for (int64_t tile = 0, row = 0; tile < tiles; ++tile) {
-        const int64_t end = (tile + 1) * rows / tiles; // tiles of nearly equal height
-        multiply_with<T>(end - row, vectors, p.ahead != nullptr && tile < asking ? rate : 0)(p);
-        p.ahead += p.ahead != nullptr ? bytes / asking : 0;
-        p.a += (end - row) * p.lda;
-        p.c += (end - row) * p.ldc;
-        p.mask += whole.mask ? (end - row) * p.ldmask : 0;
-        row = end;
+  constexpr int64_t widest = max_columns * n;
+  alignas(64) T tail[n * widest]; // the last rows of w, padded
+  alignas(64) T start[widest];
+  const int64_t groups = ceil_div(columns, widest);
+  const int64_t calls = groups * ceil_div(rows, max_rows(smaller(ceil_div(columns, n), max_columns)));
+  const int64_t width_of_all = groups == 1 ? ceil_div(columns, n) * n : columns;
+  const int64_t block = calls == 1 ? whole.k : larger(16, block_bytes / (width_of_all * (int64_t)sizeof(T)));
+  // What comes next, while this block is computed: with four tiles or more, each of the first four asks for a quarter;
+  // a lone tile asks for its own weights, as far ahead as a core has in flight to memory several times.
+  const int64_t asking = calls >= 4 ? 4 : smaller(calls, 2), rate = asking == 4 ? 1 : asking == 2 ? 2 : 3;
+  const int64_t stride = calls / asking;
+  for (int64_t k = 0; k < whole.k; k += block) {
+    const int64_t end_k = smaller(k + block, whole.k), bytes = (end_k - k) * whole.ldw * sizeof(T);
+    const char *const ahead =
+        !readable ? reinterpret_cast<const char *>(whole.w + k * whole.ldw) + (calls == 1 ? stream_bytes : bytes)
+                  : whole.ahead;
+    int64_t call = 0;
+    for (int64_t column = 0; column < columns; column += widest) {
+      const int64_t vectors = smaller(ceil_div(columns - column, n), max_columns), width = vectors * n;
+      const int64_t beyond = readable ? 0 : larger(column + width - columns, 0);
+      const int64_t direct = whole.k - (beyond ? smaller(ceil_div(beyond, whole.ldw), whole.k) : 0);
+      const T *first = k > 0 || whole.start == nullptr ? nullptr : whole.start + column;
+      if (first != nullptr && column + width > columns) {
+        for (int64_t j = 0; j < width; ++j)
+          start[j] = column + j < columns ? first[j] : T(0);
+        first = start;
       }
-      k += p.k;
+      const int64_t tiles = ceil_div(rows, max_rows(vectors));
+      // the rows of w from k to `to`, in place or in the tail
+      const auto run = [&](int64_t from, int64_t to, const T *w, int64_t ldw, const T *begin) {
+        Product<T> p = whole;
+        p.k = to - from;
+        p.w = w, p.ldw = ldw;
+        p.start = begin;
+        p.a += from;
+        p.c += column;
+        p.mask += whole.mask ? column : 0;
+        if (to < whole.k)
+          p.finish = Finish::store;
+        for (int64_t tile = 0, row = 0; tile < tiles; ++tile, ++call) {
+          const int64_t end = (tile + 1) * rows / tiles; // tiles of nearly equal height
+          const bool asks = ahead != nullptr && call % stride == 0 && call / stride < asking;
+          p.ahead = asks ? ahead + call / stride * (bytes / asking) : nullptr;
+          multiply_with<T>(end - row, vectors, asks ? rate : 0)(p);
+          p.a += (end - row) * p.lda;
+          p.c += (end - row) * p.ldc;
+          p.mask += whole.mask ? (end - row) * p.ldmask : 0;
+          row = end;
+        }
+      };
+      if (k < direct)
+        run(k, smaller(end_k, direct), whole.w + k * whole.ldw + column, whole.ldw, first);
+      if (end_k > direct) {
+        const int64_t from = larger(k, direct);
+        for (int64_t i = from; i < end_k; ++i)
+          for (int64_t j = 0; j < width; ++j)
+            tail[(i - from) * width + j] = column + j < columns ? whole.w[i * whole.ldw + column + j] : T(0);
+        run(from, end_k, tail, width, from == k ? first : nullptr);
+      }
     }
-    column += width;
   }
 }
 
