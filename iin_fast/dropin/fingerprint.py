@@ -6,7 +6,7 @@ Prints the fingerprints of classes that accelerate knows, by qualified name, as 
 import importlib
 import sys
 
-from .library import LIBRARIES
+from .library import ALL, LIBRARIES
 from .registry import fingerprint, fingerprint_of, lookup
 from .sources import PROGRAM_SOURCES, SOURCES
 
@@ -21,7 +21,7 @@ def main(names: list[str]) -> int:
     worst = 0
     for name in names:
         library = LIBRARIES.get(name.split(".")[0])
-        entry = None if library is None else library.by_name.get(name)
+        entry = next((known.by_name[name] for known in ALL if name in known.by_name), None)
         functions = None if library is None or library.programs is None else library.programs.functions.get(name)
         if library is None:  # a net that another library gives to the models of these
             functions = next(

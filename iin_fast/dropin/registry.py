@@ -72,6 +72,7 @@ class Entry:
         root: instances run what they hold, or themselves, as programs.
         whole: the fast methods do nothing but run programs.
         affine: a fused op pays on the ``AFFINE_DEVICES`` alone.
+        inherited: instances of classes that are derived take the methods that they inherit, too.
     """
 
     name: str
@@ -85,6 +86,7 @@ class Entry:
     root: bool = False
     whole: bool = False
     affine: bool = False
+    inherited: bool = False
 
     def unknown_source(self, cls: type) -> str | None:
         """Why the source of ``cls`` is not one that is known, or None."""

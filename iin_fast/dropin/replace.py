@@ -20,7 +20,7 @@ from torch import nn
 
 from . import registry
 from .class_factory import FastClass, generate, original
-from .library import LIBRARIES, Library
+from .library import ALL, LIBRARIES, Library
 from .optimizers import ADAM, OPTIMIZERS, fused_init
 from .programs import summary
 from .registry import Entry, qualified
@@ -30,8 +30,8 @@ from .stacks import freeze
 __all__ = ["Patch", "accelerate", "patch", "restore", "unpatch"]
 
 MISSING: Any = object()
-BY_NAME = {library.name: library for library in LIBRARIES.values()}
-BACKENDS = {"sbi": ("nflows", "zuko")}  # whose models these libraries build
+BY_NAME = {library.name: library for library in ALL}
+BACKENDS = {"sbi": ("nflows", "zuko", "sbi")}  # whose models these libraries build
 
 
 _lock = RLock()  # what is generated, patched and held changes under it
@@ -292,8 +292,8 @@ class Patch(AbstractContextManager["Patch"]):
 
 def _libraries(where: str, names: tuple[str, ...]) -> dict[str, Library]:
     for name in names:
-        if not isinstance(name, str) or name.lower() not in {**BY_NAME, **BACKENDS}:
-            raise ValueError(f"{where}: library is {name!r}, expected one of {', '.join([*BY_NAME, *BACKENDS])}")
+        if not isinstance(name, str) or name.lower() not in BY_NAME:
+            raise ValueError(f"{where}: library is {name!r}, expected one of {', '.join(BY_NAME)}")
     return {part: BY_NAME[part] for name in names for part in BACKENDS.get(name.lower(), (name.lower(),))}
 
 
@@ -305,7 +305,8 @@ def patch(*names: str, fused_optimizer: bool = False) -> Patch:
     are not known, or an input of another type runs the library's own code.
 
     Args:
-        names: "nflows", "normflows", "freia", "zuko", "iin", "net2net", "invariances"; "sbi" means nflows and zuko.
+        names: "nflows", "normflows", "freia", "zuko", "iin", "net2net", "invariances"; "sbi" means nflows, zuko, and how it loads
+            batches.
         fused_optimizer: every ``torch.optim.Adam`` and ``AdamW`` that is made meanwhile is torch's fused one, unless its
             maker asked for another form.
 
@@ -397,7 +398,7 @@ def _patch(cls: type, known: Entry) -> None:
     if known.at_init:
         fast = {"__init__": _becoming(cls, _fast(cls, known))}
     else:
-        fast = known.fast(cls, lambda instance: type(instance) is cls)
+        fast = known.fast(cls, lambda instance: known.inherited or type(instance) is cls)
     _patched[cls] = {name: vars(cls).get(name, MISSING) for name in fast}
     for name, value in fast.items():
         setattr(cls, name, value)

@@ -50,6 +50,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "FrEIA.framework.sequence_inn.SequenceINN": ("c2ac71cab985",),
     "FrEIA.framework.graph_inn.GraphINN": ("d313247502d3",),
     "FrEIA.framework.reversible_graph_net.ReversibleGraphNet": ("7671dd1c2029",),
+    "sbi.inference.trainers.base.NeuralInference": ("4f67fce4a02e", "502e218195fe"),
     "iin.models.iin.EfficientVRNVP": ("141cf587b3f8",),
     "iin.models.iin.DoubleVectorCouplingBlock": ("62829e2ac537",),
     "iin.models.iin.VectorActNorm": ("1b2588cbc86f",),

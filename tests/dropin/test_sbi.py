@@ -7,11 +7,17 @@ import pytest
 import torch
 from cases import has
 from torch import Tensor
+from torch.utils.data import TensorDataset
 
 import iin_fast
 
 if not has("sbi"):
     pytest.skip("sbi is not installed", allow_module_level=True)
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where sbi writes its logs
 
 
 def trained(name: str) -> tuple[Any, Tensor]:
@@ -28,10 +34,7 @@ def trained(name: str) -> tuple[Any, Tensor]:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["nsf", "maf", "zuko_nsf", "zuko_maf"])
-def test_a_training_inside_of_a_patch_and_a_posterior_after_it(
-    name: str, calls: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)  # where sbi writes its logs
+def test_a_training_inside_of_a_patch_and_a_posterior_after_it(name: str, calls: list[int]) -> None:
     own, observed = trained(name)
     assert not calls
     with iin_fast.patch("sbi", fused_optimizer=True):
@@ -50,3 +53,56 @@ def test_a_training_inside_of_a_patch_and_a_posterior_after_it(
     found = own.sample((50,), x=observed, show_progress_bars=False)
     assert calls, "sampling ran the library's own code"
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+
+
+def loaders(**options: Any) -> Any:
+    from sbi.inference import NPE
+
+    torch.manual_seed(3)
+    npe = NPE(show_progress_bars=False)
+    npe.append_simulations(torch.rand(70, 2), torch.rand(70, 3))
+    return npe.get_dataloaders(training_batch_size=20, **options)
+
+
+def batches(loader: Any) -> list[list[Tensor]]:
+    torch.manual_seed(4)
+    return [batch for _ in range(2) for batch in loader]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_workers": 1}, {"batch_size": None, "drop_last": False}, {"collate_fn": lambda rows: rows[0]}],
+    ids=["as it is", "workers", "no batches", "collate_fn"],
+)
+def test_a_patched_loader_gives_the_same_batches(options: dict[str, Any]) -> None:
+    given = {"dataloader_kwargs": options}
+    wanted = batches(loaders(**given)[0])
+    with iin_fast.patch("sbi") as patched:
+        assert any(line.name.startswith("sbi.") for line in patched.report.replaced), str(patched)
+        train, validation = loaders(**given)
+    found = batches(train)
+    assert type(found[0]) is type(wanted[0])
+    assert len(found) == len(wanted)
+    for got, want in zip(found, wanted, strict=True):
+        assert len(got) == len(want) == 3
+        assert all(torch.equal(g, w) and g.is_contiguous() for g, w in zip(got, want, strict=True))
+    assert isinstance(train, torch.utils.data.DataLoader) and isinstance(validation, torch.utils.data.DataLoader)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_patched_loader_takes_no_row_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    with iin_fast.patch("sbi"):
+        train, _ = loaders()
+    own, _ = loaders()
+    rows: list[Any] = []
+    get = TensorDataset.__getitem__
+    monkeypatch.setattr(TensorDataset, "__getitem__", lambda self, i: (rows.append(i), get(self, i))[1])
+    batches(train)
+    assert not rows
+    batches(own)
+    assert rows
+    dataset = train.dataset
+    dataset.tensors = tuple(t[:5] for t in dataset.tensors)
+    with pytest.raises(IndexError, match="out of bounds for dimension 0 with size 5"):
+        batches(train)
