@@ -544,3 +544,15 @@ def test_a_class_that_was_changed_at_run_time_is_in_no_program(monkeypatch: pyte
     monkeypatch.setattr(T.LULinear, "forward_no_cache", lambda self, inputs: own(self, inputs))
     report = iin_fast.accelerate(flow(T.LULinear(DIM), *layered("affine", None)))
     assert "not known" in report.left[0].why or "changed at run time" in report.left[0].why
+
+
+def test_a_net_that_is_a_function_cuts_a_program(calls: list[int]) -> None:
+    own, (x, _) = flow(*layered("LU", None)), data(None)
+    own._transform._transforms.append(
+        T.AffineCouplingTransform(MASK, lambda i, o: lambda x, context=None: x[:, :1].expand(-1, o))
+    )
+    fast = copy.deepcopy(own)
+    report = iin_fast.accelerate(fast)
+    assert "a function, expected a module" in str(report)
+    torch.testing.assert_close(fast.log_prob(x), own.log_prob(x), **TOLERANCE)
+    assert calls == [4]

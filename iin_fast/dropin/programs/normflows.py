@@ -56,6 +56,13 @@ ELEMENTWISE = (*BOTH, "_elementwise_forward", "_elementwise_inverse", "_output_d
 # ---------------------------------------------------------------- nets
 
 
+def _is_lambda(function: Any, like: Any) -> bool:
+    """Whether it is a lambda that does the same: normflows 1.7.0 has some where a net is absent."""
+    code, other = getattr(function, "__code__", None), like.__code__
+    parts = ("co_code", "co_names", "co_consts", "co_freevars", "co_argcount")
+    return all(getattr(code, part, None) == getattr(other, part) for part in parts)
+
+
 def _plain_net(maker: Maker, net: NetBuilder, value: int, module: Any) -> int:
     """A map of features alone: normflows' MLP, or ``nn.Sequential``."""
     if type(module) is nn.Sequential:
@@ -74,7 +81,9 @@ def _residual(maker: Maker, module: Any) -> Net:
 
 def _made(maker: Maker, made: Any) -> Net:
     maker.take(made)
-    maker.take_torch(maker.get(made, "preprocessing"), nn.Identity)
+    before = maker.get(made, "preprocessing")
+    if not _is_lambda(before, lambda inputs: inputs):
+        maker.take_torch(before, nn.Identity)
     wide = maker.context > 0
     net = NetBuilder()
     value = net.dense(FEATURES, masked(maker, maker.get(made, "initial_layer")))
@@ -141,7 +150,7 @@ def _masked_affine(maker: Maker, module: Any) -> None:
 
     def mapped(name: str) -> int | None:
         part = maker.get(module, name)
-        if part is torch.zeros_like:
+        if part is torch.zeros_like or _is_lambda(part, lambda x: torch.zeros_like(x)):
             return None
         return net.dense(_plain_net(maker, net, spread, part), maker.fixed(every[moved]))
 

@@ -62,8 +62,10 @@ class Watch:
         """A module whose call the program stands for: it must have no hooks, and no new attributes.
 
         Raises:
-            Unsupported: it has hooks.
+            Unsupported: it has hooks, or is no module.
         """
+        if not isinstance(module, nn.Module):
+            raise Unsupported(f"a {type(module).__name__}, expected a module")
         if (id(vars(module)), "") in self._seen:
             return
         self.size(vars(module))
