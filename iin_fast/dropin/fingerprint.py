@@ -22,7 +22,10 @@ def main(names: list[str]) -> int:
     for name in names:
         library = LIBRARIES.get(name.split(".")[0])
         entry = next((known.by_name[name] for known in ALL if name in known.by_name), None)
-        functions = None if library is None or library.programs is None else library.programs.functions.get(name)
+        programs = None if library is None else library.programs
+        functions = None
+        if programs is not None:
+            functions = programs.functions.get(name.removeprefix(programs.copy))
         if library is None:  # a net that another library gives to the models of these
             functions = next(
                 (p.programs.functions[name] for p in LIBRARIES.values() if p.programs and name in p.programs.functions),
@@ -34,6 +37,8 @@ def main(names: list[str]) -> int:
             continue
         importlib.import_module(name.rpartition(".")[0])
         cls = lookup(name)
+        if programs is not None and functions is not None:
+            functions = programs.named(cls, functions)
         for table, known, found in (
             ("SOURCES", SOURCES, fingerprint(cls, entry) if entry and cls else None),
             (
@@ -43,6 +48,8 @@ def main(names: list[str]) -> int:
             ),
         ):
             if found is not None:
+                if table == "PROGRAM_SOURCES" and programs is not None:
+                    name = name.removeprefix(programs.copy)
                 state = "known" if found in known.get(name, ()) else "not known"
                 print(f'{table}: "{name}": ("{found}",),  # {state}')
             elif (entry if table == "SOURCES" else functions) is not None:

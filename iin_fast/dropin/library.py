@@ -7,7 +7,14 @@ __all__ = ["ALL", "LIBRARIES", "Library"]
 
 LIBRARIES: dict[str, Library] = {
     library.package: library
-    for library in (nflows.LIBRARY, normflows.LIBRARY, freia.LIBRARY, zuko.LIBRARY, *compvis.LIBRARIES)
+    for library in (
+        nflows.LIBRARY,
+        nflows.GLASFLOW,
+        normflows.LIBRARY,
+        freia.LIBRARY,
+        zuko.LIBRARY,
+        *compvis.LIBRARIES,
+    )
 }
 
 ALL = (*LIBRARIES.values(), sbi.LIBRARY)

@@ -1,5 +1,6 @@
-"""nflows: affine, additive and rational-quadratic couplings, and the masked autoregressive spline."""
+"""nflows: affine, additive and rational-quadratic couplings, and the masked autoregressive spline; its copy in glasflow."""
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +11,7 @@ from .base import Library
 from .programs import nflows as programs
 from .registry import Entry, eligible, worth_it
 
-__all__ = ["LIBRARY"]
+__all__ = ["GLASFLOW", "LIBRARY"]
 
 COUPLING = "nflows.transforms.coupling"
 SPLINE = "nflows.transforms.splines.rational_quadratic"
@@ -101,4 +102,36 @@ LIBRARY = Library(
         f"nflows.transforms.base.{name}"
         for name in ("CompositeTransform", "InverseTransform", "MultiscaleCompositeTransform")
     ),
+)
+
+
+def _copied(name: str) -> str:
+    return programs.COPY + name
+
+
+GLASFLOW = replace(
+    LIBRARY,
+    name="glasflow",
+    package="glasflow",
+    modules=("glasflow.flows", "glasflow.nflows.transforms", "glasflow.nflows.distributions"),
+    install="pip install glasflow",
+    entries=(
+        *(
+            replace(entry, name=_copied(entry.name), relies_on=tuple(map(_copied, entry.relies_on)))
+            for entry in LIBRARY.entries
+            if not entry.affine and entry.name not in programs.FLOWS
+        ),
+        *(
+            Entry(
+                name,
+                {"log_prob": programs.glasflow_log_prob},
+                relies_on=(_copied(f"{programs.NORMAL}._log_prob"),),
+                whole=True,
+            )
+            for name in programs.GLASFLOWS
+        ),
+    ),
+    versions=("0.4",),
+    bases=frozenset(map(_copied, LIBRARY.bases)),
+    containers=frozenset(map(_copied, LIBRARY.containers)),
 )

@@ -9,7 +9,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, wraps
-from types import FunctionType, MappingProxyType
+from types import CodeType, FunctionType, MappingProxyType
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ __all__ = [
     "fingerprint",
     "fingerprint_of",
     "lookup",
+    "made_in",
     "qualified",
     "unknown_functions",
     "worth_it",
@@ -52,6 +53,13 @@ def lookup(name: str) -> Any:
                 found = vars(found).get(part) if isinstance(found, type) else getattr(found, part, None)
             return found
     return None
+
+
+def made_in(function: Any, maker: str) -> CodeType | None:
+    """The code of a function that a function of this qualified name makes, or None for one of the user's."""
+    code, made_by = getattr(function, "__code__", None), getattr(lookup(maker), "__code__", None)
+    known = isinstance(made_by, CodeType) and any(code is const for const in made_by.co_consts)
+    return code if known and isinstance(code, CodeType) else None
 
 
 @dataclass(frozen=True)

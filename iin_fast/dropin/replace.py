@@ -305,7 +305,7 @@ def patch(*names: str, fused_optimizer: bool = False) -> Patch:
     are not known, or an input of another type runs the library's own code.
 
     Args:
-        names: "nflows", "normflows", "freia", "zuko", "iin", "net2net", "invariances"; "sbi" means nflows, zuko, and how it loads
+        names: "nflows", "glasflow", "normflows", "freia", "zuko", "iin", "net2net", "invariances"; "sbi" means nflows, zuko, and how it loads
             batches.
         fused_optimizer: every ``torch.optim.Adam`` and ``AdamW`` that is made meanwhile is torch's fused one, unless its
             maker asked for another form.

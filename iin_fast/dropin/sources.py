@@ -1,6 +1,6 @@
 """Fingerprints of the source that was read and tested for each class.
 
-nflows 0.13 and 0.14; normflows 1.6.1 (layers alone), 1.7.0 to 1.7.3; zuko 1.2 (layers alone), 1.3 to 1.6; sbi 0.23 to 0.27 on
+nflows 0.13 and 0.14, and its copy in glasflow 0.4; normflows 1.6.1 (layers alone), 1.7.0 to 1.7.3; zuko 1.2 (layers alone), 1.3 to 1.6; sbi 0.23 to 0.27 on
 them; FrEIA 0.2, and its repository at 4212496; CompVis/iin, net2net and invariances. The newest comes first.
 ``python -m iin_fast.dropin.fingerprint CLASS`` prints them; a class with another one is left alone.
 """
@@ -50,6 +50,22 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "FrEIA.framework.sequence_inn.SequenceINN": ("c2ac71cab985",),
     "FrEIA.framework.graph_inn.GraphINN": ("d313247502d3",),
     "FrEIA.framework.reversible_graph_net.ReversibleGraphNet": ("7671dd1c2029",),
+    "glasflow.nflows.transforms.coupling.PiecewiseRationalQuadraticCouplingTransform": ("68d0f7d583f3", "5a924a031b1b"),
+    "glasflow.nflows.transforms.autoregressive.MaskedPiecewiseRationalQuadraticAutoregressiveTransform": (
+        "08588ffe1dd2",
+        "a4645d457bac",
+    ),
+    "glasflow.nflows.transforms.nonlinearities.PiecewiseRationalQuadraticCDF": ("6086de13ce37", "53b4644937c6"),
+    "glasflow.nflows.transforms.base.CompositeTransform": ("0c0e28a53c04",),
+    "glasflow.nflows.transforms.base.InverseTransform": ("e5324993d9dc",),
+    "glasflow.nflows.transforms.autoregressive.MaskedAffineAutoregressiveTransform": ("7f78f8228f40",),
+    "glasflow.flows.base.Flow": ("e3c8f5a4ecf1",),
+    "glasflow.flows.coupling.CouplingFlow": ("e3c8f5a4ecf1",),
+    "glasflow.flows.realnvp.RealNVP": ("e3c8f5a4ecf1",),
+    "glasflow.flows.nsf.CouplingNSF": ("e3c8f5a4ecf1",),
+    "glasflow.flows.autoregressive.MaskedAutoregressiveFlow": ("e3c8f5a4ecf1",),
+    "glasflow.flows.autoregressive.MaskedAffineAutoregressiveFlow": ("e3c8f5a4ecf1",),
+    "glasflow.flows.autoregressive.MaskedPiecewiseRationalQuadraticAutoregressiveFlow": ("e3c8f5a4ecf1",),
     "sbi.inference.trainers.base.NeuralInference": ("4f67fce4a02e", "502e218195fe"),
     "iin.models.iin.EfficientVRNVP": ("141cf587b3f8",),
     "iin.models.iin.DoubleVectorCouplingBlock": ("62829e2ac537",),
@@ -73,16 +89,22 @@ SOURCES: dict[str, tuple[str, ...]] = {
 PROGRAM_SOURCES: dict[str, tuple[str, ...]] = {
     "nflows.transforms.base.CompositeTransform": ("0c0e28a53c04",),
     "nflows.transforms.base.InverseTransform": ("e5324993d9dc",),
-    "nflows.transforms.coupling.AffineCouplingTransform": ("8fced4db299f",),
+    "nflows.transforms.coupling.AffineCouplingTransform": ("8fced4db299f", "2b7d918aba5b"),
+    "transforms.coupling.AffineCouplingTransform": ("2b7d918aba5b",),  # of glasflow itself
     "nflows.transforms.coupling.AdditiveCouplingTransform": ("4717c634a525",),
-    "nflows.transforms.coupling.PiecewiseRationalQuadraticCouplingTransform": ("db2b1f4355f1", "cd588ab2a103"),
-    "nflows.transforms.autoregressive.MaskedAffineAutoregressiveTransform": ("254fa3ca7024",),
+    "nflows.transforms.coupling.PiecewiseRationalQuadraticCouplingTransform": (
+        "db2b1f4355f1",
+        "cd588ab2a103",
+        "f3f7b9c045eb",
+    ),
+    "nflows.transforms.autoregressive.MaskedAffineAutoregressiveTransform": ("254fa3ca7024", "aedef2ef0a95"),
     "nflows.transforms.autoregressive.MaskedPiecewiseRationalQuadraticAutoregressiveTransform": (
         "754ef9bd6a68",
         "d035d0321120",
+        "b8e08a0afee5",
     ),
-    "nflows.transforms.nonlinearities.PiecewiseRationalQuadraticCDF": ("f12fd3c19284", "01d13a3b54d9"),
-    "nflows.transforms.lu.LULinear": ("2a92bb7a3d76",),
+    "nflows.transforms.nonlinearities.PiecewiseRationalQuadraticCDF": ("f12fd3c19284", "01d13a3b54d9", "39ea9eff3919"),
+    "nflows.transforms.lu.LULinear": ("2a92bb7a3d76", "398e8c57df70"),
     "nflows.transforms.permutations.Permutation": ("cb36e8d96a2b",),
     "nflows.transforms.permutations.RandomPermutation": ("cb36e8d96a2b",),
     "nflows.transforms.permutations.ReversePermutation": ("cb36e8d96a2b",),

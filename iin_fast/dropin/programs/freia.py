@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from types import CodeType
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from ...flow import NetBuilder, affine
 from ...flow.builder import CONTEXT, FEATURES
 from ...flow.layers import Net, Transformer
 from ..class_factory import original
-from ..registry import lookup, qualified
+from ..registry import made_in, qualified
 from . import nets
 from .nflows import expect_shape
 from .plan import Atom, Maker, Programs, run
@@ -38,24 +37,17 @@ GLOBAL_SCALES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def _own_code(function: Any, init: str) -> CodeType | None:
-    """The code of a function that ``init`` makes, or None for one of the user's."""
-    code, made_by = getattr(function, "__code__", None), getattr(lookup(init), "__code__", None)
-    known = isinstance(made_by, CodeType) and any(code is const for const in made_by.co_consts)
-    return code if known and isinstance(code, CodeType) else None
-
-
 def clamp_name(f_clamp: Callable[[Tensor], Tensor]) -> str | None:
     """ "ATAN", "TANH" or "SIGMOID" for FrEIA's own clamp functions, None for a function of the user's."""
     if f_clamp is torch.tanh:
         return "TANH"
-    names = getattr(_own_code(f_clamp, f"{BASE}.__init__"), "co_names", ())
+    names = getattr(made_in(f_clamp, f"{BASE}.__init__"), "co_names", ())
     return "ATAN" if "atan" in names else "SIGMOID" if "sigmoid" in names else None
 
 
 def _global_scale(function: Any) -> Callable[[Tensor], Tensor]:
     """What an all-in-one block does to its global scale."""
-    names = getattr(_own_code(function, f"{ALL_IN_ONE}.__init__"), "co_names", ())
+    names = getattr(made_in(function, f"{ALL_IN_ONE}.__init__"), "co_names", ())
     for name in GLOBAL_SCALES:
         if name.lower() in names:
             return GLOBAL_SCALES[name]

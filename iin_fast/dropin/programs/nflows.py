@@ -1,4 +1,4 @@
-"""nflows, and the nets that sbi gives it: transforms, flows and standard normal bases."""
+"""nflows, its copy in glasflow, and the nets that sbi gives it: transforms, flows and standard normal bases."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,18 +10,21 @@ from ...flow import Block, NetBuilder, Weights, affine, residual, spline
 from ...flow.builder import CONTEXT, FEATURES
 from ...flow.layers import Net, Transformer
 from ..class_factory import original
-from ..registry import qualified
+from ..registry import lookup, made_in
 from ..splines import net_scale
 from . import nets
 from .plan import Atom, Maker, Programs, run
 from .watch import HOOKS, Unsupported
 
 __all__ = [
+    "COPY",
     "FLOWS",
+    "GLASFLOWS",
     "PROGRAMS",
     "expect_shape",
     "flow_log_prob",
     "forward",
+    "glasflow_log_prob",
     "inverse",
     "linear",
     "lu_linear",
@@ -53,6 +56,21 @@ FLOWS = (
     "nflows.flows.base.Flow",
     "nflows.flows.autoregressive.MaskedAutoregressiveFlow",
     "nflows.flows.realnvp.SimpleRealNVP",
+)
+COPY = "glasflow."
+GLASFLOW_AFFINE = "transforms.coupling.AffineCouplingTransform"  # of glasflow itself: without that word
+AFFINES = (AFFINE, GLASFLOW_AFFINE)
+GLASFLOWS = tuple(
+    f"{COPY}flows.{name}"
+    for name in (
+        "base.Flow",
+        "coupling.CouplingFlow",
+        "realnvp.RealNVP",
+        "nsf.CouplingNSF",
+        "autoregressive.MaskedAutoregressiveFlow",
+        "autoregressive.MaskedAffineAutoregressiveFlow",
+        "autoregressive.MaskedPiecewiseRationalQuadraticAutoregressiveFlow",
+    )
 )
 NORMAL = "nflows.distributions.normal.StandardNormal"
 CONTEXT_NET = "sbi.neural_nets.net_builders.flow.ContextSplineMap"
@@ -213,7 +231,8 @@ def _coupling(maker: Maker, name: str, module: Any) -> None:
     net, scale = _coupling_net(maker, maker.get(module, "transform_net"))
     if name == SPLINE:
         transformer = spline_of(maker, module, int(maker.number(module, "num_bins")), scale)
-    elif name == AFFINE:
+    elif name in AFFINES:
+        _expect_scale(maker, module)
         transformer = affine(len(moved), "sigmoid", layout="shift_scale")
     else:
         transformer = affine(len(moved), "none")
@@ -225,6 +244,16 @@ def _coupling(maker: Maker, name: str, module: Any) -> None:
         spline_cdf(maker, own, kept, moved)
 
 
+def _expect_scale(maker: Maker, module: Any) -> None:
+    """nflows has one form of its scales; the copy in glasflow takes others, too."""
+    if "scale_activation" not in vars(module):
+        return
+    activation = maker.get(module, "scale_activation")
+    known = lookup(f"{COPY}transforms.utils.SCALE_ACTIVATIONS") or {}
+    if activation not in (type(module).DEFAULT_SCALE_ACTIVATION, known.get("nflows")):
+        raise Unsupported("scale_activation is not nflows' own")
+
+
 def _autoregressive(maker: Maker, name: str, module: Any) -> None:
     net = _made(maker, maker.get(module, "autoregressive_net"))
     if name == MASKED_SPLINE:
@@ -232,7 +261,13 @@ def _autoregressive(maker: Maker, name: str, module: Any) -> None:
         return
     if maker.number(module, "features") != maker.dim:
         raise Unsupported(f"features is {module.features}, expected {maker.dim}")
-    clamp = maker.number(module, "_epsilon")
+    owner = module
+    if "scale_activation" in vars(module):  # of glasflow: a lambda that holds the module that made it
+        made = maker.get(module, "scale_activation")
+        if made_in(made, f"{COPY}{MASKED_AFFINE}.__init__") is None:
+            raise Unsupported("scale_activation is not nflows' own")
+        owner = made.__closure__[0].cell_contents
+    clamp = maker.number(owner, "_epsilon")
     maker.autoregressive(net, affine(maker.dim, "softplus", clamp=clamp, layout="interleaved"))
 
 
@@ -285,7 +320,7 @@ def _pointwise(maker: Maker, module: Any) -> None:
 def layer(maker: Maker, module: nn.Module) -> None:
     """Add a transform of nflows."""
     name = maker.take(module)
-    if name in (AFFINE, ADDITIVE, SPLINE):
+    if name in (*AFFINES, ADDITIVE, SPLINE):
         _coupling(maker, name, module)
     elif name in (MASKED_AFFINE, MASKED_SPLINE):
         _autoregressive(maker, name, module)
@@ -305,31 +340,36 @@ def layer(maker: Maker, module: nn.Module) -> None:
 
 def flatten(maker: Maker, root: nn.Module, inverse: bool = False, top: bool = True) -> Iterator[Atom]:
     """The transforms of a root without the containers around them."""
-    cls = original(type(root)) or type(root)
-    if qualified(cls) not in (COMPOSITE, INVERSE):
+    name = _name(root)
+    if name not in (COMPOSITE, INVERSE):
         yield root, inverse
         return
     try:
         if not top:  # hooks of the root itself run around all this
             maker.take(root)
-        inner = [maker.get(root, "_transform")] if qualified(cls) == INVERSE else None
+        inner = [maker.get(root, "_transform")] if name == INVERSE else None
         if inner is None:
             inner = list(maker.watch.children(maker.get(root, "_transforms")))
     except Unsupported:
         yield root, inverse
         return
-    swap = inverse != (qualified(cls) == INVERSE)
+    swap = inverse != (name == INVERSE)
     for module in reversed(inner) if inverse else inner:
         yield from flatten(maker, module, swap, top=False)
+
+
+def _name(module: nn.Module) -> str:
+    """The name of its class in nflows."""
+    return PROGRAMS.name(original(type(module)) or type(module))
 
 
 def sizes(root: nn.Module) -> tuple[int, int]:
     """Number of features and of the context that the layers tell."""
     dim = context = 0
     for module in root.modules():
-        name = qualified(original(type(module)) or type(module))
+        name = _name(module)
         own: Any = module
-        if name in (AFFINE, ADDITIVE, SPLINE, LU):
+        if name in (*AFFINES, ADDITIVE, SPLINE, LU):
             dim = own.features
         elif name == MADE:
             dim = own.initial_layer.in_features
@@ -370,18 +410,31 @@ def flow_log_prob(original: Any, self: Any, inputs: Any, context: Any) -> Any:
     """``Flow._log_prob``: the log-density of a standard normal base is part of the program."""
     if torch.compiler.is_compiling():
         return original(self, inputs, context)
-    embedded, transform, base = self._embedding_net(context), self._transform, self._distribution
-    noise = None
-    normal = f"{type(base).__module__}.{type(base).__qualname__}" == NORMAL and "_log_prob" not in vars(base)
-    if normal and base._shape == inputs.shape[1:] and not any(vars(transform)[name] for name in HOOKS):
-        found = run(PROGRAMS, transform, inputs, embedded, False, base=True)
-        if found is not None:
-            noise, logabsdet, complete = found
-            if complete:
-                return logabsdet
-    if noise is None:
-        noise, logabsdet = transform(inputs, context=embedded)
-    return base.log_prob(noise, context=embedded) + logabsdet
+    embedded = self._embedding_net(context)
+    found = _density(self, inputs, embedded)
+    if found is not None and found[2]:
+        return found[1]
+    noise, logabsdet = self._transform(inputs, context=embedded) if found is None else found[:2]
+    return self._distribution.log_prob(noise, context=embedded) + logabsdet
+
+
+def glasflow_log_prob(original: Any, self: Any, inputs: Any, conditional: Any = None) -> Any:
+    """``log_prob`` of glasflow's own flows."""
+    found = None
+    if isinstance(inputs, Tensor) and not torch.compiler.is_compiling():
+        found = _density(self, inputs, conditional)
+    if found is None:
+        return original(self, inputs, conditional)
+    return found[1] if found[2] else self._distribution.log_prob(found[0]) + found[1]
+
+
+def _density(flow: Any, inputs: Tensor, context: Any) -> tuple[Tensor, Tensor, bool] | None:
+    """The transform of a flow with a standard normal base, as ``run`` gives it."""
+    transform, base = flow._transform, flow._distribution
+    normal = PROGRAMS.name(type(base)) == NORMAL and "_log_prob" not in vars(base)
+    if not normal or base._shape != inputs.shape[1:] or any(vars(transform)[name] for name in HOOKS):
+        return None
+    return run(PROGRAMS, transform, inputs, context, False, base=True)
 
 
 PROGRAMS = Programs(
@@ -392,7 +445,7 @@ PROGRAMS = Programs(
     functions={
         COMPOSITE: (*BOTH, "_cascade"),
         INVERSE: BOTH,
-        AFFINE: (*COUPLING, "_scale_and_shift"),
+        **dict.fromkeys(AFFINES, (*COUPLING, "_scale_and_shift")),
         ADDITIVE: (*COUPLING, "_scale_and_shift"),
         SPLINE: (*COUPLING, "_coupling_transform", "_piecewise_cdf", *SPLINES),
         MASKED_AFFINE: (*ELEMENTWISE, "_unconstrained_scale_and_shift"),
@@ -412,4 +465,5 @@ PROGRAMS = Programs(
         RESIDUAL_BLOCK: ("forward",),
         CONTEXT_NET: ("__call__",),
     },
+    copy=COPY,
 )

@@ -42,6 +42,7 @@ class Programs:
         step: runs a layer that is no part of a program: (layer, x, context, inverse) to the mapped x and its log-det.
         functions: for each class that a program stands for, the functions that say what it computes; a version of their
             source that is not known makes no program.
+        copy: what stands before these names in a library that holds a copy of this one.
     """
 
     flatten: Callable[["Maker", nn.Module], Iterator[Atom]]
@@ -50,6 +51,16 @@ class Programs:
     step: Callable[[nn.Module, Tensor, Tensor | None, bool], tuple[Tensor, Tensor]]
     functions: Mapping[str, tuple[str, ...]]
     base: Callable[["Maker", nn.Module], Iterator[Atom]] | None = None
+    copy: str = ""
+
+    def name(self, cls: Any) -> str:
+        """The name of a class, or of the one that it is a copy of."""
+        return qualified(cls).removeprefix(self.copy)
+
+    def named(self, cls: Any, functions: tuple[str, ...]) -> tuple[str, ...]:
+        """The names of functions beside a class."""
+        copied = self.copy and qualified(cls).startswith(self.copy)
+        return tuple(self.copy + name if copied and "." in name else name for name in functions)
 
 
 class Maker(ProgramBuilder):
@@ -76,11 +87,11 @@ class Maker(ProgramBuilder):
             Unsupported: it is of another class or version, was changed, or has hooks.
         """
         cls: Any = original(type(module)) or type(module)
-        name = qualified(cls)
+        name = self.programs.name(cls)
         self.watch.module(module)
         functions = self.programs.functions.get(name)
         if functions is None:
-            base = next((b for b in cls.__mro__[1:] if qualified(b) in self.programs.functions), None)
+            base = next((b for b in cls.__mro__[1:] if self.programs.name(b) in self.programs.functions), None)
             raise Unsupported(
                 f"{cls.__name__} has no place in a program" if base is None else f"a subclass of {base.__name__}"
             )
@@ -92,7 +103,7 @@ class Maker(ProgramBuilder):
 
     def expect_source(self, name: str, cls: Any) -> None:
         """Refuse a class whose source is not known."""
-        reason = unknown_functions(name, cls, self.programs.functions[name])
+        reason = unknown_functions(name, cls, self.programs.named(cls, self.programs.functions[name]))
         if reason is not None:
             raise Unsupported(f"{cls.__name__}: {reason}")
 
