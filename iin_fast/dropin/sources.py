@@ -135,6 +135,7 @@ PROGRAM_SOURCES: dict[str, tuple[str, ...]] = {
     "zuko.transforms.MonotonicAffineTransform": ("2e671d9d738b", "90adda1ca150", "76e004d3637f"),
     "zuko.transforms.MonotonicRQSTransform": ("bb2c0c79ee4a", "b6f4aa582e37", "43197291c543", "aaf2284a45f5"),
     "zuko.transforms.AdditiveTransform": ("fc42c3d1a7fd", "4b5af6a77402"),
+    "zuko.transforms.LULinearTransform": ("b2220b77c4e4", "640bd2febe44"),
     "zuko.transforms.PermutationTransform": ("16fd434b82c5", "4d65a03facbb"),
     "zuko.distributions.DiagNormal": ("9b35b3aae36d", "62b706179cd0"),
     "normflows.flows.base.Reverse": ("013d79eca7c6",),

@@ -54,6 +54,15 @@ def mixed(context: int) -> nn.Module:
     return F.Flow(lazies, base)
 
 
+def linear(context: int) -> nn.Module:
+    """Linear maps by their factors, trained and fixed."""
+    flow = F.MAF(DIM, context, transforms=2, hidden_features=(8,))
+    for options in ({}, {"buffer": True}):
+        matrix = 0.3 * torch.randn(DIM, DIM) - torch.eye(DIM)
+        flow.transform.transforms.insert(1, F.UnconditionalTransform(T.LULinearTransform, matrix, **options))
+    return flow
+
+
 FLOWS: dict[str, tuple[Callable[[int], nn.Module], int]] = {
     "MAF": (ready(F.MAF), 3),
     "MAF of slope 0.1": (ready(F.MAF, univariate=lambda *a: T.MonotonicAffineTransform(*a)), 0),
@@ -64,6 +73,7 @@ FLOWS: dict[str, tuple[Callable[[int], nn.Module], int]] = {
     "RealNVP": (ready(getattr(F, "RealNVP", F.NICE), activation=nn.SiLU), 3),
     "NCSF": (ready(F.NCSF), 0),
     "mixed": (mixed, 6),
+    "LU": (linear, 4),
     "normalize": (ready(F.NICE, normalize=True), 0),
 }
 

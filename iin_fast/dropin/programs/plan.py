@@ -157,8 +157,8 @@ class Maker(ProgramBuilder):
         return self._place(self._constants, name)
 
     def computed_from(self, module: nn.Module, name: str, function: Callable[[Tensor], Tensor]) -> Ref:
-        """What a function of torch makes of a parameter, at every call."""
-        space: Any = module._parameters
+        """What a function of torch makes of a parameter or buffer, at every call."""
+        space: Any = next(s for s in (vars(module)["_parameters"], vars(module)["_buffers"]) if name in s)
         self.spaces.append(space)
         self.names.append(name)
         self.tensors.append(space[name])

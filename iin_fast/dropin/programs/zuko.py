@@ -20,6 +20,7 @@ from ...flow.layers import Net, Transformer
 from ..class_factory import FastClass, generate, original
 from ..registry import lookup, qualified
 from . import nets
+from .nflows import expect_shape
 from .plan import Atom, Maker, Programs, hopeless, run
 from .watch import HOOKS, Unsupported, Watch
 
@@ -40,8 +41,8 @@ FLOWS = (
     "zuko.flows.coupling.RealNVP",
 )
 T = "zuko.transforms"
-AFFINE, SPLINE, ADDITIVE, PERMUTATION = (
-    f"{T}.{name}Transform" for name in ("MonotonicAffine", "MonotonicRQS", "Additive", "Permutation")
+AFFINE, SPLINE, ADDITIVE, PERMUTATION, LU = (
+    f"{T}.{name}Transform" for name in ("MonotonicAffine", "MonotonicRQS", "Additive", "Permutation", "LULinear")
 )
 TORCH_AFFINE = "torch.distributions.transforms.AffineTransform"
 NORMALIZING, DIAG_NORMAL = "zuko.distributions.NormalizingFlow", "zuko.distributions.DiagNormal"
@@ -145,8 +146,14 @@ def _elementwise(maker: Maker, module: Any) -> None:
     maker.coupling((), range(maker.dim), net, _univariate(maker, module, maker.dim))
 
 
+def _factors(matrix: Tensor) -> Tensor:
+    """zuko's lower factor has the diagonal, and the op's upper one: L U = (L / d) (d U)."""
+    d = matrix.diagonal()
+    return matrix.tril(-1) / d + d[:, None] * matrix.triu(1) + d.diag()
+
+
 def _unconditional(maker: Maker, module: Any) -> None:
-    """A transformation of buffers: a standardisation or a permutation."""
+    """A standardisation or a permutation of buffers, or a linear map by its factors."""
     f = maker.get(module, "f")
     cls = original(f) or f
     name = qualified(cls) if isinstance(cls, type) else str(cls)
@@ -154,6 +161,12 @@ def _unconditional(maker: Maker, module: Any) -> None:
     if name == PERMUTATION and (count, named) in ((1, []), (0, ["order"])):
         maker.expect_source(name, cls)
         maker.permute(maker.watch.values(module, "_0" if count else "order").tolist())
+        return
+    if name == LU and (count, named) in ((1, []), (0, ["LU"])):
+        maker.expect_source(name, cls)
+        matrix = "_0" if count else "LU"
+        expect_shape(maker.get(module, matrix), maker.dim, maker.dim)
+        maker.linear(maker.computed_from(module, matrix, _factors), storage="square", form="plain")
         return
     if name not in (AFFINE, TORCH_AFFINE):
         raise Unsupported(f"{name} has no place in a program")
@@ -429,6 +442,7 @@ PROGRAMS = Programs(
         SPLINE: (*CALL, "bins", "bin", "searchsorted"),
         ADDITIVE: CALL,
         PERMUTATION: CALL,
+        LU: CALL,
         DIAG_NORMAL: ("__init__",),
     },
 )
