@@ -1,5 +1,7 @@
 """What patch prints, warns of, and does to optimizers."""
 
+import copy
+import pickle
 import subprocess
 import sys
 import warnings
@@ -145,3 +147,72 @@ def test_fingerprints_of_a_class() -> None:
         assert f'{table}: "{name}": ("{getattr(sources, table)[name][0]}",),  # known\n' in made.stdout
     assert fingerprint("nflows.transforms.nothing.X").returncode == 1
     assert fingerprint().returncode == 2
+
+
+def made_in_a_block(cls: Any, given: list[nn.Parameter], **options: Any) -> Any:
+    with iin_fast.patch("nflows", fused_optimizer=True):
+        return cls(given, **options)
+
+
+@pytest.mark.parametrize("cls", [torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize(
+    "options", [{}, {"amsgrad": True}, {"maximize": True, "weight_decay": 0.1}, {"lr": torch.tensor(0.1)}], ids=str
+)
+def test_a_fused_optimizer_steps_as_torch_s(cls: Any, options: dict[str, Any]) -> None:
+    options = {"lr": 0.1} | options
+    given, wanted, pairs = parameters(), parameters(), []
+    for params in (given, wanted):
+        options = copy.deepcopy(options)  # the schedule changes a tensor in place
+        groups = [{"params": params[:1]}, {"params": params[1:], "betas": (0.5, 0.9)}]
+        made = made_in_a_block(cls, groups, **options) if params is given else cls(groups, fused=True, **options)
+        pairs.append((made, torch.optim.lr_scheduler.ExponentialLR(made, 0.9)))
+    hooks: list[int] = []
+    for number in range(8):
+        for params, (optimizer, schedule) in zip((given, wanted), pairs, strict=True):
+            for p in params:
+                p.grad = (p.detach() * (number + 1)).sin()
+            if number == 2:
+                params[0].grad = None
+            if number == 3:
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            handle = optimizer.register_step_post_hook(lambda *_: hooks.append(1)) if number == 4 else None
+            if number == 5:
+                optimizer.step(lambda: torch.tensor(1.0))
+            elif number == 6:
+                twin = copy.deepcopy(optimizer)
+                for group, own in zip(twin.param_groups, optimizer.param_groups, strict=True):
+                    for p, of in zip(group["params"], own["params"], strict=True):
+                        p.grad = of.grad
+                twin.step()
+                optimizer.step()
+                for group, own in zip(twin.param_groups, optimizer.param_groups, strict=True):
+                    for p, of in zip(group["params"], own["params"], strict=True):
+                        assert torch.equal(p, of)
+            else:
+                optimizer.step()
+            if handle is not None:
+                handle.remove()
+            schedule.step()
+        for got, want in zip(given, wanted, strict=True):
+            assert torch.equal(got, want)
+    assert hooks == [1, 1]
+    states = [optimizer.state_dict()["state"] for optimizer, _ in pairs]
+    for got, want in zip(*(s.values() for s in states), strict=True):
+        assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in got)
+
+
+def test_a_fused_optimizer_counts_steps_in_one_tensor_and_pickles_as_torch_s() -> None:
+    given = parameters()
+    made = made_in_a_block(torch.optim.Adam, given)
+    for _ in range(3):
+        for p in given:
+            p.grad = torch.ones_like(p)
+        made.step()
+    steps = [made.state[p]["step"] for p in given]
+    assert len({step.untyped_storage().data_ptr() for step in steps}) == 1
+    assert [float(step) for step in steps] == [3.0, 3.0]
+    assert isinstance(made, torch.optim.Adam)
+    assert type(pickle.loads(pickle.dumps(made))) is torch.optim.Adam
+    given[0].grad = given[0].detach().to_sparse()
+    with pytest.raises(RuntimeError, match="does not support sparse gradients"):
+        made.step()
