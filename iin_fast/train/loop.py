@@ -308,12 +308,17 @@ class _Training:
                 steps = range(self.progress.step, settings.steps)
                 if 0 < settings.patience <= self.progress.stale:  # a resume of what has stopped early
                     steps = range(0)
+                if steps and fabric.world_size > 1:
+                    # DDP puts the gradients that it sums in another order after its first backward, and with it come other
+                    # roundings: that is done before the first step, so that the first step of a resume is like any other.
+                    fabric.backward(self._loss(self._pairs(steps[0], own))[0])
+                    self.optimizer.zero_grad()
                 for step in steps:
                     rate = settings.rate(step)
                     for group in self.optimizer.param_groups:
                         group["lr"] = rate
                     self.pairs = self._pairs(step, own)
-                    loss, nats = self.wrapped(*(x.to(device, non_blocking=True) for x in self.pairs))
+                    loss, nats = self._loss(self.pairs)
                     self.loss = loss.detach()
                     if step == steps[0]:
                         self.first_loss = self.recent_loss = fabric.all_reduce(self.loss.clone()).item()
@@ -353,6 +358,9 @@ class _Training:
             if log is not None:
                 log.close()
         return self.model.eval()
+
+    def _loss(self, pairs: list[Tensor]) -> tuple[Tensor, Tensor]:
+        return self.wrapped(*(x.to(self.fabric.device, non_blocking=True) for x in pairs))  # type: ignore[no-any-return]
 
     def _line(self, rate: float, evaluate: bool, log: Log | None, bar: Bar) -> None:
         """One line of the log; with ``evaluate``, the held-out pairs too."""

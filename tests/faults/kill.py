@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=int(time.time()))
     parser.add_argument(
-        "--ranks", type=int, nargs="*", default=[1, 1, 1, 1, 2], help="processes of one run after the other"
+        "--ranks", type=int, nargs="*", default=[1, 1, 1, 1, 2, 4], help="processes of one run after the other"
     )
     given = parser.parse_args()
     draw, counts = random.Random(given.seed), Counter[str]()

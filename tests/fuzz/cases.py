@@ -133,8 +133,12 @@ def ops(draw: Random, folder: Path) -> None:
     if not right:
         spoilt(draw, tensors, options)
 
-    def call() -> Any:
-        result = getattr(functional, name)(**tensors, **options)
+    def call(exact: bool = False) -> Any:
+        given = {
+            key: t.double() if exact and isinstance(t, Tensor) and t.is_floating_point() else t
+            for key, t in tensors.items()
+        }
+        result = getattr(functional, name)(**given, **options)
         return result if isinstance(result, tuple) else (result,)
 
     found = refused_or(call)
@@ -142,12 +146,14 @@ def ops(draw: Random, folder: Path) -> None:
         assert not right, (name, options)
         return
     with backend("reference"):
-        expected = call()
-    for ours, theirs in zip(found, expected, strict=True):
+        expected, exact = call(), call(exact=True)
+    for ours, theirs, truth in zip(found, expected, exact, strict=True):
         assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
-        if not wild and tame(theirs.double()):
+        if not wild and tame(theirs.double(), truth):
             slack = {2: 3e-2, 4: 2e-4, 8: 1e-9}[dtype.itemsize]
-            torch.testing.assert_close(ours, theirs, rtol=slack, atol=slack * 10)
+            # where the value hangs on the last bits of the input, the definition is as far off
+            own = (theirs.double() - truth).abs().max().item() if truth.numel() else 0.0
+            torch.testing.assert_close(ours.double(), truth, rtol=slack, atol=slack * 10 + 4 * own)
         elif not wild:
             assert bool((ours.isfinite() == theirs.isfinite()).all())
 
@@ -171,7 +177,6 @@ def modules(draw: Random, folder: Path) -> None:
     wrong = draw.random() < 0.3
     if wrong:
         sizes[draw.choice([*sizes, "unknown"])] = draw.choice(WRONG)
-    torch.manual_seed(draw.getrandbits(32))
     flow = refused_or(kinds[draw.choice(list(kinds))])
     if flow is None:
         return

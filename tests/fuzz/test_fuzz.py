@@ -6,6 +6,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
@@ -32,6 +33,7 @@ def test_fuzz(target: str, folder: Path) -> None:
     def one(draw: Random) -> None:
         nonlocal count
         count += 1
+        torch.manual_seed(draw.getrandbits(32))  # permutations and weights, too, are those of the case
         check(draw, folder)
 
     def some(number: int) -> None:
