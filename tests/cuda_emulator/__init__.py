@@ -22,7 +22,12 @@ FLAGS = [
     *("-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"),
     *(f"-I{Path(__file__).parent / 'include'}", f"-I{ROOT / 'csrc'}"),  # first what stands in for csrc's own
 ]
+# each library with shared memory of its own, not that of the first one which a process loads
+RACE_FLAGS = ["-DEMULATOR_RACES", "-fno-gnu-unique"]
 SANITIZER_FLAGS = ["-fsanitize=address,alignment,bounds", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+
+RACES = os.environ.get("IIN_FAST_TEST_RACES") == "1"
+"""Whether the kernels run under the race checker (races.cpp)."""
 
 SANITIZE = os.environ.get("IIN_FAST_TEST_SANITIZE") == "1"
 """Whether this process runs the kernels under AddressSanitizer; it must then run in sanitizer_environment()."""
@@ -41,11 +46,11 @@ def _sources() -> bytes:
 
 
 @functools.cache
-def load(name: str) -> ctypes.CDLL:
+def load(name: str, races: bool = RACES) -> ctypes.CDLL:
     """The library of tests/cuda_emulator/<name>.cpp, compiled if anything has changed since the last time."""
     if shutil.which("g++") is None:
         pytest.skip("no g++ to compile the CUDA kernels for the host")
-    flags = FLAGS + (SANITIZER_FLAGS if SANITIZE else [])
+    flags = FLAGS + (SANITIZER_FLAGS if SANITIZE else []) + (RACE_FLAGS if races else [])
     key = hashlib.sha256(_sources() + repr((name, flags)).encode()).hexdigest()[:16]
     library = CACHE / f"{name}-{key}.so"
     CACHE.mkdir(parents=True, exist_ok=True)
@@ -53,8 +58,12 @@ def load(name: str) -> ctypes.CDLL:
         fcntl.flock(lock, fcntl.LOCK_EX)  # tests may run in several processes
         if not library.exists():
             unfinished = library.with_suffix(".tmp")
-            source = Path(__file__).parent / f"{name}.cpp"
-            subprocess.run(["g++", *flags, str(source), "-o", str(unfinished)], check=True)
+            sources = [str(Path(__file__).parent / f"{name}.cpp")]
+            if races:  # the checker takes the place of the library that -fsanitize=thread would link
+                instrumented = str(CACHE / f"{name}-{key}.o")
+                subprocess.run(["g++", *flags, "-fsanitize=thread", "-c", *sources, "-o", instrumented], check=True)
+                sources = [instrumented, str(Path(__file__).parent / "races.cpp")]
+            subprocess.run(["g++", *flags, *sources, "-o", str(unfinished)], check=True)
             unfinished.rename(library)
     return ctypes.CDLL(str(library))
 

@@ -243,6 +243,72 @@ __global__ void faulty_kernel(int fault, int *data, int count) {
   }
 }
 
+// Each with a barrier that orders what it does, or, `barrier` being false, without it.
+enum Race { write_read, read_write, write_write, across_blocks, block_barrier_across_blocks, constant, copy, matrix };
+
+__global__ void race_kernel(int race, bool barrier, int *data) {
+  __shared__ __align__(16) int shared[256];
+  const int thread = threadIdx.x, other = (thread + 1) % blockDim.x;
+  const cooperative_groups::grid_group grid = cooperative_groups::this_grid();
+  const auto meet = [&] {
+    if (barrier)
+      __syncthreads();
+  };
+  switch (race) {
+  case write_read:
+    shared[thread] = thread;
+    meet();
+    data[thread] = shared[other];
+    break;
+  case read_write:
+    data[thread] = shared[thread];
+    meet();
+    shared[other] = thread;
+    break;
+  case write_write:
+    shared[thread] = thread;
+    meet();
+    shared[other] = thread;
+    break;
+  case across_blocks: // of which each has a place of its own, or all have one
+    if (thread == 0)
+      data[barrier ? blockIdx.x : 0] = blockIdx.x;
+    break;
+  case block_barrier_across_blocks:
+    if (thread == 0)
+      data[blockIdx.x] = blockIdx.x;
+    if (barrier)
+      grid.sync();
+    else
+      __syncthreads();
+    if (thread == 0)
+      data[32 + blockIdx.x] = data[(blockIdx.x + 1) % gridDim.x];
+    break;
+  case constant: // even a barrier does not help
+    data[thread] = thread;
+    __syncthreads();
+    data[32 + thread] = barrier ? data[other] : __ldg(data + other);
+    break;
+  case copy: // arrived for the thread that waited; for others after a barrier
+    copy_async_16(shared + 4 * thread, data + 4 * thread, 16);
+    commit_copies();
+    if (barrier)
+      wait_copies<0>();
+    __syncthreads();
+    data[128 + thread] = shared[4 * other];
+    wait_copies<0>();
+    break;
+  case matrix:
+    for (int i = 0; i < 4; ++i)
+      shared[4 * thread + i] = thread;
+    meet();
+    uint32_t r[4];
+    load_matrices(r, shared + 4 * other);
+    data[thread] = r[0];
+    break;
+  }
+}
+
 } // namespace iin_fast
 
 using namespace iin_fast;
@@ -280,6 +346,10 @@ extern "C" const char *copy(const float *from, float *sums, int bytes, bool earl
 
 extern "C" const char *faulty(int fault, int *data, int count) {
   return report([&] { emulator::Launch{32 * sizeof(int)}(faulty_kernel, dim3(1), dim3(32), fault, data, count); });
+}
+
+extern "C" const char *race(int race, bool barrier, int *data, int blocks) {
+  return report([&] { emulator::Launch{0, true}(race_kernel, dim3(blocks), dim3(32), race, barrier, data); });
 }
 
 extern "C" const char *launch_of(int grid_y, int block) {

@@ -130,6 +130,30 @@ def test_launches_that_no_gpu_would_take_are_reported() -> None:
         call(load("self_test").launch_of, 0, 32)
 
 
+# in the order of the enum in self_test.cpp: what is said without the barrier
+THREAD = r"thread \d+ of block \d (writes|reads|reads by __ldg) at (\S+ in )*self_test\.cpp:\d+"
+RACES = {
+    "write_read": "shared",
+    "read_write": "shared",
+    "write_write": "shared",
+    "across_blocks": "global",
+    "block_barrier_across_blocks": "global",
+    "constant": "global",
+    "copy": "shared",
+    "matrix": "shared",
+}
+
+
+@pytest.mark.parametrize("race", RACES)
+def test_races_are_reported(race: str) -> None:
+    data = np.zeros(256, np.int32)
+    arguments = list(RACES).index(race), pointer(data), 3 if "blocks" in race else 1
+    call(load("self_test", races=True).race, arguments[0], True, *arguments[1:])  # with the barrier all is well
+    with pytest.raises(RuntimeError, match=f"race in {RACES[race]} memory: {THREAD}, {THREAD}, and no barrier"):
+        call(load("self_test", races=True).race, arguments[0], False, *arguments[1:])
+    call(load("self_test").race, arguments[0], False, *arguments[1:])  # which nothing else notices
+
+
 PROBE = """
 import ctypes, sys
 import numpy as np

@@ -131,9 +131,10 @@ inline int __all_sync(unsigned mask, int vote, EMULATOR_HERE) {
 }
 
 // Memory
-template <class T> T __ldg(const T *from) {
+template <class T> __forceinline__ T __ldg(const T *from) {
   if (reinterpret_cast<uintptr_t>(from) % sizeof(T) != 0)
     throw emulator::Fault("misaligned __ldg of " + std::to_string(sizeof(T)) + " bytes");
+  emulator::races::access(from, sizeof(T), false, true);
   return *from;
 }
 
@@ -146,6 +147,7 @@ template <class T> void __stwb(T *to, T value) {
 // Atomics: only one thread runs at a time. They return the old value.
 namespace emulator {
 template <class T, class F> T exchange(T *at, F &&next) {
+  const races::Aside aside;
   const T old = *at;
   *at = next(old);
   return old;

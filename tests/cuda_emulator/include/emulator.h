@@ -11,9 +11,11 @@
 // Compiled with -fsanitize=address,alignment,bounds it reports accesses out of bounds too: of global memory (heap),
 // of dynamic shared memory beyond what the launch asked for, and of arrays of known size such as static shared ones.
 //
-// Not emulated: the memory model, speed, and threads of a block that run at the same time. A missing barrier shows only
-// where a result depends on the order in which threads run: a warp runs as far as it can, then the next one, up or down
-// the block as drawn (but the same in each run) whenever all have had their turn.
+// Compiled with -fsanitize=thread and races.cpp it reports races: a missing barrier, whatever it does to the result.
+//
+// Not emulated: the memory model, speed, and threads of a block that run at the same time. Without races.cpp a missing
+// barrier shows only where a result depends on the order in which threads run: a warp runs as far as it can, then the
+// next one, up or down the block as drawn (but the same in each run) whenever all have had their turn.
 //
 // Shared memory is thread_local. Blocks of a plain launch run one after another, those of a cooperative launch each on
 // a thread of the machine, of which only one runs at a time.
@@ -35,6 +37,8 @@
 #include <string>
 #include <thread>
 #include <vector>
+
+#include "races.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -70,7 +74,6 @@ struct Site {
 
 constexpr unsigned warp_size = 32;
 constexpr size_t largest_shared = 227 * 1024; // of one block on sm_90 and sm_100
-constexpr size_t stack_bytes = 128 * 1024;
 
 // An asynchronous copy of 16 bytes, of which the first `bytes` come from global memory.
 struct Copy {
@@ -121,6 +124,8 @@ public:
     Block *const before = running_;
     running_ = this;
     const unsigned threads = blockDim.x * blockDim.y * blockDim.z;
+    place_.block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
+    races::begin_block();
     fibers_ = std::vector<Fiber>(threads);
     for (unsigned i = 0; i < threads; ++i) {
       Fiber &fiber = fibers_[i];
@@ -147,9 +152,11 @@ public:
   static Block &running() { return *running_; }
 
   void sync_block(Site site) {
+    const races::Aside aside;
     wait(Fiber::at_block_barrier, site);
     if (++at_barrier_ == fibers_.size()) {
       at_barrier_ = 0;
+      ++place_.barriers;
       check_one_site("divergent barrier");
       release(Fiber::at_block_barrier);
     } else {
@@ -160,11 +167,13 @@ public:
   void sync_grid(Site site) {
     if (grid_ == nullptr)
       throw Fault(site.text() + ": a barrier over the grid needs a cooperative launch");
+    const races::Aside aside;
     wait(Fiber::at_grid_barrier, site);
     leave(); // schedule() meets the other blocks once all threads of this one are here
   }
 
   void sleep() {
+    const races::Aside aside;
     slept_ = true;
     leave();
   }
@@ -173,20 +182,30 @@ public:
     if (bytes < 0 || bytes > 16 || reinterpret_cast<uintptr_t>(shared) % 16 != 0 ||
         reinterpret_cast<uintptr_t>(global) % 16 != 0)
       throw Fault("misaligned " + site.text() + ", or of more than 16 bytes");
+    races::access(shared, 16, true);
+    races::access(global, bytes, false);
+    const races::Aside aside;
     std::memset(shared, 0xff, 16);
     fibers_[current_].copies.back().push_back({shared, global, bytes});
   }
 
-  void commit_copies() { fibers_[current_].copies.emplace_back(); }
+  void commit_copies() {
+    const races::Aside aside;
+    fibers_[current_].copies.emplace_back();
+  }
 
   // Finishes all groups of this thread but the last `groups` (and the open one).
   void wait_copies(size_t groups) {
     std::vector<std::vector<Copy>> &copies = fibers_[current_].copies;
     while (copies.size() > groups + 1) {
       for (const Copy &copy : copies.front()) {
+        races::access(copy.shared, 16, true);
+        races::access(copy.global, copy.bytes, false);
+        const races::Aside aside;
         std::memset(copy.shared, 0, 16);
         std::memcpy(copy.shared, copy.global, copy.bytes);
       }
+      const races::Aside aside;
       copies.erase(copies.begin());
     }
   }
@@ -195,6 +214,7 @@ public:
   // lanes that take no part; the others' payloads live on their stacks meanwhile.
   void warp_function(Site site, unsigned mask, void *payload,
                      const std::function<void(void *const *payloads, unsigned mask)> &combine) {
+    const races::Aside aside;
     const unsigned first = current_ / warp_size * warp_size, lane = current_ % warp_size;
     if (!(mask >> lane & 1))
       throw Fault(describe(current_) + " calls " + site.text() + " with a mask that doesn't name it");
@@ -241,6 +261,7 @@ private:
     } catch (...) {
       block.fault_ = std::current_exception();
     }
+    races::run(nullptr);
     block.fibers_[block.current_].state = Fiber::done;
     block.leave(true);
   }
@@ -269,6 +290,7 @@ private:
         throw Fault(deadlock());
       check_one_site("divergent grid barrier");
       meet_grid();
+      ++place_.barriers, ++place_.grid_barriers;
       release(Fiber::at_grid_barrier);
     }
   }
@@ -359,7 +381,10 @@ private:
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_start_switch_fiber(&scheduler_fake_stack_, fiber.stack.get(), stack_bytes);
 #endif
+    place_.thread = current_, place_.stack = fiber.stack.get();
+    races::run(&place_);
     swapcontext(&scheduler_, &fiber.context);
+    races::run(nullptr);
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(scheduler_fake_stack_, nullptr, nullptr);
 #endif
@@ -391,6 +416,7 @@ private:
   Grid *grid_;
   std::vector<Fiber> fibers_;
   size_t current_ = 0, at_barrier_ = 0;
+  Place place_;
   bool slept_ = false;
   std::exception_ptr fault_;
   ucontext_t scheduler_;
@@ -427,6 +453,7 @@ struct Launch {
       throw Fault("invalid launch: " + std::to_string(shared_bytes) + " bytes of shared memory");
     if (launches)
       ++*launches;
+    races::begin_launch();
     const std::function<void()> body = [&] { kernel(arguments...); };
     const unsigned blocks = grid.x * grid.y * grid.z;
     const auto prepare = [&](unsigned i) {
@@ -440,6 +467,7 @@ struct Launch {
         prepare(i);
         Block(body).run();
       }
+      check_races();
       return true;
     }
     Grid all;
@@ -465,7 +493,14 @@ struct Launch {
       worker.join();
     if (all.fault)
       std::rethrow_exception(all.fault);
+    check_races();
     return true;
+  }
+
+private:
+  static void check_races() {
+    if (const std::string race = races::first(); !race.empty())
+      throw Fault(race);
   }
 };
 

@@ -45,6 +45,7 @@ void multiply(Site site, float (&c)[4], const uint32_t (&a)[4], const uint32_t (
 }
 
 inline void load_matrices(Site site, uint32_t (&r)[4], const void *row, bool turned) {
+  races::access(row, 16, false);
   struct Payload {
     uint32_t *r;
     const void *row;
@@ -116,6 +117,6 @@ inline void copy_async_16(void *shared, const void *global, int bytes, EMULATOR_
 
 inline void commit_copies() { emulator::Block::running().commit_copies(); }
 
-template <int groups> void wait_copies() { emulator::Block::running().wait_copies(groups); }
+template <int groups> __forceinline__ void wait_copies() { emulator::Block::running().wait_copies(groups); }
 
 } // namespace iin_fast
