@@ -1,8 +1,8 @@
 """Would the emulation tests notice a missing barrier? python tests/cuda_emulator/mutate.py [--only PATTERN] [--list]
 
 Takes each barrier of the CUDA kernels away in turn (__syncthreads, the barrier over the grid, the commit of asynchronous
-copies and the wait for them), in a copy of csrc and tests, and runs the emulation tests of the ops that the file belongs to
-until one fails. Prints which test noticed, or that none did; ends with 1 if that is so for a barrier that ACCEPTED doesn't
+copies and the wait for them), in a copy of csrc and tests, and runs the emulation tests of the ops that the file belongs to,
+under the race checker, until one fails. Prints which test noticed, or that none did; ends with 1 if that is so for a barrier that ACCEPTED doesn't
 name. Each barrier costs a compilation and the tests up to the one that fails: about an hour in all, so not part of `make test`.
 """
 
@@ -57,26 +57,27 @@ def noticed(path: Path, number: int, statement: str, ops: list[str]) -> str | No
     with tempfile.TemporaryDirectory() as name:
         copy = Path(name)
         shutil.copytree(ROOT / "csrc", copy / "csrc")
-        shutil.copytree(ROOT / "tests" / "cuda_emulator", copy / "tests" / "cuda_emulator")
-        (copy / "tests" / "ops").mkdir()
+        shutil.copytree(
+            ROOT / "tests", copy / "tests", ignore=shutil.ignore_patterns("__pycache__", "golden", "fixtures")
+        )
+        shutil.copy(ROOT / "pyproject.toml", copy)
         files = [f"tests/ops/test_{op}_cuda.py" for op in ops]
-        for file in files:
-            shutil.copy(ROOT / file, copy / file)
         changed = copy / path.relative_to(ROOT)
         lines = changed.read_text().splitlines(keepends=True)
         lines[number] = lines[number].replace(f"{statement};", "(void)0;", 1)
         changed.write_text("".join(lines))
         # the package from the source tree, the emulator's from the copy
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(copy / "tests"), str(ROOT)])}
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *files]
+        environment["IIN_FAST_TEST_RACES"] = "1"
+        command = [sys.executable, "-m", "pytest", "-n", "0", "-x", "-q", "-p", "no:cacheprovider", *files]
         try:
             done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, timeout=SECONDS)
         except subprocess.TimeoutExpired:
             return "tests that do not end"
-    if done.returncode not in (0, 1) or "'g++'" in done.stdout:
-        raise RuntimeError(f"the tests could not run:\n{done.stdout[-3000:]}{done.stderr[-2000:]}")
     failed = re.search(r"^(?:FAILED|ERROR) (?:\S*/)?(\S+?::.*?)(?: - |$)", done.stdout, re.MULTILINE)
-    return None if done.returncode == 0 else failed[1] if failed else "a test"
+    if done.returncode and failed is None or "'g++'" in done.stdout:
+        raise RuntimeError(f"the tests could not run:\n{done.stdout[-3000:]}{done.stderr[-2000:]}")
+    return failed and failed[1]
 
 
 def main(arguments: list[str] | None = None) -> int:

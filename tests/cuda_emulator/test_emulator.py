@@ -1,6 +1,7 @@
 """The host emulation of CUDA: it computes what a GPU would, and it reports what a GPU may let pass."""
 
 import ctypes
+import os
 import subprocess
 import sys
 
@@ -173,11 +174,19 @@ def test_accesses_out_of_bounds_are_reported(fault: str) -> None:
     assert "self_test.cpp" in probe.stderr
 
 
-def test_the_ops_kernels_touch_no_memory_but_their_own() -> None:
+def check_the_ops(environment: dict[str, str]) -> None:
     files = [f"tests/ops/test_{op}_cuda.py" for op in gpu_ops()]
     # the other squashes read and write the same memory
     wanted = " and ".join(f"not {name}" for name in SQUASHES if name not in ("tanh", "none"))
     options = ["-q", "-x", "-n", "0", "-p", "no:cacheprovider", "-k", wanted, "-m", "not values"]
     command = [sys.executable, "-m", "pytest", *options, *files]
-    done = subprocess.run(command, cwd=ROOT, env=sanitizer_environment(), capture_output=True, text=True, timeout=1800)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_ops_kernels_touch_no_memory_but_their_own() -> None:
+    check_the_ops(sanitizer_environment())
+
+
+def test_the_ops_kernels_have_no_races() -> None:
+    check_the_ops(os.environ | {"IIN_FAST_TEST_RACES": "1"})

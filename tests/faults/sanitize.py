@@ -1,7 +1,7 @@
 """The compiled ops under sanitizers: python -m tests.faults.sanitize (make sanitize).
 
 1. The CPU library is built anew with AddressSanitizer and UBSan, and the tests of the ops run on it, in every instruction set.
-2. The emulated CUDA kernels run under AddressSanitizer in tests/cuda_emulator, with the race checker.
+2. The emulated CUDA kernels run under AddressSanitizer and under the race checker (tests/cuda_emulator/races.cpp).
 3. The thread team and the walk of flow programs run under ThreadSanitizer, on threads that it sees: torch's own pool is not
    compiled for it, so that tests through torch would report its barriers as races.
 """
@@ -12,6 +12,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+from iin_fast.ops.registry import gpu_ops
 
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "sanitized"
@@ -66,6 +68,10 @@ def main() -> None:
     print("== ThreadSanitizer, emulated CUDA kernels", flush=True)
     rest = ["tests/flow/test_sanitized.py", "tests/common/test_thread_team.py", "tests/cuda_emulator"]
     subprocess.run([sys.executable, "-m", "pytest", "-n", "0", "-q", *rest], cwd=ROOT, check=True)
+    print("== races of emulated CUDA kernels, all tests", flush=True)
+    rest = [f"tests/ops/test_{op}_cuda.py" for op in gpu_ops()]
+    environment = os.environ | {"IIN_FAST_TEST_RACES": "1"}
+    subprocess.run([sys.executable, "-m", "pytest", "-n", "0", "-q", *rest], cwd=ROOT, env=environment, check=True)
     print("sanitize: nothing found")
 
 
