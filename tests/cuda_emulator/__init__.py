@@ -13,7 +13,18 @@ import pytest
 import torch
 from torch import Tensor
 
-__all__ = ["SANITIZE", "LaunchPlan", "Matrix", "call", "data", "load", "matrix", "sanitizer_environment", "type_name"]
+__all__ = [
+    "RACES",
+    "SANITIZE",
+    "LaunchPlan",
+    "Matrix",
+    "call",
+    "data",
+    "load",
+    "matrix",
+    "sanitizer_environment",
+    "type_name",
+]
 
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / "build" / "cuda_emulator"

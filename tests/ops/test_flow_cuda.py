@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_emulator import SANITIZE, call, data, load, type_name
+from cuda_emulator import RACES, SANITIZE, call, data, load, type_name
 from numerics import check_not_finite, spoiled
 from op_cases import ALIGNED_FLOW, FLOW, FLOW_BOUNDS, SMALL_FLOW, FlowShape, cases, flow_inputs, rows_apart
 from torch import Tensor
@@ -113,10 +113,10 @@ def backward(
     return grads, c
 
 
-# Types, and whether TF32 multiplies; with AddressSanitizer one of each size. float16 has the tiles of bfloat16, TF32 those of
+# Types, and whether TF32 multiplies; with AddressSanitizer or the race checker one of each size. float16 has the tiles of bfloat16, TF32 those of
 # float32: they touch the same places of memory.
 TYPES = [(torch.float32, False), (torch.bfloat16, False)]
-if not SANITIZE:
+if not (SANITIZE or RACES):
     TYPES += [(torch.float32, True), (torch.float16, False)]
 
 
