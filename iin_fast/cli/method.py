@@ -1,4 +1,4 @@
-"""iin-fast train, dims, encode, decode, swap, interpolate, sample, score, evaluate, report: from latents to a page about them."""
+"""iin-fast train, dims, encode, decode, swap, interpolate, sample, score, evaluate, report, explore: from latents to a page about them."""
 
 import os
 import warnings
@@ -14,7 +14,19 @@ from ..train import Settings
 from .console import console
 from .settings import settings_options
 
-__all__ = ["decode", "dims", "encode", "evaluate", "interpolate", "report", "sample", "score", "swap", "train"]
+__all__ = [
+    "decode",
+    "dims",
+    "encode",
+    "evaluate",
+    "explore",
+    "interpolate",
+    "report",
+    "sample",
+    "score",
+    "swap",
+    "train",
+]
 
 LatentsFile = Annotated[
     Path,
@@ -320,6 +332,29 @@ def report(
 
     path = run_report(run, latents, decoder=decoder or None)
     console.print(f"written to {path}", highlight=False, soft_wrap=True)
+
+
+def explore(
+    run: Run,
+    latents: Annotated[
+        Path | None,
+        typer.Option(help="samples to choose from. Default: what the run was trained on. images in it are shown"),
+    ] = None,
+    decoder: Annotated[
+        str, typer.Option(help="a function from latents to images: package.module:name or file.py:name")
+    ] = "",
+    port: Annotated[int, typer.Option(help="of the page, on this machine alone; 0 takes a free one")] = 0,
+    browser: Annotated[bool, typer.Option(help="open a browser")] = True,
+    device: Device = "cpu",
+) -> None:
+    """Open a local page to look inside: swap factors, move along their axes, walk from one sample to another."""
+    from ..explore import Explorer
+    from ..explore.page import HOST, free_port, serve
+
+    explorer = Explorer(run, latents, decoder=decoder or None, device=device)
+    port = port or free_port()
+    console.print(f"http://{HOST}:{port} (Ctrl-C ends it)", highlight=False, soft_wrap=True)
+    serve(explorer, port=port, browser=browser)
 
 
 def _scores(found: dict[str, Any]) -> Table:

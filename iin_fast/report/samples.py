@@ -15,6 +15,7 @@ from torch import Tensor
 from ..data import class_context
 from ..data.latents import read_split
 from ..iin import IIN
+from ..train.run_folder import recorded
 from .sheets import as_images, grid, inside, with_margins, write_sheet
 
 __all__ = ["Images", "Shown", "interpolations", "swaps"]
@@ -49,6 +50,7 @@ class Shown:
             raise ValueError(
                 f"{where}: latents have z of shape {list(z.shape)}, expected [n, {model.dim}], two at least"
             )
+        self.concept, self.split = context, None  # the concept whose class is the context; where the rows come from
         self.names = tuple(str(name) for name in names) if names is not None and labels is not None else ()
         table = np.full((len(z), 0), -1) if labels is None else np.asarray(torch.as_tensor(labels).cpu())
         if table.shape != (len(z), len(self.names)):
@@ -60,8 +62,9 @@ class Shown:
         if split is not None and split.is_file():
             held_out = read_split(split)[1]
             if len(held_out) >= 2 and held_out.max() < len(z):
-                rows = held_out
+                rows, self.split = held_out, split
         self.model, self.decoder = model, decoder
+        self.rows = rows  # of the latents, that are shown
         self.z = z[torch.from_numpy(rows)].to(model.device, model.dtype)
         self.labels = table[rows]
         self.context: Tensor | None = None  # [n, context_dim]
@@ -75,6 +78,24 @@ class Shown:
         self.as_text = images is not None and isinstance(self.images[0], str) and decoder is None
         self.as_image = decoder is not None or (images is not None and not self.as_text)
         self.is_mute = not (self.as_text or self.as_image or self.names)  # nothing says what a sample is
+
+    @classmethod
+    def of_run(
+        cls,
+        folder: Path,
+        model: IIN,
+        latents: Any,
+        decoder: Callable[[Tensor], Any] | None = None,
+        images: Images | None = None,
+    ) -> Shown:
+        """Samples of a run: those that the training held out, or all where the latents are others than it was trained on."""
+        run = recorded(folder)
+        split: Path | None = folder / "split.npz"
+        if hasattr(latents, "fingerprint") and latents.fingerprint() != run.get("latents", {}).get("sha256"):
+            split = None
+        if images is None and getattr(latents, "images", None) is not None:
+            images = latents.images.tolist() if latents.images.dtype.kind in "US" else latents.images
+        return cls(model, latents, decoder, images, split, run.get("settings", {}).get("context"))
 
     def context_of(self, rows: Sequence[int] | NDArray[np.int64]) -> Tensor | None:
         """The context of samples, ``[len(rows), context_dim]``."""
@@ -94,9 +115,13 @@ class Shown:
         nearest = self.nearest(z, without)
         return as_images([self.images[i] for i in nearest]), nearest
 
+    def distances(self, z: Tensor) -> Tensor:
+        """From each of ``z`` to each sample, ``[m, n]``."""
+        return torch.cdist(z.double(), self.z.double())
+
     def nearest(self, z: Tensor, without: Sequence[Sequence[int]] | None = None) -> list[int]:
         """The held-out row nearest to each of ``z``; not those in ``without``, unless nothing else is there."""
-        distance = torch.cdist(z.double(), self.z.double())
+        distance = self.distances(z)
         for i, rows in enumerate(without or ()):
             if len(rows) < len(self.z):
                 distance[i, list(rows)] = torch.inf
@@ -112,6 +137,12 @@ class Shown:
             form = Markup("<b>{} {}</b>") if name == changed else Markup("{} {}")
             parts.append(form.format(name, "?" if value < 0 else value))
         return Markup(" · ").join(parts) or escape(f"sample {sample}")
+
+    def unlike(self, sample: int) -> int:
+        """Another sample, whose labels differ in as much as there is: the end of a way that shows most."""
+        differ = (self.labels != self.labels[sample]).sum(1)
+        differ[sample] = -1
+        return int(differ.argmax())
 
     def varied(self, concept: str | None, n: int, skip: Sequence[int] = ()) -> list[int]:
         """``n`` samples, of as many classes of ``concept`` as there are, without those in ``skip``."""
@@ -173,11 +204,8 @@ def interpolations(shown: Shown | None, folder: Path) -> dict[str, Any] | None:
     """One sample on its way to another, factor by factor, as images or as rows of words."""
     if shown is None or shown.is_mute:
         return None
-    a, *rest = shown.varied(shown.names[0] if shown.names else None, 2)
-    b = rest[0] if rest else next(i for i in range(len(shown.z)) if i != a)
-    # An end that differs in as much as there is shows most.
-    if shown.names:
-        b = int((shown.labels != shown.labels[a]).sum(1).argmax())
+    a = shown.varied(shown.names[0] if shown.names else None, 1)[0]
+    b = shown.unlike(a)
     start, end = shown.z[[a]], shown.z[[b]]
     ways: dict[str, str | None] = {name: name for name in shown.model.concepts} | {"all factors": None}
     with torch.no_grad():

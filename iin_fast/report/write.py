@@ -110,10 +110,7 @@ def write_report(
     model = IIN.load(folder)
     run = recorded(folder)
     settings, damage = run.get("settings", {}), (*DAMAGE, _jinja2().TemplateError)
-    split: Path | None = folder / "split.npz"
-    if hasattr(latents, "fingerprint") and latents.fingerprint() != run.get("latents", {}).get("sha256"):
-        split = None  # other latents than those it was trained on: all of them are held out
-    shown = None if latents is None else Shown(model, latents, decoder, images, split, settings.get("context"))
+    shown = None if latents is None else Shown.of_run(folder, model, latents, decoder, images)
     pictures = {"swaps": swaps(shown, folder), "ways": interpolations(shown, folder)}
     file = folder / "evaluation.json"
     evaluation = read_json(file) if file.is_file() else {}

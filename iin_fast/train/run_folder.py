@@ -341,15 +341,15 @@ def report(
     """
     from ..report import write_report
 
-    folder = Path(run)
-    if latents is None:
-        path = recorded(folder).get("latents", {}).get("path")
-        data = load_latents(path) if path and Path(path).is_file() else None
-    else:
-        data = _latents(latents)
-    return write_report(
-        folder, latents=data, decoder=_function(decoder), images=None if data is None else _images(data)
-    )
+    return write_report(run, latents=latents_of_run(Path(run), latents), decoder=_function(decoder))
+
+
+def latents_of_run(run: Path, latents: Source | None = None) -> Latents | None:
+    """The latents given, else those that the run was trained on; None where they are not there any more."""
+    if latents is not None:
+        return _latents(latents)
+    path = recorded(run).get("latents", {}).get("path")
+    return load_latents(path) if path and Path(path).is_file() else None
 
 
 def load_function(where: str) -> Callable[..., Any]:
@@ -506,9 +506,3 @@ def _factor_file(file: Path) -> dict[str, Tensor]:
             raise TypeError(f"{file}: {name} is {found}, expected real numbers [n, size] for each factor")
         factors[name] = part
     return factors
-
-
-def _images(data: Latents) -> Any:
-    if data.images is None:
-        return None
-    return [str(text) for text in data.images] if data.images.dtype.kind in "US" else data.images

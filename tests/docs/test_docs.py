@@ -164,6 +164,7 @@ def test_site_has_every_page(site: Path) -> None:
         "iin_fast.flow",
         "iin_fast.functional",
         "iin_fast.evaluate",
+        "iin_fast.explore",
         "iin_fast.train",
         "iin_fast.train.run_folder",
     ],
