@@ -5,7 +5,9 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["in_turn", "spread", "time_of"]
+__all__ = ["in_turn", "noise_in", "spread", "time_of"]
+
+NOISE = 2.0  # max over min from which a timing says more of the machine than of the call
 
 
 def time_of(call: Callable[[], object], times: int = 1) -> float:
@@ -18,6 +20,12 @@ def time_of(call: Callable[[], object], times: int = 1) -> float:
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     return {"min": min(values), "median": statistics.median(values), "max": max(values)}
+
+
+def noise_in(rows: Mapping[str, Mapping[str, float]]) -> str | None:
+    """A sentence that names the timings whose ``max`` is over twice their ``min``; None where there are none."""
+    noisy = [name for name, row in rows.items() if row["max"] > NOISE * row["min"]]
+    return f"noise, not a result (slowest over {NOISE:g} × fastest): {', '.join(noisy)}" if noisy else None
 
 
 def in_turn(

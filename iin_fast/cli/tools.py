@@ -78,6 +78,7 @@ def bench(
 ) -> None:
     """Time the flow against the published composition, torch.compile and other libraries, in one run."""
     from ..bench import run_bench
+    from ..bench.timing import noise_in
 
     wanted = [name.strip() for name in peers.split(",") if name.strip()] or None
     result = run_bench(
@@ -92,6 +93,9 @@ def bench(
                 case, name, *times, *ratios, style="bold" if name == "iin-fast" else "", end_section=name == "iin-fast"
             )
     console.print(table)
+    timed = {f"{case} {name}": row for case, found in result["cases"].items() for name, row in found["systems"].items()}
+    if noise := noise_in(timed):
+        console.print(f"[yellow]note:[/yellow] {noise}", highlight=False, soft_wrap=True)
     for name, row in result["inversion"].items():
         console.print(
             f"inversion error, {name}: {row['max_error']:.1e} (eager {row['max_error_eager']:.1e})", highlight=False

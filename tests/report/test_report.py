@@ -88,6 +88,12 @@ def finished(latents, tmp_path_factory):
     return tmp_path
 
 
+def test_a_speed_that_varies_is_called_noise(run):
+    log = run / "logs" / "metrics.csv"
+    log.write_text(log.read_text().replace(",112,", ",203,"))  # 101 to 203
+    assert "noise of the machine" in write_report(run).read_text()
+
+
 def decoder(z):
     return z.abs().reshape(-1, 2, 4).unsqueeze(1).expand(-1, 3, -1, -1)
 
@@ -130,7 +136,7 @@ def test_numbers_are_those_of_the_evaluation(run):
         assert f"{evaluation['swap'][who]['shape']['both']:.0%}" in text
     assert f"{evaluation['likelihood']['iin']:.3f} nats per dimension" in text
     assert f"{evaluation['information']['iin']['nats']['shape']['<color>']:.2f} nats" in text
-    assert "(median; slowest\n101, fastest 112)" in text
+    assert "(median; slowest\n101, fastest 112)" in text and "noise of the machine" not in text
 
 
 def leaves(found, place=()):
