@@ -26,7 +26,7 @@ collect_ignore = ["conftest.py"]  # the search for doctests would import it a se
 SLOW = """
     api/test_import_again backends/test_triton benchmarks/test_gpu_script cli/test_faults composition/test_compile
     composition/test_distributed composition/test_export composition/test_onnx cuda_emulator/test_emulator demo/test_demo
-    docs/test_docs docs/test_examples docs/test_readme dropin/test_onnx dropin/test_sbi evaluate/test_evaluate
+    docs/test_docs docs/test_examples docs/test_notebook docs/test_readme dropin/test_onnx dropin/test_sbi evaluate/test_evaluate
     explore/test_page flow/test_sanitized
     ops/test_affine_coupling_cuda ops/test_extremes ops/test_flow_cuda ops/test_spline_coupling_cuda ops/test_spline_extremes
     packaging/test_cuda_launches packaging/test_distribution packaging/test_gpu_report packaging/test_pure report/test_report
