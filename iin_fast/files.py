@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 __all__ = [
+    "check_array",
     "check_name",
     "checksum",
     "npz_bytes",
@@ -131,7 +132,7 @@ def read_npz(file: Path) -> dict[str, NDArray[Any]]:
                 if name in found or name == member.filename:
                     raise ValueError(f"it holds {member.filename!r} twice, or as no array")
                 with archive.open(member) as stream:
-                    _check_array(name, stream, member.file_size)
+                    check_array(name, stream, member.file_size)
                 with archive.open(member) as stream:
                     found[name] = np.lib.format.read_array(stream, allow_pickle=False)
     except Exception as error:  # zipfile and numpy raise a dozen types for bytes that are none of theirs
@@ -139,7 +140,7 @@ def read_npz(file: Path) -> dict[str, NDArray[Any]]:
     return found
 
 
-def _check_array(name: str, stream: IO[bytes], size: int) -> None:
+def check_array(name: str, stream: IO[bytes], size: int) -> None:
     """Refuse an array whose header promises another number of bytes than the file has."""
     version = np.lib.format.read_magic(stream)
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}

@@ -33,8 +33,8 @@ LatentsFile = Annotated[
     typer.Argument(
         metavar="LATENTS",
         show_default=False,
-        help=".npz or .safetensors with z \\[n, dim] and labels \\[n, concepts] (integers, -1 where unknown) and names; or "
-        "pairs za, zb, factor; or z alone",
+        help="z \\[n, dim] and labels \\[n, concepts] or an array for each concept, in .npz, .npy, .safetensors or .pt; a table: .csv, "
+        ".parquet, .arrow, a folder of datasets; or pairs za, zb, factor",
     ),
 ]
 Run = Annotated[Path, typer.Argument(metavar="RUN", show_default=False, help="the folder that train wrote")]
@@ -76,7 +76,7 @@ def train(
     keep_freed_memory()
     data = load_latents(latents)
     if not resume and os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
-        for line in inspect_latents(data).lines():
+        for line in (*data.notes, *inspect_latents(data).lines()):
             console.print(f"[yellow]note:[/yellow] {escape(line)}", highlight=False, soft_wrap=True)
     where: dict[str, Any] = {"accelerator": accelerator, "devices": devices, "nodes": nodes, "strategy": strategy}
     try:
@@ -307,6 +307,8 @@ def show_evaluation(found: dict[str, Any]) -> None:
         console.print(_scores(found))
     for verdict in found.get("verdict", {}).values():
         console.print(escape(verdict["text"]), highlight=False, soft_wrap=True)
+    if "values" in found:
+        console.print(_values(found["values"]))
     if "pairs" in found:
         console.print(_correlations(found["pairs"]))
     console.print(
@@ -374,6 +376,18 @@ def _scores(found: dict[str, Any]) -> Table:
         line(f"DCI {key}", {who: scores[key] for who, scores in found["dci"].items()})
     for name in found["concepts"]:
         line(f"leak of {escape(name)}", {who: scores[name]["mlp"] for who, scores in found["leak"].items()})
+    return table
+
+
+def _values(values: dict[str, Any]) -> Table:
+    from ..report import COLUMNS
+
+    columns = {who: title for who, title in COLUMNS.items() if who in values}
+    table = Table("", *columns.values(), title="correlation of a continuous concept with what is read from a factor")
+    for concept in next(iter(values["iin"].values())):
+        for factor in values["iin"]:
+            shown = [f"{values[who][factor][concept]:.2f}" if factor in values[who] else "" for who in columns]
+            table.add_row(f"{escape(concept)} from {escape(factor)}", *shown)
     return table
 
 

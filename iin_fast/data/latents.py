@@ -1,12 +1,14 @@
-"""Latents on disk: what an IIN is trained on, read from .npz or .safetensors and checked to the last value."""
+"""Latents: what an IIN is trained on, read from files and tables as people have them and checked to the last value."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import re
+import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,35 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from ..arrays import MISSING, to_numpy
-from ..files import check_name, npz_bytes, parse_json, read_npz, read_tensors, serialize, write_file
+from ..files import (
+    LEAST_ROOM,
+    MOST_RATIO,
+    check_array,
+    check_name,
+    npz_bytes,
+    parse_json,
+    read_npz,
+    read_tensors,
+    serialize,
+    write_file,
+)
 from ..iin.factors import RESIDUAL
+from . import tables
+from .labels import Concept, in_bins, read_concept
 
 __all__ = ["MISSING", "Latents", "class_context", "load_latents", "save_arrays"]
 
-# What a file may hold. ``donor`` and ``position`` are notes of the commands that write latents.
-_KNOWN = ("z", "labels", "names", "za", "zb", "factor", "shared", "images", "donor", "position")
+# Names under which a file or a table may hold latents, labels of all concepts, and the samples themselves.
+_Z = ("z", "X", "x", "latents", "embeddings", "embedding", "features")
+_LABELS = ("labels", "y", "targets")
+_IMAGES = ("images", "image", "text", "texts", "sentence", "sentences", "caption")
+_NOTES = ("names", "donor", "position", "log_prob", "outlier_score")  # of the commands that write latents
+_PAIRS = ("za", "zb", "factor", "shared")
+_OWN = (
+    0.5  # a column of texts or integers in which more than this share of the rows has a value of its own is no concept
+)
+_BLOCK = 2**22  # elements that are looked at together
+_CONVERT = "np.savez('latents.npz', z=z, labels=labels, names=['digit', 'color'])"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -38,6 +62,10 @@ class Latents:
         shared: ``[pairs, concepts]`` bool, what row i and row pairs + i of ``z`` share; or None.
         images: the samples themselves, ``[n, …]`` numbers or texts, for pictures; or None.
         path: the file they came from; or None.
+        classes: concept to what its codes stand for, where its labels were texts.
+        values: concept to numbers ``[n]``, NaN where unknown, of a continuous one; its labels are bins of equal counts.
+        edges: concept to the inner edges of these bins.
+        notes: sentences that say what was taken for what, and what was left out.
     """
 
     z: Tensor
@@ -46,63 +74,79 @@ class Latents:
     shared: Tensor | None = None
     images: np.ndarray[Any, Any] | None = None
     path: Path | None = None
+    classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    values: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
+    edges: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of(
         cls,
-        z: Tensor | ArrayLike,
-        labels: Tensor | ArrayLike | Mapping[str, Tensor | ArrayLike] | None = None,
+        z: Tensor | ArrayLike | Any,
+        labels: Tensor | ArrayLike | Mapping[str, Tensor | ArrayLike] | Any = None,
         names: Sequence[str] | None = None,
         *,
         images: Any = None,
         path: Path | None = None,
     ) -> Latents:
-        """Checked latents from arrays.
+        """Checked latents from arrays, or from a table: a frame of pandas or polars, an Arrow table, a Hugging Face dataset.
 
         Args:
-            z: real floating-point numbers ``[n, dim]``, at least 2 features.
-            labels: integers ``[n, concepts]``, -1 where unknown, or name to ``[n]``; by default none.
-            names: of the columns of ``labels``; by default ``"0"``, ``"1"``, …
+            z: real floating-point numbers ``[n, dim]``, at least 2 features. Or a table, without ``labels``: latents are its
+                column of lists, or its numbered columns (z0, z1, …), or all that hold fractions; the others are concepts.
+            labels: ``[n, concepts]``, ``[n]`` for one, name to ``[n]``, or a table; by default none. Integers, texts, or floats
+                that are whole numbers are classes; other floats are a continuous concept, which pairs see in bins of equal
+                counts. Unknown are -1, NaN, None and the empty text.
+            names: of the columns of ``labels``; by default ``"0"``, ``"1"``, …, or ``"label"``.
             images: one for each row of ``z``: numbers ``[n, …]`` or texts.
             path: named in errors, and recorded by a training.
 
         Raises:
-            TypeError: z that is not floating-point, labels that are not integers.
+            ImportError: a table, and no pyarrow (``pip install 'iin-fast[tables]'``).
+            TypeError: z that is not floating-point, labels that are no labels.
             ValueError: shapes that don't match, NaN or Inf, labels below -1, names that don't fit.
+
+        Example:
+            >>> Latents.of(np.random.randn(4, 3), {"animal": ["cat", "dog", "", "cat"]}).classes
+            {'animal': ('cat', 'dog')}
         """
         where = str(path or "Latents")
+        if tables.is_table(z):
+            if labels is not None or names is not None:
+                raise ValueError(
+                    f"{where}: z is a table and labels or names are given, expected the table alone, or arrays"
+                )
+            return _of_table(where, z, images, path)
         values = _floats(where, "z", z)
+        pictures = _images(where, images, len(values))
         if labels is None:
             if names is not None and len(names):
                 raise ValueError(f"{where}: names is {list(map(str, names))}, but there are no labels that they name")
-            return cls(values, images=_images(where, images, len(values)), path=path)
+            return cls(values, images=pictures, path=path)
+        if tables.is_table(labels):
+            labels = tables.columns_of(labels)[0]
         if isinstance(labels, Mapping):
             if names is not None:
                 raise ValueError(f"{where}: names is given, expected none with labels that are a mapping")
+            columns = {
+                f"labels[{name!r}]": _array(where, f"labels[{name!r}]", column) for name, column in labels.items()
+            }
             names = list(labels)
-            columns = [_array(where, f"labels[{name!r}]", column) for name, column in labels.items()]
-            for name, column in zip(names, columns, strict=True):
-                if column.shape != (len(values),):
-                    shape = list(column.shape)
-                    raise ValueError(f"{where}: labels[{name!r}] has shape {shape}, expected [{len(values)}] like z")
-            labels = np.stack(columns, axis=1) if columns else np.zeros((len(values), 0), dtype=np.int64)
-        table = _array(where, "labels", labels)
-        if table.dtype.kind not in "iub":
-            raise TypeError(f"{where}: labels are {table.dtype}, expected integers (-1 where a label is missing)")
-        if table.ndim != 2 or len(table) != len(values) or table.shape[1] == 0:
-            expected = f"[{len(values)}, concepts], a row for each of z and at least one column"
-            if table.ndim == 1:
-                expected += "; for one concept labels[:, None]"
-            raise ValueError(f"{where}: labels have shape {list(table.shape)}, expected {expected}")
-        if table.dtype == np.uint64 and table.max() > np.iinfo(np.int64).max:
-            raise ValueError(f"{where}: labels have the value {table.max()}, expected at most 2^63 - 1")
-        codes = table.astype(np.int64)
-        if codes.min() < MISSING:
-            raise ValueError(
-                f"{where}: labels have the value {codes.min()}, expected classes from 0, or -1 for unknown"
-            )
-        named = _names(where, names, codes.shape[1])
-        return cls(values, torch.from_numpy(codes), named, images=_images(where, images, len(values)), path=path)
+        else:
+            table = _array(where, "labels", labels)
+            if table.ndim not in (1, 2) or len(table) != len(values) or 0 in table.shape:
+                expected = f"[{len(values)}, concepts] or [{len(values)}], a row for each of z"
+                raise ValueError(f"{where}: labels have shape {list(table.shape)}, expected {expected}")
+            names = ["label"] if names is None and table.ndim == 1 else names
+            table = table[:, None] if table.ndim == 1 else table
+            columns = {f"labels[:, {k}]": column for k, column in enumerate(table.T)}
+        for name, column in columns.items():
+            if column.shape != (len(values),):
+                raise ValueError(f"{where}: {name} has shape {list(column.shape)}, expected [{len(values)}] like z")
+        if not columns:
+            raise ValueError(f"{where}: labels are empty, expected at least one concept")
+        found = [read_concept(where, name, column) for name, column in columns.items()]
+        return cls(values, images=pictures, path=path, **_labels(_names(where, names, len(found)), found))
 
     @classmethod
     def of_pairs(
@@ -183,6 +227,31 @@ class Latents:
         """``"labels"``, ``"pairs"`` or ``"unlabelled"``."""
         return "pairs" if self.shared is not None else "labels" if self.labels is not None else "unlabelled"
 
+    def coded_like(
+        self, classes: Mapping[str, Sequence[str]], edges: Mapping[str, Sequence[float]], where: str = "latents"
+    ) -> Latents:
+        """These latents with the codes that a training had for its texts and bins; a text that it did not know gets a code after those.
+
+        Raises:
+            ValueError: classes of a concept that has numbers here.
+        """
+        if self.labels is None:
+            return self
+        labels, known = self.labels.clone(), dict(self.classes)
+        for name in set(classes) & set(self.names):
+            k, order = self.names.index(name), list(classes[name])
+            if name not in self.classes:
+                raise ValueError(
+                    f"{where}: labels of {name!r} are numbers, expected texts like {order[:5]}, as in the training"
+                )
+            order += [text for text in self.classes[name] if text not in order]
+            place = torch.tensor([order.index(text) for text in self.classes[name]] + [MISSING])
+            labels[:, k], known[name] = place[labels[:, k]], tuple(order)
+        for name in set(edges) & set(self.values):
+            labels[:, self.names.index(name)] = torch.from_numpy(in_bins(self.values[name], edges[name]))
+        bins = {name: tuple(edges.get(name, own)) for name, own in self.edges.items()}
+        return replace(self, labels=labels, classes=known, edges=bins)
+
     def fingerprint(self) -> str:
         """SHA-256 of all that a training sees: z, labels, names, what pairs share. Hexadecimal."""
         digest = hashlib.sha256()
@@ -195,23 +264,26 @@ class Latents:
 
 
 def load_latents(path: str | os.PathLike[str]) -> Latents:
-    """Latents from a file: ``.npz`` (``numpy.savez``) or ``.safetensors``.
+    """Latents from a file of arrays (.npz, .npy, .safetensors, .pt) or a table (.csv, .parquet, .arrow, a dataset's folder).
 
-    The file holds one of:
+    Arrays:
 
-    - ``z`` ``[n, dim]`` and ``labels`` ``[n, concepts]`` (integers, -1 where unknown), with ``names`` if there are any;
+    - ``z`` ``[n, dim]`` (or ``X``, or the only matrix of floats) and ``labels`` (or ``y``) with ``names`` if there are any;
+      or an array ``[n]`` for each concept. What labels may be says :meth:`Latents.of`;
     - ready pairs ``za``, ``zb`` ``[n, dim]`` and ``factor`` ``[n]`` (which concept they share) or ``shared``
       ``[n, concepts]`` (bool), with ``names``;
     - ``z`` alone.
 
     In a .safetensors file ``names`` is a JSON list in the metadata. ``images`` ``[n, …]``, numbers or texts, may be there
-    for pictures; with pairs for the first samples, then the second ones.
+    for pictures; with pairs for the first samples, then the second ones. Tables are read as :meth:`Latents.of` reads them:
+    a Hugging Face dataset is the folder that its ``save_to_disk`` wrote. ``notes`` of the result says what was left out. A file
+    .npy is not loaded but mapped.
 
     Raises:
         FileNotFoundError: no such file.
-        ImportError: safetensors is missing.
-        TypeError, ValueError: a file that is damaged or of another kind, an array that is missing, unknown, of a wrong
-            type or shape, or holds NaN or Inf.
+        ImportError: safetensors, pyarrow or datasets is missing.
+        TypeError, ValueError: a file that is damaged or of another kind, an array that is missing, of a wrong type or
+            shape, or holds NaN or Inf.
 
     Example:
         >>> import tempfile, numpy as np
@@ -223,17 +295,16 @@ def load_latents(path: str | os.PathLike[str]) -> Latents:
         ('labels', 4, 2, ('digit',))
     """
     file = Path(path)
-    arrays = read_arrays(file)
-    unknown = sorted(set(arrays) - set(_KNOWN))
-    if unknown:
-        raise ValueError(f"{file}: holds {unknown}, expected z, labels, names, or za, zb, factor, names, or z alone")
+    if file.suffix in tables.ENDINGS and file.is_file() or tables.is_table_folder(file):
+        return _of_table(str(file), tables.read_table(file), None, file)
+    arrays = _read_any(file)
     names = arrays.get("names")
     if names is not None:
         names = np.asarray(names)
         if names.ndim != 1 or names.dtype.kind not in "US":
             raise TypeError(f"{file}: names is {names.dtype} of shape {list(names.shape)}, expected a list of strings")
         names = [text.decode(errors="replace") if isinstance(text, bytes) else str(text) for text in names.tolist()]
-    pair_keys = [key for key in ("za", "zb", "factor", "shared") if key in arrays]
+    pair_keys = [key for key in _PAIRS if key in arrays]
     if "z" in arrays and pair_keys:
         raise ValueError(f"{file}: holds z and {pair_keys}, expected samples or pairs, not both")
     if pair_keys:
@@ -245,9 +316,152 @@ def load_latents(path: str | os.PathLike[str]) -> Latents:
         factor, shared = arrays.get("factor"), arrays.get("shared")
         options: dict[str, Any] = {"shared": shared, "images": arrays.get("images"), "path": file}
         return Latents.of_pairs(arrays["za"], arrays["zb"], factor, names, **options)
-    if "z" not in arrays:
-        raise ValueError(f"{file}: holds {sorted(arrays)}, but no z [n, dim] and no pairs za, zb, factor")
-    return Latents.of(arrays["z"], arrays.get("labels"), names, images=arrays.get("images"), path=file)
+    return _of_arrays(str(file), arrays, names, file)
+
+
+def _of_table(where: str, table: Any, images: Any, path: Path | None) -> Latents:
+    columns, other = tables.columns_of(table)
+    single = {name: column for name, column in columns.items() if column.ndim == 1}
+    notes = [f"left out: {', '.join(map(repr, other))} (no numbers, texts or lists of one length)"] if other else []
+    if single == columns:  # no lists: numbered columns, else those with fractions
+        numbered: dict[str, list[tuple[int, str]]] = {}
+        for name, column in single.items():
+            stem = re.fullmatch(r"(.*?)(\d+)", name)
+            if stem and column.dtype.kind in "fiu":
+                numbered.setdefault(stem[1], []).append((int(stem[2]), name))
+        chosen = [name for _, name in max(map(sorted, numbered.values()), key=len, default=[])]
+        if len(chosen) < 2:
+            chosen = [name for name, c in single.items() if c.dtype.kind == "f" and (c[c == c] % 1 != 0).any()]
+        if len(chosen) < 2:
+            raise ValueError(
+                f"{where}: has the columns {list(columns)[:12]}, but none with lists of numbers, and no two numbered ones "
+                f"(z0, z1, …) or with fractions, which would be the latents; {_CONVERT} writes what you mean"
+            )
+        z = np.stack([columns.pop(name) for name in chosen], axis=1)
+        notes.append(f"latents are the {len(chosen)} columns {chosen[0]} … {chosen[-1]}")
+        columns = {"z": z.astype(z.dtype if z.dtype.kind == "f" else np.float32), **columns}
+    return _of_arrays(where, columns | ({} if images is None else {"images": images}), None, path, notes)
+
+
+def _of_arrays(
+    where: str, arrays: Mapping[str, Any], names: Sequence[str] | None, path: Path | None, notes: Sequence[str] = ()
+) -> Latents:
+    """Latents and labels by their names; what is neither is left out, and noted."""
+    notes = list(notes)
+    named = {name: array if isinstance(array, Tensor) else np.asarray(array) for name, array in arrays.items()}
+    matrices = [name for name, array in named.items() if array.ndim == 2 and _is_float(array) and name not in _LABELS]
+    key = next((name for name in _Z if name in named), matrices[0] if len(matrices) == 1 else None)
+    if key is None:
+        shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in named.items()) or "nothing"
+        raise ValueError(f"{where}: holds {shapes}, but no z [n, dim] and no pairs za, zb, factor; {_CONVERT} writes z")
+    if key != "z":
+        notes.append(f"latents are {key!r}")
+    z = named.pop(key)
+    images = next(
+        (named.pop(name) for name in _IMAGES if name in named and (name == "images" or len(named[name]) == len(z))),
+        None,
+    )
+    options: dict[str, Any] = {"images": images, "path": path}
+    labels: Any
+    if "labels" in named or any(name in named and named[name].ndim == 2 for name in _LABELS):
+        labels = named.pop(next(name for name in _LABELS if name in named))
+    else:
+        found, own = {}, []
+        for name in [
+            name for name, array in named.items() if array.ndim == 1 and len(array) == len(z) and name not in _NOTES
+        ]:
+            array = to_numpy(named[name])
+            known = array[array == array]
+            distinct = len(np.unique(known)) if array.dtype.kind != "O" else 2
+            fractions = array.dtype.kind == "f" and (known % 1 != 0).any()
+            if distinct < 2 or (distinct > _OWN * len(z) and not fractions):
+                own.append(f"{name!r} ({'one value alone' if distinct < 2 else 'nearly each row has its own'})")
+            else:
+                found[name] = array
+            del named[name]
+        labels = found or None
+        if own:
+            notes.append(f"no concepts: {', '.join(own)}")
+        if found and names is not None and len(names) == len(found) == 1:
+            labels, names = dict(zip(names, found.values(), strict=True)), None
+        elif found and names is not None:
+            notes.append("names are those of the arrays; 'names' is left out")
+            names = None
+    extra = [name for name in named if name not in _NOTES]
+    if extra:
+        notes.append(f"left out: {', '.join(f'{name!r} {list(named[name].shape)}' for name in extra)}")
+    latents = Latents.of(z, labels, names, **options)
+    for name in latents.values:
+        bins = len(latents.edges[name]) + 1
+        notes.append(f"{name!r} is continuous: pairs share it where both are in one of {bins} bins of equal counts")
+    return replace(latents, notes=tuple(notes))
+
+
+def _is_float(array: Any) -> bool:
+    return bool(array.is_floating_point() if isinstance(array, Tensor) else array.dtype.kind == "f")
+
+
+def _labels(names: tuple[str, ...], concepts: Sequence[Concept]) -> dict[str, Any]:
+    """The fields of :class:`Latents` that say what is known of each row."""
+    of = dict(zip(names, concepts, strict=True))
+    return {
+        "labels": torch.from_numpy(np.stack([concept.codes for concept in concepts], axis=1)),
+        "names": names,
+        "classes": {name: concept.classes for name, concept in of.items() if concept.classes},
+        "values": {name: concept.values for name, concept in of.items() if concept.values is not None},
+        "edges": {name: concept.edges for name, concept in of.items() if concept.values is not None},
+    }
+
+
+def _read_any(file: Path) -> dict[str, Any]:
+    """The arrays of a file of any kind that holds arrays."""
+    if not file.exists():
+        raise FileNotFoundError(f"{file}: no such file, expected latents")
+    if file.suffix == ".npy":
+        return {"z": _read_npy(file)}
+    if file.suffix in (".pt", ".pth"):
+        return _read_torch(file)
+    if file.suffix not in (".npz", ".safetensors"):
+        known = ", ".join((".npz", ".npy", ".safetensors", ".pt", *tables.ENDINGS))
+        raise ValueError(
+            f"{file}: ends in {file.suffix or 'nothing'!r}, expected one of {known}, or a folder of datasets; "
+            f"{_CONVERT} writes one of the first kind"
+        )
+    return read_arrays(file)
+
+
+def _read_npy(file: Path) -> np.ndarray[Any, Any]:
+    """An array of a .npy file, mapped: it is read where it is used."""
+    try:
+        with open(file, "rb") as stream:
+            check_array(file.name, stream, file.stat().st_size)
+        return np.load(file, mmap_mode="c", allow_pickle=False)  # type: ignore[no-any-return]
+    except Exception as error:  # numpy raises many types for bytes that are none of its own
+        raise ValueError(f"{file}: damaged or no .npy file of a plain array ({error})") from error
+
+
+def _read_torch(file: Path) -> dict[str, Any]:
+    """The tensors of a file that ``torch.save`` wrote: one, a dictionary, or a pair of latents and labels."""
+    line = "torch.save({'z': z, 'labels': labels}, 'latents.pt')"
+    try:
+        size = file.stat().st_size
+        with zipfile.ZipFile(file) as archive:
+            if sum(member.file_size for member in archive.infolist()) > LEAST_ROOM + MOST_RATIO * size:
+                raise ValueError("it unpacks to far more than its size")
+        found = torch.load(file, map_location="cpu", weights_only=True)
+        if isinstance(found, tuple | list) and len(found) == 2:
+            found = {"z": found[0], "labels": found[1]}
+        found = found if isinstance(found, Mapping) else {"z": found}
+        arrays = {str(name): x if isinstance(x, Tensor) else np.asarray(x) for name, x in found.items()}
+        for name, array in arrays.items():
+            if isinstance(array, Tensor) and (array.layout != torch.strided or array.numel() > max(size, LEAST_ROOM)):
+                raise ValueError(f"{name} is of shape {list(array.shape)}, more than the file holds, or sparse")
+    except Exception as error:  # the unpickler raises many types
+        text = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{file}: damaged, or holds more than tensors, texts and numbers ({text}); {line} writes them"
+        ) from error
+    return arrays
 
 
 def class_context(
@@ -371,16 +585,28 @@ def _floats(where: str, name: str, values: Any) -> Tensor:
             else torch.empty(0)
         )
     if not good:
-        raise TypeError(f"{where}: {name} is {kind}, expected real floating-point numbers")
+        advice = (
+            f"; {name}.astype('float32') makes some of integers"
+            if kind.startswith(("int", "uint", "torch.int"))
+            else ""
+        )
+        raise TypeError(f"{where}: {name} is {kind}, expected real floating-point numbers{advice}")
     if tensor.dtype not in (torch.float32, torch.float64):
         tensor = tensor.float()
     if tensor.dim() != 2 or tensor.shape[0] == 0 or tensor.shape[1] < 2:
         shape = list(tensor.shape)
-        raise ValueError(f"{where}: {name} has shape {shape}, expected [n, dim] with n from 1 and dim from 2")
-    finite = torch.isfinite(tensor)
-    if not finite.all():
-        row, column = (~finite).nonzero()[0].tolist()
-        count = int((~finite).sum())
+        advice = f"; {name}.reshape(len({name}), -1), or a mean over positions, makes one row of each sample"
+        raise ValueError(
+            f"{where}: {name} has shape {shape}, expected [n, dim] with n from 1 and dim from 2{advice * (len(shape) > 2)}"
+        )
+    count, row, column = 0, -1, -1
+    rows = max(1, _BLOCK // tensor.shape[1])
+    for start in range(0, len(tensor), rows):  # a mask of all would be large
+        places = (~torch.isfinite(tensor[start : start + rows])).nonzero()
+        if len(places) and not count:
+            row, column = start + int(places[0, 0]), int(places[0, 1])
+        count += len(places)
+    if count:
         raise ValueError(
             f"{where}: {name} has NaN or Inf in {count} places (first: row {row}, feature {column}), "
             "expected finite numbers"

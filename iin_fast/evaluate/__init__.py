@@ -10,6 +10,7 @@ from .probe import leak
 from .run import evaluate, evaluate_unlabelled, write_evaluation
 from .sap import sap
 from .swaps import judge_accuracy, latent_judge, swap_success
+from .values import value_correlation
 from .verdict import pair_verdict, swap_verdict
 
 __all__ = [
@@ -35,5 +36,6 @@ __all__ = [
     "shared_correlation",
     "swap_success",
     "swap_verdict",
+    "value_correlation",
     "write_evaluation",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ from .mig import mig
 from .probe import leak
 from .sap import sap
 from .swaps import Judge, judge_accuracy, latent_judge, swap_outcomes
+from .values import value_correlation
 from .verdict import pair_verdict, swap_verdict
 
 __all__ = ["encode", "evaluate", "evaluate_unlabelled", "write_evaluation"]
@@ -42,6 +43,8 @@ def evaluate(
     train_labels: Tensor | ArrayLike | None = None,
     context: Tensor | None = None,
     train_context: Tensor | None = None,
+    values: Mapping[str, ArrayLike] | None = None,
+    train_values: Mapping[str, ArrayLike] | None = None,
     concepts: Sequence[str] | None = None,
     decoder: Callable[[Tensor], Any] | None = None,
     judge: Judge | None = None,
@@ -64,6 +67,7 @@ def evaluate(
             a random half of ``z`` is taken off for it.
         context, train_context: of ``z`` and ``train_z``, ``[n, context_dim]``, for a conditional model; swaps keep the
             context of what keeps the rest. The baselines do not see it.
+        values, train_values: of ``z`` and ``train_z``, name to numbers ``[n]`` of continuous concepts, whose labels are bins.
         concepts: which of ``names`` to look at; by default all.
         decoder: latents ``[n, dim]`` (a tensor) to what ``judge`` reads; without it the judge reads latents.
         judge: what it gets to concept to class probabilities ``[n, classes]``; by default small networks trained on the
@@ -75,7 +79,7 @@ def evaluate(
 
     Returns:
         a dictionary of plain values: ``swap``, ``verdict`` (concept to what :func:`swap_verdict` says), ``information``, ``dci``, ``mig``, ``sap``, ``leak``, ``likelihood``,
-        ``correlation``, ``invertibility`` and what they were taken on.
+        ``correlation``, ``invertibility``, ``values`` (where they are given: system to :func:`value_correlation`) and what they were taken on.
 
     Raises:
         ImportError: no scikit-learn.
@@ -110,6 +114,10 @@ def evaluate(
         train, train_codes, x, codes = x[first], codes[first], x[second], codes[second]
         if context is not None:
             train_context, context = context[first], context[second]
+        if values:
+            train_values, values = (
+                {name: np.asarray(of)[rows] for name, of in values.items()} for rows in (first, second)
+            )
     else:
         train, train_codes = _data(where, "train_z", train_z, "train_labels", train_labels, names, concepts, model.dim)
     if concepts is not None:
@@ -132,6 +140,12 @@ def evaluate(
     for metric, take in METRICS.items():
         say(metric)
         result |= take(task)
+    if values and train_values:
+        say("values")
+        result["values"] = {
+            who: value_correlation(factors, values, task.train_factors[who], train_values)
+            for who, factors in task.factors.items()
+        }
     return result
 
 

@@ -61,7 +61,16 @@ WORDS = {
 GROUPS = {"factors": "dimensions of {}", "versions": "version of {}"}
 # What stands elsewhere on the page, or is for programs.
 UNSAID = {
-    *("format", "version", "settings/factors", "settings/steps", "settings/n_flows", "settings/hidden_dim"),
+    *(
+        "format",
+        "version",
+        "classes",
+        "edges",
+        "settings/factors",
+        "settings/steps",
+        "settings/n_flows",
+        "settings/hidden_dim",
+    ),
     *("settings/hidden_depth", "settings/log_every", "settings/held_out_every", "settings/save_every"),
 }
 

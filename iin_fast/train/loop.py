@@ -490,6 +490,8 @@ class _Training:
             "n": data.n,
             "dim": data.dim,
             "names": list(data.names),
+            "classes": {name: list(texts) for name, texts in data.classes.items()},
+            "edges": {name: list(edges) for name, edges in data.edges.items()},
             "factors": model.sizes,
             "steps": settings.steps,
             "settings": settings.record(),

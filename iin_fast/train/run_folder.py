@@ -302,13 +302,16 @@ def evaluate(
         return _evaluate_density(folder, model, data, context, train_rows, held_rows, seed)
     learned, learned_context = data, context
     if learn_on is not None:
-        learned = _latents(learn_on)
+        learned = _latents(learn_on, folder)
         if learned.labels is None or learned.names != data.names:
             raise ValueError(
                 f"evaluate: learn_on has labels of {list(learned.names)}, expected those of {list(data.names)}"
             )
         train_rows, learned_context = np.arange(learned.n), _z(folder, model, learned)[1]
+    chosen = [name for name in (concepts or names) if name in data.values]
+    settings["values"] = {name: data.values[name][held_rows] for name in chosen}
     if train_rows is not None:
+        settings["train_values"] = {name: learned.values[name][train_rows] for name in chosen}
         assert learned.labels is not None
         settings |= {"train_z": learned.z[train_rows], "train_labels": learned.labels[train_rows]}
     if context is not None:
@@ -341,15 +344,16 @@ def report(
     """
     from ..report import write_report
 
-    return write_report(run, latents=latents_of_run(Path(run), latents), decoder=_function(decoder))
+    data = latents_of_run(Path(run), latents)
+    return write_report(run, latents=data, decoder=_function(decoder), images=None if data is None else _images(data))
 
 
 def latents_of_run(run: Path, latents: Source | None = None) -> Latents | None:
     """The latents given, else those that the run was trained on; None where they are not there any more."""
     if latents is not None:
-        return _latents(latents)
+        return _latents(latents, run)
     path = recorded(run).get("latents", {}).get("path")
-    return load_latents(path) if path and Path(path).is_file() else None
+    return _latents(path, run) if path and Path(path).exists() else None
 
 
 def load_function(where: str) -> Callable[..., Any]:
@@ -381,13 +385,18 @@ def _function(function: Callable[..., Any] | str | None) -> Callable[..., Any] |
     return load_function(function) if isinstance(function, str) else function
 
 
-def _latents(latents: Source) -> Latents:
-    return latents if isinstance(latents, Latents) else load_latents(latents)
+def _latents(latents: Source, run: PathLike | None = None) -> Latents:
+    """Checked latents; with the codes that the training in ``run`` had for texts and bins."""
+    data = latents if isinstance(latents, Latents) else load_latents(latents)
+    if run is None:
+        return data
+    record = recorded(Path(run))
+    return data.coded_like(record.get("classes", {}), record.get("edges", {}), str(data.path or "latents"))
 
 
 def _z(run: PathLike, model: IIN, latents: Source) -> tuple[Tensor, Tensor | None]:
     """Latents and their context, in the model's type, on the CPU."""
-    data = _latents(latents)
+    data = _latents(latents, run)
     if data.dim != model.dim:
         where = data.path or "latents"
         raise ValueError(f"{where}: z has {data.dim} features, expected {model.dim} like the model in {os.fspath(run)}")
@@ -422,7 +431,7 @@ def _given_context(where: str, run: PathLike, model: IIN, context: Context, n: i
         if not 0 <= context < model.context_dim:
             raise ValueError(f"{where}: context is {context}, expected a class from 0 to {model.context_dim - 1}")
         return torch.eye(model.context_dim, dtype=model.dtype)[context].repeat(n, 1)
-    data = _latents(context)
+    data = _latents(context, run)
     if data.n != n:
         raise ValueError(f"{where}: context has {data.n} rows, expected {n}, one for each that comes out")
     found = class_context(str(data.path or "context"), data.labels, data.names, name, model.context_dim)
@@ -435,7 +444,7 @@ def recorded(run: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     record = read_json(file)
-    for name in ("latents", "settings"):
+    for name in ("latents", "settings", "classes", "edges"):
         if not isinstance(record.get(name, {}), dict):
             raise ValueError(f"{file}: {name} is {record[name]!r}, expected a JSON object")
     return record
@@ -447,9 +456,9 @@ def _held_out(run: Path, latents: Source | None) -> tuple[Latents, NDArray[np.in
     path = trained.get("path")
     if latents is None and path is None:
         raise ValueError(f"{run}: does not say which latents it was trained on; name the latents")
-    if latents is None and not Path(path).is_file():
+    if latents is None and not Path(path).exists():
         raise FileNotFoundError(f"{path}: no such file, although the run was trained on it; name the latents")
-    data = _latents(path if latents is None else latents)
+    data = _latents(path if latents is None else latents, run)
     if data.fingerprint() != trained.get("sha256"):
         if latents is None:
             raise ValueError(f"{path}: changed since the training; name latents that are held out")

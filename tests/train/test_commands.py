@@ -314,6 +314,30 @@ def test_without_labels(kind, latents, tmp_path):
     assert found["pairs"]["n"] == 150 and found["samples"]["source"] == "half of the held-out samples"
 
 
+def test_from_a_table_to_numbers_of_a_continuous_concept(latents, tmp_path):
+    """A CSV with texts and a number per sample, and other rows in which a text is missing."""
+    pytest.importorskip("pyarrow")
+    size = latents.z @ torch.linspace(-1, 1, 8)
+    head = ",".join([*(f"z{k}" for k in range(8)), "animal", "size"])
+    lines = [
+        ",".join([*(f"{x:.9g}" for x in z), ["ant", "bee", "cat", "dog"][digit], f"{value:.9g}"])
+        for z, digit, value in zip(latents.z.tolist(), latents.labels[:, 0].tolist(), size.tolist(), strict=True)
+    ]
+    (tmp_path / "all.csv").write_text("\n".join([head, *lines]))
+    (tmp_path / "some.csv").write_text("\n".join([head, *(line for line in lines if "ant" not in line)]))
+    folder = tmp_path / "run"
+    code, output = run("train", tmp_path / "all.csv", "--out", folder, "--steps", 60, "--accelerator", "cpu")
+    assert code == 0 and "'size' is continuous" in output and "latents are the 8 columns z0 … z7" in output, output
+    assert record(folder)["classes"] == {"animal": ["ant", "bee", "cat", "dog"]}
+    code, output = run("evaluate", folder, "--max-samples", 200)
+    assert code == 0 and "size from size" in output, output
+    found = json.loads((folder / "evaluation.json").read_text())["values"]["iin"]
+    assert found["size"]["size"] > 0.8 and found["size"]["size"] > found["residual"]["size"]
+    code, output = run("evaluate", folder, tmp_path / "some.csv", "--max-samples", 200)
+    assert code == 0, output
+    assert run_folder._latents(tmp_path / "some.csv", folder).labels[:, 0].unique().tolist() == [1, 2, 3]
+
+
 def test_a_concept_from_two_groups_of_examples(tmp_path):
     """The pairs of a dozen latents with a concept and a dozen without, as a file: swapping swaps what the groups differ in."""
     generator = torch.Generator().manual_seed(0)

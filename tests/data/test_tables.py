@@ -1,0 +1,260 @@
+"""Data as people have them: every kind of file and frame, labels of every kind, and what is said of them."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from iin_fast.data import Latents, load_latents
+from iin_fast.data.labels import bin_edges, in_bins, read_concept
+
+random = np.random.default_rng(0)
+N = 60
+Z = random.standard_normal((N, 3)).astype(np.float32)
+ANIMALS = np.array(["cat", "dog", "bird"])[np.arange(N) % 3]
+AGE = random.uniform(20, 80, N)
+CODES = [{"bird": 0, "cat": 1, "dog": 2}[animal] for animal in ANIMALS]
+
+
+def columns():
+    return {"id": np.arange(N), **{f"z{k}": Z[:, k] for k in range(3)}, "animal": ANIMALS, "age": AGE}
+
+
+def check(latents):
+    assert np.array_equal(latents.z.numpy(), Z) and latents.z.dtype == torch.float32
+    assert latents.names == ("animal", "age") and latents.labels[:, 0].tolist() == CODES
+    assert latents.classes == {"animal": ("bird", "cat", "dog")}
+    assert np.allclose(latents.values["age"], AGE) and latents.labels[:, 1].bincount().tolist() == [20, 20, 20]
+    text = " ".join(latents.notes)
+    assert "'id' (nearly each row has its own)" in text and "'age' is continuous" in text and "3 bins" in text
+
+
+def test_labels_of_every_kind():
+    def codes(values):
+        return read_concept("here", "kind", values).codes.tolist()
+
+    assert codes(["b", "a", "", "b"]) == [1, 0, -1, 1]
+    assert codes([2.0, np.nan, 0.0]) == [2, -1, 0] and codes(np.array([True, False])) == [1, 0]
+    assert codes(np.array(["b", None, "a"], dtype=object)) == [1, -1, 0]
+    assert codes(np.array([1, None, 0.0], dtype=object)) == [1, -1, 0]
+    assert codes(torch.tensor([1, 0, -1])) == [1, 0, -1] and codes(torch.tensor([1.0, 0.0]).bfloat16()) == [1, 0]
+    for wrong, message in (
+        ([0, -2], "has the value -2, expected classes from 0, or -1 for unknown"),
+        ([0.5, np.inf], "has Inf"),
+        (np.array([1, "a"], dtype=object), "holds int, str, expected texts alone or numbers alone"),
+        (np.array([1j]), "is complex128, expected integers"),
+        (np.array([[1, 2]]), r"shape \[1, 2\], expected one label for each sample"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            read_concept("here", "kind", wrong)
+
+
+def test_a_continuous_concept_comes_in_bins_of_equal_counts():
+    values = random.standard_normal(1000)
+    values[::10] = np.nan
+    concept = read_concept("here", "size", values)
+    assert (concept.codes == -1).sum() == 100 and set(np.bincount(concept.codes + 1)[1:]) == {90}
+    order = np.argsort(values[~np.isnan(values)])
+    assert (np.diff(concept.codes[~np.isnan(values)][order]) >= 0).all()
+    few = np.array([0.5] * 90 + [0.7] * 10)  # no bin is empty where values repeat
+    assert in_bins(few, bin_edges(few)).tolist() == [0] * 90 + [1] * 10
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "semicolon", "parquet", "arrow", "stream", "feather"])
+def test_files_of_tables(kind, tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import csv, feather, parquet
+
+    table = arrow.table(columns())
+    if kind in ("csv", "tsv", "semicolon"):
+        file = tmp_path / f"data.{'tsv' if kind == 'tsv' else 'csv'}"
+        csv.write_csv(table, file, csv.WriteOptions(delimiter={"csv": ",", "tsv": "\t", "semicolon": ";"}[kind]))
+    elif kind == "parquet":
+        parquet.write_table(table, file := tmp_path / "data.parquet")
+    elif kind == "feather":
+        feather.write_feather(table, str(file := tmp_path / "data.feather"))
+    else:
+        file = tmp_path / "data.arrow"
+        with (arrow.ipc.new_file if kind == "arrow" else arrow.ipc.new_stream)(str(file), table.schema) as writer:
+            writer.write_table(table)
+    latents = load_latents(file)
+    if kind in ("csv", "tsv", "semicolon"):  # all numbers of a text are doubles
+        assert latents.z.dtype == torch.float64
+        latents = Latents.of(latents.z.float(), columns() and {"animal": ANIMALS, "age": AGE}), latents
+        assert np.allclose(latents[1].z, Z) and torch.equal(latents[1].labels, latents[0].labels)
+        assert latents[1].names == ("animal", "age")
+    else:
+        check(latents)
+
+
+@pytest.mark.parametrize("library", ["pandas", "polars", "pyarrow", "datasets"])
+def test_frames(library):
+    frames = pytest.importorskip(library)
+    make = {"pyarrow": "table", "datasets": "Dataset"}.get(library, "DataFrame")
+    make = getattr(frames, make).from_dict if library == "datasets" else getattr(frames, make)
+    given = columns() if library != "datasets" else {k: v.tolist() for k, v in columns().items()}
+    latents = Latents.of(make(given))
+    if library == "datasets":
+        assert np.allclose(latents.z, Z) and latents.labels[:, 0].tolist() == CODES
+    else:
+        check(latents)
+    labels = make({"animal": ANIMALS.tolist()})
+    assert Latents.of(Z, labels).names == ("animal",) and Latents.of(Z, labels).labels[:, 0].tolist() == CODES
+
+
+def test_a_folder_of_a_hugging_face_dataset(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        {
+            "embedding": datasets.Sequence(datasets.Value("float32")),
+            "sentence": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=["bad", "good"]),
+        }
+    )
+    rows = {"embedding": Z.tolist(), "sentence": [f"text {i}" for i in range(N)], "label": [0, 1, -1] * 20}
+    made = datasets.Dataset.from_dict(rows, features)
+    made.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"test": made.select(range(5)), "train": made}).save_to_disk(tmp_path / "splits")
+    for folder in ("one", "splits"):
+        latents = load_latents(tmp_path / folder)
+        assert np.array_equal(latents.z, Z) and latents.names == ("label",) and latents.images[7] == "text 7"
+        assert latents.classes == {"label": ("bad", "good")} and latents.labels[:3, 0].tolist() == [0, 1, -1]
+        assert latents.notes == ("latents are 'embedding'",)
+
+
+def test_a_folder_of_parquet_files_is_one_table(tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    table = arrow.table(columns())
+    for k in range(3):
+        parquet.write_table(table.slice(20 * k, 20), tmp_path / f"part-{k}.parquet")
+    check(load_latents(tmp_path))
+
+
+def test_a_csv_without_header_and_one_with_gaps(tmp_path):
+    pytest.importorskip("pyarrow")
+    np.savetxt(tmp_path / "bare.csv", Z, delimiter=",")
+    bare = load_latents(tmp_path / "bare.csv")
+    assert np.allclose(bare.z, Z) and bare.kind == "unlabelled"
+    lines = [
+        "z_1,z_0,animal,legs",
+        *(f"{i}.5,{i}.25,{'' if i % 4 == 0 else 'ab'[i % 2]},{'' if i % 3 else 4 * (i % 2)}" for i in range(12)),
+    ]
+    (tmp_path / "gaps.csv").write_text("\n".join(lines))
+    gaps = load_latents(tmp_path / "gaps.csv")
+    assert gaps.z[3].tolist() == [3.25, 3.5]  # by number, not by place
+    assert gaps.labels[:4].tolist() == [[-1, 0], [1, -1], [0, -1], [1, 4]]
+    (tmp_path / "words.csv").write_text("a,b\nx,y\nx,z\n")
+    with pytest.raises(
+        ValueError, match=r"words.csv: has the columns \['a', 'b'\], but none .* np.savez\('latents.npz', z=z"
+    ):
+        load_latents(tmp_path / "words.csv")
+
+
+def test_arrays_under_other_names(tmp_path):
+    def saved(**arrays):
+        np.savez(tmp_path / "a.npz", **arrays)
+        return load_latents(tmp_path / "a.npz")
+
+    usual = saved(X=Z, y=ANIMALS)
+    assert usual.names == ("y",) and usual.labels[:, 0].tolist() == CODES and usual.notes == ("latents are 'X'",)
+    assert saved(z=Z, labels=ANIMALS).names == ("label",)
+    assert saved(z=Z, labels=ANIMALS, names=["animal"]).names == ("animal",)
+    each = saved(vectors=Z, animal=ANIMALS, age=AGE, picture=np.zeros((N, 4, 4)), id=np.arange(N), same=np.ones(N))
+    assert each.names == ("animal", "age") and each.notes[:3] == (
+        "latents are 'vectors'",
+        "no concepts: 'id' (nearly each row has its own), 'same' (one value alone)",
+        "left out: 'picture' [60, 4, 4]",
+    )
+    assert saved(z=Z, labels=np.stack([CODES, np.full(N, np.nan)], 1)).labels[:, 1].unique().tolist() == [-1]
+    for wrong, message in (
+        ({"z": Z.reshape(N, 3, 1)}, r"z has shape \[60, 3, 1\], .*; z.reshape\(len\(z\), -1\)"),
+        ({"z": np.ones((N, 3), int)}, r"z is int64, .*; z.astype\('float32'\)"),
+        ({"a": Z, "b": Z}, r"holds a \[60, 3\], b \[60, 3\], but no z .* np.savez\('latents.npz', z=z"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            saved(**wrong)
+
+
+def test_npy_and_torch_files(tmp_path):
+    np.save(tmp_path / "z.npy", Z)
+    latents = load_latents(tmp_path / "z.npy")
+    assert latents.kind == "unlabelled" and np.array_equal(latents.z, Z)
+    latents.z[0] = 7  # the file stays as it is
+    assert np.array_equal(np.load(tmp_path / "z.npy"), Z)
+    z, codes = torch.from_numpy(Z), torch.tensor(CODES)
+    for saved in ({"z": z, "animal": ANIMALS.tolist()}, (z, codes), {"X": z, "y": codes.float()}):
+        torch.save(saved, tmp_path / "z.pt")
+        latents = load_latents(tmp_path / "z.pt")
+        assert torch.equal(latents.z, z) and latents.labels[:, 0].tolist() == CODES
+    torch.save(z, tmp_path / "z.pth")
+    assert torch.equal(load_latents(tmp_path / "z.pth").z, z)
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "module.pt")
+    with pytest.raises(ValueError, match=r"module.pt: damaged, or holds more than tensors.*torch.save\(\{'z': z"):
+        load_latents(tmp_path / "module.pt")
+    with pytest.raises(ValueError, match=r"z.mat: ends in '.mat', expected .* np.savez"):
+        (tmp_path / "z.mat").write_text("")
+        load_latents(tmp_path / "z.mat")
+
+
+READER = """
+import json, resource, sys, time
+from iin_fast.data import load_latents
+import pyarrow.parquet, pyarrow.ipc, pyarrow.csv
+load_latents(sys.argv[1])
+for place in sys.argv[2:]:
+    begin, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    try:
+        load_latents(place)
+        error = ""
+    except (TypeError, ValueError) as found:
+        error = str(found)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
+    print(json.dumps([place, time.perf_counter() - begin, grown, error]))
+"""
+
+
+def test_what_lies_about_its_size_is_refused(tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    good = tmp_path / "good.parquet"
+    parquet.write_table(arrow.table(columns()), good)
+    flat = arrow.table({"z0": np.zeros(20_000_000, np.float32), "z1": np.zeros(20_000_000, np.float32)})
+    parquet.write_table(flat, tmp_path / "bomb.parquet")  # some kilobytes
+    torch.save({"z": torch.zeros(1).expand(10**6, 10**6)}, tmp_path / "wide.pt")
+    with open(tmp_path / "lie.npy", "wb") as stream:
+        np.lib.format.write_array_header_1_0(stream, {"descr": "<f4", "fortran_order": False, "shape": (10**9, 64)})
+    whole = good.read_bytes()
+    for ending in ("parquet", "arrow", "feather", "pt", "pth", "npy"):
+        (tmp_path / f"noise.{ending}").write_bytes(b"no such file\0" * 9)
+        (tmp_path / f"empty.{ending}").write_bytes(b"")
+    (tmp_path / "cut.parquet").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "changed.parquet").write_bytes(whole[:200] + b"\xff" * 40 + whole[240:])
+    (tmp_path / "empty.csv").write_text("")
+    (tmp_path / "ragged.csv").write_text("a,b\n1,2\n3\n")
+    (tmp_path / "bytes.csv").write_bytes(b"z0,z1\n\xff\xfe,\x00\n")
+    places = [file for file in sorted(tmp_path.iterdir()) if file != good]
+    done = subprocess.run(
+        [sys.executable, "-c", READER, *map(str, [good, *places])], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == len(places) > 15
+    for place, seconds, megabytes, error in found:
+        assert error.startswith(place), (place, error)
+        assert seconds < 2 and megabytes < 200, (place, seconds, megabytes)
+
+
+def test_other_latents_get_the_codes_of_the_training():
+    trained = Latents.of(Z, {"animal": ANIMALS, "age": AGE})
+    other = Latents.of(Z[:4], {"age": AGE[:4], "animal": ["cow", "dog", "", "cat"]})
+    coded = other.coded_like(trained.classes, trained.edges)
+    assert coded.labels[:, 1].tolist() == [3, 2, -1, 1] and coded.classes["animal"] == ("bird", "cat", "dog", "cow")
+    assert coded.labels[:, 0].tolist() == trained.labels[:4, 1].tolist()
+    with pytest.raises(ValueError, match="labels of 'animal' are numbers, expected texts like"):
+        Latents.of(Z, {"animal": CODES}).coded_like(trained.classes, trained.edges)
