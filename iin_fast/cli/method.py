@@ -28,15 +28,13 @@ __all__ = [
     "train",
 ]
 
-LatentsFile = Annotated[
-    Path,
-    typer.Argument(
-        metavar="LATENTS",
-        show_default=False,
-        help="z \\[n, dim] and labels \\[n, concepts] or an array for each concept, in .npz, .npy, .safetensors or .pt; a table: .csv, "
-        ".parquet, .arrow, a folder of datasets; or pairs za, zb, factor",
-    ),
-]
+LATENTS = typer.Argument(
+    metavar="LATENTS",
+    show_default=False,
+    help="z \\[n, dim] and labels \\[n, concepts] or an array for each concept, in .npz, .npy, .safetensors or .pt; a table: .csv, "
+    ".parquet, .arrow, a folder of datasets; or pairs za, zb, factor",
+)
+LatentsFile = Annotated[Path, LATENTS]
 Run = Annotated[Path, typer.Argument(metavar="RUN", show_default=False, help="the folder that train wrote")]
 Out = Annotated[Path, typer.Option(show_default=False, help="file to write, .npz or .safetensors")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
@@ -52,12 +50,22 @@ Factor = Annotated[list[str], typer.Option(show_default=False, help="a factor's 
 
 @settings_options
 def train(
-    latents: LatentsFile,
     out: Annotated[Path, typer.Option(show_default=False, help="the run folder; all that comes of it goes there")],
     settings: Settings,
+    latents: Annotated[Path | None, LATENTS] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="go on from the last checkpoint in --out, where there is one")
+        bool,
+        typer.Option(
+            "--resume",
+            help="go on from the last checkpoint in --out with its own latents and settings; --steps may be more",
+        ),
     ] = False,
+    force: Annotated[bool, typer.Option("--force", help="take away the run in --out and train anew")] = False,
+    epochs: Annotated[
+        float | None,
+        typer.Option(show_default=False, help="in place of --steps: times that each row is seen, on average"),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …, in place of --accelerator and --devices")] = "",
     accelerator: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     devices: Annotated[int, typer.Option(help="of each node; under torchrun its environment counts")] = 1,
     nodes: Annotated[int, typer.Option(help="machines; under torchrun its environment counts")] = 1,
@@ -74,18 +82,21 @@ def train(
     from ..train import train as run_training
 
     keep_freed_memory()
-    data = load_latents(latents)
-    if not resume and os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
+    if latents is None and not resume:
+        raise ValueError("LATENTS is missing: iin-fast train LATENTS --out RUN; --resume alone knows those of its run")
+    data = None if latents is None else load_latents(latents)
+    if data is not None and not resume and os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
         for line in (*data.notes, *inspect_latents(data).lines()):
             console.print(f"[yellow]note:[/yellow] {escape(line)}", highlight=False, soft_wrap=True)
     where: dict[str, Any] = {"accelerator": accelerator, "devices": devices, "nodes": nodes, "strategy": strategy}
+    where |= {"device": device or None, "force": force, "epochs": epochs}
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="train: ")  # printed below
             model = run_training(data, out, settings, resume=resume, progress=True, **where)
     except KeyboardInterrupt:
         if _leave_group():
-            console.print(f"stopped; the same command with --resume goes on in {out}", highlight=False)
+            console.print(f"stopped; iin-fast train --out {out} --resume goes on", highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
     if not _leave_group():
         return

@@ -12,6 +12,7 @@ from ..train import Settings
 
 __all__ = ["settings_options", "sizes"]
 
+SHORT = {"learning_rate": "--lr"}
 PLAIN = (bool, int, float, str, type(None))  # types that a command line can hold
 
 
@@ -21,7 +22,10 @@ def settings_options(command: Callable[..., None], kind: type[Settings] = Settin
     mappings = [name for name, hint in hints.items() if not set(get_args(hint) or (hint,)) <= set(PLAIN)]
     options = []
     for field in fields(kind):
-        flags = [f"--{field.name.replace('_', '-')}"] if field.default is False else []  # without a --no-…
+        flags = (
+            [f"--{field.name.replace('_', '-')}"] if field.default is False or field.name in SHORT else []
+        )  # without a --no-…
+        flags += [SHORT[field.name]] if field.name in SHORT else []
         hint = str | None if field.name in mappings else hints[field.name]
         option = Annotated[hint, typer.Option(*flags, help=helps.get(field.name, "").replace("[", r"\["))]  # type: ignore[valid-type]
         anyhow = inspect.Parameter.POSITIONAL_OR_KEYWORD

@@ -16,6 +16,7 @@ __all__ = ["Findings", "inspect_latents"]
 ALMOST = 0.99  # share of the rows with one value
 SCALES = 100.0  # times the median deviation, or that part of it
 FEW_ROWS = 10
+FEW_LATENTS = 100
 SHOWN = 8
 
 
@@ -67,6 +68,8 @@ class Findings:
                 f"the latents vary in {self.rank} of {self.live} directions ({why}): without noise on the latents the density "
                 "has no bound, and training overfits them"
             )
+        elif self.n < FEW_LATENTS:
+            found.append(f"{self.n} rows are few: a flow overfits them, and what is held out says little")
         for concept, classes in self.few.items():
             shown = ", ".join(f"{label} ({rows})" for label, rows in list(classes.items())[:SHOWN])
             more = f" and {len(classes) - SHOWN} more" if len(classes) > SHOWN else ""
@@ -81,7 +84,7 @@ def inspect_latents(latents: Latents) -> Findings:
     Example:
         >>> from iin_fast.data import Latents
         >>> from iin_fast.train import inspect_latents
-        >>> z = torch.cat([torch.randn(50, 3), torch.ones(50, 1)], 1)
+        >>> z = torch.cat([torch.randn(200, 3), torch.ones(200, 1)], 1)
         >>> inspect_latents(Latents.of(z)).lines()
         ['1 of 4 features (3) is constant; standardised inputs, the default, set such features aside']
     """

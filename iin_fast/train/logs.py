@@ -73,13 +73,14 @@ class Bar:
 
     def __init__(self, steps: int, done: int, show: bool, name: str = "training") -> None:
         self._bar: Any = None
+        self._held_out = ""
         if not show:
             return
         try:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
         except ImportError as error:
             raise ImportError("the progress bar needs rich: pip install 'iin-fast[cli]'") from error
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
+        columns = (BarColumn(12), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
         self._bar = Progress(f"{name:<11}", *columns)
         self._task = self._bar.add_task(name, total=steps, completed=done, text="")
         self._said = time.monotonic()
@@ -107,11 +108,9 @@ class Bar:
 
     def tell(self, done: int, values: dict[str, float]) -> None:
         """What a training's log says after ``done`` steps."""
-        self.step(
-            done,
-            f"loss {values['loss']:.3f}  {values['nats_per_dim']:.4f} nats/dim  "
-            f"{values['samples_per_second']:,.0f} samples/s",
-        )
+        if "held_out_loss" in values:
+            self._held_out = f", held out {values['held_out_loss']:.2f}"
+        self.step(done, f"loss {values['loss']:.2f}{self._held_out}")
 
 
 def held_out_rise(run: str | os.PathLike[str]) -> str:

@@ -6,13 +6,14 @@ import json
 import math
 import os
 import platform
+import shutil
 import signal
 import threading
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ from .judge import SwapJudge
 from .lock import lock
 from .logs import Bar, Log, event_writer, held_out_rise, loss_rise
 from .numerics import first_not_finite, not_finite_part
-from .settings import PATIENT, Facts, Settings
+from .settings import PAPER, PATIENT, Facts, Settings
+from .summary import summary
 
 __all__ = ["train"]
 
@@ -41,11 +43,14 @@ MOST_RISE, RECENT_STEPS = 10.0, 10
 
 
 def train(
-    latents: Latents | str | os.PathLike[str],
+    latents: Latents | str | os.PathLike[str] | None,
     out: str | os.PathLike[str],
     settings: Settings | None = None,
     *,
     resume: bool = False,
+    force: bool = False,
+    epochs: float | None = None,
+    device: str | None = None,
     accelerator: str = "auto",
     devices: int = 1,
     nodes: int = 1,
@@ -64,11 +69,16 @@ def train(
     (what a resume needs). Several processes share the batch: they give the same result up to the rounding of sums.
 
     Args:
-        latents: a file for :func:`iin_fast.data.load_latents`, or :class:`iin_fast.data.Latents`.
+        latents: a file for :func:`iin_fast.data.load_latents`, or :class:`iin_fast.data.Latents`; None with ``resume``: those of
+            the run.
         out: the run folder; with several nodes one that all of them see.
         settings: what to train; by default :class:`Settings`' own defaults.
-        resume: go on from the last checkpoint in ``out``, with the same latents and settings; without one, start. On one
-            machine, with as many threads and processes, the result is that of a run that never stopped, bit for bit.
+        resume: go on from the last checkpoint in ``out``, with the same latents and the run's own settings; without one, start.
+            ``settings`` may give more ``steps``, another ``patience`` and intervals. On one machine, with as many threads and
+            processes, the result is that of a run that never stopped, bit for bit.
+        force: take away the run that ``out`` holds, and train anew.
+        epochs: in place of ``steps``: how many times each row is seen, on average.
+        device: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``, in place of ``accelerator`` and ``devices``.
         accelerator, devices, nodes, strategy: of Lightning Fabric: ``"auto"``, ``"cpu"``, ``"cuda"``, …; devices of each
             node; ``"auto"`` or ``"ddp"``. Under torchrun its environment counts, and ``devices`` and ``nodes`` are left.
         progress: show a progress bar.
@@ -80,7 +90,7 @@ def train(
         UserWarning: the loss, or the held-out one, rose in the course of the training; see :func:`loss_rise`, :func:`held_out_rise`.
 
     Raises:
-        FileExistsError: ``out`` holds a run, and ``resume`` is False.
+        FileExistsError: ``out`` holds a run, and ``resume`` and ``force`` are False.
         FloatingPointError: the loss, a gradient or a parameter is not finite, with the block and layer where that begins, or
             the loss rose by 10 nats per dimension; the last checkpoint stays.
         ImportError: lightning-fabric, tensorboard or safetensors is missing.
@@ -103,13 +113,30 @@ def train(
     settings = Settings() if settings is None else settings
     if not isinstance(settings, Settings):
         raise TypeError(f"train: settings is a {type(settings).__name__}, expected iin_fast.train.Settings")
-    data = latents if isinstance(latents, Latents) else load_latents(latents)
-    known = _facts(data, settings)
-    settings = settings.chosen(known)
-    fabric = _fabric(accelerator, devices, nodes, strategy, settings)
     run = Path(out)
+    if resume and force:
+        raise ValueError("train: resume and force are given, expected one or neither")
+    before = _record(run) if resume else {}
+    if latents is None:
+        latents = before.get("latents", {}).get("path")
+        if latents is None:
+            raise ValueError(f"train: latents are missing, and {run} holds no run that says which they are")
+    data = latents if isinstance(latents, Latents) else load_latents(latents)
+    settings = _resumed(settings, before, run)
+    known = _facts(data, settings)
+    if epochs is not None:
+        if settings.steps is not None:
+            raise ValueError(f"train: epochs is {epochs} and steps is {settings.steps}, expected one of them")
+        if isinstance(epochs, bool) or not isinstance(epochs, int | float) or not 0 < epochs < math.inf:
+            raise ValueError(f"train: epochs is {epochs!r}, expected a number above 0")
+        latents_in_a_step = 2 * (settings.chosen(known).batch or 1)
+        settings = replace(settings, steps=max(1, round(epochs * known.rows / latents_in_a_step)))
+    settings = settings.chosen(known)
+    fabric = _fabric(accelerator, devices, nodes, strategy, settings, device)
     with lock(run) if fabric.is_global_zero else nullcontext():
         if fabric.is_global_zero:
+            if force:
+                _clear(run)
             _check_folder(run, data, settings, resume)
         fabric.barrier()
         found = state.latest(run) if resume else None
@@ -118,7 +145,7 @@ def train(
             torch.manual_seed(settings.seed)
             training = _Training(fabric, data, run, settings, found, progress)
             if progress and fabric.is_global_zero:
-                print(settings.text(known), flush=True)
+                print("\n".join([*training.summary(), settings.text(known)]), flush=True)
             model = training.run()
         fabric.barrier()
     if settings.keep != "last":
@@ -158,6 +185,7 @@ class _Training:
     ) -> None:
         self.fabric, self.data, self.folder, self.settings, self.show = fabric, data, run, settings, progress
         train_rows, held_rows = split_rows(data, settings.held_out, settings.seed)
+        self.rows = len(train_rows), len(held_rows)
         self.context: Tensor | None = None  # [n, classes]
         if settings.context is not None:
             where = str(data.path or "train")
@@ -194,6 +222,8 @@ class _Training:
         else:
             model, self.progress = state.load(found)
             self._check_position()
+            if settings.steps > read_json(run / "run.json").get("steps", settings.steps):
+                self.progress.stale = 0  # what had ended early goes on
         if fabric.is_global_zero:
             run.mkdir(parents=True, exist_ok=True)
             state.tidy(run)
@@ -223,6 +253,16 @@ class _Training:
         self.pairs: list[Tensor] = []  # of this step, and their loss
         self.loss = torch.zeros(())
         self.saved = self.progress.step if found is not None else None
+
+    def summary(self) -> list[str]:
+        """What this training is, for a person."""
+        fabric, settings = self.fabric, self.settings
+        device = f"{fabric.device.type} ({_device_name(fabric.device)}), "
+        device += f"{fabric.world_size} processes of {torch.get_num_threads()} threads"
+        if fabric.world_size == 1:
+            device = device.replace("1 processes of ", "").replace(" 1 threads", " 1 thread")
+        given = settings.factors or {}
+        return summary(self.data, self.model, given, settings.dims_method, *self.rows, device, self.folder)
 
     def _fresh(self, concepts: tuple[str, ...], train_rows: np.ndarray[Any, Any]) -> IIN:
         settings = self.settings
@@ -532,7 +572,7 @@ def _facts(data: Latents, settings: Settings) -> Facts:
     return Facts(len(train_rows), held, min(live, len(train_rows) - 1), data.kind)
 
 
-def _fabric(accelerator: str, devices: int, nodes: int, strategy: str, settings: Any) -> Any:
+def _fabric(accelerator: str, devices: int, nodes: int, strategy: str, settings: Any, device: str | None = None) -> Any:
     try:
         from lightning_fabric import Fabric
         from lightning_fabric.utilities.exceptions import MisconfigurationException
@@ -553,11 +593,24 @@ def _fabric(accelerator: str, devices: int, nodes: int, strategy: str, settings:
             f"train: batch is {settings.batch}, expected a multiple of {devices * nodes}, the number of processes"
         )
     kind: Any = accelerator
+    which: Any = devices
+    if device is not None:
+        kind, _, index = device.partition(":")
+        if (
+            accelerator != "auto"
+            or devices * nodes > 1
+            or (index and not index.isdigit())
+            or kind not in ("cpu", "cuda")
+        ):
+            raise ValueError(
+                f"train: device is {device!r}, expected 'cpu', 'cuda' or 'cuda:1', without accelerator, devices and nodes"
+            )
+        which = [int(index)] if index and kind == "cuda" else 1
     precision: Any = settings.precision
     try:
-        fabric = Fabric(accelerator=kind, devices=devices, num_nodes=nodes, strategy=strategy, precision=precision)
+        fabric = Fabric(accelerator=kind, devices=which, num_nodes=nodes, strategy=strategy, precision=precision)
     except (ImportError, MisconfigurationException, RuntimeError, ValueError) as error:
-        raise ValueError(f"train: no {devices} × accelerator {accelerator!r} here: {error}") from error
+        raise ValueError(f"train: no {devices} × accelerator {kind!r} here: {error}") from error
     fabric.launch()
     return fabric
 
@@ -567,24 +620,60 @@ def _check_folder(run: Path, data: Latents, settings: Settings, resume: bool) ->
     if not resume:
         for name in ("state", "config.json", "run.json"):
             if (run / name).exists():
-                raise FileExistsError(f"train: {run} holds a run already; resume it, or take another folder")
+                raise FileExistsError(
+                    f"train: {run} holds a run already; resume it, or take another folder; force (--force) trains anew"
+                )
         return
+    before = _record(run).get("latents", {})
+    if before and before.get("sha256") != data.fingerprint():
+        raise ValueError(
+            f"train: latents is {data.fingerprint()!r}, but the run in {run} has {before.get('sha256')!r}; resume takes the same latents"
+        )
+
+
+def _record(run: Path) -> dict[str, Any]:
+    """What the training in ``run`` wrote of itself; empty where there is none."""
     file = run / "run.json"
     if not file.is_file():
-        return
+        return {}
     record = read_json(file)
+    if not all(isinstance(record.get(name), dict) for name in ("latents", "settings", "versions")):
+        raise ValueError(f"{file}: damaged, or not of a training (without latents, settings or versions)")
+    return record
+
+
+# What a resume may be given anew.
+OPEN = ("steps", "patience", "minutes", "log_every", "held_out_every", "save_every")
+
+
+def _resumed(settings: Settings, record: dict[str, Any], run: Path) -> Settings:
+    """The settings of the run that ``record`` is of, with what is given anew of ``OPEN``."""
+    if not record:
+        return settings
+    names = {field.name: field.default for field in fields(Settings)}
+    known = {name: value for name, value in record["settings"].items() if name in names}
     try:
-        before = {"latents": record["latents"]["sha256"], **record["settings"]}
-        older = record["versions"]["iin-fast"] != _versions()["iin-fast"]  # it may have had fewer settings
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{file}: damaged, or not of a training ({error!r})") from error
-    now = {"latents": data.fingerprint(), **settings.record()}
-    for name in now:
-        if before.get(name) != now[name] and not (older and name not in before):
+        own = Settings(**known)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{run / 'run.json'}: damaged settings ({error})") from error
+    preset = PAPER if settings.preset == "paper" else {}
+    values = {name: getattr(settings, name) for name in names}
+    given = {name: x for name, x in values.items() if x != names[name] and x != preset.get(name, names[name])}
+    for name, value in given.items():
+        if name not in OPEN and name in known and known[name] != value:
             raise ValueError(
-                f"train: {name} is {now[name]!r}, but the run in {run} has {before.get(name)!r}; resume takes the same "
-                "latents and settings"
+                f"train: {name} is {value!r}, but the run in {run} has {known[name]!r}; resume takes the same latents "
+                "and settings"
             )
+    return replace(own, **{name: value for name, value in given.items() if name in OPEN})
+
+
+def _clear(run: Path) -> None:
+    """Take away what a training, and the commands after it, wrote into a folder; nothing else."""
+    for name in ("state", "logs", "pictures"):
+        shutil.rmtree(run / name, ignore_errors=True)
+    for name in ("run.json", "split.npz", "config.json", "model.safetensors", "evaluation.json", "report.html"):
+        (run / name).unlink(missing_ok=True)
 
 
 @contextmanager

@@ -15,23 +15,24 @@ console_module = pytest.importorskip("rich.console")
 def console(monkeypatch):
     """A terminal that remembers what it showed, and whose clock ``console.now`` is set by the test."""
     console = console_module.Console(
-        file=io.StringIO(), record=True, force_terminal=True, width=160, get_time=lambda: console.now
+        file=io.StringIO(), record=True, force_terminal=True, width=80, get_time=lambda: console.now
     )
     console.now = 0.0
     monkeypatch.setattr("rich.progress.get_console", lambda: console)
     return console
 
 
-def test_loss_likelihood_speed_and_time_left(console):
+def test_both_losses_and_the_time_left_fit_80_columns(console):
     """A resumed run: 20 of 100 steps are done, and each takes half a second from there."""
     with Bar(100, 20, True) as bar:
         for step in range(21, 61):
             console.now += 0.5
             bar.step(step)
-        bar.tell(60, {"loss": 12.3456, "nats_per_dim": -0.98765, "samples_per_second": 12345.6})
+        bar.tell(60, {"loss": 99.0, "held_out_loss": -123.456, "nats_per_dim": 0.0, "samples_per_second": 1.0})
+        bar.tell(60, {"loss": -112.3456, "nats_per_dim": -0.98765, "samples_per_second": 12345.6})
     last = console.export_text().splitlines()[-1]
-    assert "60/100" in last
-    assert "loss 12.346  -0.9877 nats/dim  12,346 samples/s" in last
+    assert "60/100" in last and len("training" + last.rpartition("training")[2]) <= 80
+    assert "loss -112.35, held out -123.46" in last
     assert last.rstrip().endswith("0:00:20")  # 40 steps left, 2 a second
 
 
@@ -59,4 +60,4 @@ def test_bar_says_what_the_log_says(console, latents, settings, tmp_path):
     train(latents, tmp_path / "run", settings(steps=20), accelerator="cpu", progress=True)
     last = console.export_text().splitlines()[-1]
     line = metrics(tmp_path / "run")[-1]
-    assert "20/20" in last and f"loss {float(line['loss']):.3f}  {float(line['nats_per_dim']):.4f} nats/dim" in last
+    assert "20/20" in last and f"loss {float(line['loss']):.2f}, held out {float(line['held_out_loss']):.2f}" in last

@@ -68,6 +68,56 @@ def test_train(file, tmp_path):
     assert run(*again, "--resume")[0] == 0
 
 
+def test_a_training_says_what_it_is_before_its_first_step(file, tmp_path):
+    words = ("--factors", "digit=3", "--steps", 20, "--n-flows", 2, "--hidden-dim", 16, "--lr", 1e-3, "--device", "cpu")
+    code, output = run("train", file, "--out", tmp_path / "run", *words)
+    assert code == 0, output
+    lines = output.splitlines()
+    assert lines[0].split() == "latents 600 rows × 8 features: 540 to train on, 60 held out".split()
+    assert lines[1].split()[:3] == ["digit", "4", "classes:"] and lines[2].split()[:3] == ["color", "3", "classes:"]
+    color = record(tmp_path / "run")["factors"]["color"]
+    assert lines[3].split() == f"factors digit 3 (given), color {color} (linear), residual {5 - color}".split()
+    parameters = sum(p.numel() for p in IIN.load(tmp_path / "run").parameters())
+    assert lines[4].split() == f"network 2 blocks of width 16, {parameters:,} parameters".split()
+    assert lines[5].startswith("device      cpu") and lines[6] == f"run folder  {tmp_path / 'run'}"
+    assert record(tmp_path / "run")["settings"]["learning_rate"] == 1e-3
+
+
+def test_resume_alone_goes_on_and_takes_more_steps(file, tmp_path):
+    folder = tmp_path / "run"
+    words = ("--factors", "digit=3,color=2", "--preset", "paper", "--seed", 3, *SMALL)
+    assert run("train", file, "--out", folder, "--steps", 20, *words)[0] == 0
+    before = record(folder)
+    code, output = run("train", "--out", folder, "--resume", "--device", "cpu")
+    assert code == 0 and record(folder)["settings"] == before["settings"], output
+    assert run("train", "--out", folder, "--resume", "--steps", 40, "--device", "cpu")[0] == 0
+    found = record(folder)
+    assert found["steps"] == 40 and {**found["settings"], "steps": 20} == before["settings"]
+    assert metrics(folder)[-1]["step"] == "40"
+    code, output = run("train", "--out", folder, "--resume", "--rho", 0.5)
+    assert code == 2 and "rho is 0.5, but the run in" in output
+    code, output = run("train", "--out", tmp_path / "new", "--resume")
+    assert code == 2 and "latents are missing" in output
+    code, output = run("train", "--out", tmp_path / "new")
+    assert code == 2 and "LATENTS is missing" in output
+
+
+def test_force_trains_anew_and_epochs_count_rows(file, tmp_path):
+    folder = tmp_path / "run"
+    words = ("--factors", "digit=3,color=2", *SMALL)
+    assert run("train", file, "--out", folder, "--steps", 8, *words)[0] == 0
+    (folder / "mine.txt").write_text("stays")
+    code, output = run("train", file, "--out", folder, "--epochs", 2, "--force", *words)
+    assert code == 0, output
+    assert record(folder)["steps"] == round(2 * 540 / 32) and (folder / "mine.txt").read_text() == "stays"
+    assert [path.name for path in (folder / "state").iterdir()] == ["step-000000034"]
+    code, output = run("train", file, "--out", folder, "--epochs", 2, "--steps", 3, "--force", *words)
+    assert code == 2 and "epochs is 2.0 and steps is 3, expected one of them" in output
+    code, output = run("train", file, "--out", folder, "--device", "abacus", "--force")
+    assert code == 2 and "device is 'abacus', expected 'cpu', 'cuda' or 'cuda:1'" in output
+    assert (folder / "model.safetensors").exists()
+
+
 def test_every_setting_is_an_option():
     """A field of Settings needs no more than its line and its entry in the docstring."""
 

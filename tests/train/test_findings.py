@@ -58,3 +58,9 @@ def test_few_rows_and_small_classes_are_named():
 def test_latents_that_do_not_vary_at_all(dtype):
     found = inspect_latents(Latents.of(torch.ones(5, 3, dtype=dtype)))
     assert found.constant == [0, 1, 2] and found.rank == found.live == 0
+
+
+def test_few_rows_in_few_features():
+    (line,) = inspect_latents(Latents.of(draw(99, 4))).lines()
+    assert line.startswith("99 rows are few")
+    assert inspect_latents(Latents.of(draw(100, 4))).lines() == []
