@@ -63,8 +63,10 @@ class Shown:
             held_out = read_split(split)[1]
             if len(held_out) >= 2 and held_out.max() < len(z):
                 rows, self.split = held_out, split
+        rows = np.random.default_rng(0).permutation(rows)  # a sorted file would show one class, or one day
         self.model, self.decoder = model, decoder
         self.rows = rows  # of the latents, that are shown
+        self.classes = getattr(latents, "classes", {})
         self.z = z[torch.from_numpy(rows)].to(model.device, model.dtype)
         self.labels = table[rows]
         self.context: Tensor | None = None  # [n, context_dim]
@@ -135,7 +137,8 @@ class Shown:
         parts = []
         for name, value in zip(self.names, self.labels[sample], strict=True):
             form = Markup("<b>{} {}</b>") if name == changed else Markup("{} {}")
-            parts.append(form.format(name, "?" if value < 0 else value))
+            texts = self.classes.get(name, ())
+            parts.append(form.format(name, "?" if value < 0 else texts[value] if value < len(texts) else value))
         return Markup(" · ").join(parts) or escape(f"sample {sample}")
 
     def unlike(self, sample: int) -> int:

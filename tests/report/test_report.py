@@ -252,6 +252,19 @@ def test_samples_shown_are_of_as_many_classes_as_there_are(run, latents):
     assert not set(shown.varied("shape", 5, chosen)) & set(chosen)
 
 
+def test_samples_come_from_all_over_a_sorted_file_and_are_always_the_same(run):
+    z = torch.arange(400.0)[:, None] + torch.zeros(iin_fast.IIN.load(run).dim)
+    labels, names = torch.arange(400)[:, None] // 200, ["half"]
+    model = iin_fast.IIN.load(run)
+    data = SimpleNamespace(z=z, labels=labels, names=names, classes={"half": ("first", "second")})
+    shown, again = (Shown(model, data, None, None, None) for _ in range(2))
+    for concept in ("half", None):
+        rows = shown.z[shown.varied(concept, 10), 0]
+        assert torch.equal(rows, again.z[again.varied(concept, 10), 0]) and rows.unique().numel() == 10
+        assert (rows % 200).max() > 100
+    assert {shown.label(i) for i in shown.varied("half", 2)} == {"half first", "half second"}
+
+
 def test_what_a_folder_lacks_is_left_out(run, latents):
     for name in ("evaluation.json", "run.json", "split.npz", "logs/metrics.csv"):
         (run / name).unlink()
