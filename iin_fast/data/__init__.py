@@ -4,12 +4,12 @@ from .adapters import (
     Adapter,
     HuggingFaceAdapter,
     LayerAdapter,
-    encode_all,
     from_huggingface,
     from_layer,
     pool_features,
     unpool_features,
 )
+from .encode import encode_all, write_latents
 from .latents import MISSING, Latents, class_context, load_latents, save_arrays
 
 __all__ = [
@@ -26,4 +26,5 @@ __all__ = [
     "pool_features",
     "save_arrays",
     "unpool_features",
+    "write_latents",
 ]

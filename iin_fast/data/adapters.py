@@ -10,20 +10,19 @@ Those five lines are an adapter. :func:`from_layer` makes one of a layer of any 
 Hugging Face encoder; :func:`pool_features` and :func:`unpool_features` lead from a spatial feature map to latents and back.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_device, check_dtype, check_floating, check_shape, checked_int
+from ..checks import check_device, check_dtype, check_floating, check_shape
 
 __all__ = [
     "Adapter",
     "HuggingFaceAdapter",
     "LayerAdapter",
-    "encode_all",
     "from_huggingface",
     "from_layer",
     "pool_features",
@@ -316,26 +315,6 @@ def from_huggingface(
         torch.Size([2, 384])
     """
     return HuggingFaceAdapter(model, tokenizer, pool=pool, layer=layer)
-
-
-def encode_all(adapter: Adapter, x: Tensor | Sequence[Any], batch: int = 256) -> Tensor:
-    """Latents ``[n, dim]`` of many inputs, ``batch`` at a time, on the CPU.
-
-    Args:
-        adapter: with ``encode``.
-        x: inputs that can be cut: a tensor ``[n, …]`` or a sequence of n.
-        batch: inputs per call.
-
-    Raises:
-        TypeError, ValueError: an adapter without ``encode``, no inputs, a batch that is not positive.
-    """
-    if not isinstance(adapter, Adapter):
-        raise TypeError(f"encode_all: adapter is a {type(adapter).__name__}, expected an object with encode(x)")
-    batch = checked_int("encode_all", "batch", batch)
-    if len(x) == 0:
-        raise ValueError("encode_all: x is empty, expected at least one input")
-    with torch.no_grad():
-        return torch.cat([adapter.encode(x[start : start + batch]).cpu() for start in range(0, len(x), batch)])
 
 
 @contextmanager

@@ -250,7 +250,7 @@ def test_sampling_through_a_decoder():
         (lambda n, x: from_layer(n, "body").resume(x, torch.zeros(5, 6).double()), TypeError, "z has dtype float64"),
         (lambda n, x: pool_features(x[0, 0, 0]), ValueError, r"features has shape \[8\]"),
         (lambda n, x: pool_features(x.long()), TypeError, "features has dtype int64"),
-        (lambda n, x: encode_all(n, x), TypeError, r"adapter is a Net, expected an object with encode\(x\)"),
+        (lambda n, x: encode_all(3, x), TypeError, r"adapter is a int, expected an object with encode\(x\)"),
         (lambda n, x: encode_all(from_layer(n, "neck"), x[:0]), ValueError, "x is empty"),
         (lambda n, x: encode_all(from_layer(n, "neck"), x, 0), ValueError, "batch is 0"),
         (lambda n, x: from_huggingface(n, pool="flatten"), ValueError, "pool is 'flatten'"),
