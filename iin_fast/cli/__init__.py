@@ -19,7 +19,7 @@ app = typer.Typer(
 )
 METHOD: tuple[Callable[..., None], ...] = (
     *(method.train, method.dims, method.encode, method.decode, method.swap),
-    *(method.interpolate, method.sample, method.score, method.evaluate, method.report, method.explore),
+    *(method.interpolate, method.axis, method.sample, method.score, method.evaluate, method.report, method.explore),
 )
 MACHINE: tuple[Callable[..., None], ...] = (tools.info, tools.check, tools.demo, tools.bench)
 for panel, commands in (("The method", METHOD), ("This machine", MACHINE)):

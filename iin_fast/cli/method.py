@@ -15,6 +15,7 @@ from .console import console
 from .settings import settings_options
 
 __all__ = [
+    "axis",
     "decode",
     "dims",
     "encode",
@@ -112,8 +113,12 @@ def train(
 
 
 def dims(
-    latents: LatentsFile,
-    method: Annotated[str, typer.Option(help="linear, published, paper or all")] = "all",
+    latents: Annotated[list[Path], LATENTS],
+    compare: Annotated[
+        bool, typer.Option("--compare", help="several files, of layers or networks: a column for each, and its share")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option(show_default=False, help="with --compare: a picture, .png")] = None,
+    method: Annotated[str, typer.Option(help="linear, published, paper or all; with --compare one, or linear")] = "all",
     others: Annotated[str, typer.Option(help="as for train: differ, agree or any")] = "any",
     unlabelled: Annotated[float | None, typer.Option(help="as for train")] = None,
     context: Annotated[str, typer.Option(help="as for train: a concept that is no factor")] = "",
@@ -127,10 +132,21 @@ def dims(
     from ..data import load_latents
     from ..train.run_folder import dims as run_dims
 
-    data = load_latents(latents)
+    if compare:
+        options: dict[str, Any] = {"others": others, "unlabelled": unlabelled, "held_out": held_out, "seed": seed}
+        _compare(latents, plot, method="linear" if method == "all" else method, context=context or None, **options)
+        return
+    if len(latents) > 1 or plot is not None:
+        raise ValueError("dims: several files and --plot need --compare, which takes one or more of them")
+    data = load_latents(latents[0])
     methods = ("linear", "published", "paper") if method == "all" else (method,)
-    options: dict[str, Any] = {"others": others, "unlabelled": unlabelled, "held_out": held_out, "seed": seed}
-    options["context"] = context or None
+    options = {
+        "others": others,
+        "unlabelled": unlabelled,
+        "held_out": held_out,
+        "seed": seed,
+        "context": context or None,
+    }
     found = {name: run_dims(data, method=name, **options) for name in methods}
     table = Table("factor", *methods)
     for name in found[methods[0]]:
@@ -144,6 +160,27 @@ def dims(
             highlight=False,
             soft_wrap=True,
         )
+
+
+def _compare(latents: list[Path], plot: Path | None, **options: Any) -> None:
+    """A table of factor sizes with a column for each file, and the picture."""
+    from ..train.run_folder import compare_dims
+
+    found = compare_dims(latents, **options)
+    table = Table("factor", *map(escape, found))
+    for factor in dict.fromkeys(name for sizes in found.values() for name in sizes):
+        cells = (
+            f"{sizes[factor]} ({sizes[factor] / sum(sizes.values()):.0%})" if factor in sizes else ""
+            for sizes in found.values()
+        )
+        table.add_row(escape(factor), *cells)
+    table.add_section()
+    table.add_row("dimensions", *(str(sum(sizes.values())) for sizes in found.values()))
+    console.print(table)
+    if plot is not None:
+        from ..report import plot_dims
+
+        _wrote(plot_dims(found, plot), f"shares of {len(found)} files")
 
 
 def encode(run: Run, latents: LatentsFile, out: Out, device: Device = "cpu") -> None:
@@ -218,6 +255,34 @@ def interpolate(
     position = torch.linspace(0, 1, steps).repeat(len(start))
     save_arrays(out, {"z": z.transpose(0, 1).reshape(-1, z.shape[2]), "position": position})
     _wrote(out, f"{len(position)} latents, {steps} for each of {len(start)} ways")
+
+
+def axis(
+    run: Run,
+    latents: LatentsFile,
+    with_: Annotated[Path, typer.Option("--with", show_default=False, help="latents that have something")],
+    without: Annotated[Path, typer.Option(show_default=False, help="latents that don't")],
+    out: Out,
+    factor: Annotated[
+        list[str] | None, typer.Option(help="stay within this one; several times for several. Default: all")
+    ] = None,
+    position: Annotated[
+        list[float] | None, typer.Option(help="how far, 1 is from mean to mean; several times. Default: 0, 0.5, 1")
+    ] = None,
+    device: Device = "cpu",
+) -> None:
+    """Move latents along the direction from those without something to those with it. Writes z, way after way, and positions."""
+    import torch
+
+    from ..data import save_arrays
+    from ..train.run_folder import axis as run_axis
+
+    places = position or [0.0, 0.5, 1.0]
+    z = run_axis(run, with_, without, latents, places, factor or None, device=device)
+    save_arrays(
+        out, {"z": z.transpose(0, 1).reshape(-1, z.shape[2]), "position": torch.tensor(places).repeat(z.shape[1])}
+    )
+    _wrote(out, f"{z.shape[0] * z.shape[1]} latents, {len(places)} for each of {z.shape[1]}")
 
 
 def sample(

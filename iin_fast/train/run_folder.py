@@ -24,7 +24,20 @@ from ..iin import IIN, Factors
 from ..iin.model import outlier_share
 
 __all__ = [
-    *("decode", "dims", "encode", "evaluate", "interpolate", "load_function", "report", "sample", "score", "swap"),
+    *(
+        "axis",
+        "compare_dims",
+        "decode",
+        "dims",
+        "encode",
+        "evaluate",
+        "interpolate",
+        "load_function",
+        "report",
+        "sample",
+        "score",
+        "swap",
+    ),
 ]
 
 BATCH = 8192  # rows in one pass
@@ -69,6 +82,26 @@ def dims(
         return fit_linear(data, train, tuple(concepts), seed=seed).sizes
     batches = Batches(data, units(data, train), concepts, seed=seed, others=others, unlabelled=unlabelled)
     return estimate_sizes(data, batches, method=method)
+
+
+def compare_dims(latents: Mapping[str, Source] | Sequence[PathLike], **options: Any) -> dict[str, dict[str, int]]:
+    """How many dimensions each concept asks for in several layers or networks: name to what :func:`dims` says.
+
+    Args:
+        latents: name to latents; or files, whose names count without ending.
+        **options: of :func:`dims`.
+
+    Raises:
+        TypeError, ValueError: as :func:`dims`; two files of one name.
+    """
+    if not isinstance(latents, Mapping):
+        files = [Path(file) for file in latents]
+        same = len({file.stem for file in files}) < len(files)  # layer1/z.npz, layer2/z.npz
+        named: dict[str, Source] = {str(file.with_suffix("")) if same else file.stem: file for file in files}
+        if len(named) < len(files):
+            raise ValueError(f"compare_dims: latents are {list(map(str, files))}, expected each file once")
+        latents = named
+    return {name: dims(source, **options) for name, source in latents.items()}
 
 
 @torch.no_grad()
@@ -196,6 +229,49 @@ def interpolate(
     z_a, z_b = (z[list(rows)].to(device) for rows in (start, end))
     own, other = (None if context is None else context[list(rows)].to(device) for rows in (start, end))
     return model.interpolate(z_a, z_b, steps, factor, context=own, context_b=other).cpu()
+
+
+@torch.no_grad()
+def axis(
+    run: PathLike,
+    with_: Source,
+    without: Source,
+    latents: Source,
+    positions: Sequence[float] = (0, 0.5, 1),
+    factor: str | Sequence[str] | None = None,
+    *,
+    device: str = "cpu",
+) -> Tensor:
+    """Latents moved along the direction in factor space from latents without something to latents with it.
+
+    Args:
+        run: the run folder.
+        with_, without: the two groups, by whose means the direction goes; see :meth:`iin_fast.IIN.axis`.
+        latents: what is moved, ``[n, dim]``.
+        positions: how far: 0 is as it is, 1 the whole way between the means.
+        factor: stay within these factors, a name or several; by default in all.
+        device: where the model runs.
+
+    Returns:
+        ``[positions, n, dim]``.
+
+    Raises:
+        TypeError, ValueError, FileNotFoundError: no model in ``run``, latents that don't fit it, an unknown factor.
+    """
+    model = IIN.load(run, device=device)
+
+    def on_device(source: Source) -> list[Tensor | None]:
+        return [None if x is None else x.to(device) for x in _z(run, model, source)]
+
+    (a, own), (b, other) = on_device(with_), on_device(without)
+    assert a is not None and b is not None
+    direction = model.axis(a, b, factor, context=own, without_context=other)
+    z, context = _z(run, model, latents)
+    parts = [
+        model.traverse(rows, direction, positions, context=known).cpu()
+        for rows, known in in_parts(model, BATCH, z, context)
+    ]
+    return torch.cat(parts, 1)
 
 
 def sample(run: PathLike, n: int, *, context: Context = None, seed: int = 0, device: str = "cpu") -> Tensor:

@@ -29,7 +29,7 @@ from iin_fast.data import Latents, load_latents, save_arrays
 from iin_fast.evaluate import evaluate
 from iin_fast.train import Settings, run_folder, split_rows, train
 
-COMMANDS = ("train", "dims", "encode", "decode", "swap", "interpolate", "sample", "score", "evaluate", "report")
+COMMANDS = ("train", "dims", "encode", "decode", "swap", "interpolate", "axis", "sample", "score", "evaluate", "report")
 SMALL = "--n-flows 2 --hidden-dim 16 --batch 16 --learning-rate 3e-3 --accelerator cpu".split()
 
 
@@ -178,6 +178,27 @@ def test_dims(file, latents):
             assert re.search(rf"{name}.*\b{size}\b", output)
 
 
+def test_dims_of_several_layers_side_by_side(file, latents, tmp_path):
+    """A layer that mirrors color alone gives it more of its dimensions."""
+    color = latents.labels[:, 1]
+    z = torch.nn.functional.one_hot(color, 3).float() @ torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    z = z + 0.1 * torch.randn(z.shape, generator=torch.Generator().manual_seed(1))
+    layer = save_arrays(tmp_path / "layer.npz", {"z": z, "labels": latents.labels, "names": np.array(latents.names)})
+    code, output = run("dims", file, layer, "--compare", "--plot", tmp_path / "new" / "dims.png")
+    assert code == 0, output
+    found = run_folder.compare_dims([file, layer])
+    assert list(found) == ["latents", "layer"] and found["latents"] == run_folder.dims(latents)
+    assert found["layer"]["color"] == 2 and found["layer"]["color"] / 6 > found["layer"]["digit"] / 6
+    assert f"{found['layer']['color']} (33%)" in output and "latents" in output and "layer" in output
+    assert (tmp_path / "new" / "dims.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "b").mkdir()
+    other = save_arrays(tmp_path / "b" / "layer.npz", {"z": latents.z, "labels": latents.labels})
+    assert list(run_folder.compare_dims([layer, other])) == [str(layer)[:-4], str(other)[:-4]]
+    for words in ((file, layer), (file, "--plot", tmp_path / "x.png")):
+        code, output = run("dims", *words)
+        assert code == 2 and "need --compare" in output
+
+
 @pytest.mark.parametrize("method", ["linear", "published"])
 @pytest.mark.parametrize("kind", ["labels", "missing", "pairs"])
 def test_dims_are_the_sizes_that_train_takes(kind, method, settings, tmp_path):
@@ -256,6 +277,25 @@ def test_interpolate_and_sample(trained, file, latents, tmp_path):
     assert run("sample", trained, "--n", 7, "--seed", 3, "--out", out)[0] == 0
     expected = model.sample(7, torch.Generator().manual_seed(3))
     assert np.array_equal(np.load(out)["z"], expected)
+
+
+def test_axis(trained, latents, tmp_path):
+    """From one digit to another: in the factor digit, and not in color."""
+    digit = latents.labels[:, 0]
+    groups = {k: save_arrays(tmp_path / f"{k}.npz", {"z": latents.z[digit == k]}) for k in (0, 1)}
+    some = save_arrays(tmp_path / "some.npz", {"z": latents.z[digit == 0][:5]})
+    words = ("--with", groups[1], "--without", groups[0], "--factor", "digit", "--position", 0, "--position", 2)
+    code, output = run("axis", trained, some, *words, "--out", tmp_path / "way.npz")
+    assert code == 0 and "10 latents, 2 for each of 5" in output, output
+    way = np.load(tmp_path / "way.npz")
+    assert way["position"].tolist() == [0, 2] * 5
+    model = IIN.load(trained)
+    with torch.no_grad():
+        direction = model.axis(latents.z[digit == 1], latents.z[digit == 0], "digit")
+        start, end = model.encode(latents.z[digit == 0][:5]), model.encode(torch.from_numpy(way["z"][1::2]))
+    assert direction.norm() > 0.1
+    torch.testing.assert_close(end.tensor, start.tensor + 2 * direction, rtol=0, atol=1e-3)
+    torch.testing.assert_close(torch.from_numpy(way["z"][::2]), latents.z[digit == 0][:5], rtol=0, atol=1e-4)
 
 
 def test_evaluate_and_report(trained, file, latents, tmp_path):
