@@ -342,11 +342,17 @@ def evaluate(
         list[str] | None, typer.Option(help="look at this one; several times for several. Default: all")
     ] = None,
     decoder: Annotated[
-        str, typer.Option(help="what --judge reads is made of latents by this: package.module:name or file.py:name")
+        str,
+        typer.Option(
+            help="what --judge or --features reads is made of latents by this: package.module:name or file.py:name"
+        ),
     ] = "",
     judge: Annotated[
         str,
         typer.Option(help="reads swaps: a function to class probabilities of each concept. Default: small networks"),
+    ] = "",
+    features: Annotated[
+        str, typer.Option(help="without labels: reads what --decoder makes of samples, a function to \\[n, features]")
     ] = "",
     max_samples: Annotated[int, typer.Option(help="most samples a metric is taken on")] = 2000,
     seed: Annotated[int, typer.Option(help="of all draws")] = 0,
@@ -363,6 +369,7 @@ def evaluate(
             concepts=concept or None,
             decoder=decoder or None,
             judge=judge or None,
+            features=features or None,
             max_samples=max_samples,
             seed=seed,
             device=device,
@@ -385,6 +392,14 @@ def show_evaluation(found: dict[str, Any]) -> None:
         console.print(escape(verdict["text"]), highlight=False, soft_wrap=True)
     if "values" in found:
         console.print(_values(found["values"]))
+    if "frechet" in found:
+        distance = found["frechet"]
+        console.print(
+            f"Fréchet distance from {distance['n']} held-out ones, in {distance['in']}: samples {distance['iin']:.4g}, of a Gaussian "
+            f"{distance['gaussian']:.4g}, what it learned on {distance['train']:.4g}",
+            highlight=False,
+            soft_wrap=True,
+        )
     if "pairs" in found:
         console.print(_correlations(found["pairs"]))
     console.print(

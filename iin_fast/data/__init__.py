@@ -9,6 +9,7 @@ from .adapters import (
     pool_features,
     unpool_features,
 )
+from .augment import augmentation_pairs
 from .encode import encode_all, write_latents
 from .latents import MISSING, Latents, class_context, load_latents, save_arrays
 
@@ -18,6 +19,7 @@ __all__ = [
     "HuggingFaceAdapter",
     "Latents",
     "LayerAdapter",
+    "augmentation_pairs",
     "class_context",
     "encode_all",
     "from_huggingface",

@@ -3,6 +3,7 @@
 from .baselines import LinearFactors, MeanShift
 from .correlation import pair_correlation, shared_correlation
 from .dci import dci, dci_from_importances
+from .frechet import frechet_distance, sample_quality
 from .information import factor_label_information, label_entropy
 from .likelihood import gaussian_nats_per_dim, invertibility_error, nats_per_dim, normal_nats_per_dim
 from .mig import mig
@@ -21,6 +22,7 @@ __all__ = [
     "evaluate",
     "evaluate_unlabelled",
     "factor_label_information",
+    "frechet_distance",
     "gaussian_nats_per_dim",
     "invertibility_error",
     "judge_accuracy",
@@ -32,6 +34,7 @@ __all__ = [
     "normal_nats_per_dim",
     "pair_correlation",
     "pair_verdict",
+    "sample_quality",
     "sap",
     "shared_correlation",
     "swap_success",

@@ -332,6 +332,7 @@ def evaluate(
     concepts: Sequence[str] | None = None,
     decoder: Callable[[Tensor], Any] | str | None = None,
     judge: Callable[[Any], Any] | str | None = None,
+    features: Callable[[Any], Any] | str | None = None,
     max_samples: int = 2000,
     seed: int = 0,
     device: str = "cpu",
@@ -347,6 +348,8 @@ def evaluate(
         concepts: which to look at; by default all.
         decoder, judge: who reads the swaps, as for :func:`iin_fast.evaluate.evaluate`; or where they are, for
             :func:`load_function`. A decoder is there for a judge of your own.
+        features: without labels: a function from what the decoder makes (or from latents) to ``[n, features]``, or where it is;
+            the Fréchet distance of samples is taken there. See :func:`iin_fast.evaluate.sample_quality`.
         max_samples, seed, progress: of :func:`iin_fast.evaluate.evaluate`.
         device: where the model and the decoder run.
 
@@ -364,8 +367,10 @@ def evaluate(
     model = IIN.load(folder, device=device)
     data, train_rows, held_rows = _held_out(folder, latents)
     _, context = _z(folder, model, data)
-    if decoder is not None and judge is None:
-        raise ValueError("evaluate: decoder is given without judge, expected both: a judge reads what it makes")
+    if decoder is not None and judge is None and features is None:
+        raise ValueError(
+            "evaluate: decoder is given without judge, expected both: a judge reads what it makes; or features, without labels"
+        )
     settings: dict[str, Any] = {"max_samples": max_samples, "seed": seed, "progress": progress, "device": device}
     settings |= {"decoder": _function(decoder), "judge": _function(judge)}
     # A concept that is known anyway is none that factors should hold.
@@ -375,7 +380,12 @@ def evaluate(
             given = "learn_on" if judge is None else "judge"
             what = f"concepts is {list(concepts)}" if concepts else f"{given} is given"
             raise ValueError(f"evaluate: {what}, but {data.path or 'latents'} has no labels")
-        return _evaluate_density(folder, model, data, context, train_rows, held_rows, seed)
+        seen: dict[str, Any] = {"decoder": _function(decoder), "features": _function(features), "n": max_samples}
+        return _evaluate_density(folder, model, data, context, train_rows, held_rows, seed, seen)
+    if features is not None:
+        raise ValueError(
+            "evaluate: features is given, expected none for latents with labels; use iin_fast.evaluate.sample_quality"
+        )
     learned, learned_context = data, context
     if learn_on is not None:
         learned = _latents(learn_on, folder)
@@ -556,9 +566,10 @@ def _evaluate_density(
     train_rows: NDArray[np.int64] | None,
     held_rows: NDArray[np.int64],
     seed: int,
+    seen: dict[str, Any],
 ) -> dict[str, Any]:
     """What can be said without labels."""
-    from ..evaluate import evaluate_unlabelled
+    from ..evaluate import evaluate_unlabelled, sample_quality
     from . import split_rows
     from .batches import units
 
@@ -576,6 +587,12 @@ def _evaluate_density(
         for name, rows in (("shared", held_rows), ("train_shared", train_rows)):
             options[name] = data.shared[torch.from_numpy(units(data, rows))]
     result = evaluate_unlabelled(model, data.z[held_rows], data.z[train_rows], **options)
+    if min(len(held_rows), len(train_rows)) > 1:
+        seen |= {"seed": seed, "context": options.get("context")}
+        result["frechet"] = sample_quality(model, data.z[held_rows], data.z[train_rows], **seen)
+        result["frechet"]["in"] = (
+            "features" if seen["features"] else "decoded samples" if seen["decoder"] else "latents"
+        )
     text = json.dumps(result, indent=2, allow_nan=False) + "\n"
     write_file(run / "evaluation.json", text.encode())
     return result

@@ -386,6 +386,14 @@ def test_without_labels(kind, latents, tmp_path):
     with torch.no_grad():
         nats = -IIN.load(folder).log_prob(z[held]).mean().item() / 8
     assert found["likelihood"]["iin"] == pytest.approx(nats, rel=1e-4)
+    distance = found["frechet"]
+    assert distance["n"] == 60 and distance["in"] == "latents" and distance["iin"] > 0
+    assert "Fréchet distance from 60 held-out ones, in latents" in output
+    (tmp_path / "mine.py").write_text("def decode(z):\n    return z[:, :3]\ndef read(x):\n    return x * 2\n")
+    mine = ("--decoder", f"{tmp_path / 'mine.py'}:decode", "--features", f"{tmp_path / 'mine.py'}:read")
+    assert "in features" in run("evaluate", folder, *mine)[1]
+    assert 0 < json.loads((folder / "evaluation.json").read_text())["frechet"]["train"] < 4 * distance["train"]
+    assert run("evaluate", folder)[0] == 0
     assert run("report", folder)[0] == 0
     text = (folder / "report.html").read_text()
     assert "mean shift" not in text.lower() and "nearest sample" not in text
