@@ -38,6 +38,10 @@ LATENTS = typer.Argument(
 LatentsFile = Annotated[Path, LATENTS]
 Run = Annotated[Path, typer.Argument(metavar="RUN", show_default=False, help="the folder that train wrote")]
 Out = Annotated[Path, typer.Option(show_default=False, help="file to write, .npz or .safetensors")]
+Shard = Annotated[
+    str,
+    typer.Option(show_default=False, help="i/n: part i of n of the rows, counted from 0; for files larger than memory"),
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …")]
 Context = Annotated[
     str,
@@ -66,6 +70,12 @@ def train(
         float | None,
         typer.Option(show_default=False, help="in place of --steps: times that each row is seen, on average"),
     ] = None,
+    rows: Annotated[
+        int | None,
+        typer.Option(
+            show_default=False, help="train on so many, drawn at random. Default: all, or of a large file some"
+        ),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, …, in place of --accelerator and --devices")] = "",
     accelerator: Annotated[str, typer.Option(help="auto, cpu or cuda")] = "auto",
     devices: Annotated[int, typer.Option(help="of each node; under torchrun its environment counts")] = 1,
@@ -79,14 +89,18 @@ def train(
     and after a crash the same command with --resume loses nothing.
     """
     from ..data import load_latents
+    from ..data.rows import training_rows
     from ..train import early_end, held_out_rise, inspect_latents, loss_rise
     from ..train import train as run_training
 
     keep_freed_memory()
     if latents is None and not resume:
         raise ValueError("LATENTS is missing: iin-fast train LATENTS --out RUN; --resume alone knows those of its run")
-    data = None if latents is None else load_latents(latents)
-    if data is not None and not resume and os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
+    fresh = latents is not None and not (resume and (out / "run.json").is_file())
+    data: Any = latents  # of a resume the training knows the rows
+    if latents is not None and fresh:
+        data = load_latents(latents, sample=rows or training_rows(latents))
+    if fresh and os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
         for line in (*data.notes, *inspect_latents(data).lines()):
             console.print(f"[yellow]note:[/yellow] {escape(line)}", highlight=False, soft_wrap=True)
     where: dict[str, Any] = {"accelerator": accelerator, "devices": devices, "nodes": nodes, "strategy": strategy}
@@ -183,12 +197,12 @@ def _compare(latents: list[Path], plot: Path | None, **options: Any) -> None:
         _wrote(plot_dims(found, plot), f"shares of {len(found)} files")
 
 
-def encode(run: Run, latents: LatentsFile, out: Out, device: Device = "cpu") -> None:
+def encode(run: Run, latents: LatentsFile, out: Out, shard: Shard = "", device: Device = "cpu") -> None:
     """Translate latents into factors: one array \\[n, size] for each factor."""
     from ..data import save_arrays
     from ..train.run_folder import encode as run_encode
 
-    factors = run_encode(run, latents, device=device)
+    factors = run_encode(run, _part(latents, shard), device=device)
     save_arrays(out, dict(factors))
     sizes = ", ".join(f"{name} {size}" for name, size in factors.sizes.items())
     _wrote(out, f"{factors.tensor.shape[0]} samples in {sizes} dimensions")
@@ -310,13 +324,14 @@ def score(
         Path | None,
         typer.Option(help="latents of the usual kind, not trained on. Default: what train held out"),
     ] = None,
+    shard: Shard = "",
     device: Device = "cpu",
 ) -> None:
     """Find outliers: writes each latent's log_prob, in nats, and outlier_score, the share of usual ones that is likelier."""
     from ..data import save_arrays
     from ..train.run_folder import score as run_score
 
-    log_prob, outlier_score = run_score(run, latents, held_in, device=device)
+    log_prob, outlier_score = run_score(run, _part(latents, shard), held_in, device=device)
     save_arrays(out, {"log_prob": log_prob, "outlier_score": outlier_score})
     share = (outlier_score >= 0.95).double().mean().item()
     _wrote(
@@ -501,6 +516,18 @@ def _correlations(pairs: dict[str, Any]) -> Table:
                 shown = ["" if value is None else f"{value:.2f}" for value in values]
                 table.add_row(f"pairs {text.format(escape(name))}", *shown, goal)
     return table
+
+
+def _part(latents: Path, shard: str) -> Any:
+    """Latents, or part i of n of them."""
+    from ..data import load_latents
+
+    if not shard:
+        return latents
+    i, slash, n = shard.partition("/")
+    if not (slash and i.isdigit() and n.isdigit()):
+        raise ValueError(f"--shard is {shard!r}, expected a part and their number like 0/8")
+    return load_latents(latents, shard=(int(i), int(n)))
 
 
 def _class_or_file(text: str) -> int | Path | None:

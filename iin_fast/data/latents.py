@@ -9,6 +9,7 @@ import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from ..files import (
 from ..iin.factors import RESIDUAL
 from . import tables
 from .labels import Concept, in_bins, read_concept
+from .rows import chosen_rows, read_rows
 
 __all__ = ["MISSING", "Latents", "class_context", "load_latents", "save_arrays"]
 
@@ -65,6 +67,7 @@ class Latents:
         classes: concept to what its codes stand for, where its labels were texts.
         values: concept to numbers ``[n]``, NaN where unknown, of a continuous one; its labels are bins of equal counts.
         edges: concept to the inner edges of these bins.
+        sampled_from: rows of the file, where these are a random sample of them; or None.
         notes: sentences that say what was taken for what, and what was left out.
     """
 
@@ -77,6 +80,7 @@ class Latents:
     classes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     values: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     edges: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    sampled_from: int | None = None
     notes: tuple[str, ...] = ()
 
     @classmethod
@@ -263,7 +267,9 @@ class Latents:
         return digest.hexdigest()
 
 
-def load_latents(path: str | os.PathLike[str]) -> Latents:
+def load_latents(
+    path: str | os.PathLike[str], *, sample: int | None = None, shard: tuple[int, int] | None = None
+) -> Latents:
     """Latents from a file of arrays (.npz, .npy, .safetensors, .pt) or a table (.csv, .parquet, .arrow, a dataset's folder).
 
     Arrays:
@@ -276,8 +282,15 @@ def load_latents(path: str | os.PathLike[str]) -> Latents:
 
     In a .safetensors file ``names`` is a JSON list in the metadata. ``images`` ``[n, …]``, numbers or texts, may be there
     for pictures; with pairs for the first samples, then the second ones. Tables are read as :meth:`Latents.of` reads them:
-    a Hugging Face dataset is the folder that its ``save_to_disk`` wrote. ``notes`` of the result says what was left out. A file
-    .npy is not loaded but mapped.
+    a Hugging Face dataset is the folder that its ``save_to_disk`` wrote. ``notes`` of the result says what was left out.
+
+    A file .npy, or a folder of them with one array in each (``z.npy``, ``digit.npy``), is not loaded but mapped. Of files larger than
+    memory take a part: .npy and Parquet are then read in pieces.
+
+    Args:
+        path: the file or folder.
+        sample: at most so many rows, drawn at random; always the same ones.
+        shard: (i, n): part i of n, counted from 0, of the rows in order.
 
     Raises:
         FileNotFoundError: no such file.
@@ -295,15 +308,21 @@ def load_latents(path: str | os.PathLike[str]) -> Latents:
         ('labels', 4, 2, ('digit',))
     """
     file = Path(path)
+    rows = None if sample is None and shard is None else partial(chosen_rows, sample=sample, shard=shard)
     if file.suffix in tables.ENDINGS and file.is_file() or tables.is_table_folder(file):
-        return _of_table(str(file), tables.read_table(file), None, file)
+        table, n = tables.read_table(file, rows)
+        return _sampled(_of_table(str(file), table, None, file), n if sample else None)
     arrays = _read_any(file)
-    names = arrays.get("names")
-    if names is not None:
-        names = np.asarray(names)
-        if names.ndim != 1 or names.dtype.kind not in "US":
-            raise TypeError(f"{file}: names is {names.dtype} of shape {list(names.shape)}, expected a list of strings")
-        names = [text.decode(errors="replace") if isinstance(text, bytes) else str(text) for text in names.tolist()]
+    if rows is not None:
+        if any(key in arrays for key in _PAIRS):
+            raise ValueError(f"{file}: holds pairs, of which no sample or shard is read")
+        n = max((len(array) for array in arrays.values() if array.ndim), default=0)
+        chosen = rows(n)
+        arrays = {
+            k: read_rows(array, chosen) if array.ndim and len(array) == n else array for k, array in arrays.items()
+        }
+        return _sampled(_of_arrays(str(file), arrays, _names_of(file, arrays), file), n if sample else None)
+    names = _names_of(file, arrays)
     pair_keys = [key for key in _PAIRS if key in arrays]
     if "z" in arrays and pair_keys:
         raise ValueError(f"{file}: holds z and {pair_keys}, expected samples or pairs, not both")
@@ -317,6 +336,21 @@ def load_latents(path: str | os.PathLike[str]) -> Latents:
         options: dict[str, Any] = {"shared": shared, "images": arrays.get("images"), "path": file}
         return Latents.of_pairs(arrays["za"], arrays["zb"], factor, names, **options)
     return _of_arrays(str(file), arrays, names, file)
+
+
+def _sampled(latents: Latents, n: int | None) -> Latents:
+    """Latents that are a sample of ``n``, if they are."""
+    return latents if n is None or n == latents.n else replace(latents, sampled_from=n)
+
+
+def _names_of(file: Path, arrays: Mapping[str, Any]) -> list[str] | None:
+    names: Any = arrays.get("names")
+    if names is not None:
+        names = np.asarray(names)
+        if names.ndim != 1 or names.dtype.kind not in "US":
+            raise TypeError(f"{file}: names is {names.dtype} of shape {list(names.shape)}, expected a list of strings")
+        names = [text.decode(errors="replace") if isinstance(text, bytes) else str(text) for text in names.tolist()]
+    return names
 
 
 def _of_table(where: str, table: Any, images: Any, path: Path | None) -> Latents:
@@ -419,6 +453,8 @@ def _read_any(file: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{file}: no such file, expected latents")
     if file.suffix == ".npy":
         return {"z": _read_npy(file)}
+    if file.is_dir() and any(file.glob("*.npy")):
+        return {part.stem: _read_npy(part) for part in sorted(file.glob("*.npy"))}
     if file.suffix in (".pt", ".pth"):
         return _read_torch(file)
     if file.suffix not in (".npz", ".safetensors"):

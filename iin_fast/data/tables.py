@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,56 +31,72 @@ def is_table_folder(folder: Path) -> bool:
     )
 
 
-def read_table(path: Path) -> Any:
-    """The table in a file, or in a folder that ``datasets`` or pyarrow wrote.
+def read_table(path: Path, rows: Callable[[int], NDArray[np.int64]] | None = None) -> tuple[Any, int]:
+    """The table in a file, or in a folder that ``datasets`` or pyarrow wrote, and its number of rows.
+
+    Args:
+        path: the file or folder.
+        rows: given the number of rows, those to read, in order; by default all. Of Parquet and Arrow the others are passed by.
 
     Raises:
         ImportError: the library that reads it is missing.
         ValueError: a damaged file, or one that unpacks to far more than its size.
     """
-    if path.is_dir() and not any((path / name).is_file() for name in HUGGING_FACE):
-        arrow = _arrow()
-        return arrow.concat_tables([read_table(file) for file in sorted(path.glob("*.parquet"))])
-    if path.is_dir():
+    if path.is_dir() and any((path / name).is_file() for name in HUGGING_FACE):
         try:
             from datasets import load_from_disk
         except ImportError as error:
             raise ImportError(f"{path} is read by datasets: pip install 'iin-fast[tables]'") from error
-        return load_from_disk(str(path))
+        table = load_from_disk(str(path))
+        if isinstance(table, Mapping):  # splits
+            table = table["train"] if "train" in table else next(iter(table.values()))
+        return (table if rows is None else table.select(rows(len(table)))), len(table)
     arrow = _arrow()
-    most = LEAST_ROOM + MOST_RATIO * path.stat().st_size
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    most = LEAST_ROOM + MOST_RATIO * sum(file.stat().st_size for file in files)
+    opened: Any
     try:
-        if path.suffix in (".csv", ".tsv"):
-            return _read_csv(path)
-        if path.suffix == ".parquet":
-            import pyarrow.parquet
+        with ExitStack() as stack:
+            if path.suffix in (".csv", ".tsv"):
+                table = _read_csv(path)
+                return (table if rows is None else table.take(rows(len(table)))), len(table)
+            if files[0].suffix == ".parquet":
+                from pyarrow import parquet
 
-            with pyarrow.parquet.ParquetFile(path) as opened:
-                meta = opened.metadata
-                groups = [meta.row_group(i).total_byte_size for i in range(meta.num_row_groups)]
-                _check_size(max(sum(groups), meta.num_rows * meta.num_columns), most)
-                return _within(opened.iter_batches(), opened.schema_arrow, most)
-        with arrow.memory_map(str(path)) as source:
-            try:
-                opened = arrow.ipc.open_file(source)
-                batches = (opened.get_batch(i) for i in range(opened.num_record_batches))
-            except arrow.ArrowInvalid:
-                source.seek(0)
-                opened = batches = arrow.ipc.open_stream(source)
-            return _within(batches, opened.schema, most)
+                parts = [stack.enter_context(parquet.ParquetFile(file)) for file in files]
+                n = sum(part.metadata.num_rows for part in parts)
+                groups = [part.metadata.row_group(i) for part in parts for i in range(part.metadata.num_row_groups)]
+                if rows is None:
+                    _check_size(
+                        max(sum(group.total_byte_size for group in groups), n * len(parts[0].schema_arrow)), most
+                    )
+                batches, schema = (batch for part in parts for batch in part.iter_batches()), parts[0].schema_arrow
+            else:
+                source = stack.enter_context(arrow.memory_map(str(path)))
+                try:
+                    opened = arrow.ipc.open_file(source)
+                    batches = (opened.get_batch(i) for i in range(opened.num_record_batches))
+                    n = sum(opened.get_batch(i).num_rows for i in range(opened.num_record_batches))
+                except arrow.ArrowInvalid:
+                    source.seek(0)
+                    opened = batches = arrow.ipc.open_stream(source)
+                    n = 0
+                schema = opened.schema
+            table = _within(batches, schema, most, None if rows is None or not n else rows(n))
+            if rows is not None and not n:  # a stream does not know its length
+                return table.take(rows(len(table))), len(table)
+            return table, n or len(table)
     except Exception as error:  # pyarrow raises many types for bytes that are none of its own
-        raise ValueError(f"{path}: damaged or no {path.suffix} table ({error})") from error
+        raise ValueError(f"{path}: damaged or no {files[0].suffix} table ({error})") from error
 
 
 def columns_of(table: Any) -> tuple[dict[str, NDArray[Any]], list[str]]:
     """The columns as arrays: ``[n]``, or ``[n, size]`` of lists of one length; and the names of what is neither.
 
-    Of a dictionary of Hugging Face splits the one called ``train`` is taken. Their class labels become texts.
+    Class labels of Hugging Face become texts.
     """
     arrow = _arrow()
     named: dict[str, list[str]] = {}
-    if isinstance(table, Mapping):  # splits
-        table = table["train"] if "train" in table else next(iter(table.values()))
     if hasattr(table, "with_format"):
         named = {name: kind.names for name, kind in table.features.items() if getattr(kind, "names", None)}
         table = table.with_format("arrow")[:]
@@ -122,11 +139,15 @@ def _read_csv(path: Path) -> Any:
     )
 
 
-def _within(batches: Iterator[Any], schema: Any, most: int) -> Any:
-    """All batches as a table, unless they are larger than ``most`` bytes."""
-    kept, size = [], 0
+def _within(batches: Iterator[Any], schema: Any, most: int, rows: NDArray[np.int64] | None = None) -> Any:
+    """All batches, or these rows of them, as a table, unless they are larger than ``most`` bytes."""
+    kept, size, start = [], 0, 0
     for batch in batches:
-        size += batch.nbytes
+        stop = start + len(batch)
+        if rows is not None:
+            own = rows[np.searchsorted(rows, start) : np.searchsorted(rows, stop)]
+            batch = batch.take(_arrow().array(own - start))
+        start, size = stop, size + batch.nbytes
         _check_size(size, most)
         kept.append(batch)
     return _arrow().Table.from_batches(kept, schema)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import Latents, class_context, load_latents
+from ..data.rows import training_rows
 from ..files import npz_bytes, read_json, safetensors_library, write_file
 from ..iin import IIN, FactorLoss, Factors, Inputs, checkpoint
 from ..iin.factors import RESIDUAL
@@ -50,6 +51,7 @@ def train(
     resume: bool = False,
     force: bool = False,
     epochs: float | None = None,
+    rows: int | None = None,
     device: str | None = None,
     accelerator: str = "auto",
     devices: int = 1,
@@ -78,6 +80,8 @@ def train(
             processes, the result is that of a run that never stopped, bit for bit.
         force: take away the run that ``out`` holds, and train anew.
         epochs: in place of ``steps``: how many times each row is seen, on average.
+        rows: of a file, train on so many rows, drawn at random; by default all, or of a large file (over 1 GiB of .npy, Parquet or
+            Arrow) what fills 128 MiB, which is more rows than a default training draws.
         device: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``, in place of ``accelerator`` and ``devices``.
         accelerator, devices, nodes, strategy: of Lightning Fabric: ``"auto"``, ``"cpu"``, ``"cuda"``, …; devices of each
             node; ``"auto"`` or ``"ddp"``. Under torchrun its environment counts, and ``devices`` and ``nodes`` are left.
@@ -121,7 +125,14 @@ def train(
         latents = before.get("latents", {}).get("path")
         if latents is None:
             raise ValueError(f"train: latents are missing, and {run} holds no run that says which they are")
-    data = latents if isinstance(latents, Latents) else load_latents(latents)
+    if isinstance(latents, Latents):
+        data = latents
+        if rows is not None and rows != data.n:
+            raise ValueError(f"train: rows is {rows} of latents in memory, expected a file of latents with it")
+    else:
+        data = load_latents(
+            latents, sample=before.get("latents", {}).get("rows") or rows or training_rows(Path(latents))
+        )
     settings = _resumed(settings, before, run)
     known = _facts(data, settings)
     if epochs is not None:
@@ -526,7 +537,8 @@ class _Training:
         record = {
             "format": "iin_fast.run",
             "version": 1,
-            "latents": {"path": path, "kind": data.kind, "sha256": self.fingerprint},
+            "latents": {"path": path, "kind": data.kind, "sha256": self.fingerprint}
+            | ({"rows": data.n, "of": data.sampled_from} if data.sampled_from else {}),
             "n": data.n,
             "dim": data.dim,
             "names": list(data.names),

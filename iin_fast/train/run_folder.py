@@ -438,8 +438,9 @@ def latents_of_run(run: Path, latents: Source | None = None) -> Latents | None:
     """The latents given, else those that the run was trained on; None where they are not there any more."""
     if latents is not None:
         return _latents(latents, run)
-    path = recorded(run).get("latents", {}).get("path")
-    return _latents(path, run) if path and Path(path).exists() else None
+    found = recorded(run).get("latents", {})
+    path = found.get("path")
+    return _latents(load_latents(path, sample=found.get("rows")), run) if path and Path(path).exists() else None
 
 
 def load_function(where: str) -> Callable[..., Any]:
@@ -544,9 +545,14 @@ def _held_out(run: Path, latents: Source | None) -> tuple[Latents, NDArray[np.in
         raise ValueError(f"{run}: does not say which latents it was trained on; name the latents")
     if latents is None and not Path(path).exists():
         raise FileNotFoundError(f"{path}: no such file, although the run was trained on it; name the latents")
-    data = _latents(path if latents is None else latents, run)
+    if latents is None:  # of a large file the same sample
+        latents = load_latents(path, sample=trained.get("rows"))
+        own = True
+    else:
+        own = False
+    data = _latents(latents, run)
     if data.fingerprint() != trained.get("sha256"):
-        if latents is None:
+        if own:
             raise ValueError(f"{path}: changed since the training; name latents that are held out")
         return data, None, np.arange(data.n)
     train_rows, held_rows = read_split(run / "split.npz")

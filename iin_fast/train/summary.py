@@ -28,6 +28,8 @@ def summary(
         run: the run folder.
     """
     lines = [("latents", f"{data.n:,} rows × {data.dim} features: {train:,} to train on, {held_out:,} held out")]
+    if data.sampled_from:
+        lines.append(("sampled", f"at random from {data.sampled_from:,} rows of the file (--rows)"))
     if data.shared is not None:
         pairs = [f"{name} {int(count):,}" for name, count in zip(data.names, data.shared.sum(0), strict=True)]
         lines.append(("pairs", f"{len(data.shared):,}, which share {', '.join(pairs)}"))

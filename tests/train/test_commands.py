@@ -118,6 +118,31 @@ def test_force_trains_anew_and_epochs_count_rows(file, tmp_path):
     assert (folder / "model.safetensors").exists()
 
 
+def test_a_sample_to_train_on_and_shards_to_go_through(latents, tmp_path):
+    place, folder = tmp_path / "large", tmp_path / "run"
+    place.mkdir()
+    for name, array in {"z": latents.z, "digit": latents.labels[:, 0], "color": latents.labels[:, 1]}.items():
+        np.save(place / f"{name}.npy", array)
+    code, output = run("train", place, "--out", folder, "--steps", 20, "--rows", 300, *SMALL)
+    assert code == 0 and "300 rows × 8 features" in output and "at random from 600 rows" in output, output
+    found = record(folder)["latents"]
+    assert (found["rows"], found["of"], found["path"]) == (300, 600, str(place))
+    assert run("train", "--out", folder, "--resume", "--steps", 30, "--device", "cpu")[0] == 0
+    assert record(folder)["latents"] == found
+    code, output = run("evaluate", folder, "--max-samples", 100)
+    assert code == 0 and json.loads((folder / "evaluation.json").read_text())["samples"]["scored"] == 30, output
+    for command in ("encode", "score"):
+        parts = []
+        for i in range(3):
+            assert run(command, folder, place, "--shard", f"{i}/3", "--out", tmp_path / f"{i}.npz")[0] == 0
+            parts.append(np.load(tmp_path / f"{i}.npz"))
+        assert run(command, folder, place, "--out", tmp_path / "all.npz")[0] == 0
+        for name, whole in np.load(tmp_path / "all.npz").items():
+            np.testing.assert_allclose(np.concatenate([part[name] for part in parts]), whole, rtol=1e-4, atol=1e-4)
+    code, output = run("encode", folder, place, "--shard", "3", "--out", tmp_path / "x.npz")
+    assert code == 2 and "--shard is '3', expected a part and their number like 0/8" in output
+
+
 def test_every_setting_is_an_option():
     """A field of Settings needs no more than its line and its entry in the docstring."""
 
