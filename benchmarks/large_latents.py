@@ -18,13 +18,15 @@ import numpy as np
 
 from iin_fast.data.rows import chosen_rows, training_rows
 
+# VmHWM is of this program alone; getrusage would count the parent, too.
 COMMAND = """
-import resource, sys
+import sys
 from iin_fast.cli import app
 try:
     app(sys.argv[1:])
 finally:
-    print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
+    with open("/proc/self/status") as status:
+        print("peak", next(line for line in status if line.startswith("VmHWM")).split()[1], file=sys.stderr)
 """
 
 

@@ -16,7 +16,7 @@ from ..checks import checked_int
 __all__ = ["chosen_rows", "read_rows", "training_rows"]
 
 LARGE = 2**30  # bytes of a file that a training samples from
-ELEMENTS = 2**25  # of such a sample: 128 MiB of float32
+ELEMENTS = 2**24  # of such a sample: 64 MiB of float32
 TABLE_ROWS = 500_000
 CHUNK = 8192  # rows that are read together
 

@@ -81,7 +81,7 @@ def train(
         force: take away the run that ``out`` holds, and train anew.
         epochs: in place of ``steps``: how many times each row is seen, on average.
         rows: of a file, train on so many rows, drawn at random; by default all, or of a large file (over 1 GiB of .npy, Parquet or
-            Arrow) what fills 128 MiB, which is more rows than a default training draws.
+            Arrow) what fills 64 MiB.
         device: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``, in place of ``accelerator`` and ``devices``.
         accelerator, devices, nodes, strategy: of Lightning Fabric: ``"auto"``, ``"cpu"``, ``"cuda"``, …; devices of each
             node; ``"auto"`` or ``"ddp"``. Under torchrun its environment counts, and ``devices`` and ``nodes`` are left.

@@ -48,6 +48,16 @@ def test_a_feature_that_is_mostly_zero_tells_what_its_other_values_tell(estimato
     assert information(order * x[:, None], y, estimator=estimator) == pytest.approx(0.05 * np.log(2), abs=0.01)
 
 
+@pytest.mark.parametrize("noise", [0, 1e-12, 1e-7])
+@pytest.mark.parametrize("estimator", ["neighbours", "bins"])
+def test_an_almost_constant_feature_tells_a_rare_label(estimator, noise):
+    # 98 % of the rows have one value, up to rounding; the others are of the other class, fewer than a bin holds.
+    random = np.random.default_rng(6)
+    y = (np.arange(2000) < 40).astype(int)
+    x = np.where(y == 1, random.uniform(1, 2, 2000), 0.3) + noise * random.standard_normal(2000)
+    assert information(x[:, None], y, estimator=estimator) == pytest.approx(label_entropy(y), abs=0.003)
+
+
 @pytest.mark.parametrize("values", [1, 7, 20, 25, 400])
 def test_bins_hold_equal_values_together_and_are_not_more_than_asked_for(values):
     x = np.random.default_rng(5).permutation(np.arange(2000) % values).astype(float)
