@@ -41,6 +41,7 @@ __all__ = ["MISSING", "Latents", "class_context", "load_latents", "save_arrays"]
 # Names under which a file or a table may hold latents, labels of all concepts, and the samples themselves.
 _Z = ("z", "X", "x", "latents", "embeddings", "embedding", "features")
 _LABELS = ("labels", "y", "targets")
+_LABEL = ("y", "label", "target", "class")  # of one concept, whatever it holds
 _IMAGES = ("images", "image", "text", "texts", "sentence", "sentences", "caption")
 _NOTES = ("names", "donor", "position", "log_prob", "outlier_score")  # of the commands that write latents
 _PAIRS = ("za", "zb", "factor", "shared")
@@ -400,22 +401,12 @@ def _of_arrays(
     if "labels" in named or any(name in named and named[name].ndim == 2 for name in _LABELS):
         labels = named.pop(next(name for name in _LABELS if name in named))
     else:
-        found, own = {}, []
-        for name in [
-            name for name, array in named.items() if array.ndim == 1 and len(array) == len(z) and name not in _NOTES
-        ]:
-            array = to_numpy(named[name])
-            known = array[array == array]
-            distinct = len(np.unique(known)) if array.dtype.kind != "O" else 2
-            fractions = array.dtype.kind == "f" and (known % 1 != 0).any()
-            if distinct < 2 or (distinct > _OWN * len(z) and not fractions):
-                own.append(f"{name!r} ({'one value alone' if distinct < 2 else 'nearly each row has its own'})")
-            else:
-                found[name] = array
+        found, own = _concepts(named, len(z))
+        for name in (*found, *own):
             del named[name]
         labels = found or None
         if own:
-            notes.append(f"no concepts: {', '.join(own)}")
+            notes.append(f"no concepts: {', '.join(f'{name!r} ({why})' for name, why in own.items())}")
         if found and names is not None and len(names) == len(found) == 1:
             labels, names = dict(zip(names, found.values(), strict=True)), None
         elif found and names is not None:
@@ -429,6 +420,26 @@ def _of_arrays(
         bins = len(latents.edges[name]) + 1
         notes.append(f"{name!r} is continuous: pairs share it where both are in one of {bins} bins of equal counts")
     return replace(latents, notes=tuple(notes))
+
+
+def _concepts(arrays: Mapping[str, Any], n: int) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, str]]:
+    """Arrays ``[n]`` that are labels of a concept, and those that tell no classes, with the reason."""
+    found: dict[str, np.ndarray[Any, Any]] = {}
+    own: dict[str, str] = {}
+    for name, values in arrays.items():
+        array = to_numpy(values)
+        if array.shape != (n,) or name in _NOTES or array.dtype.kind not in "fiubUSO":
+            continue
+        known = array[array == array]
+        distinct = len(np.unique(known)) if array.dtype.kind != "O" else 2
+        fractions = array.dtype.kind == "f" and (known % 1 != 0).any()
+        if distinct < 2:
+            own[name] = "one value alone"
+        elif distinct > _OWN * n and not fractions and name not in _LABEL:
+            own[name] = "nearly each row has its own"
+        else:
+            found[name] = array
+    return found, own
 
 
 def _is_float(array: Any) -> bool:

@@ -162,7 +162,8 @@ def test_arrays_under_other_names(tmp_path):
 
     usual = saved(X=Z, y=ANIMALS)
     assert usual.names == ("y",) and usual.labels[:, 0].tolist() == CODES and usual.notes == ("latents are 'X'",)
-    assert saved(z=Z, labels=ANIMALS).names == ("label",)
+    assert saved(z=Z, labels=ANIMALS).names == ("label",) and saved(z=Z, y=np.arange(N)).labels.unique().numel() == N
+    assert saved(z=Z, day=np.arange(N).astype("datetime64[D]")).notes == ("left out: 'day' [60]",)
     assert saved(z=Z, labels=ANIMALS, names=["animal"]).names == ("animal",)
     each = saved(vectors=Z, animal=ANIMALS, age=AGE, picture=np.zeros((N, 4, 4)), id=np.arange(N), same=np.ones(N))
     assert each.names == ("animal", "age") and each.notes[:3] == (
