@@ -431,7 +431,7 @@ def report(
     from ..report import write_report
 
     data = latents_of_run(Path(run), latents)
-    return write_report(run, latents=data, decoder=_function(decoder), images=None if data is None else _images(data))
+    return write_report(run, latents=data, decoder=_function(decoder))
 
 
 def latents_of_run(run: Path, latents: Source | None = None) -> Latents | None:
