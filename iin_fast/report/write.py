@@ -46,6 +46,7 @@ WORDS = {
     "settings/decay_start": "step from which it falls to 0",
     "settings/weight_decay": "weight decay",
     "settings/clip": "longest gradient",
+    "settings/contrast": "weight of the contrast",
     "settings/noise": "noise on the latents, in standard deviations",
     "settings/noise_end": "noise after three tenths of the steps",
     "settings/held_out": "share held out",

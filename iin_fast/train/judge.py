@@ -15,6 +15,8 @@ __all__ = ["SwapJudge"]
 HIDDEN, STEPS, BATCH, RATE, DECAY, NOISE = 64, 400, 256, 3e-3, 1e-2, 0.2
 SWAPS = 2000  # of each concept
 MARGIN = 1.2
+READ, NOT_READ = 0.5, 0.2
+RIDGE = 0.01  # of the covariance of standardised features
 MOST_REPEATS = 8  # of a row that keeps the rest, with another donor each time
 
 
@@ -45,7 +47,8 @@ class SwapJudge:
         assert latents.labels is not None
         self.z, self.context = latents.z, context
         self.labels = {name: latents.labels[:, latents.names.index(name)] for name in concepts}
-        self.inputs = Inputs.of(self.z[torch.from_numpy(train)])
+        self.train = torch.from_numpy(train)
+        self.inputs = Inputs.of(self.z[self.train])
         random = np.random.default_rng([seed, 3])
         self.keepers: dict[str, Tensor] = {}
         self.donors: dict[str, Tensor] = {}
@@ -60,17 +63,44 @@ class SwapJudge:
             groups = [np.flatnonzero(place == k) for k in range(len(classes))]
             donor = np.array([random.choice(groups[k]) for k in given])
             self.keepers[name], self.donors[name] = torch.from_numpy(rows[order]), torch.from_numpy(rows[donor])
-        self.networks = {name: self._learned(column, train, seed) for name, column in self.labels.items()}
+        self.networks = {name: self._learned(name, seed) for name in self.labels}
 
     @property
     def rows(self) -> int:
         """Held-out rows that swaps are judged on."""
         return min((len(rows.unique()) for rows in self.keepers.values()), default=0)
 
-    def _learned(self, column: Tensor, train: NDArray[np.int64], seed: int) -> nn.Module:
-        rows = torch.from_numpy(train)
+    def hidden(self) -> tuple[str, ...]:
+        """Concepts that the networks read from held-out rows, and class means in white coordinates do not.
+
+        Reading is balanced accuracy, rescaled so that chance is 0.
+        """
+        found = []
+        for name, keepers in self.keepers.items():
+            x, y = self._known(name, self.train)
+            unseen, truth = self._known(name, keepers.unique())
+            classes = y.unique()
+            if len(classes) < 2:
+                continue
+            means = torch.stack([x[y == k].mean(0) for k in classes]).double()
+            centre = means.mean(0)
+            spread = x.double().T.cov() + RIDGE * torch.eye(x.shape[1], dtype=torch.float64)
+            directions = torch.linalg.solve(spread, (means - centre).T)
+            by_means = unseen.double() @ directions - ((means + centre) / 2 * directions.T).sum(1)
+            answers = classes[by_means.argmax(1)], self.networks[name](unseen).argmax(1)
+            linear, network = (_balanced(answer, truth, len(classes)) for answer in answers)
+            if linear < NOT_READ and network > READ:
+                found.append(name)
+        return tuple(found)
+
+    def _known(self, name: str, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """What networks see of those rows that have a label, and the labels."""
+        column = self.labels[name]
         rows = rows[column[rows] != MISSING]
-        x, y = self._seen(self.z[rows]), column[rows]
+        return self._seen(self.z[rows]), column[rows]
+
+    def _learned(self, name: str, seed: int) -> nn.Module:
+        x, y = self._known(name, self.train)
         generator = torch.Generator().manual_seed(seed)
         # Every class is drawn as often.
         weights = 1.0 / torch.bincount(y)[y].double()
@@ -125,3 +155,9 @@ class SwapJudge:
             (sums - difference * count).square().sum().sqrt() / len(rows) * (len(count) / max(1, len(count) - 1)) ** 0.5
         )
         return bool(difference > MARGIN * error)
+
+
+def _balanced(answer: Tensor, truth: Tensor, classes: int) -> float:
+    """Share of right answers, every class counting alike, rescaled so that chance is 0 and all right is 1."""
+    right = torch.stack([(answer[truth == k] == k).double().mean() for k in truth.unique()]).mean().item()
+    return (right - 1 / classes) / (1 - 1 / classes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..data import Latents, class_context, load_latents
+from ..data import MISSING, Latents, class_context, load_latents
 from ..data.rows import training_rows
 from ..files import npz_bytes, read_json, safetensors_library, write_file
 from ..iin import IIN, FactorLoss, Factors, Inputs, checkpoint
@@ -41,6 +42,9 @@ __all__ = ["train"]
 HELD_OUT_PAIRS = 1024
 # What the loss may rise by, in nats per dimension of either latent, and over how many steps it is averaged.
 MOST_RISE, RECENT_STEPS = 10.0, 10
+REDRAW_EVERY = 5  # evaluations
+FOUND = 0.5  # of the swaps that the linear solution misses
+CONTRAST_RHO = 0.9  # less than that of the loss: odds less steep
 
 
 def train(
@@ -154,7 +158,7 @@ def train(
         fabric.barrier()  # nothing is written before all have looked
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            training = _Training(fabric, data, run, settings, found, progress)
+            training = _Training(fabric, data, run, settings, found, progress, known.hidden)
             if progress and fabric.is_global_zero:
                 print("\n".join([*training.summary(), settings.text(known)]), flush=True)
             model = training.run()
@@ -170,9 +174,9 @@ def train(
 class _Objective(nn.Module):
     """The model with its loss as one module, so that what wraps it sees a scalar."""
 
-    def __init__(self, model: IIN, rho: float) -> None:
+    def __init__(self, model: IIN, rho: float, contrast: float = 0.0) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.contrast = model, contrast
         self.loss = FactorLoss(rho, normalized=True)
 
     def forward(self, za: Tensor, zb: Tensor, shared: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -184,15 +188,39 @@ class _Objective(nn.Module):
         a, b = (Factors._wrap(part, self.model.sizes) for part in factors.tensor.chunk(2))
         logdet_a, logdet_b = logdet.chunk(2)
         loss = self.loss.from_factors(a, logdet_a, b, logdet_b, shared).mean()
+        if self.contrast:
+            loss = loss + self.contrast * contrast(a, b, shared)
         with torch.no_grad():
             square = factors.tensor.double().square().sum(1)
             nll = 0.5 * square - logdet.double() + 0.5 * self.model.dim * math.log(2 * math.pi)
         return loss, nll.mean() / self.model.dim
 
 
+def contrast(a: Factors, b: Factors, shared: Tensor) -> Tensor:
+    """Cross-entropy in nats, summed over concepts, of whether pairs share a concept, as its factor says it.
+
+    The odds are those of the loss: the density of the pair if it shares the concept, over that of two independent samples. The
+    likelihood of pairs gains nothing from a factor that begins to hold a concept while the others still hold it too; this does.
+    """
+    total = a.tensor.new_zeros(())
+    for name, share in zip(a, shared.T, strict=False):  # without the residual
+        x, y, square = a[name], b[name], 1 - CONTRAST_RHO**2
+        common = CONTRAST_RHO * x * y - 0.5 * CONTRAST_RHO**2 * (x.square() + y.square())
+        odds = (common / square - 0.5 * math.log(square)).sum(1)
+        total = total + nn.functional.binary_cross_entropy_with_logits(odds, share.to(odds.dtype))
+    return total
+
+
 class _Training:
     def __init__(
-        self, fabric: Any, data: Latents, run: Path, settings: Any, found: Path | None, progress: bool
+        self,
+        fabric: Any,
+        data: Latents,
+        run: Path,
+        settings: Any,
+        found: Path | None,
+        progress: bool,
+        hidden: tuple[str, ...] = (),
     ) -> None:
         self.fabric, self.data, self.folder, self.settings, self.show = fabric, data, run, settings, progress
         train_rows, held_rows = split_rows(data, settings.held_out, settings.seed)
@@ -228,7 +256,7 @@ class _Training:
 
         self.fingerprint = data.fingerprint()
         if found is None:
-            model = self._fresh(concepts, train_rows)
+            model = self._fresh(concepts, train_rows, hidden)
             self.progress = state.Progress(0, {}, torch.zeros(fabric.world_size, 3, dtype=torch.float64), {}, {})
         else:
             model, self.progress = state.load(found)
@@ -242,7 +270,7 @@ class _Training:
                 state.publish(run, model, self.progress)
             self._write_record(model, train_rows, held_rows)
         self.model = model
-        self.objective = _Objective(model, settings.rho)
+        self.objective = _Objective(model, settings.rho, settings.contrast)
         matrices = [p for name, p in model.named_parameters() if "weight" in name]
         others = [p for name, p in model.named_parameters() if "weight" not in name]
         optimizer = torch.optim.AdamW(
@@ -275,7 +303,7 @@ class _Training:
         given = settings.factors or {}
         return summary(self.data, self.model, given, settings.dims_method, *self.rows, device, self.folder)
 
-    def _fresh(self, concepts: tuple[str, ...], train_rows: np.ndarray[Any, Any]) -> IIN:
+    def _fresh(self, concepts: tuple[str, ...], train_rows: np.ndarray[Any, Any], hidden: tuple[str, ...]) -> IIN:
         settings = self.settings
         rows = self.z[torch.from_numpy(train_rows)]
         inputs = Inputs.of(rows) if settings.standardise else None
@@ -289,32 +317,61 @@ class _Training:
                     f"train: the estimate gives {empty} no dimension ({sizes}); give factors, or take "
                     "dims_method='linear'"
                 )
+        if hidden and settings.dims_method == "linear":
+            sizes = self._hidden_sizes(concepts, train_rows, hidden) | sizes
         sizes = {name: sizes[name] for name in concepts if name in sizes}
         if concepts and (settings.start == "linear" or len(sizes) < len(concepts)):
             linear = fit_linear(replace(self.data, z=self.z), train_rows, concepts, sizes, settings.seed)
             sizes = {name: linear.sizes[name] for name in concepts}
-            if settings.start == "linear":
+            if settings.start != "random":
                 inputs = linear.start()
-        elif settings.start == "linear":
+        elif settings.start != "random":
             inputs = white_inputs(rows)
-        model = IIN(
+        model = self._drawn(sizes if concepts else None, inputs, settings.seed)
+        if settings.start == "random":
+            self._initialize(model)
+        else:
+            model.start_as_identity()
+        return model
+
+    def _hidden_sizes(
+        self, concepts: tuple[str, ...], train_rows: np.ndarray[Any, Any], hidden: tuple[str, ...]
+    ) -> dict[str, int]:
+        """Sizes where some concepts lie in no direction: those get one for each class, what the others leave allowing.
+
+        The others are estimated without them. What two concepts decide together would count as a part of both.
+        """
+        data = replace(self.data, z=self.z)
+        visible = tuple(name for name in concepts if name not in hidden)
+        found = fit_linear(data, train_rows, visible, {}, self.settings.seed).sizes if visible else {}
+        sizes = {name: found[name] for name in visible}
+        room = Inputs.of(data.z[torch.from_numpy(train_rows)]).live - sum(sizes.values())
+        assert data.labels is not None
+        for name in hidden:
+            labels = data.labels[:, data.names.index(name)]
+            classes = len(labels[labels != MISSING].unique())
+            sizes[name] = max(1, min(classes, room // len(hidden)))
+        return sizes
+
+    def _drawn(self, sizes: dict[str, int] | None, inputs: Inputs | None, seed: int) -> IIN:
+        """A model with random weights."""
+        settings = self.settings
+        return IIN(
             self.data.dim,
-            sizes if concepts else None,
+            sizes,
             settings.n_flows,
             settings.hidden_dim,
             settings.hidden_depth,
-            generator=torch.Generator().manual_seed(settings.seed),
+            generator=torch.Generator().manual_seed(seed),
             coupling=settings.coupling,
             context_dim=0 if self.context is None else self.context.shape[1],
             inputs=inputs,
             dtype=self.dtype,
         )
-        if settings.start == "linear":
-            model.start_as_identity()
-        else:
-            za, zb, _, *context = self._pairs(0, slice(None))  # the whole batch, in every process alike
-            model.initialize(torch.cat([za, zb]), *context)
-        return model
+
+    def _initialize(self, model: IIN) -> None:
+        za, zb, _, *context = self._pairs(0, slice(None))  # the whole batch, in every process alike
+        model.initialize(torch.cat([za, zb]), *context)
 
     def _pairs(self, step: int, own: slice) -> list[Tensor]:
         """What step ``step`` learns from: rows ``own`` of its batch, as :class:`_Objective` takes them.
@@ -354,7 +411,7 @@ class _Training:
                 Bar(settings.steps, self.progress.step, self.show and fabric.is_global_zero) as bar,
             ):
                 self.clock, self.since = time.perf_counter(), self.progress.step
-                if self.progress.step == 0 and settings.start == "linear":
+                if self.progress.step == 0 and settings.start != "random":
                     self._start(log)
                 steps = range(self.progress.step, settings.steps)
                 if 0 < settings.patience <= self.progress.stale:  # a resume of what has stopped early
@@ -392,6 +449,8 @@ class _Training:
                     line = evaluate or last or done % settings.log_every == 0
                     if line:
                         self._line(rate, evaluate, log, bar)
+                    if evaluate and self._lost():
+                        self._redraw()
                     stop, enough = stopped.is_set(), evaluate and 0 < settings.patience <= self.progress.stale
                     if fabric.world_size > 1:  # all stop at one step: they agree where they meet anyway
                         flags = torch.tensor([float(stop), float(enough)])
@@ -433,10 +492,34 @@ class _Training:
         self.clock, self.since = time.perf_counter(), done
 
     def _start(self, log: Log | None) -> None:
-        """The linear solution is the first model to keep, and the first checkpoint."""
+        """The linear solution is the first model to keep. It is the first checkpoint, or what is drawn in its place is."""
         if log is not None and self.held_out is not None:
             log.write(0, self._look())
+        if self.settings.start == "redrawn":
+            self._redraw()
         self._save(log)
+
+    @torch.no_grad()
+    def _redraw(self) -> None:
+        """Random weights in place of those of the flow, others at each step; the optimizer begins anew."""
+        inputs = copy.deepcopy(self.model.inputs)
+        assert inputs is not None
+        drawn = self._drawn(self.model.sizes, inputs.cpu(), self.settings.seed + self.progress.step)
+        self._initialize(drawn)
+        self.model.load_state_dict(drawn.state_dict())
+        for moments in self.raw_optimizer.state.values():
+            for value in moments.values():
+                value.zero_()
+        self.progress.stale, self.progress.lowest_loss = 0, math.inf
+
+    def _lost(self) -> bool:
+        """Whether a redrawn flow has found so little of what the linear solution misses that other weights may do better."""
+        done, every = self.progress.step, REDRAW_EVERY * self.settings.held_out_every
+        if self.settings.start != "redrawn" or done % every or 2 * done > self.settings.steps:
+            return False
+        swaps = self.progress.swaps
+        lost = self.judge is not None and bool(1 - swaps["best"].mean() > FOUND * (1 - swaps["first"].mean()))
+        return bool(self.fabric.broadcast(lost))  # the first process has the judge
 
     @torch.no_grad()
     def _look(self) -> dict[str, float]:
@@ -581,7 +664,10 @@ def _facts(data: Latents, settings: Settings) -> Facts:
     if len(held_rows) and not Batches(data, units(data, held_rows), _concepts(data, settings), **options).empty:
         held = len(held_rows)
     live = Inputs.of(data.z[torch.from_numpy(train_rows)]).live
-    return Facts(len(train_rows), held, min(live, len(train_rows) - 1), data.kind)
+    hidden: tuple[str, ...] = ()
+    if settings.start in (None, "redrawn") and data.labels is not None and held:
+        hidden = SwapJudge(data, train_rows, held_rows, _concepts(data, settings), seed=settings.seed).hidden()
+    return Facts(len(train_rows), held, min(live, len(train_rows) - 1), data.kind, hidden)
 
 
 def _fabric(accelerator: str, devices: int, nodes: int, strategy: str, settings: Any, device: str | None = None) -> Any:

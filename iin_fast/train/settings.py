@@ -19,6 +19,7 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "learning_rate": (lambda x: 0 < x < math.inf, "more than 0"),
     "weight_decay": (lambda x: 0 <= x < math.inf, "a finite number from 0"),
     "clip": (lambda x: 0 <= x < math.inf, "a finite number from 0"),
+    "contrast": (lambda x: 0 <= x < math.inf, "a finite number from 0"),
     "held_out": (lambda x: 0 <= x < 1, "0 to below 1"),
     "noise": (lambda x: 0 <= x < math.inf, "a finite number from 0"),
     "noise_end": (lambda x: 0 <= x < math.inf, "a finite number from 0"),
@@ -32,7 +33,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "preset": ("auto", "paper"),
     "dims_method": ("linear", "published", "paper"),
     "others": ("differ", "any", "agree"),
-    "start": ("linear", "random"),
+    "start": ("linear", "redrawn", "random"),
     "coupling": ("affine", "spline"),
     "keep": ("last", "best", "swaps"),
     "precision": PRECISIONS,
@@ -52,6 +53,7 @@ PAPER: dict[str, Any] = {
     "warmup": 0,
     "weight_decay": 0.0,
     "clip": 0.0,
+    "contrast": 0.0,
     "noise": 0.0,
     "keep": "last",
     "patience": 0,
@@ -62,6 +64,7 @@ PAPER: dict[str, Any] = {
 SPEED = {"affine": 15e9, "spline": 5e9}
 MOST_STEPS, LEAST_STEPS = 3000, 200
 EVALUATIONS = 30
+CONTRAST = 10.0  # where concepts lie in no direction
 NOISE_FALLS = 0.1, 0.3  # from and to these shares of the steps
 PATIENT = 0.3  # share of the steps after which a training may end early: before, noise still falls, and the held-out loss with it
 
@@ -73,6 +76,7 @@ class Facts(NamedTuple):
     held_out: int  # rows
     dim: int  # directions in which the rows vary
     kind: str  # labels, pairs or unlabelled
+    hidden: tuple[str, ...] = ()  # concepts that small networks read, and no linear map
 
 
 @dataclass(frozen=True)
@@ -94,8 +98,9 @@ class Settings:
         others: in the concepts that a pair does not share, it may ``"differ"``, ``"agree"``, or fall as it may
             (``"any"``); see :class:`iin_fast.PairSampler`.
         unlabelled: share of the pairs that come from samples without any label; by default half, if there are any.
-        start: ``"linear"``: the flow starts as the identity behind the linear IIN, which training can only improve on; or
-            ``"random"``.
+        start: ``"linear"``: the flow starts as the identity behind the linear IIN, which training can only improve on;
+            ``"redrawn"``: the same is the first model to keep, then the flow's weights are drawn at random, which finds concepts
+            that no linear map reads; or ``"random"``.
         standardise: features of mean 0 and deviation 1 before the flow, as a part of the model; constant ones and copies of
             others are set aside and come back as they were. See :class:`iin_fast.iin.Inputs`. A linear start does so too.
         rho: correlation of a shared factor, between 0 and 1 exclusive.
@@ -112,6 +117,8 @@ class Settings:
         weight_decay: share of each weight matrix that a step takes off, times the learning rate (AdamW). From a linear start it
             pulls the flow back to the linear solution.
         clip: longest gradient, as a norm over all parameters; 0 for any length.
+        contrast: weight of a second loss, which asks of each pair whether it shares a concept, by the concept's factor alone. It
+            finds concepts that lie in no direction; by default 10 after a redrawn start, else 0.
         noise: deviation of the Gaussian noise that every step adds to its latents, in standard deviations of each feature
             over the training rows; 0 for none, as published. It keeps the flow from overfitting few latents.
         noise_end: deviation from three tenths of the steps on. The noise falls to it from one tenth on, each step by the same factor.
@@ -154,6 +161,7 @@ class Settings:
     decay_start: int | None = None
     weight_decay: float | None = None
     clip: float | None = None
+    contrast: float | None = None
     noise: float | None = None
     noise_end: float | None = None
     held_out: float = 0.1
@@ -210,7 +218,7 @@ class Settings:
         """These settings with a value for all that is None, by what the latents are."""
         if self.preset == "paper":
             return self
-        start = self.start or "linear"
+        start = self.start or ("redrawn" if facts.hidden else "linear")
         coupling = self.coupling or "affine"
         choice: dict[str, Any] = {
             "dims_method": "linear",
@@ -226,8 +234,9 @@ class Settings:
             "learning_rate": 2e-3,
             "weight_decay": 0.0,
             "clip": 1.0,
+            "contrast": CONTRAST if start == "redrawn" else 0.0,
             "patience": 4,
-            "noise": 0.5,
+            "noise": 0.1 if start == "redrawn" else 0.5,
             "noise_end": 0.05 if self.noise is None else min(0.05, self.noise),
             "keep": "last" if not facts.held_out else "swaps" if facts.kind == "labels" else "best",
         }
@@ -251,6 +260,8 @@ class Settings:
     def text(self, facts: Facts) -> str:
         """What a training with these settings does, in a few words."""
         rows = f"{facts.rows} latents ({facts.held_out} more held out) that vary in {facts.dim} directions"
+        if facts.hidden:
+            rows += f"; no linear map reads {', '.join(facts.hidden)}"
         noise = f"{self.noise:g}" if self.noise_end is None else f"{self.noise:g} to {self.noise_end:g}"
         return (
             f"{rows}: {self.start} start, {self.n_flows} {self.coupling} blocks of width {self.hidden_dim}, "

@@ -9,12 +9,15 @@ from run_folder import metrics, record
 
 pytest.importorskip("lightning_fabric")
 
+import iin_fast.train.loop as loop
 from iin_fast import IIN, LinearIIN, PairSampler
 from iin_fast.data import Latents
 from iin_fast.evaluate import gaussian_nats_per_dim
+from iin_fast.iin import Factors
 from iin_fast.train import Settings, early_end, split_rows, train
 from iin_fast.train.judge import SwapJudge
-from iin_fast.train.settings import NOISE_FALLS, PAPER, PATIENT, Facts
+from iin_fast.train.loop import CONTRAST_RHO, contrast
+from iin_fast.train.settings import CONTRAST, NOISE_FALLS, PAPER, PATIENT, Facts
 
 SHORT = {"steps": 30, "n_flows": 2, "hidden_dim": 16}
 
@@ -26,6 +29,16 @@ def additive(n=600, dim=12, seed=0, noise=0.3):
     means = torch.randn(2, 4, dim, generator=generator)
     z = means[0, labels[:, 0]] + means[1, labels[:, 1]] + noise * torch.randn(n, dim, generator=generator)
     return Latents.of(z, labels, ["digit", "color"])
+
+
+def signs(n=1500, seed=0):
+    """A concept that is the sign of a product: its classes have one mean."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 2, (n, 2), generator=generator)
+    x = 2.0 * labels - 1
+    parts = [x[:, :1], x[:, :1] * x[:, 1:], 0.5 * torch.randn(n, 4, generator=generator)]
+    z = torch.cat(parts, 1) @ torch.randn(6, 8, generator=generator)
+    return Latents.of(z + 0.1 * torch.randn(n, 8, generator=generator), labels, ["a", "product"])
 
 
 def paired(data):
@@ -98,8 +111,6 @@ def test_a_default_training_swaps_and_goes_on_after_a_stop(tmp_path, monkeypatch
     looks = [line for line in metrics(tmp_path / "whole") if line["held_out_loss"]]
     assert looks[0]["step"] == "0" and looks[0]["loss"] == "" and looks[-1]["step"] == "30"
     assert all(0 <= float(line["held_out_swaps"]) <= 1 for line in looks)
-
-    import iin_fast.train.loop as loop
 
     pairs = loop._Training._pairs
     monkeypatch.setattr(
@@ -199,3 +210,49 @@ def test_a_training_that_gains_nothing_more_stops(tmp_path):
     train(data, tmp_path / "run", settings, accelerator="cpu", resume=True)
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == model
     assert metrics(tmp_path / "run")[-1]["step"] == str(end)
+
+
+def test_contrast_is_the_cross_entropy_of_the_odds_of_pairs():
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"digit": 2, "color": 1, "residual": 3}
+    x, y = torch.randn(2, 5, 6, generator=generator, dtype=torch.float64)
+    shared = torch.tensor([[True, False], [False, True], [True, True], [False, False], [True, False]])
+    mixed = torch.tensor([[1, CONTRAST_RHO], [CONTRAST_RHO, 1]], dtype=torch.float64)
+    together = torch.distributions.MultivariateNormal(torch.zeros(2, dtype=torch.float64), mixed)
+    alone = torch.distributions.Normal(torch.zeros((), dtype=torch.float64), 1.0)
+    each = together.log_prob(torch.stack([x, y], -1)) - alone.log_prob(x) - alone.log_prob(y)
+    odds = torch.stack([each[:, :2].sum(1), each[:, 2]], 1)
+    expected = -torch.where(shared, odds.sigmoid(), (-odds).sigmoid()).log().mean(0).sum()
+    found = contrast(Factors._wrap(x, sizes), Factors._wrap(y, sizes), shared)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_a_concept_that_lies_in_no_direction_is_found(tmp_path):
+    data = signs(seed=2)
+    rows = split_rows(data, 0.1)
+    assert SwapJudge(data, *rows, data.names).hidden() == ("product",)
+    assert SwapJudge(additive(), *split_rows(additive(), 0.1), ("digit", "color")).hidden() == ()
+    settings = Settings(steps=300, n_flows=6, hidden_dim=64, held_out_every=30)
+    model = train(data, tmp_path / "run", settings, accelerator="cpu")
+    found = record(tmp_path / "run")["settings"]
+    assert (found["start"], found["contrast"]) == ("redrawn", CONTRAST)
+    looks = [float(line["held_out_swaps"]) for line in metrics(tmp_path / "run") if line["held_out_swaps"]]
+    assert looks[0] < 0.4  # the linear solution
+    assert model.sizes == {"a": 1, "product": 2, "residual": 5}
+    assert judged(data, tmp_path / "run", model) > 0.9
+
+
+def test_a_redrawn_start_goes_on_after_a_stop_and_keeps_the_linear_solution_if_it_gains_nothing(tmp_path):
+    data = additive()
+    settings = Settings(**SHORT, start="redrawn")
+    whole = train(data, tmp_path / "whole", settings, accelerator="cpu")
+    linear = train(data, tmp_path / "linear", Settings(**SHORT | {"steps": 1}, learning_rate=1e-12), accelerator="cpu")
+    assert torch.equal(whole.encode(data.z).tensor, linear.encode(data.z).tensor)
+    with pytest.MonkeyPatch.context() as patch:
+        pairs = loop._Training._pairs
+        patch.setattr(loop._Training, "_pairs", lambda self, step, own: pairs(self, step if step < 20 else 1 / 0, own))
+        with pytest.raises(ZeroDivisionError):
+            train(data, tmp_path / "run", settings, accelerator="cpu")
+    train(data, tmp_path / "run", settings, accelerator="cpu", resume=True)
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
