@@ -279,6 +279,8 @@ def measure(model: Model, batch: int, seconds: float) -> dict[str, Any]:
     runs: dict[str, Callable[[str], None]] = {"density": log_prob}
     if not model.frozen:
         runs["step"] = step
+        if batch == BATCHES[2]:  # what both sides pay
+            runs["optimizer"] = lambda side: optimizers[side].step()
     if model.sample is not None and batch == BATCHES[2]:
         runs["samples"] = sample
     return {

@@ -318,6 +318,14 @@ def gpu_table() -> str:
     return "\n".join(lines)
 
 
+def without_optimizer(cells: dict[str, Any]) -> float | None:
+    """The speed-up of a step where the optimizer, which both sides pay alike, costs nothing."""
+    if "step" not in cells or "optimizer" not in cells:
+        return None
+    own, fast = (cells["step"][side]["median"] - cells["optimizer"][side]["median"] for side in ("own", "accelerated"))
+    return float(own / fast)
+
+
 def dropin_table() -> str:
     """Speed-ups of the committed run of benchmarks/dropin.py."""
     result = json.loads((RESULTS / "dropin_cpu.json").read_text())
@@ -342,11 +350,15 @@ def dropin_table() -> str:
         more = [what for what in ("density", "samples") if any(what in b.get(middle, {}) for b in found.values())]
         titles = [title, "own, ms, at " + middle, *map(str, batches)]
         titles += [{"density": f"density at {middle}", "samples": "10,000 samples"}[what] for what in more]
+        bounds = {name: without_optimizer(by_batch.get(middle, {})) for name, by_batch in found.items()}
+        bounded = any(bounds.values())
+        titles += [f"step without Adam at {middle}"] * bounded
         lines += ["", f"| {' | '.join(titles)} |", "|---|" + "---:|" * (len(titles) - 1)]
         for name, by_batch in found.items():
             cells = [by_batch.get(str(batch), {}).get("step") for batch in batches]
             cells += [by_batch.get(middle, {}).get(what) for what in more]
             shown = ["" if cell is None else f"{cell['speedup']:.2g}" for cell in cells]
+            shown += [f"{bounds[name]:.2g}" if bounds[name] else ""] * bounded
             own = by_batch.get(middle, {}).get("step")
             lines.append(f"| {name} | {milliseconds(own and own['own'])} | {' | '.join(shown)} |")
     if "sbi train" in result:

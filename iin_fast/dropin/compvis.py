@@ -10,7 +10,7 @@ from torch import Tensor
 from ..functional import affine_coupling
 from .base import Library
 from .registry import Entry, eligible, worth_it
-from .stacks import Block, Unsupported, own_class, run, stack_of
+from .stacks import ROWS, Block, Unsupported, own_class, run, stack_of
 
 __all__ = ["LIBRARIES"]
 
@@ -240,7 +240,8 @@ def _embedded(self: Any, condition: Tensor) -> Tensor:
     return self.embedder(condition.flatten(1).float())  # type: ignore[no-any-return]
 
 
-NO_OUTPUTS = "as one op; last_outs and last_logdets stay empty"
+AS_ONE = f"as one op, on a CPU from batches of {ROWS} on, frozen ones at every size"
+NO_OUTPUTS = f"{AS_ONE}; last_outs and last_logdets stay empty"
 
 
 def _flat_parts(blocks: str, norm: str) -> tuple[str, ...]:
@@ -290,7 +291,7 @@ LIBRARIES = (
                     f"{IIN}.BasicFullyConnectedNet.forward",
                 ),
                 refuse=_refuse(iin_blocks),
-                note="as one op",
+                note=AS_ONE,
             ),
             Entry(f"{IIN}.DoubleVectorCouplingBlock", {"forward": coupling_flat}, affine=True),
             Entry(f"{IIN}.VectorActNorm", {"forward": _norm(squeezes_all=True)}, affine=True),
@@ -319,14 +320,14 @@ LIBRARIES = (
                 {"forward": _conditional(net2net_blocks, _embedded, ((), (1, 1)))},
                 relies_on=_net2net_parts,
                 refuse=_net2net_refuse,
-                note="as one op",
+                note=AS_ONE,
             ),
             Entry(
                 f"{BLOCKS}.ConditionalFlow",
                 {"forward": _conditional(net2net_blocks, _as_given, ((),))},
                 relies_on=_net2net_parts,
                 refuse=_net2net_refuse,
-                note="as one op",
+                note=AS_ONE,
             ),
             Entry(f"{BLOCKS}.DoubleVectorCouplingBlock", {"forward": coupling_four}, affine=True),
             Entry(f"{BLOCKS}.ConditionalDoubleVectorCouplingBlock", {"forward": coupling_conditional}, affine=True),

@@ -18,7 +18,7 @@ from ..ops.flow.layout import PANEL, pack, unpack
 from .class_factory import original
 from .registry import eligible, qualified
 
-__all__ = ["Block", "Stack", "Unsupported", "freeze", "own_class", "run", "stack_of"]
+__all__ = ["ROWS", "Block", "Stack", "Unsupported", "freeze", "own_class", "run", "stack_of"]
 
 ROWS = 128
 """Smaller batches run block by block on the CPU unless frozen: laying out the weights costs more than the op saves

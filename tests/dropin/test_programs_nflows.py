@@ -230,7 +230,8 @@ def test_what_cuts_a_program(name: str, calls: list[int]) -> None:
         x = T.CompositeTransform(list(own._transform._transforms[:4])).inverse(torch.full_like(x, 0.5))[0].detach()
     report = iin_fast.accelerate(made)
     text = next(line.why for line in report.replaced if line.path == "_transform")
-    assert text.startswith("8 of 9 layers run in programs") and f"({why})" in text
+    assert text.startswith("8 of 9 layers run in programs") and "parameters, at every batch size; cut by" in text
+    assert f"({why})" in text
     assert why in next(line.why for line in report.lines if line.path == "_transform._transforms.4")
     for model in (own, made):
         torch.manual_seed(5)

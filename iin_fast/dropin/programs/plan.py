@@ -422,7 +422,9 @@ class Summary(NamedTuple):
 
     def __str__(self) -> str:
         (some, layers), (few, parameters) = self.layers, self.parameters
-        text = f"{some} of {layers} layers run in programs, with {few:,} of {parameters:,} parameters"
+        text = (
+            f"{some} of {layers} layers run in programs, with {few:,} of {parameters:,} parameters, at every batch size"
+        )
         names = {f"{type(module).__name__} ({why})": None for module, why in self.cuts}
         return text + "".join(f"; cut by {name}" for name in names)
 
