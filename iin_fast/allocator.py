@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from ._library import libraries
 from .checks import checked_int
 
 __all__ = ["KeptResults", "keep_freed_memory", "keep_results", "kept_results"]
@@ -27,9 +28,9 @@ def kept_results() -> KeptResults:
     Results of 1 MiB or more, values and gradients, lie in memory that stays with the process when they are freed, for the
     next result of that size: else the system has to find and clear each page again, which can take as long as the op
     (docs/performance.md). No more is kept than was in use at once, and no more than ``most``; the oldest goes first.
-    With torch 2.10, which can't take such memory, nothing is kept.
+    With torch 2.10, which can't take such memory, and in a pure package nothing is kept.
     """
-    return KeptResults(*torch.ops.iin_fast.kept_memory.default(-1))
+    return KeptResults(*torch.ops.iin_fast.kept_memory.default(-1)) if libraries else KeptResults(0, 0, 0)
 
 
 def keep_results(most: int = 2**30) -> None:
@@ -41,7 +42,9 @@ def keep_results(most: int = 2**30) -> None:
     Raises:
         TypeError, ValueError: ``most`` is no integer, or below 0.
     """
-    torch.ops.iin_fast.kept_memory.default(checked_int("keep_results", "most", most, least=0))
+    most = checked_int("keep_results", "most", most, least=0)
+    if libraries:
+        torch.ops.iin_fast.kept_memory.default(most)
 
 
 def keep_freed_memory() -> bool:
