@@ -35,7 +35,8 @@ def main(names: list[str]) -> int:
             print(f"{name}: no class that accelerate knows")
             worst = 1
             continue
-        importlib.import_module(name.rpartition(".")[0])
+        for module in (name.rpartition(".")[0], *(library.modules if library is not None else ())):
+            importlib.import_module(module)
         cls = lookup(name)
         if programs is not None and functions is not None:
             functions = programs.named(cls, functions)
