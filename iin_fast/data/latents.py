@@ -48,6 +48,7 @@ _PAIRS = ("za", "zb", "factor", "shared")
 _OWN = (
     0.5  # a column of texts or integers in which more than this share of the rows has a value of its own is no concept
 )
+_MOST_CLASSES = 30  # of whole numbers in a table without lists and numbered columns
 _BLOCK = 2**22  # elements that are looked at together
 _CONVERT = "np.savez('latents.npz', z=z, labels=labels, names=['digit', 'color'])"
 
@@ -98,7 +99,8 @@ class Latents:
 
         Args:
             z: real floating-point numbers ``[n, dim]``, at least 2 features. Or a table, without ``labels``: latents are its
-                column of lists, or its numbered columns (z0, z1, …), or all that hold fractions; the others are concepts.
+                column of lists, or its numbered columns (z0, z1, …), or all that hold fractions or more than 30 whole numbers; the
+                others are concepts.
             labels: ``[n, concepts]``, ``[n]`` for one, name to ``[n]``, or a table; by default none. Integers, texts, or floats
                 that are whole numbers are classes; other floats are a continuous concept, which pairs see in bins of equal
                 counts. Unknown are -1, NaN, None and the empty text.
@@ -366,16 +368,23 @@ def _of_table(where: str, table: Any, images: Any, path: Path | None) -> Latents
                 numbered.setdefault(stem[1], []).append((int(stem[2]), name))
         chosen = [name for _, name in max(map(sorted, numbered.values()), key=len, default=[])]
         if len(chosen) < 2:
-            chosen = [name for name, c in single.items() if c.dtype.kind == "f" and (c[c == c] % 1 != 0).any()]
+            chosen = [name for name, column in single.items() if _is_measured(column)]
         if len(chosen) < 2:
             raise ValueError(
                 f"{where}: has the columns {list(columns)[:12]}, but none with lists of numbers, and no two numbered ones "
-                f"(z0, z1, …) or with fractions, which would be the latents; {_CONVERT} writes what you mean"
+                f"(z0, z1, …) or of measurements, which would be the latents; {_CONVERT} writes what you mean"
             )
         z = np.stack([columns.pop(name) for name in chosen], axis=1)
         notes.append(f"latents are the {len(chosen)} columns {chosen[0]} … {chosen[-1]}")
         columns = {"z": z.astype(z.dtype if z.dtype.kind == "f" else np.float32), **columns}
     return _of_arrays(where, columns | ({} if images is None else {"images": images}), None, path, notes)
+
+
+def _is_measured(column: np.ndarray[Any, Any]) -> bool:
+    """Whether a column holds measurements, not classes: fractions, or more whole numbers than there would be classes."""
+    if column.dtype.kind not in "fiu" or not np.isfinite(column).all():
+        return False
+    return bool((column % 1 != 0).any() or len(np.unique(column)) > _MOST_CLASSES)
 
 
 def _of_arrays(

@@ -155,6 +155,16 @@ def test_a_csv_without_header_and_one_with_gaps(tmp_path):
         load_latents(tmp_path / "words.csv")
 
 
+def test_a_table_of_measurements(tmp_path):
+    frames = pytest.importorskip("pandas")
+    made = {"size": Z[:, 0], "weight": np.arange(N) + 100, "grade": np.arange(N) % 7, "kind": ANIMALS}
+    latents = Latents.of(frames.DataFrame(made))
+    assert latents.dim == 2 and latents.names == ("grade", "kind")
+    assert latents.z[:, 1].tolist() == list(range(100, 160)) and latents.notes == (
+        "latents are the 2 columns size … weight",
+    )
+
+
 def test_arrays_under_other_names(tmp_path):
     def saved(**arrays):
         np.savez(tmp_path / "a.npz", **arrays)
@@ -208,14 +218,14 @@ from iin_fast.data import load_latents
 import pyarrow.parquet, pyarrow.ipc, pyarrow.csv
 load_latents(sys.argv[1])
 for place in sys.argv[2:]:
-    begin, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    begin, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     try:
         load_latents(place)
         error = ""
     except (TypeError, ValueError) as found:
         error = str(found)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before
-    print(json.dumps([place, time.perf_counter() - begin, grown, error]))
+    print(json.dumps([place, time.process_time() - begin, grown, error]))
 """
 
 
