@@ -315,7 +315,7 @@ def load_latents(
     if file.suffix in tables.ENDINGS and file.is_file() or tables.is_table_folder(file):
         table, n = tables.read_table(file, rows)
         return _sampled(_of_table(str(file), table, None, file), n if sample else None)
-    arrays = _read_any(file)
+    arrays = _read_any(file, whole=rows is None)
     if rows is not None:
         if any(key in arrays for key in _PAIRS):
             raise ValueError(f"{file}: holds pairs, of which no sample or shard is read")
@@ -467,14 +467,14 @@ def _labels(names: tuple[str, ...], concepts: Sequence[Concept]) -> dict[str, An
     }
 
 
-def _read_any(file: Path) -> dict[str, Any]:
+def _read_any(file: Path, whole: bool = True) -> dict[str, Any]:
     """The arrays of a file of any kind that holds arrays."""
     if not file.exists():
         raise FileNotFoundError(f"{file}: no such file, expected latents")
     if file.suffix == ".npy":
-        return {"z": _read_npy(file)}
+        return {"z": _read_npy(file, whole)}
     if file.is_dir() and any(file.glob("*.npy")):
-        return {part.stem: _read_npy(part) for part in sorted(file.glob("*.npy"))}
+        return {part.stem: _read_npy(part, whole) for part in sorted(file.glob("*.npy"))}
     if file.suffix in (".pt", ".pth"):
         return _read_torch(file)
     if file.suffix not in (".npz", ".safetensors"):
@@ -486,12 +486,17 @@ def _read_any(file: Path) -> dict[str, Any]:
     return read_arrays(file)
 
 
-def _read_npy(file: Path) -> np.ndarray[Any, Any]:
-    """An array of a .npy file, mapped: it is read where it is used."""
+def _read_npy(file: Path, whole: bool) -> np.ndarray[Any, Any]:
+    """An array of a .npy file, mapped: it is read where it is used.
+
+    What is to be used ``whole`` may be written to, in memory alone; the system grants that up to about its memory.
+    """
     try:
         with open(file, "rb") as stream:
             check_array(file.name, stream, file.stat().st_size)
-        return np.load(file, mmap_mode="c", allow_pickle=False)  # type: ignore[no-any-return]
+        return np.load(file, mmap_mode="c" if whole else "r", allow_pickle=False)  # type: ignore[no-any-return]
+    except OSError as error:
+        raise ValueError(f"{file}: can't be mapped whole ({error}); take a sample or a shard of its rows") from error
     except Exception as error:  # numpy raises many types for bytes that are none of its own
         raise ValueError(f"{file}: damaged or no .npy file of a plain array ({error})") from error
 

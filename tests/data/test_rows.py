@@ -99,3 +99,16 @@ def test_a_training_samples_what_is_large(tmp_path, monkeypatch):
     assert training_rows(tmp_path) == training_rows(tmp_path / "z.npy") == 100
     (tmp_path / "z.csv").write_bytes(bytes(2000))
     assert training_rows(tmp_path / "z.csv") is None and training_rows(tmp_path / "none.npy") is None
+
+
+def test_a_file_larger_than_memory_is_sampled(tmp_path):
+    """1 TB of holes."""
+    n = 4_000_000_000
+    with open(tmp_path / "z.npy", "wb") as stream:
+        np.lib.format.write_array_header_1_0(stream, {"descr": "<f4", "fortran_order": False, "shape": (n, 64)})
+        stream.truncate(stream.tell() + 4 * n * 64)
+    some = load_latents(tmp_path / "z.npy", sample=50)
+    assert (some.n, some.dim, some.sampled_from) == (50, 64, n) and not some.z.any()
+    assert load_latents(tmp_path / "z.npy", shard=(10**7, 10**8)).n == 40
+    with pytest.raises(ValueError, match="z.npy: can't be mapped whole .*; take a sample or a shard of its rows"):
+        load_latents(tmp_path / "z.npy")
