@@ -207,3 +207,25 @@ def test_site_needs_no_network(site: Path) -> None:
             assert not re.search(r"""(?:src|href)\w*=["']?(?:https?:)?//""", tag), (page, tag)
     for sheet in sheets:
         assert not re.search(r"""(?:url\(|@import)\s*["']?(?:https?:)?//""", sheet.read_text()), sheet
+
+
+BROKEN_NAMES = """() => [...document.querySelectorAll('.md-content td code, .md-content th code')].filter(code => {
+    const range = document.createRange()
+    range.selectNodeContents(code)
+    const lines = new Set([...range.getClientRects()].map(box => Math.round(box.top)))
+    return lines.size > 1 && !/\\s/.test(code.innerText.trim())
+}).map(code => code.innerText)"""
+WIDE_TABLES = """() => [...document.querySelectorAll('.md-typeset__scrollwrap')]
+    .filter(box => box.scrollWidth > box.clientWidth).map(box => box.innerText.slice(0, 40))"""
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_pages_fit_a_desk_and_a_phone(site: Path, browser: Any, width: int) -> None:
+    """No page scrolls sideways, no name in a table is broken in the middle, and on a desk no table scrolls, either."""
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    for file in sorted(site.rglob("index.html")):
+        page.goto(file.as_uri())
+        assert page.evaluate("document.documentElement.scrollWidth") == width, file
+        assert page.evaluate(BROKEN_NAMES) == [], file
+        assert width < 1280 or page.evaluate(WIDE_TABLES) == [], file
+    page.close()

@@ -1,7 +1,6 @@
 """The explorer's page in headless Chromium: clicks and sliders change the pictures, and nothing outside is asked."""
 
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -11,20 +10,6 @@ import pytest
 
 pytest.importorskip("nicegui")
 pytest.importorskip("typer")
-playwright = pytest.importorskip("playwright.sync_api")
-
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-
-
-@pytest.fixture(scope="module")
-def browser():
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        pytest.skip(f"no browser here: none of {', '.join(BROWSERS)} is on the path")
-    with playwright.sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 def port_of(process):
