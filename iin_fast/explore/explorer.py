@@ -125,12 +125,12 @@ class Explorer:
         self.axes: dict[str, dict[str, Axis]] = {
             name: axes_of(self._factors, name, codes.get(name)) for name in model.sizes
         }
-        self.choose(self.rows[0])
+        self.choose(min(self.rows))
 
     def fresh(self) -> Explorer:
         """Another explorer of the same samples, unchanged by what is done to this one."""
         other = copy.copy(self)
-        other.choose(self.rows[0])
+        other.choose(min(self.rows))
         return other
 
     def choose(self, row: int) -> None:
@@ -275,7 +275,7 @@ class Explorer:
     def _place(self, name: str, row: int) -> int:
         """Where a row of the file stands among the samples."""
         if row not in self._index:
-            some = ", ".join(map(str, self.rows[:5]))
+            some = ", ".join(map(str, sorted(self.rows)[:5]))
             raise ValueError(
                 f"Explorer: {name} is {row}, expected one of the {len(self.rows)} rows that are shown: {some}, …"
             )

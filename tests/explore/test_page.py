@@ -192,7 +192,8 @@ def test_texts_are_shown_by_their_neighbours(browser, served, run):
     page.wait_for_selector("text=(row 0, distance 0.00)")
     for k in range(3):
         page.click(f"[data-testid=factor-{k}] button")
-    page.wait_for_selector("text=text 1 (row 1, distance 0.00)")
+    donor = page.inner_text("[data-testid=view-B]").split()[2]  # B: row 1 …
+    page.wait_for_selector(f"text=text {donor} (row {donor}, distance 0.00)")
     page.close()
 
 
