@@ -350,6 +350,8 @@ def test_logdets_of_many_parts(inverse: bool) -> None:
 
 @pytest.mark.parametrize("inverse", [False, True])
 def test_a_wrong_permutation_stays_inside(inverse: bool) -> None:
+    if RACES:
+        pytest.skip("a feature that is named twice is written twice")
     given = arguments((5, 4, 2, 8, 1), torch.float32)
     given[-1] = torch.full_like(given[-1], 2**40)
     y, logdet, saved, _ = forward(given, inverse=inverse, save=True)
