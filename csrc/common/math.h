@@ -133,7 +133,7 @@ template <class T> IIN_FAST_HD T exp_below_zero(T x) {
 #endif
 }
 
-// exp(x) - 1 without cancellation, for x in [-700, 80].
+// exp(x) - 1 without cancellation, for x in [-80, 80].
 template <class T> IIN_FAST_HD T expm1_bounded(T x) {
   typename Float<T>::Int n;
   const T r = reduce_exp(x, n);

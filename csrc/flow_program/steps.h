@@ -58,7 +58,7 @@ template <class T> void activate(Activation activation, T slope, const T *x, T *
     return each(x, y, count, [=](T v) { return math::select(v > T(0), v, slope * v); });
   case Activation::elu:
     return each(x, y, count, [=](T v) {
-      const T held = math::select(v < T(-700), T(-700), math::select(v > T(0), T(0), v));
+      const T held = math::select(v < T(-64), T(-64), math::select(v > T(0), T(0), v)); // exp(-64) - 1 is -1
       return math::select(v > T(0), v, slope * math::expm1_bounded(held));
     });
   case Activation::silu:

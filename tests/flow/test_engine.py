@@ -14,7 +14,7 @@ from torch import Tensor
 import iin_fast
 from flow.programs import KINDS, Drawn, programs, tame
 from flow.test_program import corrupted
-from iin_fast.flow import FlowProgram
+from iin_fast.flow import FlowProgram, ProgramBuilder, Weights, affine, mlp
 from iin_fast.ops.flow_program import flow_program
 from iin_fast.ops.flow_program.checks import KEEP
 from iin_fast.testing.backends import relative_error
@@ -167,6 +167,30 @@ def test_masks_without_an_order_are_an_error() -> None:
     parameters = [torch.ones(2, 2), torch.ones(2, 2)]
     with pytest.raises(RuntimeError, match="layer 0: its masks leave no order"):
         torch.ops.iin_fast.flow_program(torch.zeros(3, 2), None, parameters, text, True, False, 0)
+
+
+ENDS = [0.0, 1e-4, 0.3, 5.0, 17.0, 64.0, 80.0, 86.9, 88.5, 104.5, 158.6, 710.5, 2e3, 1e6, 1e30]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["relu", "leaky_relu", "elu", "silu", "gelu", "tanh", "sigmoid"])
+def test_activations_at_the_ends_of_their_range(kind: str, dtype: torch.dtype) -> None:
+    """exp(x) of an ELU was garbage below -87 in float32."""
+    x = torch.zeros(2 * len(ENDS), 2, dtype=dtype)
+    x[:, 0] = torch.tensor(ENDS + [-end for end in ENDS])
+    builder, one = ProgramBuilder(2), torch.ones(1, 1, dtype=dtype)
+    weights = Weights(1, builder.ref(one))
+    builder.coupling([0], [1], mlp([weights, weights], activation=kind, slope=0.3), affine(1, "none"))
+    found, grads = [], []
+    for name in ("reference", "cpp"):
+        given = x.clone().requires_grad_()
+        with iin_fast.backend(name):
+            y, _ = flow_program(given, None, builder.tensors, builder.build())
+        y[:, 1].sum().backward()
+        found.append(y[:, 1].detach())
+        grads.append(given.grad)
+    torch.testing.assert_close(found[1], found[0])
+    torch.testing.assert_close(grads[1], grads[0])
 
 
 WITHOUT_MASKS = tuple(kind for kind in KINDS if kind != "autoregressive")  # a mask may hide a parameter
