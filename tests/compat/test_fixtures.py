@@ -92,9 +92,6 @@ def test_a_setting_that_an_older_version_did_not_know_is_no_obstacle(version: Pa
     record = json.loads((run / "run.json").read_text())
     del record["settings"]["clip"]
     (run / "run.json").write_text(json.dumps(record))
-    if record["versions"]["iin-fast"] == iin_fast.__version__:
-        with pytest.raises(ValueError, match="clip is 0.0, but the run in .* has None"):
-            train(make.latents(), run, make.SETTINGS, accelerator="cpu", resume=True)
     record["versions"]["iin-fast"] = "0.0.9"
     (run / "run.json").write_text(json.dumps(record))
     train(make.latents(), run, make.SETTINGS, accelerator="cpu", resume=True)

@@ -64,6 +64,6 @@ def test_commands_that_train_keep_their_memory(command: str, monkeypatch: pytest
     with pytest.raises(Reached):
         if command == "train":
             np.savez(tmp_path / "latents.npz", z=np.eye(8, 4), labels=np.arange(8)[:, None] % 2, names=["a"])
-            method.train(tmp_path / "latents.npz", tmp_path / "run")
+            method.train(latents=tmp_path / "latents.npz", out=tmp_path / "run")
         else:
             tools.demo(tmp_path / "demo")

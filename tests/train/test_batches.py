@@ -160,7 +160,7 @@ def test_noise_falls_by_equal_shares():
         ({"unlabelled": 1.5}, ValueError, "unlabelled is 1.5, expected 0 to 1"),
         ({"seed": None}, TypeError, "seed is None, expected an integer of at least 0"),
         ({"preset": "best"}, ValueError, "preset is 'best', expected 'auto' or 'paper'"),
-        ({"start": "zero"}, ValueError, "start is 'zero', expected 'linear' or 'random'"),
+        ({"start": "zero"}, ValueError, "start is 'zero', expected 'linear' or 'redrawn' or 'random'"),
         ({"batch": 0}, ValueError, "batch is 0, expected a positive integer"),
         ({"steps": 1.5}, TypeError, "steps is 1.5, expected a positive integer"),
         ({"seed": -1}, ValueError, "seed is -1"),
