@@ -13,7 +13,6 @@ pytest.importorskip("lightning_fabric")
 from fixtures import make
 from safetensors.torch import load_file
 
-import iin_fast
 from iin_fast import IIN, LinearIIN
 from iin_fast.flow import FlowProgram
 from iin_fast.train import state, train
