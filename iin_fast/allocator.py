@@ -27,7 +27,7 @@ def kept_results() -> KeptResults:
 
     Results of 1 MiB or more, values and gradients, lie in memory that stays with the process when they are freed, for the
     next result of that size: else the system has to find and clear each page again, which can take as long as the op
-    (docs/performance.md). No more is kept than was in use at once, and no more than ``most``; the oldest goes first.
+    (docs/performance.md). No more is kept than three times what was in use at once, and no more than ``most``; the oldest goes first.
     With torch 2.10, which can't take such memory, and in a pure package nothing is kept.
     """
     return KeptResults(*torch.ops.iin_fast.kept_memory.default(-1)) if libraries else KeptResults(0, 0, 0)

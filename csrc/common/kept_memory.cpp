@@ -85,8 +85,8 @@ public:
       const std::lock_guard<std::mutex> lock(mutex_);
       in_use_ -= block->bytes, kept_ += block->bytes;
       free_.push_back(block);
-      // Never more than was in use at once, so that results of ever new sizes don't pile up.
-      most = std::min(limit_.load(), most_used_ - in_use_);
+      // For a few sizes in turn, say of training and evaluation; results of ever new sizes don't pile up.
+      most = std::min(limit_.load(), 3 * most_used_);
     }
     drop(most);
   }
