@@ -87,10 +87,13 @@ def test_a_run_folder_is_resumed(version: Path, name: str, tmp_path: Path) -> No
 
 
 def test_a_setting_that_an_older_version_did_not_know_is_no_obstacle(version: Path, tmp_path: Path) -> None:
-    run = Path(shutil.copytree(version / "run", tmp_path / "run"))
-    record = json.loads((run / "run.json").read_text())
+    plain, older = (Path(shutil.copytree(version / "run", tmp_path / name)) for name in ("plain", "older"))
+    record = json.loads((older / "run.json").read_text())
     del record["settings"]["clip"]
-    (run / "run.json").write_text(json.dumps(record))
     record["versions"]["iin-fast"] = "0.0.9"
-    (run / "run.json").write_text(json.dumps(record))
-    train(make.latents(), run, make.SETTINGS, accelerator="cpu", resume=True)
+    (older / "run.json").write_text(json.dumps(record))
+    wanted, found = (
+        train(make.latents(), run, make.SETTINGS, accelerator="cpu", resume=True).state_dict() for run in (plain, older)
+    )
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    assert "clip" in json.loads((older / "run.json").read_text())["settings"]

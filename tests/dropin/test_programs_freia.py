@@ -2,11 +2,13 @@
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from cases import Net
+from derivatives import with_gradients
 from torch import Tensor, nn
 
 import iin_fast
@@ -91,16 +93,8 @@ def data(conditional: bool) -> tuple[Tensor, Tensor | None]:
 def results(model: nn.Module, x: Tensor, c: Tensor | None, order: int = 1) -> list[Tensor]:
     parameters = [p for p in model.parameters() if p.requires_grad]
     wanted = [x, *parameters, *([] if c is None else [c])]
-    found = []
-    for rev in (False, True):
-        outputs = model(x, None if c is None else [c], rev=rev)
-        loss = sum(output.sin().sum() for output in outputs)
-        grads = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True, create_graph=order > 1)
-        found += [*outputs, *grads]
-        if order > 1:
-            loss = sum(g.sin().sum() for g in grads)
-            found += torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
-    return [f.detach() for f in found]
+    condition = None if c is None else [c]
+    return with_gradients([partial(model, x, condition, rev=rev) for rev in (False, True)], wanted, order)
 
 
 @pytest.mark.parametrize("conditional", [False, True])

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cases import spread
+from derivatives import with_gradients
 from torch import Tensor, nn
 
 import iin_fast
@@ -56,26 +57,18 @@ def flow(name: str, context: int | None, **options: Any) -> nn.Module:
 def results(model: Any, x: Tensor, context: Tensor | None, order: int) -> list[Tensor]:
     """Density, both directions, samples, and gradients of x, the context and all parameters."""
     wanted = [x, *model.parameters(), *([] if context is None else [context])]
-    found = []
 
     def sample() -> tuple[Tensor, ...]:
         torch.manual_seed(1)
         return (model.sample(BATCH, conditional=context),)
 
-    for call in (
+    calls = (
         lambda: (model.log_prob(x, context),),
         lambda: model.forward_and_log_prob(x, context),
         lambda: model.inverse(x, context),
         sample,
-    ):
-        outputs = call()
-        loss = sum(output.sin().sum() for output in outputs)
-        grads = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True, create_graph=order > 1)
-        found += [*outputs, *grads]
-        if order > 1:
-            loss = sum(g.sin().sum() for g in grads)
-            found += torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
-    return [f.detach() for f in found]
+    )
+    return with_gradients(calls, wanted, order)
 
 
 @pytest.mark.parametrize("order", [1, 2])

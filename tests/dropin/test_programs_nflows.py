@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cases import has, spread
+from derivatives import with_gradients
 from torch import Tensor, nn
 
 import iin_fast
@@ -86,20 +87,12 @@ def layered(name: str, context: int | None) -> list[nn.Module]:
 def results(model: nn.Module, x: Tensor, context: Tensor | None, order: int = 1) -> list[Tensor]:
     """Both directions, the log-density, and gradients of x, the context and all parameters, to an order."""
     wanted = [x, *model.parameters(), *([] if context is None else [context])]
-    found = []
-    for call in (
+    calls = (
         lambda: (model.log_prob(x, context),),
         lambda: model._transform(x, context),
         lambda: model._transform.inverse(x, context),
-    ):
-        outputs = call()
-        loss = sum(output.sin().sum() for output in outputs)
-        grads = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True, create_graph=order > 1)
-        found += [*outputs, *grads]
-        if order > 1:
-            loss = sum(g.sin().sum() for g in grads)
-            found += torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
-    return [f.detach() for f in found]
+    )
+    return with_gradients(calls, wanted, order)
 
 
 def data(context: int | None, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor | None]:

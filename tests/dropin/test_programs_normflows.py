@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cases import Net, spread
+from derivatives import with_gradients
 from torch import Tensor, nn
 
 import iin_fast
@@ -81,27 +82,19 @@ def flow(*layers: nn.Module, conditional: bool = False) -> nn.Module:
 def results(model: nn.Module, x: Tensor, context: Tensor | None, order: int = 1) -> list[Tensor]:
     given = () if context is None else (context,)
     wanted = [x, *model.parameters(), *given]
-    found = []
 
     def sample() -> Any:
         torch.manual_seed(1)
         return model.sample(BATCH, *given)
 
-    for call in (
+    calls = (
         lambda: (model.log_prob(x, *given), model.forward_kld(x, *given)),
         lambda: model.forward_and_log_det(x, *given),
         lambda: model.inverse_and_log_det(x, *given),
         lambda: (model(x, *given), model.inverse(x, *given)),
         sample,
-    ):
-        outputs = call()
-        loss = sum(output.sin().sum() for output in outputs)
-        grads = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True, create_graph=order > 1)
-        found += [*outputs, *grads]
-        if order > 1:
-            loss = sum(g.sin().sum() for g in grads)
-            found += torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
-    return [f.detach() for f in found]
+    )
+    return with_gradients(calls, wanted, order)
 
 
 def data(context: bool) -> tuple[Tensor, Tensor | None]:

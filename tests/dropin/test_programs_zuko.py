@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cases import has
+from derivatives import with_gradients
 from torch import Tensor, nn
 
 import iin_fast
@@ -85,21 +86,13 @@ def data(context: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tens
 
 def results(flow: nn.Module, x: Tensor, c: Tensor | None, order: int = 1) -> list[Tensor]:
     wanted = [x, *flow.parameters(), *([] if c is None else [c])]
-    found = []
-    for call in (
+    calls = (
         lambda: (flow(c).log_prob(x),),
         lambda: flow(c).transform.call_and_ladj(x),
         lambda: flow(c).transform.inv.call_and_ladj(x),
         lambda: (flow(c).transform(x), flow(c).transform.inv(x), flow(c).transform.log_abs_det_jacobian(x, x)),
-    ):
-        outputs = call()
-        loss = sum(output.sin().sum() for output in outputs)
-        grads = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True, create_graph=order > 1)
-        found += [*outputs, *grads]
-        if order > 1:
-            loss = sum(g.sin().sum() for g in grads)
-            found += torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
-    return [f.detach() for f in found]
+    )
+    return with_gradients(calls, wanted, order)
 
 
 @pytest.mark.parametrize("context", [0, CONTEXT])
