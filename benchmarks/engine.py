@@ -6,6 +6,9 @@ step is loss, backward and Adam; all torch sides use torch's fused Adam. Every s
 of layers, widths and depths; what differs (permutations, ActNorm, MADE's residual blocks) is a library's own.
 """
 
+import same_isa  # noqa: F401
+
+# isort: split
 import argparse
 import json
 import statistics

@@ -6,6 +6,9 @@ torch.compile (first call: half a minute), and the same flow in plain JAX under 
 composition takes a fused Adam (optax's is compiled into the step), and both samples of a pair as one batch.
 """
 
+import same_isa  # noqa: F401
+
+# isort: split
 import argparse
 import json
 import statistics

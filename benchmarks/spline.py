@@ -8,6 +8,9 @@ below: its 0.8 MB can stay in a cache.) The peak memory of one forward and backw
 each system.
 """
 
+import same_isa  # noqa: F401
+
+# isort: split
 import json
 import os
 import subprocess

@@ -6,6 +6,10 @@
 #include <type_traits>
 #include <utility>
 
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
 #include "common/half.h" // IIN_FAST_INLINE
 
 namespace iin_fast {
@@ -36,6 +40,24 @@ template <class T> IIN_FAST_INLINE vec<T> load(const T *p) {
 
 template <class T> IIN_FAST_INLINE void store(T *p, vec<T> v) {
   *reinterpret_cast<typename Vector<T>::anywhere *>(p) = v;
+}
+
+// A store to whole vectors of memory past the caches, for results that are larger than they are: the line is not read
+// first. stream_end() comes before another thread may read them.
+template <class T> IIN_FAST_INLINE void stream(T *p, vec<T> v) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(reinterpret_cast<__m512i *>(p), reinterpret_cast<__m512i>(v));
+#elif defined(__AVX__)
+  _mm256_stream_si256(reinterpret_cast<__m256i *>(p), reinterpret_cast<__m256i>(v));
+#else
+  store(p, v);
+#endif
+}
+
+IIN_FAST_INLINE void stream_end() {
+#if defined(__AVX__)
+  _mm_sfence();
+#endif
 }
 
 template <class T> IIN_FAST_INLINE vec<T> broadcast(T value) { return value - vec<T>{}; }

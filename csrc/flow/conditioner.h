@@ -29,6 +29,9 @@ struct Team {
   }
 };
 
+// Gradients of weights of more bytes than this leave the caches before anyone reads them.
+constexpr int64_t cached_gradients = 16 * 1024 * 1024;
+
 // Widths that follow from the sizes.
 template <class T> struct Widths {
   int64_t dim, conditioning, transformed;                    // dim = conditioning + transformed
@@ -36,13 +39,14 @@ template <class T> struct Widths {
   int64_t row;                                               // of a stage: conditioning | context | transformed
   int64_t ld_row, ld_in, ld_hidden, ld_out, ld_dim, ld_wide; // padded; ld_wide: of any layer's input or output
   int64_t layers;                                            // depth + 2
+  int64_t weights;                                           // of all nets
 
   explicit Widths(const FlowSizes &s)
       : dim(s.dim), conditioning(s.dim - s.dim / 2), transformed(s.dim / 2),
         context(s.context_count ? s.context_dim : 0), in(conditioning + context), hidden(s.hidden), depth(s.depth),
         row(in + transformed), ld_row(padded<T>(row)), ld_in(padded<T>(in)), ld_hidden(padded<T>(hidden)),
         ld_out(padded<T>(transformed)), ld_dim(padded<T>(dim)), ld_wide(larger(ld_hidden, larger(ld_in, ld_out))),
-        layers(depth + 2) {}
+        layers(depth + 2), weights(4 * s.n_flows * hidden * (in + depth * hidden + transformed)) {}
 };
 
 // One layer of one net.
@@ -150,6 +154,7 @@ T *conditioner_backward(const Team &team, const FlowWeights<const T> &weights, c
                         T *other, int64_t d_stride, int64_t rows, T slope) {
   static constexpr int64_t most = panel_width;
   alignas(64) static const T zeros[most] = {};
+  const bool past = w.weights * (int64_t)sizeof(T) > cached_gradients;
   for (int64_t l = w.layers - 1; l >= 0; --l) {
     const int64_t in = l == 0 ? w.in : w.hidden, out = l == w.layers - 1 ? w.transformed : w.hidden;
     int64_t block = most; // of inputs; whole vectors, so that tasks don't share one
@@ -170,7 +175,7 @@ T *conditioner_backward(const Team &team, const FlowWeights<const T> &weights, c
           const int64_t offset = column * in + k * columns;
           if (grads.weight_in != nullptr) {
             const Layer<T> grad = layer_of(grads, w, first_net + net, l);
-            outer_product(Outer<T>{a, lda, dc + column, ldd, rows, grad.weight + offset, columns, columns, add},
+            outer_product(Outer<T>{a, lda, dc + column, ldd, rows, grad.weight + offset, columns, columns, add, past},
                           k_count, columns);
             if (k == 0)
               add_rows(dc + column, ldd, rows, columns, grad.bias + column, add);
@@ -194,6 +199,8 @@ T *conditioner_backward(const Team &team, const FlowWeights<const T> &weights, c
           multiply_panel(p, rows, k_count, true);
         }
       }
+      if (past)
+        stream_end();
     });
     T *swap = d;
     d = other;

@@ -104,6 +104,7 @@ template <class T> struct Outer {
   int64_t ldw;
   int64_t columns; // at most C vectors
   bool add;        // to what w holds
+  bool past;       // store past the caches (stream), where whole cache lines are written
 };
 
 template <class T, int R, int C> void outer_tile(const Outer<T> &p) {
@@ -125,6 +126,16 @@ template <class T, int R, int C> void outer_tile(const Outer<T> &p) {
     }
     a += lda;
     d += ldd;
+  }
+  constexpr int line = 64;
+  const bool lines = C * vector_bytes % line == 0 && (reinterpret_cast<uintptr_t>(p.w) | p.ldw * sizeof(T)) % line == 0;
+  if (p.past && lines && !p.add && p.columns >= C * n) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c)
+        stream(p.w + r * p.ldw + c * n, sum[r][c]);
+    return;
   }
   if (p.columns >= C * n) {
 #pragma GCC unroll 16

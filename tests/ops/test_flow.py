@@ -61,6 +61,16 @@ def test_float32_equals_the_definition(shape: tuple[int, ...], inverse: bool) ->
             assert got.numel() == 0 or relative(got, expected[name]) < 1e-5, (name, memory)
 
 
+@pytest.mark.parametrize("shape", [(300, 64, 2, 512, 2), (20, 64, 3, 468, 2)], ids=str)
+def test_gradients_larger_than_a_cache_equal_the_definition(shape: FlowShape) -> None:
+    # They are stored past the caches: whole panels, a panel that is narrower, and rows that come in two chunks.
+    arguments = flow_inputs(shape, dtype=torch.float32, size=0.3)
+    assert sum(t.nbytes for t in arguments[4:10] if t is not None) > 2**24
+    expected = results(flow_inputs(shape, size=0.3), "reference", leaky_slope=1.0)
+    for name, got in results(arguments, leaky_slope=1.0).items():
+        assert relative(got, expected[name]) < 1e-5, name
+
+
 def test_gradients_of_both_memories_agree_at_depth_12_in_float32() -> None:
     arguments = flow_inputs((40, 64, 12, 256, 2), dtype=torch.float32, size=0.3)
     saved, inverted = (results(arguments, memory=memory) for memory in ("save", "invert"))
