@@ -1,4 +1,4 @@
-// Rational-quadratic splines on a GPU: from packed raw parameters to y and log-det in one pass, and back to gradients.
+// Rational-quadratic splines on a GPU: from raw values to y and log-det in one pass, and back to gradients.
 //
 // Bytes an element, with P raw values (3 K - 1 at K bins with linear tails): forward and inverse read the raw values
 // and x and write y, P + 2 numbers: 100 bytes in float32 at K = 8, 50 in 16-bit types. Backward also reads grad_y and
@@ -11,10 +11,11 @@
 // could read well, so a block first brings the values of its tile to shared memory as they lie there, 16 bytes at a
 // time, and each thread takes its own from there; gradients go out the same way, in the place of the values that they
 // belong to. There, elements are an odd number of values apart, so that the lanes of a warp hit different banks: where
-// P is even, or the parameters are strided or not aligned, values are copied one by one, neighbours by neighbouring
-// lanes. float32 and float64 keep the exponentials of the softmax in the place of the raw values; 16-bit types, which
-// would lose digits there, compute them again where they need them. In registers those of 16 bins took 200, which left
-// an SM 10 warps. Where not even 16 elements fit shared memory, threads read and write global memory themselves.
+// P is even, or the values are strided, not aligned or in three tensors, they are copied one by one, neighbours by
+// neighbouring lanes. float32 and float64 keep the exponentials of the softmax in the place of the raw values; 16-bit
+// types, which would lose digits there, compute them again where they need them. In registers those of 16 bins took
+// 200, which left an SM 10 warps. Where not even 16 elements fit shared memory, threads read and write global memory
+// themselves.
 //
 // A tile is some whole rows or a part of one row. The log-det's sum over a row is made in shared memory by a few lanes
 // to a row; no atomics, and its order depends on the shape and the GPU alone. Where several blocks share a row, a
@@ -33,20 +34,39 @@ constexpr int spline_threads = 256;            // of a block, at most
 constexpr int spline_shared_bytes = 44 * 1024; // of a tile, at most: with the sums below the 48 KiB of any launch
 constexpr int spline_fewest_elements = 16;     // a tile that would hold fewer is not made
 
+// Raw widths, heights or derivatives of each element, or their gradients.
+template <class Storage> struct DeviceSplineValues {
+  Storage *data;                      // [rows, features, count], those of an element side by side
+  int64_t row_stride, feature_stride; // in elements
+  int count;
+
+  __host__ __device__ Storage *element(int64_t row, int64_t feature) const {
+    return data + row * row_stride + feature * feature_stride;
+  }
+};
+
 template <class Storage> struct DeviceSpline {
-  const Storage *parameters;          // [rows, features, count]: widths, heights, derivatives
-  int64_t row_stride, feature_stride; // of the parameters, in elements
+  DeviceSplineValues<const Storage> values[3]; // widths, heights, derivatives: of one tensor, or of three
   int64_t rows, features;
   int bins, count; // count: raw values of an element
   Tails tails;
   Parameterization form;
   SplineLimits<compute_t<Storage>> limits;
   bool inverse;
-
-  __host__ __device__ const Storage *element(int64_t row, int64_t feature) const {
-    return parameters + row * row_stride + feature * feature_stride;
-  }
 };
+
+// Where the raw values of an element begin. In shared memory these are parts of one piece.
+template <class Values> struct SplineElement {
+  Values *widths, *heights, *derivatives;
+};
+template <class Storage>
+__device__ __forceinline__ SplineElement<Storage> spline_element(const DeviceSplineValues<Storage> (&values)[3],
+                                                                 int64_t row, int64_t feature) {
+  return {values[0].element(row, feature), values[1].element(row, feature), values[2].element(row, feature)};
+}
+template <class Storage> __device__ __forceinline__ SplineElement<Storage> spline_element(Storage *first, int bins) {
+  return {first, first + bins, first + 2 * bins};
+}
 
 template <class Storage> struct DeviceSplineForward {
   DeviceSpline<Storage> spline;
@@ -61,7 +81,7 @@ template <class Storage> struct DeviceSplineBackward {
   DeviceRows<const Storage> x, grad_y;   // [rows, features]; x is the input of the map
   const compute_t<Storage> *grad_logdet; // [rows]
   Storage *grad_x;                       // [rows, features]
-  Storage *grad_parameters;              // [rows, features, count]
+  DeviceSplineValues<Storage> grads[3];  // as spline.values, each contiguous or all of them in one contiguous tensor
 };
 
 // i / by for i and by below 2^16.
@@ -73,17 +93,24 @@ struct SmallDivisor {
   }
 };
 
+// How the values of all elements lie in global memory.
+struct SplineLayout {
+  int pieces;               // 1: widths, heights and derivatives of an element are side by side; or 3
+  SmallDivisor by_count[3]; // values of an element in each piece
+  bool dense;               // each piece lies as one contiguous [rows, features, values]
+  bool wide;                // copied in 16-byte accesses
+};
+
 // How a launch maps elements to threads.
 struct SplinePlan {
-  int threads;                        // of a block
-  int tile_rows, tile_features;       // of a tile: whole rows, or one row's part
-  int pitch;                          // values from an element to the next in shared memory; 0: nothing is staged
-  int log_sum_lanes;                  // log2 of the lanes that sum a row's log-det
-  SmallDivisor by_count, by_features; // of tile_features
-  bool dense;                         // the parameters lie as one contiguous [rows, features, count]
-  bool wide_in, wide_out;             // they are read, and their gradients written, in 16-byte accesses
-  unsigned blocks, parts;             // of the grid, and of them those that share a row
-  size_t shared_bytes;                // dynamic
+  int threads;                  // of a block
+  int tile_rows, tile_features; // of a tile: whole rows, or one row's part
+  int pitch;                    // values from an element to the next in shared memory; 0: nothing is staged
+  int log_sum_lanes;            // log2 of the lanes that sum a row's log-det
+  SmallDivisor by_features;     // of tile_features
+  SplineLayout in, out;         // of the raw values, and of their gradients
+  unsigned blocks, parts;       // of the grid, and of them those that share a row
+  size_t shared_bytes;          // dynamic
 };
 
 // What the launch gave of shared memory.
@@ -124,48 +151,66 @@ __device__ __forceinline__ void copy_tile(int count, Load &&load, Store &&store)
   }
 }
 
+// copy(values, piece, first, count): of an element, `count` values of each piece lie in shared memory from `first` on.
+template <class Storage, class Copy>
+__device__ __forceinline__ void for_each_piece(const DeviceSplineValues<Storage> (&values)[3],
+                                               const SplineLayout &layout, int count, Copy &&copy) {
+  int first = 0;
+#pragma unroll 1
+  for (int piece = 0; piece < layout.pieces; ++piece) {
+    const int here = layout.pieces == 1 ? count : values[piece].count;
+    copy(values[piece], layout.by_count[piece], first, here);
+    first += here;
+  }
+}
+
 template <class Storage>
 __device__ __forceinline__ void load_tile(const DeviceSpline<Storage> &spline, const SplinePlan &plan,
                                           const SplineTile &tile, Storage *shared) {
   const int offset = tile_offset(spline, tile);
-  if (plan.wide_in) { // pitch is count
+  if (plan.in.wide) { // pitch is count
     constexpr int vector = wide_vector<Storage>;
     const int64_t begin = tile.first * spline.count - offset;
     const int64_t left = spline.rows * spline.features * spline.count - begin;
     const int vectors = (offset + tile.elements * spline.count + vector - 1) / vector;
     // the last vector may reach into the next tile, but not beyond the tensor
     const int whole = static_cast<int64_t>(vectors) * vector <= left ? vectors : vectors - 1;
-    const uint4 *const from = reinterpret_cast<const uint4 *>(spline.parameters + begin);
+    const Storage *const data = spline.values[0].data + begin;
+    const uint4 *const from = reinterpret_cast<const uint4 *>(data);
     uint4 *const to = reinterpret_cast<uint4 *>(shared);
     copy_tile<uint4, 6>( // all of it at 8 bins in float32
         whole, [&](int i) { return __ldg(from + i); }, [&](int i, uint4 value) { to[i] = value; });
     const int at = whole * vector + static_cast<int>(threadIdx.x);
     if (whole < vectors && at < left)
-      shared[at] = __ldg(spline.parameters + begin + at);
+      shared[at] = __ldg(data + at);
   } else {
-    const int gap = plan.pitch - spline.count;
-    const Storage *const from = spline.element(tile.row, tile.feature);
-    const auto load = [&](int i) {
-      if (plan.dense)
-        return __ldg(from + i);
-      const int e = plan.by_count(i), row = plan.by_features(e);
-      return __ldg(from + row * spline.row_stride + (e - row * plan.tile_features) * spline.feature_stride +
-                   (i - e * spline.count));
-    };
-    copy_tile<Storage, 4>(tile.elements * spline.count, load,
-                          [&](int i, Storage value) { shared[offset + i + plan.by_count(i) * gap] = value; });
+    for_each_piece(spline.values, plan.in, spline.count,
+                   [&](const DeviceSplineValues<const Storage> &values, SmallDivisor by_count, int first, int count) {
+                     const Storage *const from = values.element(tile.row, tile.feature);
+                     Storage *const to = shared + offset + first;
+                     const auto load = [&](int i) {
+                       if (plan.in.dense)
+                         return __ldg(from + i);
+                       const int e = by_count(i), row = plan.by_features(e);
+                       return __ldg(from + row * values.row_stride +
+                                    (e - row * plan.tile_features) * values.feature_stride + (i - e * count));
+                     };
+                     copy_tile<Storage, 4>(tile.elements * count, load, [&](int i, Storage value) {
+                       to[i + by_count(i) * (plan.pitch - count)] = value;
+                     });
+                   });
   }
 }
 
-// From shared memory to [rows, features, count].
 template <class Storage>
-__device__ __forceinline__ void store_tile(const DeviceSpline<Storage> &spline, const SplinePlan &plan,
-                                           const SplineTile &tile, const Storage *shared, Storage *out) {
-  const int offset = tile_offset(spline, tile), count = tile.elements * spline.count, end = offset + count;
-  Storage *const to = out + tile.first * spline.count;
-  if (plan.wide_out) {
+__device__ __forceinline__ void store_tile(const DeviceSplineBackward<Storage> &job, const SplinePlan &plan,
+                                           const SplineTile &tile, const Storage *shared) {
+  const int offset = tile_offset(job.spline, tile);
+  if (plan.out.wide) {
     constexpr int vector = wide_vector<Storage>;
+    const int end = offset + tile.elements * job.spline.count;
     const int first = (offset + vector - 1) / vector, last = end / vector;
+    Storage *const to = job.grads[0].data + tile.first * job.spline.count;
     const uint4 *const from = reinterpret_cast<const uint4 *>(shared) + first;
     uint4 *const vectors = reinterpret_cast<uint4 *>(to - offset) + first;
     copy_tile<uint4, 2>(
@@ -178,10 +223,14 @@ __device__ __forceinline__ void store_tile(const DeviceSpline<Storage> &spline, 
     if (tail < end)
       to[tail - offset] = shared[tail];
   } else {
-    const int gap = plan.pitch - spline.count;
-    copy_tile<Storage, 2>(
-        count, [&](int i) { return shared[offset + i + plan.by_count(i) * gap]; },
-        [&](int i, Storage value) { to[i] = value; });
+    for_each_piece(job.grads, plan.out, job.spline.count,
+                   [&](const DeviceSplineValues<Storage> &grads, SmallDivisor by_count, int first, int count) {
+                     const Storage *const from = shared + offset + first;
+                     Storage *const to = grads.data + tile.first * count;
+                     copy_tile<Storage, 2>(
+                         tile.elements * count, [&](int i) { return from[i + by_count(i) * (plan.pitch - count)]; },
+                         [&](int i, Storage value) { to[i] = value; });
+                   });
   }
 }
 
@@ -246,7 +295,7 @@ template <class Storage, Parameterization form, bool in_place> struct SplineSoft
 template <class T> struct SplineBin {
   Segment<T> segment;
   int number;
-  int first, second;  // raw derivatives at its ends: their places after widths and heights, or -1
+  int first, second;  // raw derivatives at its ends, or -1
   T raw0, raw1;       // their values
   T mass_w, mass_h;   // softmax mass left of the bin
   T share_w, share_h; // and in it
@@ -256,7 +305,7 @@ template <class T> struct SplineBin {
 template <bool by_image, Parameterization form, bool in_place, class Storage, class T = compute_t<Storage>>
 __device__ __forceinline__ SplineBin<T>
 find_bin(const DeviceSpline<Storage> &spline, const SplineSoftmax<Storage, form, in_place> &widths,
-         const SplineSoftmax<Storage, form, in_place> &heights, const Storage *raw, T coordinate) {
+         const SplineSoftmax<Storage, form, in_place> &heights, const Storage *derivatives, T coordinate) {
   const SplineLimits<T> &limits = spline.limits;
   const T wide = limits.right - limits.left, high = limits.top - limits.bottom, bins = T(spline.bins);
   const T min_width = form == Parameterization::nflows ? limits.min_width : T(0);
@@ -290,12 +339,10 @@ find_bin(const DeviceSpline<Storage> &spline, const SplineSoftmax<Storage, form,
   b.rest_h = high * rest_height;
 
   const BinEnds ends = bin_ends(spline.tails, spline.bins, b.number);
-  const int derivatives = spline.count - 2 * spline.bins;
   b.first = static_cast<int>(ends.first);
-  b.second = ends.second < derivatives ? static_cast<int>(ends.second) : -1;
-  const Storage *const slopes = raw + 2 * spline.bins;
-  b.raw0 = b.first >= 0 ? widen(slopes[b.first]) : T(0);
-  b.raw1 = b.second >= 0 ? widen(slopes[b.second]) : T(0);
+  b.second = ends.second < spline.count - 2 * spline.bins ? static_cast<int>(ends.second) : -1;
+  b.raw0 = b.first >= 0 ? widen(derivatives[b.first]) : T(0);
+  b.raw1 = b.second >= 0 ? widen(derivatives[b.second]) : T(0);
   s.slope0 = b.first >= 0 ? knot_slope<form>(b.raw0, limits) : T(1);
   s.slope1 = b.second >= 0 ? knot_slope<form>(b.raw1, limits) : T(1);
   return b;
@@ -326,7 +373,8 @@ __device__ __forceinline__ SplineTile tile_of_block(const DeviceSpline<Storage> 
 
 template <class Storage, bool staged>
 __global__ void __launch_bounds__(spline_threads, sizeof(Storage) == 8 ? 2 : 3)
-    spline_forward_kernel(const DeviceSplineForward<Storage> job, const SplinePlan plan) {
+    spline_forward_kernel(const __grid_constant__ DeviceSplineForward<Storage> job,
+                          const __grid_constant__ SplinePlan plan) {
   using T = compute_t<Storage>;
   __shared__ T sums[spline_threads]; // [tile_rows, tile_features]
   const DeviceSpline<Storage> &spline = job.spline;
@@ -336,14 +384,14 @@ __global__ void __launch_bounds__(spline_threads, sizeof(Storage) == 8 ? 2 : 3)
   T value = 0, logdet = 0;
   if (valid)
     value = widen(__ldg(job.x[tile.row + row] + tile.feature + feature));
-  std::conditional_t<staged, Storage, const Storage> *raw;
+  SplineElement<std::conditional_t<staged, Storage, const Storage>> raw;
   if constexpr (staged) {
     Storage *const shared = reinterpret_cast<Storage *>(shared_splines());
     load_tile(spline, plan, tile, shared);
     __syncthreads();
-    raw = shared + tile_offset(spline, tile) + thread * plan.pitch;
+    raw = spline_element(shared + tile_offset(spline, tile) + thread * plan.pitch, spline.bins);
   } else {
-    raw = spline.element(tile.row + row, tile.feature + feature);
+    raw = spline_element(spline.values, tile.row + row, tile.feature + feature);
   }
   if (valid)
     with_spline(spline.form, spline.inverse, [&](auto form, auto inverse) {
@@ -352,10 +400,10 @@ __global__ void __launch_bounds__(spline_threads, sizeof(Storage) == 8 ? 2 : 3)
       constexpr bool in_place = staged && std::is_same<Storage, T>::value;
       const Sides<T> sides = sides_of<backwards>(spline.limits);
       const T within = hold(value, sides.low, sides.high);
-      const SplineSoftmax<Storage, f, in_place> widths(raw, spline.bins, spline.limits);
-      const SplineSoftmax<Storage, f, in_place> heights(raw + spline.bins, spline.bins, spline.limits);
+      const SplineSoftmax<Storage, f, in_place> widths(raw.widths, spline.bins, spline.limits);
+      const SplineSoftmax<Storage, f, in_place> heights(raw.heights, spline.bins, spline.limits);
       const SplineBin<T> b =
-          find_bin<backwards>(spline, widths, heights, raw, search_key(within, sides.low, sides.high));
+          find_bin<backwards>(spline, widths, heights, raw.derivatives, search_key(within, sides.low, sides.high));
       narrow(map_element<backwards>(b.segment, sides, value, within, spline.tails != Tails::none, logdet),
              job.y[tile.first + thread]);
     });
@@ -381,7 +429,8 @@ __global__ void __launch_bounds__(spline_threads, sizeof(Storage) == 8 ? 2 : 3)
 
 template <class Storage, bool staged>
 __global__ void __launch_bounds__(spline_threads, sizeof(Storage) == 8 ? 2 : 3)
-    spline_backward_kernel(const DeviceSplineBackward<Storage> job, const SplinePlan plan) {
+    spline_backward_kernel(const __grid_constant__ DeviceSplineBackward<Storage> job,
+                           const __grid_constant__ SplinePlan plan) {
   using T = compute_t<Storage>;
   const DeviceSpline<Storage> &spline = job.spline;
   const SplineTile tile = tile_of_block(spline, plan);
@@ -394,15 +443,15 @@ __global__ void __launch_bounds__(spline_threads, sizeof(Storage) == 8 ? 2 : 3)
     grad_logdet = __ldg(job.grad_logdet + tile.row + row);
   }
   Storage *const shared = staged ? reinterpret_cast<Storage *>(shared_splines()) : nullptr;
-  std::conditional_t<staged, Storage, const Storage> *raw;
-  Storage *out; // gradients of the raw values; in shared memory in their place
+  SplineElement<std::conditional_t<staged, Storage, const Storage>> raw;
+  SplineElement<Storage> out; // gradients of the raw values; in shared memory in their place
   if constexpr (staged) {
     load_tile(spline, plan, tile, shared);
     __syncthreads();
-    raw = out = shared + tile_offset(spline, tile) + thread * plan.pitch;
+    raw = out = spline_element(shared + tile_offset(spline, tile) + thread * plan.pitch, spline.bins);
   } else {
-    raw = spline.element(tile.row + row, tile.feature + feature);
-    out = job.grad_parameters + (tile.first + thread) * spline.count;
+    raw = spline_element(spline.values, tile.row + row, tile.feature + feature);
+    out = spline_element(job.grads, tile.row + row, tile.feature + feature);
   }
   if (valid)
     with_spline(spline.form, spline.inverse, [&](auto form, auto inverse) {
@@ -412,39 +461,53 @@ __global__ void __launch_bounds__(spline_threads, sizeof(Storage) == 8 ? 2 : 3)
       const SplineLimits<T> &limits = spline.limits;
       const Sides<T> sides = sides_of<backwards>(limits);
       const T within = hold(value, sides.low, sides.high);
-      const SplineSoftmax<Storage, f, in_place> widths(raw, spline.bins, limits);
-      const SplineSoftmax<Storage, f, in_place> heights(raw + spline.bins, spline.bins, limits);
+      const SplineSoftmax<Storage, f, in_place> widths(raw.widths, spline.bins, limits);
+      const SplineSoftmax<Storage, f, in_place> heights(raw.heights, spline.bins, limits);
       const SplineBin<T> b =
-          find_bin<backwards>(spline, widths, heights, raw, search_key(within, sides.low, sides.high));
+          find_bin<backwards>(spline, widths, heights, raw.derivatives, search_key(within, sides.low, sides.high));
       const ElementGradient<T> g = map_element_backward<backwards>(b.segment, sides, value, within,
                                                                    spline.tails != Tails::none, grad_y, grad_logdet);
       narrow(g.x, job.grad_x[tile.first + thread]);
       const T slope0 = g.same ? T(0) : g.slope0 * knot_slope_derivative<f>(b.raw0, b.segment.slope0, limits);
       const T slope1 = g.same ? T(0) : g.slope1 * knot_slope_derivative<f>(b.raw1, b.segment.slope1, limits);
-      widths.backward(b.rest_w, b.number, g.corner_x, g.size_x, b.mass_w, b.share_w, g.same, out);
-      heights.backward(b.rest_h, b.number, g.corner_y, g.size_y, b.mass_h, b.share_h, g.same, out + spline.bins);
-      Storage *const slopes = out + 2 * spline.bins;
+      widths.backward(b.rest_w, b.number, g.corner_x, g.size_x, b.mass_w, b.share_w, g.same, out.widths);
+      heights.backward(b.rest_h, b.number, g.corner_y, g.size_y, b.mass_h, b.share_h, g.same, out.heights);
 #pragma unroll 4
       for (int d = 0; d < spline.count - 2 * spline.bins; ++d)
-        narrow((d == b.first ? slope0 : T(0)) + (d == b.second ? slope1 : T(0)), slopes[d]);
+        narrow((d == b.first ? slope0 : T(0)) + (d == b.second ? slope1 : T(0)), out.derivatives[d]);
     });
   if constexpr (staged) {
     __syncthreads();
-    store_tile(spline, plan, tile, shared, job.grad_parameters);
+    store_tile(job, plan, tile, shared);
   }
 }
 
-// `gradients`: where those of the parameters go, or null.
 template <class Storage>
-SplinePlan plan_spline(const DeviceSpline<Storage> &spline, const Storage *gradients, int multiprocessors) {
-  const auto aligned = [](const Storage *p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+SplineLayout layout_of(const DeviceSplineValues<Storage> (&values)[3], int64_t rows, int64_t features, int count) {
+  SplineLayout layout{1, {}, true, false};
+  for (int i = 1; i < 3; ++i)
+    if (values[i].count > 0 && // one bin with linear tails has no derivatives
+        (values[i].data != values[i - 1].data + values[i - 1].count || values[i].row_stride != values[0].row_stride ||
+         values[i].feature_stride != values[0].feature_stride))
+      layout.pieces = 3;
+  for (int i = 0; i < layout.pieces; ++i) {
+    const int here = layout.pieces == 1 ? count : values[i].count;
+    layout.by_count[i] = SmallDivisor(here > 0 ? here : 1);
+    layout.dense = layout.dense && (features <= 1 || values[i].feature_stride == here) &&
+                   (rows <= 1 || values[i].row_stride == features * here);
+  }
+  layout.wide =
+      layout.pieces == 1 && layout.dense && count % 2 == 1 && reinterpret_cast<uintptr_t>(values[0].data) % 16 == 0;
+  return layout;
+}
+
+// `grads`: as those of a DeviceSplineBackward, or null.
+template <class Storage>
+SplinePlan plan_spline(const DeviceSpline<Storage> &spline, const DeviceSplineValues<Storage> (*grads)[3],
+                       int multiprocessors) {
   const int64_t elements = spline.rows * spline.features, features = spline.features > 0 ? spline.features : 1;
   SplinePlan plan{};
   plan.pitch = spline.count | 1;
-  plan.dense = (spline.features <= 1 || spline.feature_stride == spline.count) &&
-               (spline.rows <= 1 || spline.row_stride == spline.features * spline.count);
-  plan.wide_in = plan.pitch == spline.count && plan.dense && aligned(spline.parameters);
-  plan.wide_out = plan.pitch == spline.count && aligned(gradients);
   // elements of a tile, at most: those that fit, and no more than gives each multiprocessor a tile
   const int64_t bytes = static_cast<int64_t>(plan.pitch) * sizeof(Storage), room = spline_shared_bytes - 16;
   const bool staged = bytes * spline_fewest_elements <= room;
@@ -475,13 +538,16 @@ SplinePlan plan_spline(const DeviceSpline<Storage> &spline, const Storage *gradi
   plan.threads = static_cast<int>(in_warps(tile));
   while ((2 << plan.log_sum_lanes) <= plan.tile_features && plan.log_sum_lanes < 5)
     ++plan.log_sum_lanes;
-  plan.by_count = SmallDivisor(staged ? spline.count : 1);
   plan.by_features = SmallDivisor(plan.tile_features);
   plan.blocks = static_cast<unsigned>((spline.rows + plan.tile_rows - 1) / plan.tile_rows * plan.parts);
-  if (staged)
+  if (staged) {
+    plan.in = layout_of(spline.values, spline.rows, spline.features, spline.count);
+    if (grads != nullptr)
+      plan.out = layout_of(*grads, spline.rows, spline.features, spline.count);
     plan.shared_bytes = static_cast<size_t>((tile * bytes + 16 + 15) / 16 * 16);
-  else
+  } else {
     plan.pitch = 0;
+  }
   return plan;
 }
 

@@ -5,38 +5,53 @@
 
 using namespace iin_fast;
 
-// A call's tensors of parameters and its options, as the test has them.
+// [rows, features, count], strides in elements.
+struct Values {
+  void *data;
+  int64_t row_stride, feature_stride, count;
+};
+
+template <class Storage> void device_values(const Values (&from)[3], DeviceSplineValues<Storage> (&to)[3]) {
+  for (int i = 0; i < 3; ++i)
+    to[i] = {static_cast<Storage *>(from[i].data), from[i].row_stride, from[i].feature_stride,
+             static_cast<int>(from[i].count)};
+}
+
+// A call's raw values and its options, as the test has them.
 struct Spline {
-  const void *parameters;
-  int64_t row_stride, feature_stride, rows, features, bins, count, tails, form;
+  Values values[3];
+  int64_t rows, features, bins, count, tails, form;
   double left, right, bottom, top, min_width, min_height, min_derivative, softness;
   bool inverse;
 
   template <class Storage> DeviceSpline<Storage> device() const {
     using T = compute_t<Storage>;
-    return {static_cast<const Storage *>(parameters),
-            row_stride,
-            feature_stride,
-            rows,
-            features,
-            static_cast<int>(bins),
-            static_cast<int>(count),
-            static_cast<Tails>(tails),
-            static_cast<Parameterization>(form),
-            {T(left), T(right), T(bottom), T(top), T(min_width), T(min_height), T(min_derivative), T(softness)},
-            inverse};
+    DeviceSpline<Storage> spline{
+        {},
+        rows,
+        features,
+        static_cast<int>(bins),
+        static_cast<int>(count),
+        static_cast<Tails>(tails),
+        static_cast<Parameterization>(form),
+        {T(left), T(right), T(bottom), T(top), T(min_width), T(min_height), T(min_derivative), T(softness)},
+        inverse};
+    device_values(values, spline.values);
+    return spline;
   }
 };
 
 // What a test asks of a launch, and learns of it.
 struct SplineLaunch {
   int64_t multiprocessors; // asked
-  int64_t threads, tile_rows, tile_features, pitch, wide_in, wide_out, blocks, parts, launches;
+  int64_t threads, tile_rows, tile_features, pitch, wide_in, wide_out, pieces_in, pieces_out, blocks, parts, launches;
 
-  template <class Storage> SplinePlan make(const DeviceSpline<Storage> &spline, const Storage *gradients) {
-    const SplinePlan plan = plan_spline(spline, gradients, static_cast<int>(multiprocessors));
+  template <class Storage>
+  SplinePlan make(const DeviceSpline<Storage> &spline, const DeviceSplineValues<Storage> (*grads)[3]) {
+    const SplinePlan plan = plan_spline(spline, grads, static_cast<int>(multiprocessors));
     threads = plan.threads, tile_rows = plan.tile_rows, tile_features = plan.tile_features, pitch = plan.pitch;
-    wide_in = plan.wide_in, wide_out = plan.wide_out, blocks = plan.blocks, parts = plan.parts;
+    wide_in = plan.in.wide, wide_out = plan.out.wide, blocks = plan.blocks, parts = plan.parts;
+    pieces_in = plan.in.pieces, pieces_out = plan.out.pieces;
     return plan;
   }
 };
@@ -60,18 +75,18 @@ extern "C" const char *spline_forward(const char *type, const Spline *spline, Ma
 }
 
 extern "C" const char *spline_backward(const char *type, const Spline *spline, Matrix x, Matrix grad_y,
-                                       const void *grad_logdet, void *grad_x, void *grad_parameters,
+                                       const void *grad_logdet, void *grad_x, const Values (*grads)[3],
                                        SplineLaunch *launch) {
   return report([&] {
     with_type(type, [&](auto storage) {
       using Storage = decltype(storage);
-      const DeviceSplineBackward<Storage> job{
+      DeviceSplineBackward<Storage> job{
           spline->device<Storage>(),      x.rows<Storage>(),
           grad_y.rows<Storage>(),         static_cast<const compute_t<Storage> *>(grad_logdet),
-          static_cast<Storage *>(grad_x), static_cast<Storage *>(grad_parameters)};
+          static_cast<Storage *>(grad_x), {}};
+      device_values(*grads, job.grads);
       int launches = 0;
-      launch_spline_backward(job, launch->make<Storage>(job.spline, job.grad_parameters),
-                             emulator::Launch{0, false, &launches});
+      launch_spline_backward(job, launch->make<Storage>(job.spline, &job.grads), emulator::Launch{0, false, &launches});
       launch->launches = launches;
     });
   });

@@ -21,12 +21,18 @@ inputs = partial(spline_inputs, spread=0.7, reach=1.3)
 BOX = (-2.0, 2.0, -2.0, 2.0)
 
 
+class Values(ctypes.Structure):
+    """Raw widths, heights or derivatives, or their gradients (spline_coupling.cpp)."""
+
+    _fields_ = [("data", ctypes.c_void_p), *((n, ctypes.c_int64) for n in "row_stride feature_stride count".split())]
+
+
 class Spline(ctypes.Structure):
-    """Parameters and options of a call (spline_coupling.cpp)."""
+    """Raw values and options of a call (spline_coupling.cpp)."""
 
     _fields_ = [
-        ("parameters", ctypes.c_void_p),
-        *((n, ctypes.c_int64) for n in "row_stride feature_stride rows features bins count tails form".split()),
+        ("values", Values * 3),
+        *((n, ctypes.c_int64) for n in "rows features bins count tails form".split()),
         *((n, ctypes.c_double) for n in "left right bottom top min_width min_height min_derivative softness".split()),
         ("inverse", ctypes.c_bool),
     ]
@@ -38,7 +44,8 @@ class SplineLaunch(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_int64)
         for name in (
-            "multiprocessors threads tile_rows tile_features pitch wide_in wide_out blocks parts launches"
+            "multiprocessors threads tile_rows tile_features pitch wide_in wide_out pieces_in pieces_out blocks parts "
+            "launches"
         ).split()
     ]
 
@@ -46,16 +53,30 @@ class SplineLaunch(ctypes.Structure):
         super().__init__(multiprocessors)
 
 
-def spline(x: Tensor, raw: Tensor, bins: int, tails: str, form: str, inverse: bool, **limits: Any) -> Spline:
+Raw = Tensor | list[Tensor]  # in one tensor, or widths, heights and derivatives apart
+
+
+def together(raw: Raw) -> Tensor:
+    return raw if isinstance(raw, Tensor) else torch.cat(raw, -1)
+
+
+def values_of(raw: Raw, bins: int) -> Any:
+    parts = raw.tensor_split((bins, 2 * bins), -1) if isinstance(raw, Tensor) else raw
+    for part in parts:
+        assert part.shape[2] < 2 or part.stride(2) == 1
+    return (Values * 3)(*(Values(part.data_ptr(), *part.stride()[:2], part.shape[2]) for part in parts))
+
+
+def spline(x: Tensor, raw: Raw, bins: int, tails: str, form: str, inverse: bool, **limits: Any) -> Spline:
     box, low = limits.get("box", BOX), limits.get("low", 1e-3)
-    assert raw.shape == (*x.shape, parameter_count(bins, tails)) and (raw.shape[2] == 1 or raw.stride(2) == 1)
+    count = parameter_count(bins, tails)
+    assert together(raw).shape == (*x.shape, count)
     softness = 1 / math.log(low) if form == "zuko" else 0.0
     codes = TAIL_CODES[tails], PARAMETERIZATIONS[form]
-    sizes = *raw.stride()[:2], *x.shape, bins, raw.shape[2]
-    return Spline(raw.data_ptr(), *sizes, *codes, *box, low, low, low, softness, inverse)
+    return Spline(values_of(raw, bins), *x.shape, bins, count, *codes, *box, low, low, low, softness, inverse)
 
 
-def forward(x: Tensor, raw: Tensor, *options: Any, launch: SplineLaunch, **limits: Any) -> tuple[Tensor, Tensor]:
+def forward(x: Tensor, raw: Raw, *options: Any, launch: SplineLaunch, **limits: Any) -> tuple[Tensor, Tensor]:
     y = torch.full(x.shape, torch.nan, dtype=x.dtype)
     logdet = torch.full(x.shape[:1], torch.nan, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
     job = spline(x, raw, *options, **limits)
@@ -65,16 +86,18 @@ def forward(x: Tensor, raw: Tensor, *options: Any, launch: SplineLaunch, **limit
 
 
 def backward(
-    grad_y: Tensor, grad_logdet: Tensor, x: Tensor, raw: Tensor, *options: Any, launch: SplineLaunch, **limits: Any
+    grad_y: Tensor, grad_logdet: Tensor, x: Tensor, raw: Raw, *options: Any, launch: SplineLaunch, **limits: Any
 ) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of the raw values, which the kernel writes in as many tensors as it reads."""
     grad_x = torch.full(x.shape, torch.nan, dtype=x.dtype)
-    grad_raw = torch.full(raw.shape, torch.nan, dtype=x.dtype)
+    parts = [torch.full(t.shape, torch.nan, dtype=x.dtype) for t in ([raw] if isinstance(raw, Tensor) else raw)]
+    grad_raw = parts if len(parts) == 3 else parts[0]
     call(
         load("spline_coupling").spline_backward,
         *(type_name(x.dtype), ctypes.byref(spline(x, raw, *options, **limits)), matrix(x), matrix(grad_y)),
-        *(data(grad_logdet), data(grad_x), data(grad_raw), ctypes.byref(launch)),
+        *(data(grad_logdet), data(grad_x), ctypes.byref(values_of(grad_raw, options[0])), ctypes.byref(launch)),
     )
-    return grad_x, grad_raw
+    return grad_x, together(grad_raw)
 
 
 def assert_near(got: Tensor, want: Tensor, plain: Tensor) -> None:
@@ -93,7 +116,7 @@ def assert_near(got: Tensor, want: Tensor, plain: Tensor) -> None:
 
 def check(
     x: Tensor,
-    raw: Tensor,
+    raw: Raw,
     *options: Any,
     multiprocessors: int = 1,
     weight: float = 1.0,
@@ -106,6 +129,7 @@ def check(
     grad_y = torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype)
     grad_logdet = weight * torch.randn(len(x), generator=generator, dtype=torch.float64).to(logdet.dtype)
     got = y, logdet, *backward(grad_y, grad_logdet, x, raw, *options, launch=launches[1], **limits)
+    raw = together(raw)
     bins, tails, form, inverse = options
     low = limits.get("low", 1e-3)
 
@@ -138,8 +162,8 @@ def test_many_bins(form: str, dtype: torch.dtype) -> None:
     for bins in (16, 64, 100, 1500):
         for inverse in (False, True):
             launches = check(*inputs(2, 40, bins, "linear", dtype), bins, "linear", form, inverse, low=1e-4)
-            for launch in launches:
-                assert launch.wide_in == launch.wide_out == 1
+            for wide in (launches[0].wide_in, launches[1].wide_in, launches[1].wide_out):
+                assert wide == (launches[0].pitch > 0)
             found.append(launches[0].pitch > 0)
     assert found == [True] * 6 + [False] * 2
 
@@ -150,9 +174,9 @@ def test_odd_counts_are_read_16_bytes_at_a_time(dtype: torch.dtype) -> None:
     for rows, features in [(1, 1), (3, 1), (9, 7), (61, 5), (400, 1)]:
         for bins, tails in [(8, "linear"), (1, "none"), (3, "circular")]:
             for launch in check(*inputs(rows, features, bins, tails, dtype), bins, tails, "nflows", False):
-                assert launch.wide_in == 1 - (bins == 1) or launch.pitch % 2 == 1
                 assert launch.pitch == parameter_count(bins, tails) | 1
-                assert launch.wide_in == launch.wide_out == parameter_count(bins, tails) % 2
+                assert launch.wide_in == parameter_count(bins, tails) % 2
+            assert launch.wide_out == launch.wide_in
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -174,12 +198,46 @@ def test_strided_tensors_are_read_in_place(dtype: torch.dtype) -> None:
         raw.transpose(0, 1).contiguous().transpose(0, 1),
     ):
         assert torch.equal(strided, raw)
-        for launch in check(wide_x[:, 5:11], strided, 8, "linear", "nflows", False):
-            assert (launch.wide_in, launch.wide_out) == (0, 1)
+        first, second = check(wide_x[:, 5:11], strided, 8, "linear", "nflows", False)
+        assert first.wide_in == second.wide_in == 0 and second.wide_out == 1
     for same in (raw[:1].expand_as(raw), raw[:, :1].expand_as(raw)):  # strides of 0
         check(x[:1].expand_as(x), same, 8, "linear", "zuko", True)
     for launch in check(x[::2], raw[::2].contiguous(), 8, "linear", "nflows", True):
         assert launch.wide_in == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("tails", TAILS)
+def test_three_tensors_are_read_where_they_are(tails: str, form: str, dtype: torch.dtype) -> None:
+    """Contiguous, as slices of wider rows of a net's output, as one spline for all, and too many bins for shared memory."""
+    for rows, features, bins in [(45, 1, 8), (7, 3, 5), (2, 300, 1), (3, 4, 1500 if tails == "linear" else 9)]:
+        x, raw = inputs(rows, features, bins, tails, dtype)
+        low = 1e-4
+        plain = [part.contiguous() for part in raw.tensor_split((bins, 2 * bins), -1)]
+        wider, longer = [], []
+        for gap, part in enumerate(plain, 1):
+            held = torch.full((rows, features, part.shape[2] + gap), torch.nan, dtype=dtype)
+            held[..., : part.shape[2]] = part
+            wider.append(held[..., : part.shape[2]])
+            rest = torch.full((rows, gap), torch.nan, dtype=dtype)
+            longer.append(torch.cat([part.flatten(1), rest], 1)[:, : part[0].numel()].view_as(part))
+        one = [part[:1, :1].expand_as(part) for part in plain]
+        mixed = [plain[0], wider[1], one[2]]
+        for parts in (plain, wider, longer, one, mixed):
+            for inverse in (False, True):
+                launches = check(x, parts, bins, tails, form, inverse, low=low)
+                packed = forward(x, together(parts), bins, tails, form, inverse, launch=SplineLaunch(), low=low)
+                apart = forward(x, parts, bins, tails, form, inverse, launch=SplineLaunch(), low=low)
+                assert all(torch.equal(a, b) for a, b in zip(packed, apart, strict=True))
+                if launches[0].pitch > 0:
+                    assert launches[0].pieces_in == launches[1].pieces_out == 3
+
+
+def test_neighbours_in_one_tensor_are_read_as_one() -> None:
+    x, raw = inputs(45, 3, 8, "linear", torch.float32)
+    for launch in check(x, list(raw.split([8, 8, 7], -1)), 8, "linear", "nflows", False):
+        assert (launch.pieces_in, launch.wide_in) == (1, 1)
 
 
 def test_every_mapping_of_elements_to_threads_is_used() -> None:

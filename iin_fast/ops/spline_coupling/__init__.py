@@ -144,8 +144,8 @@ def rational_quadratic_spline(
 ) -> tuple[Tensor, Tensor]:
     """The spline of :func:`spline_coupling`, element by element.
 
-    Three tensors are read where they are on a CPU, any row strides; for the kernels of GPUs they are put together first, unless they
-    are slices ``[..., :K]``, ``[..., K : 2 * K]``, ``[..., 2 * K :]`` of one tensor.
+    Three tensors are read where they are, any row strides. Slices ``[..., :K]``, ``[..., K : 2 * K]``, ``[..., 2 * K :]`` of one
+    tensor are read as that one.
 
     Args:
         x: ``[...]``.
@@ -183,7 +183,7 @@ def rational_quadratic_spline(
     for count, (name, value) in zip(counts, values.items(), strict=True):
         if value.shape != (*x.shape, count):
             raise ValueError(f"{op}: {name} has shape {list(value.shape)}, expected {[*x.shape, count]}")
-    flat = [part.reshape(x.numel(), 1, part.shape[-1]) for part in _together(x, widths, heights, derivatives)]
+    flat = [part.reshape(x.numel(), 1, part.shape[-1]) for part in _together(widths, heights, derivatives)]
     y, logdet = _run(x.reshape(-1, 1), flat, bins, tails, parameterization, limits, inverse)
     return y.reshape(x.shape), logdet.reshape(x.shape)
 
@@ -201,12 +201,11 @@ class _Adjacent(torch.autograd.Function):
         return grad.split(ctx.sizes, -1)
 
 
-def _together(x: Tensor, *parts: Tensor) -> Sequence[Tensor]:
-    """``[..., K | K | derivatives]`` where they lie so, or where the backend wants them so."""
-    widths, heights, derivatives = parts
-    apart = x.device.type == "cpu" and chosen("spline_coupling", x) == "cpp"
+def _together(*parts: Tensor) -> Sequence[Tensor]:
+    """``[..., K | K | derivatives]`` as one tensor where they lie so."""
     if followed() or needs_definition():
-        return parts if apart else (torch.cat(parts, -1),)
+        return parts
+    widths, heights, derivatives = parts
     one_storage: Any = torch._C._is_alias_of  # type: ignore[attr-defined]
     start, bins = widths.storage_offset(), widths.shape[-1]
     adjacent = (
@@ -217,9 +216,7 @@ def _together(x: Tensor, *parts: Tensor) -> Sequence[Tensor]:
         and one_storage(widths, heights)
         and one_storage(widths, derivatives)
     )
-    if adjacent:
-        return (_Adjacent.apply(*parts),)
-    return parts if apart else (torch.cat(parts, -1),)
+    return (_Adjacent.apply(*parts),) if adjacent else parts
 
 
 def _check(op: str, x: Tensor, name: str, value: Tensor) -> None:

@@ -98,22 +98,22 @@ def _slope(raw, ZUKO: tl.constexpr, SOFTNESS: tl.constexpr, MIN_D: tl.constexpr)
 
 @triton.jit
 def _locate(
-    x, parameters, long_row, parameters_row, parameters_feature, feature, valid,
+    x, widths, heights, derivatives, valid,
     BINS: tl.constexpr, TAILS: tl.constexpr, ZUKO: tl.constexpr, SOFTNESS: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, BOTTOM: tl.constexpr, TOP: tl.constexpr,
     MIN_W: tl.constexpr, MIN_H: tl.constexpr, MIN_D: tl.constexpr,
     INVERSE: tl.constexpr, WIDE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The bin of each coordinate [rows, features]: corner, size, slopes; and what backward needs besides."""
-    at = parameters + long_row * parameters_row + feature * parameters_feature
+    """The bin of each coordinate [rows, features]: corner, size, slopes; and what backward needs besides. Raw widths, heights and
+    derivatives of an element begin at the pointers [rows, features]."""
     k = tl.arange(0, BLOCK_K)[None, None, :]
     real = k < BINS
     inside = valid[:, :, None] & real
     share_w, mass_w, step_w = _shares(
-        tl.load(at[:, :, None] + k, mask=inside, other=0.0).to(WIDE), real, ZUKO, SOFTNESS
+        tl.load(widths[:, :, None] + k, mask=inside, other=0.0).to(WIDE), real, ZUKO, SOFTNESS
     )
     share_h, mass_h, step_h = _shares(
-        tl.load(at[:, :, None] + BINS + k, mask=inside, other=0.0).to(WIDE), real, ZUKO, SOFTNESS
+        tl.load(heights[:, :, None] + k, mask=inside, other=0.0).to(WIDE), real, ZUKO, SOFTNESS
     )
     before = k.to(WIDE)
     left = LEFT + (RIGHT - LEFT) * (MIN_W * before + (1 - MIN_W * BINS) * mass_w)
@@ -140,8 +140,8 @@ def _locate(
             second = tl.where(second == BINS, 0, second)
         has0 = number >= 0
         has1 = number >= 0
-    raw0 = tl.load(at + 2 * BINS + first, mask=valid & has0, other=0.0).to(WIDE)
-    raw1 = tl.load(at + 2 * BINS + second, mask=valid & has1, other=0.0).to(WIDE)
+    raw0 = tl.load(derivatives + first, mask=valid & has0, other=0.0).to(WIDE)
+    raw1 = tl.load(derivatives + second, mask=valid & has1, other=0.0).to(WIDE)
     slope0, step0 = _slope(raw0, ZUKO, SOFTNESS, MIN_D)
     slope1, step1 = _slope(raw1, ZUKO, SOFTNESS, MIN_D)
     slope0 = tl.where(has0, slope0, 1.0)
@@ -230,14 +230,20 @@ def _image_backward(theta, rest, width, height, slope0, slope1, grad_y, grad_log
 @triton.jit(do_not_specialize=["batch", "batch_bucket"])
 def _forward(
     x,  # [batch, features], rows x_row apart
-    parameters,  # [batch, features, 2 BINS + derivatives], the last axis contiguous
+    widths,  # [batch, features, BINS], the last axis contiguous
+    heights,  # [batch, features, BINS], the last axis contiguous
+    derivatives,  # [batch, features, DERIVATIVES], the last axis contiguous
     y,  # [batch, features], contiguous
     logdet,  # [parts, batch]
     batch,
     features,
     x_row,
-    parameters_row,
-    parameters_feature,
+    widths_row,
+    widths_feature,
+    heights_row,
+    heights_feature,
+    derivatives_row,
+    derivatives_feature,
     part,  # features of a part
     batch_bucket,
     BINS: tl.constexpr,
@@ -271,8 +277,11 @@ def _forward(
         value = tl.load(x + long_row * x_row + feature, mask=valid, other=0.0).to(WIDE)
         within = _clamp(value, LOW, HIGH)
         number, sx, width, sy, height, slope0, slope1, _0, _1, _2, _3, _4, _5, _6, _7 = _locate(
-            within, parameters, long_row, parameters_row, parameters_feature, feature, valid, BINS, TAILS, ZUKO, SOFTNESS,
-            LEFT, RIGHT, BOTTOM, TOP, MIN_W, MIN_H, MIN_D, INVERSE, WIDE, BLOCK_K,
+            within,
+            widths + long_row * widths_row + feature * widths_feature,
+            heights + long_row * heights_row + feature * heights_feature,
+            derivatives + long_row * derivatives_row + feature * derivatives_feature,
+            valid, BINS, TAILS, ZUKO, SOFTNESS, LEFT, RIGHT, BOTTOM, TOP, MIN_W, MIN_H, MIN_D, INVERSE, WIDE, BLOCK_K,
         )  # fmt: skip
         theta, rest = _position(within, sx, width, sy, height, slope0, slope1, HIGH, INVERSE, WIDE)
         mapped, gained = _image(theta, rest, sy, width, height, slope0, slope1)
@@ -326,16 +335,30 @@ def _backward(
     grad_y,  # [batch, features], rows grad_y_row apart
     grad_logdet,  # [batch]
     x,  # [batch, features], rows x_row apart
-    parameters,  # [batch, features, 2 BINS + derivatives], the last axis contiguous
+    widths,  # [batch, features, BINS], the last axis contiguous
+    heights,  # [batch, features, BINS], the last axis contiguous
+    derivatives,  # [batch, features, DERIVATIVES], the last axis contiguous
     grad_x,  # [batch, features], contiguous
-    grad_parameters,  # [batch, features, 2 BINS + derivatives], contiguous
+    grad_widths,  # as the raw values
+    grad_heights,
+    grad_derivatives,
     batch,
     features,
     grad_y_row,
     grad_logdet_row,
     x_row,
-    parameters_row,
-    parameters_feature,
+    widths_row,
+    widths_feature,
+    heights_row,
+    heights_feature,
+    derivatives_row,
+    derivatives_feature,
+    grad_widths_row,
+    grad_widths_feature,
+    grad_heights_row,
+    grad_heights_feature,
+    grad_derivatives_row,
+    grad_derivatives_feature,
     batch_bucket,
     BINS: tl.constexpr,
     TAILS: tl.constexpr,
@@ -370,8 +393,11 @@ def _backward(
     within = _clamp(value, LOW, HIGH)
     number, sx, width, sy, height, slope0, slope1, step0, step1, share_w, mass_w, step_w, share_h, mass_h, step_h = (
         _locate(
-            within, parameters, long_row, parameters_row, parameters_feature, feature, valid, BINS, TAILS, ZUKO, SOFTNESS,
-            LEFT, RIGHT, BOTTOM, TOP, MIN_W, MIN_H, MIN_D, INVERSE, WIDE, BLOCK_K,
+            within,
+            widths + long_row * widths_row + feature * widths_feature,
+            heights + long_row * heights_row + feature * heights_feature,
+            derivatives + long_row * derivatives_row + feature * derivatives_feature,
+            valid, BINS, TAILS, ZUKO, SOFTNESS, LEFT, RIGHT, BOTTOM, TOP, MIN_W, MIN_H, MIN_D, INVERSE, WIDE, BLOCK_K,
         )
     )  # fmt: skip
     excess = value - within
@@ -417,12 +443,14 @@ def _backward(
         by_raw0 = tl.where(outside, 0.0, by_raw0)
         by_raw1 = tl.where(outside, 0.0, by_raw1)
     tl.store(grad_x + long_row * features + feature, result.to(grad_x.dtype.element_ty), mask=valid)
-    to = grad_parameters + (long_row * features + feature) * (2 * BINS + DERIVATIVES)
+    to_widths = grad_widths + long_row * grad_widths_row + feature * grad_widths_feature
+    to_heights = grad_heights + long_row * grad_heights_row + feature * grad_heights_feature
+    to_derivatives = grad_derivatives + long_row * grad_derivatives_row + feature * grad_derivatives_feature
     SCALE_W: tl.constexpr = (RIGHT - LEFT) * (1 - MIN_W * BINS)
     SCALE_H: tl.constexpr = (TOP - BOTTOM) * (1 - MIN_H * BINS)
-    _share_gradient(to, corner_x, by_width, share_w, mass_w, step_w, number, same, valid, SCALE_W, BINS, BLOCK_K)
+    _share_gradient(to_widths, corner_x, by_width, share_w, mass_w, step_w, number, same, valid, SCALE_W, BINS, BLOCK_K)
     _share_gradient(
-        to + BINS, corner_y, by_height, share_h, mass_h, step_h, number, same, valid, SCALE_H, BINS, BLOCK_K
+        to_heights, corner_y, by_height, share_h, mass_h, step_h, number, same, valid, SCALE_H, BINS, BLOCK_K
     )
     if DERIVATIVES > 0:
         d = tl.arange(0, BLOCK_D)[None, None, :]
@@ -431,8 +459,8 @@ def _backward(
         n = number[:, :, None]
         gradient = tl.where(n == knot, by_raw0[:, :, None], 0.0)
         gradient += tl.where(n == before, by_raw1[:, :, None], 0.0)
-        at = to[:, :, None] + 2 * BINS + d
-        tl.store(at, gradient.to(to.dtype.element_ty), mask=valid[:, :, None] & (d < DERIVATIVES))
+        at = to_derivatives[:, :, None] + d
+        tl.store(at, gradient.to(at.dtype.element_ty), mask=valid[:, :, None] & (d < DERIVATIVES))
 
 
 def _constants(
@@ -462,11 +490,24 @@ def _constants(
     )
 
 
-def _laid_out(x: Tensor, parameters: Tensor, bins: int) -> tuple[Tensor, Tensor, int]:
-    """x and parameters with their last axes contiguous, and the features of a tile."""
-    parameters = parameters if parameters.stride(2) == 1 else parameters.contiguous()
-    features = x.shape[1]
-    return rows(x, len(x), features), parameters, min(power_of_two(features), max(1, _LEAST // power_of_two(bins)))
+def _values(
+    bins: int, parameters: Tensor, heights: Tensor | None, derivatives: Tensor | None, prefix: str = ""
+) -> dict[str, Any]:
+    """Widths, heights and derivatives as a kernel takes them, of one tensor or three; the last axis is contiguous."""
+    if heights is None or derivatives is None:
+        parts = _contiguous(parameters).tensor_split((bins, 2 * bins), 2)
+    else:
+        parts = tuple(_contiguous(part) for part in (parameters, heights, derivatives))
+    names = (prefix + name for name in ("widths", "heights", "derivatives"))
+    return strided("row feature", **dict(zip(names, parts, strict=True)))
+
+
+def _contiguous(values: Tensor) -> Tensor:
+    return values if values.shape[2] < 2 or values.stride(2) == 1 else values.contiguous()
+
+
+def _features_of_a_tile(features: int, bins: int) -> int:
+    return min(power_of_two(features), max(1, _LEAST // power_of_two(bins)))
 
 
 def _row_tiles(batch: int, bins: int, block_f: int) -> Callable[[dict[str, int]], int]:
@@ -476,8 +517,8 @@ def _row_tiles(batch: int, bins: int, block_f: int) -> Callable[[dict[str, int]]
 def spline_coupling(
     x: Tensor,
     parameters: Tensor,
-    heights: None,
-    derivatives: None,
+    heights: Tensor | None,
+    derivatives: Tensor | None,
     bins: int,
     tails: int,
     parameterization: int,
@@ -496,7 +537,7 @@ def spline_coupling(
     logdet = torch.empty(batch, dtype=accumulator_type(x.dtype), device=x.device)
     if y.numel() == 0:
         return y, logdet.zero_()
-    x, parameters, block_f = _laid_out(x, parameters, bins)
+    x, block_f = rows(x, batch, features), _features_of_a_tile(features, bins)
     limits = (left, right, bottom, top, min_width, min_height, min_derivative)
     parts = max(1, min(features // 128, ceil_div(1024, batch)))
     part = ceil_div(ceil_div(features, parts), block_f) * block_f
@@ -508,7 +549,7 @@ def spline_coupling(
             _forward,
             lambda meta: (row_tiles(meta), parts),
             **strided("row", x=x),
-            **strided("row feature", parameters=parameters),
+            **_values(bins, parameters, heights, derivatives),
             y=y,
             logdet=sums,
             batch=batch,
@@ -527,8 +568,8 @@ def spline_coupling_backward(
     grad_logdet: Tensor,
     x: Tensor,
     parameters: Tensor,
-    heights: None,
-    derivatives: None,
+    heights: Tensor | None,
+    derivatives: Tensor | None,
     bins: int,
     tails: int,
     parameterization: int,
@@ -540,26 +581,29 @@ def spline_coupling_backward(
     min_height: float,
     min_derivative: float,
     inverse: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As torch.ops.iin_fast.spline_coupling_backward: gradients of x and the parameters, contiguous; raw values come in one tensor."""
+) -> tuple[Tensor, ...]:
+    """As torch.ops.iin_fast.spline_coupling_backward: gradients of x and the raw values, contiguous."""
     batch, features = x.shape
     grad_x = torch.empty(batch, features, dtype=x.dtype, device=x.device)
-    grad_parameters = torch.empty(parameters.shape, dtype=x.dtype, device=x.device)
+    grads = [
+        torch.empty(0 if t is None else t.shape, dtype=x.dtype, device=x.device)
+        for t in (parameters, heights, derivatives)
+    ]
     if grad_x.numel() == 0:
-        return grad_x, grad_parameters, x.new_empty(0), x.new_empty(0)
-    x, parameters, block_f = _laid_out(x, parameters, bins)
-    g = rows(grad_y, batch, features)
+        return grad_x, *grads
+    x, g, block_f = rows(x, batch, features), rows(grad_y, batch, features), _features_of_a_tile(features, bins)
     limits = (left, right, bottom, top, min_width, min_height, min_derivative)
-    knots = parameters.shape[2] - 2 * bins
+    knots = parameters.shape[2] - 2 * bins if derivatives is None else derivatives.shape[2]
+    by_heights, by_derivatives = grads[1:] if derivatives is not None else (None, None)
     row_tiles = _row_tiles(batch, bins, block_f)
     with on_device(x):
         launch(
             _backward,
             lambda meta: (row_tiles(meta) * ceil_div(features, block_f),),  # as `tiles` of triton_common
             **strided("row", grad_y=g, grad_logdet=grad_logdet, x=x),
-            **strided("row feature", parameters=parameters),
+            **_values(bins, parameters, heights, derivatives),
             grad_x=grad_x,
-            grad_parameters=grad_parameters,
+            **_values(bins, grads[0], by_heights, by_derivatives, "grad_"),
             batch=batch,
             features=features,
             batch_bucket=bucket(batch),
@@ -567,7 +611,7 @@ def spline_coupling_backward(
             DERIVATIVES=knots,
             BLOCK_D=power_of_two(knots),
         )
-    return grad_x, grad_parameters, x.new_empty(0), x.new_empty(0)
+    return grad_x, *grads
 
 
 def compile_cases() -> list[CompileCase]:
