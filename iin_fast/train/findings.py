@@ -17,6 +17,7 @@ ALMOST = 0.99  # share of the rows with one value
 SCALES = 100.0  # times the median deviation, or that part of it
 FEW_ROWS = 10
 FEW_LATENTS = 100
+FEW_EXAMPLES = 50
 SHOWN = 8
 
 
@@ -32,6 +33,8 @@ class Findings:
         badly_scaled: features whose deviation is more than 100 times the median of all, or less than a hundredth of it.
         rank: directions that vary, of ``live`` features that are neither constant nor copies.
         few: concept to class to rows, of classes with fewer than 10.
+        examples: concept to the different latents that say what it is, where these are fewer than 50: rows with a label, or rows of
+            pairs that share the concept.
     """
 
     n: int
@@ -42,6 +45,7 @@ class Findings:
     badly_scaled: list[int]
     rank: int
     few: dict[str, dict[int, int]]
+    examples: dict[str, int]
 
     @property
     def live(self) -> int:
@@ -74,6 +78,11 @@ class Findings:
             shown = ", ".join(f"{label} ({rows})" for label, rows in list(classes.items())[:SHOWN])
             more = f" and {len(classes) - SHOWN} more" if len(classes) > SHOWN else ""
             found.append(f"concept {concept!r}: classes with fewer than {FEW_ROWS} rows: {shown}{more}")
+        for concept, rows in self.examples.items():
+            found.append(
+                f"concept {concept!r} is said by {rows} different latents: with so few a linear answer, the difference of the "
+                "classes' means or iin_fast.LinearIIN, is as good as a training, and takes seconds"
+            )
         return found
 
 
@@ -105,8 +114,12 @@ def inspect_latents(latents: Latents) -> Findings:
         x = Inputs.of(z)(z.double())[0]
         rank = int((torch.linalg.eigvalsh(x.T @ x / len(x)) > NULL_VARIANCE).sum())
     few: dict[str, dict[int, int]] = {}
+    examples: dict[str, int] = {}
+    for name, column in zip(latents.names, latents.shared.T if latents.shared is not None else (), strict=False):
+        examples[name] = len(z[column.repeat(2)].unique(dim=0))
     if latents.labels is not None:
         for name, column in zip(latents.names, latents.labels.T, strict=True):
+            examples[name] = int((column != MISSING).sum())
             labels, rows = column[column != MISSING].unique(return_counts=True)
             small = {int(label): int(n) for label, n in zip(labels, rows, strict=True) if n < FEW_ROWS}
             if small:
@@ -120,6 +133,7 @@ def inspect_latents(latents: Latents) -> Findings:
         badly_scaled=_places(badly),
         rank=rank,
         few=few,
+        examples={name: rows for name, rows in examples.items() if rows < FEW_EXAMPLES},
     )
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from iin_fast import concept_pairs
 from iin_fast.data import Latents
 from iin_fast.train import inspect_latents
 
@@ -15,7 +16,10 @@ def draw(n=500, dim=12, seed=0):
 def test_nothing_is_said_of_good_latents(latents):
     found = inspect_latents(latents)
     assert found.lines() == [] and found.rank == found.live == 8
-    assert found.constant == found.almost_constant == found.badly_scaled == [] and found.copies == found.few == {}
+    assert (
+        found.constant == found.almost_constant == found.badly_scaled == []
+        and found.copies == found.few == found.examples == {}
+    )
 
 
 def test_features_are_named():
@@ -47,7 +51,8 @@ def test_few_rows_and_small_classes_are_named():
     labels[39, 1] = -1
     found = inspect_latents(Latents.of(draw(40, 60), labels, ["digit", "color"]))
     assert found.few == {"color": dict.fromkeys(range(1, 14), 1)} and found.rank <= 40
-    rank, few = found.lines()
+    rank, few, *examples = found.lines()
+    assert found.examples == {"digit": 40, "color": 39} and len(examples) == 2
     assert "(fewer rows than features)" in rank
     assert few.startswith("concept 'color': classes with fewer than 10 rows: 1 (1), 2 (1),") and few.endswith(
         "and 5 more"
@@ -64,3 +69,18 @@ def test_few_rows_in_few_features():
     (line,) = inspect_latents(Latents.of(draw(99, 4))).lines()
     assert line.startswith("99 rows are few")
     assert inspect_latents(Latents.of(draw(100, 4))).lines() == []
+
+
+def test_few_examples_are_as_well_served_without_a_training():
+    z = draw(300)
+    pairs = concept_pairs(z[:8], z[8:16], z[16:], n=600, name="nine")
+    found = inspect_latents(Latents.of_pairs(pairs.za, pairs.zb, shared=pairs.shared, names=pairs.names))
+    assert found.examples == {"nine": 16}
+    (line,) = found.lines()
+    assert line.startswith("concept 'nine' is said by 16 different latents: with so few a linear answer")
+
+    pairs = concept_pairs(z[:100], z[100:200], z[200:], n=600, name="nine")
+    assert not inspect_latents(Latents.of_pairs(pairs.za, pairs.zb, shared=pairs.shared, names=pairs.names)).lines()
+    labels = np.full((300, 2), -1)
+    labels[:49, 0], labels[:50, 1] = np.arange(49) % 2, np.arange(50) % 2
+    assert inspect_latents(Latents.of(z, labels, ["digit", "color"])).examples == {"digit": 49}
