@@ -501,20 +501,27 @@ def as_table(file: Path) -> str:
     return "\n".join(lines)
 
 
-def write_page(file: Path) -> None:
-    """The table in docs/examples.md, and what became of random latents."""
+def page(file: Path) -> str:
+    """docs/examples.md with the table, what became of random latents, and of a handful of examples."""
     text = as_table(file)
     runs = [cell for cell in cells(file) if cell["data"] == RANDOM]
     if runs:
         failed = {cell["seed"]: cell["failed"] for cell in runs if "failed" in cell}
-        diverged = [str(seed) for seed, why in failed.items() if "finite" in why]
+        diverged = [str(seed) for seed, why in failed.items() if "finite" in why or "rose" in why]
         what = f"those of seeds {', '.join(diverged)} diverged" if diverged else "none diverged"
         refused = len(failed) - len(diverged)
         if refused:
             what += f"; {refused} were refused, as they vary in too few directions for their concepts"
         text += f"\n\n{len(runs)} default trainings of {RANDOM_STEPS} steps on random latents (`--random`): {what}."
+    few = [cell["scores"] for cell in cells(file) if cell["data"] == FEW]
+    if few:
+        shares = [f"{who} {', '.join(format(cell[who]['both'], '.2f') for cell in few)}" for who in few[0]]
+        text += (
+            f"\n\nA color said by {EXAMPLES_OF_EACH} latents of mnist with it and {EXAMPLES_OF_EACH} without (`--few`), {len(few)} draws, "
+            f"the share of held-out latents that get the color and keep the digit: {'; '.join(shares)}."
+        )
     before, rest = PAGE.read_text().split(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}")
+    return f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}"
 
 
 # ---- does it diverge -----------------------------------------------------------------------------------------------------------
@@ -634,7 +641,7 @@ def main() -> None:
     parser.add_argument("--few", action="store_true", help="a concept said by 8 latents with it and 8 without, alone")
     given = parser.parse_args()
     if given.write:
-        write_page(given.results)
+        PAGE.write_text(page(given.results))
     elif given.few:
         few_examples(given.results, given.seeds)
     elif given.random:

@@ -101,14 +101,20 @@ def test_the_page_says_where_the_default_is_worse(defaults, tmp_path, monkeypatc
         cell("bad", "default", 0.55, ["iin"]),
         {"data": "random", "rule": "default", "seed": 0, "quick": False},
         {"data": "random", "rule": "default", "seed": 1, "quick": False, "failed": "not finite"},
+        {"data": defaults.FEW, "seed": 0, "scores": {"mean": {"both": 0.812}, "IIN": {"both": 0.7}}},
+        {"data": defaults.FEW, "seed": 1, "scores": {"mean": {"both": 0.4}, "IIN": {"both": 0.5}}},
     ):
         defaults.append(file, made)
-    defaults.write_page(file)
-    text = page.read_text()
+    text = defaults.page(file)
     assert text.startswith("before") and text.endswith("after") and "old" not in text
     assert "| good | 9 × 3 | 1 | 0.590 | 0.500 | 0.600 | 7 |" in text
     assert "- bad: 0.050 less than mean shift." in text and text.count("less than") == 1
+    assert "keep the digit: mean 0.81, 0.40; IIN 0.70, 0.50." in text
     assert "2 default trainings" in text and "those of seeds 1 diverged" in text
+
+
+def test_the_table_of_the_docs_is_that_of_the_result_file(defaults):
+    assert defaults.page(ROOT / "benchmarks" / "results" / "defaults_cpu.jsonl") == defaults.PAGE.read_text()
 
 
 def test_tuned_is_the_best_try_of_the_first_seed(defaults, tmp_path, monkeypatch):

@@ -69,6 +69,8 @@ def test_every_setting_is_chosen_and_fits_the_time(rows, dim):
         assert still_open == {"factors", "context", "unlabelled"}
         assert chosen.chosen(facts) == chosen  # so that a resume has the same
         assert chosen.keep == ("swaps" if kind == "labels" else "best")
+        assert chosen.contrast == (CONTRAST if kind == "labels" and rows == 100_000 else 0.0)
+        assert Settings().chosen(facts._replace(whole=False)).contrast == 0.0
         assert Settings(minutes=0.5).chosen(facts).steps <= chosen.steps
         assert str(chosen.steps) in chosen.text(facts)
     assert NOISE_FALLS[1] <= PATIENT < 1  # much noise hides what sharp bends gain
