@@ -168,9 +168,12 @@ def torch_call(side: str, flow: nn.Module, case: dict[str, Any]) -> Call:
     def log_prob() -> Tensor:
         if side == "zuko":
             return flow(context).log_prob(x)
-        if side == "normflows":
+        if context is None:
             return flow.log_prob(x)
         return flow.log_prob(x, context)
+
+    if side == COMPILED:
+        log_prob = torch.compile(log_prob)
 
     if case["measure"] == "sample":
 
@@ -238,6 +241,11 @@ class Jax:
 
 
 SIDES = {"iin-fast": ours, "nflows": nflows_model, "zuko": zuko_model, "normflows": normflows_model}
+COMPILED = "torch.compile"  # of nflows' model, of normflows' where nflows has none
+
+
+def compiled_model(case: dict[str, Any]) -> nn.Module | None:
+    return None if case["measure"] == "sample" else nflows_model(case) or normflows_model(case)
 
 
 MEMORY_BATCH, MEMORY_LAYERS = 4096, (10, 20, 40)
@@ -299,11 +307,16 @@ def floor(case: dict[str, Any], parameters: int, peaks: dict[str, float]) -> flo
 
 
 def run_case(
-    case: dict[str, Any], jax: Jax | None, rounds: int, seconds: float, peaks: dict[str, float]
+    case: dict[str, Any],
+    sides: dict[str, Callable[[dict[str, Any]], nn.Module | None]],
+    jax: Jax | None,
+    rounds: int,
+    seconds: float,
+    peaks: dict[str, float],
 ) -> dict[str, Any]:
     calls: dict[str, Call] = {}
     rows: dict[str, dict[str, Any]] = {}
-    for side, make in SIDES.items():
+    for side, make in sides.items():
         torch.manual_seed(0)
         flow = make(case)
         if flow is None:
@@ -337,6 +350,9 @@ def main() -> None:
     parser.add_argument("--jax", help="the python of an environment with jax and flowjax")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/engine_cpu.json"))
     parser.add_argument("--only", nargs="*", default=[""], help="cases whose name begins with one of these")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile as well: half a minute more for each case"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.4, help="of each side in a round")
     parser.add_argument("--picture", type=Path, help="file for a plot over batch sizes")
@@ -347,6 +363,7 @@ def main() -> None:
     if arguments.memory_of:
         print(memory_here(arguments.memory_of[0], int(arguments.memory_of[1])))
         return
+    sides = SIDES | ({COMPILED: compiled_model} if arguments.compile else {})
     peaks = machine_peaks(False)
     jax = Jax(arguments.jax) if arguments.jax else None
     libraries = versions("torch", "nflows", "zuko", "normflows")
@@ -359,7 +376,7 @@ def main() -> None:
     }
     for case in CASES:
         if case["name"].startswith(tuple(arguments.only)):
-            result["cases"][case["name"]] = run_case(case, jax, arguments.rounds, arguments.seconds, peaks)
+            result["cases"][case["name"]] = run_case(case, sides, jax, arguments.rounds, arguments.seconds, peaks)
     if jax is not None:
         jax.close()
     if arguments.only == [""]:

@@ -146,7 +146,10 @@ def engine_table(name: str = "engine_cpu.json") -> str:
     result = json.loads((RESULTS / name).read_text())
     libraries = ", ".join(f"{library} {result['versions'][library]}" for library in ("torch", "jax", *ENGINE_RIVALS))
     floor = f"the arithmetic of the nets at the {result['peaks']['gflops']:.0f} GFLOP/s that the same run measured"
-    lines = rivals_table(result, {rival: rival for rival in ENGINE_RIVALS}, libraries, floor)
+    rivals = {rival: rival for rival in ENGINE_RIVALS}
+    if any("torch.compile" in found["sides"] for found in result["cases"].values()):
+        rivals["torch.compile"] = "nflows or normflows, torch.compile"
+    lines = rivals_table(result, rivals, libraries, floor)
     first = [row["first_call"] for row in (found["sides"]["iin-fast"] for found in result["cases"].values())]
     compiled = [found["sides"]["flowjax"]["first_call"] for found in result["cases"].values()]
     lines += [
