@@ -81,6 +81,12 @@ def train(
     devices: Annotated[int, typer.Option(help="of each node; under torchrun its environment counts")] = 1,
     nodes: Annotated[int, typer.Option(help="machines; under torchrun its environment counts")] = 1,
     strategy: Annotated[str, typer.Option(help="auto or ddp")] = "auto",
+    logger: Annotated[
+        str,
+        typer.Option(
+            help="a function that gives a logger of Lightning Fabric (MLflow, Weights & Biases): package.module:name or file.py:name"
+        ),
+    ] = "",
 ) -> None:
     """Train an IIN on the latents of any pretrained model.
 
@@ -92,6 +98,7 @@ def train(
     from ..data.rows import training_rows
     from ..train import early_end, held_out_rise, inspect_latents, loss_rise
     from ..train import train as run_training
+    from ..train.run_folder import load_function
 
     keep_freed_memory()
     if latents is None and not resume:
@@ -105,6 +112,7 @@ def train(
             console.print(f"[yellow]note:[/yellow] {escape(line)}", highlight=False, soft_wrap=True)
     where: dict[str, Any] = {"accelerator": accelerator, "devices": devices, "nodes": nodes, "strategy": strategy}
     where |= {"device": device or None, "force": force, "epochs": epochs}
+    where["loggers"] = [load_function(logger)()] if logger else []
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="train: ")  # printed below

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -72,7 +73,7 @@ def principal_axes(factors: Factors, name: str, most: int = MOST_DIRECTIONS) -> 
     return axes.to(factors.tensor.dtype)
 
 
-def axes_of(factors: Factors, name: str, codes: Tensor | None = None) -> dict[str, Axis]:
+def axes_of(factors: Factors, name: str, codes: Tensor | None = None, classes: Sequence[str] = ()) -> dict[str, Axis]:
     """The axes of one factor by name: to its classes where samples have labels of it, and its principal directions.
 
     A class axis leads from the mean of all other labelled samples to the mean of the class, as ``IIN.axis`` does.
@@ -82,6 +83,7 @@ def axes_of(factors: Factors, name: str, codes: Tensor | None = None) -> dict[st
         name: of the factor.
         codes: classes of the concept of that name, ``[samples]``, -1 where unknown; or None. The ten most frequent
             classes get an axis.
+        classes: what the codes stand for, where the labels were texts: in the names of axes.
     """
     axes: list[Axis] = []
     if codes is not None:
@@ -91,7 +93,8 @@ def axes_of(factors: Factors, name: str, codes: Tensor | None = None) -> dict[st
             direction = torch.zeros_like(factors.tensor[0])
             own, other = factors[name][codes == code], factors[name][(codes >= 0) & (codes != code)]
             direction[_place(factors, name)] = own.mean(0) - other.mean(0)
-            axes.append(Axis(f"to {name} {code}", direction, -1.0, 2.0))
+            text = classes[code] if code < len(classes) else code
+            axes.append(Axis(f"to {name} {text}", direction, -1.0, 2.0))
     for number, direction in enumerate(principal_axes(factors, name)):
         axes.append(Axis(f"direction {number + 1}", direction, -3.0, 3.0))
     return {axis.name: axis for axis in axes}

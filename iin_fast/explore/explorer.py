@@ -123,7 +123,8 @@ class Explorer:
         labels, names = torch.from_numpy(self.shown.labels).to(model.device), self.shown.names
         codes = {name: labels[:, k] for k, name in enumerate(names)}
         self.axes: dict[str, dict[str, Axis]] = {
-            name: axes_of(self._factors, name, codes.get(name)) for name in model.sizes
+            name: axes_of(self._factors, name, codes.get(name), self.shown.classes.get(name, ()))
+            for name in model.sizes
         }
         self.choose(min(self.rows))
 
@@ -245,6 +246,7 @@ class Explorer:
                 labels = ""
                 if name in self.shown.names:
                     labels = f", data.labels{rows or '[:]'}[:, {self.shown.names.index(name)}]"
+                    labels += f", data.classes[{name!r}]" if name in self.shown.classes else ""
                 lines.append(f"axes = axes_of(others, {name!r}{labels})")
                 lines += [
                     f"changed = changed + {position} * axes[{axis!r}].direction"

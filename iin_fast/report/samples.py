@@ -22,6 +22,7 @@ __all__ = ["Images", "Shown", "interpolations", "swaps"]
 
 COLUMNS_OF_SWAPS, ROWS_OF_SWAPS = 10, 6
 STEPS = 7  # of an interpolation
+BLOCK = 2**22  # elements of samples whose distances are taken together
 
 Images = Tensor | NDArray[Any] | Sequence[str]
 
@@ -119,7 +120,8 @@ class Shown:
 
     def distances(self, z: Tensor) -> Tensor:
         """From each of ``z`` to each sample, ``[m, n]``."""
-        return torch.cdist(z.double(), self.z.double())
+        parts = self.z.split(max(1, BLOCK // self.z.shape[1]))  # not all of many samples in double precision at once
+        return torch.cat([torch.cdist(z.double(), part.double()) for part in parts], 1)
 
     def nearest(self, z: Tensor, without: Sequence[Sequence[int]] | None = None) -> list[int]:
         """The held-out row nearest to each of ``z``; not those in ``without``, unless nothing else is there."""

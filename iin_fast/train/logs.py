@@ -7,6 +7,7 @@ import io
 import math
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -36,9 +37,13 @@ def event_writer() -> Any:
 
 
 class Log:
-    """``logs/metrics.csv`` and TensorBoard events in a run folder, from ``step`` on: what came after it is taken away."""
+    """``logs/metrics.csv`` and TensorBoard events in a run folder, from ``step`` on: what came after it is taken away.
 
-    def __init__(self, run: Path, step: int) -> None:
+    ``loggers`` get the same numbers; they are those of Lightning Fabric, or have its ``log_metrics`` and ``finalize``.
+    """
+
+    def __init__(self, run: Path, step: int, loggers: Sequence[Any] = ()) -> None:
+        self._loggers = loggers
         folder = run / "logs"
         folder.mkdir(parents=True, exist_ok=True)
         file = folder / "metrics.csv"
@@ -56,6 +61,8 @@ class Log:
         self._stream.flush()
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
+        for logger in self._loggers:
+            logger.log_metrics(values, step=step)
 
     def sync(self) -> None:
         """All lines reach the disk."""
@@ -63,9 +70,11 @@ class Log:
         os.fsync(self._stream.fileno())
         self._events.flush()
 
-    def close(self) -> None:
+    def close(self, ended: bool = True) -> None:
         self._stream.close()
         self._events.close()
+        for logger in self._loggers:
+            logger.finalize("success" if ended else "failed")
 
 
 class Bar:

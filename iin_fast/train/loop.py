@@ -12,9 +12,9 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import fields, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ def train(
     nodes: int = 1,
     strategy: str = "auto",
     progress: bool = False,
+    loggers: Sequence[Any] = (),
 ) -> IIN:
     r"""Trains an IIN on latents, and writes all that comes of it into the folder ``out``.
 
@@ -90,6 +91,8 @@ def train(
         accelerator, devices, nodes, strategy: of Lightning Fabric: ``"auto"``, ``"cpu"``, ``"cuda"``, …; devices of each
             node; ``"auto"`` or ``"ddp"``. Under torchrun its environment counts, and ``devices`` and ``nodes`` are left.
         progress: show a progress bar.
+        loggers: get the numbers of ``logs/metrics.csv`` too, and the settings: loggers of Lightning Fabric, such as
+            ``lightning.pytorch.loggers.MLFlowLogger`` and ``WandbLogger``.
 
     Returns:
         the trained model, on its device: the one in the run folder.
@@ -158,7 +161,7 @@ def train(
         fabric.barrier()  # nothing is written before all have looked
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            training = _Training(fabric, data, run, settings, found, progress, known.hidden)
+            training = _Training(fabric, data, run, settings, found, progress, known.hidden, loggers)
             if progress and fabric.is_global_zero:
                 print("\n".join([*training.summary(), settings.text(known)]), flush=True)
             model = training.run()
@@ -221,8 +224,10 @@ class _Training:
         found: Path | None,
         progress: bool,
         hidden: tuple[str, ...] = (),
+        loggers: Sequence[Any] = (),
     ) -> None:
         self.fabric, self.data, self.folder, self.settings, self.show = fabric, data, run, settings, progress
+        self.loggers = loggers
         train_rows, held_rows = split_rows(data, settings.held_out, settings.seed)
         self.rows = len(train_rows), len(held_rows)
         self.context: Tensor | None = None  # [n, classes]
@@ -269,6 +274,9 @@ class _Training:
             if found is not None:  # a run may have been killed between its last checkpoint and this
                 state.publish(run, model, self.progress)
             self._write_record(model, train_rows, held_rows)
+            for logger in loggers:
+                with suppress(NotImplementedError):  # Fabric's own CSVLogger has none
+                    logger.log_hyperparams(asdict(settings))
         self.model = model
         self.objective = _Objective(model, settings.rho, settings.contrast)
         matrices = [p for name, p in model.named_parameters() if "weight" in name]
@@ -403,7 +411,7 @@ class _Training:
         device = fabric.device
         # Every step where that costs nothing; else each line of the log, where all processes meet.
         watched = device.type == "cpu" and fabric.world_size == 1
-        log = Log(self.folder, self.progress.step) if fabric.is_global_zero else None
+        log, ended = Log(self.folder, self.progress.step, self.loggers) if fabric.is_global_zero else None, False
         self.wrapped.train()
         try:
             with (
@@ -464,9 +472,10 @@ class _Training:
                         break
                     if stop and not last:
                         raise KeyboardInterrupt
+            ended = True
         finally:
             if log is not None:
-                log.close()
+                log.close(ended)
         return self.model.eval()
 
     def _loss(self, pairs: list[Tensor]) -> tuple[Tensor, Tensor]:

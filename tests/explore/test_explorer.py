@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import iin_fast
-from iin_fast.data import class_context, load_latents
+from iin_fast.data import class_context, load_latents, save_arrays
 from iin_fast.explore import Explorer, axes_of, principal_axes
 
 HELD_OUT = np.arange(60, 100)
@@ -79,6 +79,36 @@ def test_the_ten_most_frequent_classes_have_an_axis():
     names = list(axes_of(factors, "a", codes))
     assert names == [*(f"to a {code}" for code in range(1, 11)), "direction 1", "direction 2"]
     assert list(axes_of(factors, "a", torch.zeros_like(codes))) == ["direction 1", "direction 2"]  # one class
+
+
+def test_class_axes_have_the_names_of_the_classes(run):
+    data = load_latents(run.parent / "latents.npz")
+    texts = np.array(["", "disc", "bar", "arc"])[
+        data.labels[:, 0] + 1
+    ]  # codes of texts are in the order of the alphabet
+    save_arrays(run.parent / "named.npz", {"z": data.z, "shape": texts, "color": data.labels[:, 1]})
+    explorer = Explorer(run, run.parent / "named.npz")
+    classes = [name for name in explorer.axes["shape"] if name.startswith("to ")]
+    assert classes == ["to shape arc", "to shape bar", "to shape disc"]
+    assert [name for name in explorer.axes["color"] if name.startswith("to ")] == ["to color 0", "to color 1"]
+    arc, z = data.labels[:, 0] == 2, data.z
+    expected = explorer.model.axis(z[arc], z[~arc & (data.labels[:, 0] >= 0)], "shape")
+    assert torch.allclose(explorer.axes["shape"]["to shape arc"].direction, expected, atol=1e-5)
+    explorer.choose(3)
+    explorer.move("shape", "to shape arc", 0.5)
+    found = {}
+    exec(explorer.code(), found)
+    assert torch.allclose(found["edited"], explorer.z, atol=1e-5)
+
+
+def test_the_nearest_of_many_samples_are_found_block_by_block(run, monkeypatch):
+    explorer = Explorer(run, run.parent / "texts.npz")
+    whole = explorer.shown.distances(explorer.shown.z[:3])
+    sizes, cdist = [], torch.cdist
+    monkeypatch.setattr("iin_fast.report.samples.BLOCK", 8 * 9)
+    monkeypatch.setattr(torch, "cdist", lambda a, b: (sizes.append(len(b)), cdist(a, b))[1])
+    assert torch.allclose(explorer.shown.distances(explorer.shown.z[:3]), whole)
+    assert max(sizes) == 9 and sum(sizes) == len(whole[0])
 
 
 @pytest.mark.parametrize("name", ["run", "conditional"])

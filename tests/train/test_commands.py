@@ -56,6 +56,18 @@ def test_every_command_has_a_help():
         assert code == 0 and "Usage" in text
 
 
+def test_train_tells_a_logger(file, tmp_path):
+    code = "from lightning_fabric.loggers import CSVLogger\n"
+    code += f"def make(): return CSVLogger({str(tmp_path)!r}, name='mine', flush_logs_every_n_steps=1)\n"
+    (tmp_path / "loggers.py").write_text(code)
+    options = ["--factors", "digit=3, color=2", "--steps", 4, *SMALL, "--logger", f"{tmp_path / 'loggers.py'}:make"]
+    code, output = run("train", file, "--out", tmp_path / "run", *options)
+    assert code == 0, output
+    assert "loss" in (tmp_path / "mine" / "version_0" / "metrics.csv").read_text()
+    code, output = run("train", file, "--out", tmp_path / "other", "--logger", "nowhere", *SMALL)
+    assert code == 2 and "nowhere" in output and not (tmp_path / "other").exists()
+
+
 def test_train(file, tmp_path):
     code, output = run("train", file, "--out", tmp_path / "run", "--factors", "digit=3, color=2", "--steps", 20, *SMALL)
     assert code == 0, output

@@ -108,6 +108,43 @@ def test_run_folder(finished, latents):
     assert len(split["held_out"]) == 60 and len(split["train"]) == 540
 
 
+class Kept:
+    """A logger that keeps what it is told; it breaks at step ``breaks``."""
+
+    def __init__(self, breaks=None):
+        self.lines, self.settings, self.ended, self.breaks = [], {}, [], breaks
+
+    def log_hyperparams(self, params):
+        self.settings = params
+
+    def log_metrics(self, values, step):
+        if step == self.breaks:
+            raise OSError("no room")
+        self.lines.append((step, values))
+
+    def finalize(self, status):
+        self.ended.append(status)
+
+
+def test_loggers_get_the_numbers_of_the_log(latents, settings, tmp_path):
+    from lightning_fabric.loggers import CSVLogger
+
+    kept, fabric = Kept(), CSVLogger(tmp_path, name="csv", flush_logs_every_n_steps=1)
+    settings = settings(steps=6, log_every=2, seed=3)
+    train(latents, tmp_path / "run", settings, accelerator="cpu", loggers=[kept, fabric])
+    lines = metrics(tmp_path / "run")
+    assert [step for step, _ in kept.lines] == [int(line["step"]) for line in lines] == [2, 4, 6]
+    for (_, values), line in zip(kept.lines, lines, strict=True):
+        assert values["loss"] == pytest.approx(float(line["loss"]), rel=1e-9)
+    assert kept.settings["steps"] == 6 and kept.settings["seed"] == 3
+    assert kept.ended == ["success"]
+    assert len((tmp_path / "csv" / "version_0" / "metrics.csv").read_text().splitlines()) == 4
+    broken = Kept(breaks=4)
+    with pytest.raises(OSError, match="no room"):
+        train(latents, tmp_path / "broken", settings, accelerator="cpu", loggers=[broken])
+    assert broken.ended == ["failed"]
+
+
 def test_tensorboard_has_the_same_values(finished):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
