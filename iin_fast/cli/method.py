@@ -37,7 +37,7 @@ LATENTS = typer.Argument(
 )
 LatentsFile = Annotated[Path, LATENTS]
 Run = Annotated[Path, typer.Argument(metavar="RUN", show_default=False, help="the folder that train wrote")]
-Out = Annotated[Path, typer.Option(show_default=False, help="file to write, .npz or .safetensors")]
+Out = Annotated[Path, typer.Option(show_default=False, help="file to write, .npz, .safetensors or .csv")]
 Shard = Annotated[
     str,
     typer.Option(show_default=False, help="i/n: part i of n of the rows, counted from 0; for files larger than memory"),

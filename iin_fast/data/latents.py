@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import os
 import re
@@ -556,10 +558,12 @@ def class_context(
 
 
 def save_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Tensor | ArrayLike]) -> Path:
-    """Write named arrays to ``.npz`` or ``.safetensors``; the file appears whole or not at all.
+    """Write named arrays to ``.npz``, ``.safetensors`` or ``.csv``; the file appears whole or not at all.
+
+    In a table the columns of a matrix ``z`` are z0, z1, …
 
     Raises:
-        ValueError: another ending, a name that such files keep for themselves.
+        ValueError: another ending, a name that such files keep for themselves, arrays that are no columns of one table.
         OSError: the file can't be written.
     """
     file = Path(path)
@@ -574,11 +578,29 @@ def save_arrays(path: str | os.PathLike[str], arrays: Mapping[str, Tensor | Arra
         metadata = {k: json.dumps(v.tolist()) for k, v in plain.items() if v.dtype.kind == "U"}
         tensors = {k: torch.from_numpy(np.ascontiguousarray(v)) for k, v in plain.items() if v.dtype.kind != "U"}
         data = serialize(tensors, metadata)
+    elif file.suffix == ".csv":
+        data = _csv_bytes(file, plain)
     else:
-        raise ValueError(f"{file}: ends in {file.suffix or 'nothing'!r}, expected .npz or .safetensors")
+        raise ValueError(f"{file}: ends in {file.suffix or 'nothing'!r}, expected .npz, .safetensors or .csv")
     file.parent.mkdir(parents=True, exist_ok=True)
     write_file(file, data)
     return file
+
+
+def _csv_bytes(file: Path, arrays: Mapping[str, np.ndarray[Any, Any]]) -> bytes:
+    columns: dict[str, Any] = {}
+    for name, array in arrays.items():
+        if array.ndim not in (1, 2) or len(array) != len(next(iter(arrays.values()))):
+            raise ValueError(
+                f"{file}: {name} has shape {list(array.shape)}, expected columns of one table, or another ending"
+            )
+        named = {name: array} if array.ndim == 1 else {f"{name}{k}": column for k, column in enumerate(array.T)}
+        columns |= {k: column.astype(str) for k, column in named.items()}  # the shortest digits that give the number
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(zip(*columns.values(), strict=True))
+    return text.getvalue().encode()
 
 
 def read_arrays(file: Path) -> dict[str, Any]:

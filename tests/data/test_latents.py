@@ -71,7 +71,7 @@ def test_what_is_saved_loads_again(tmp_path, ending):
     latents = load_latents(file)
     assert np.array_equal(latents.z, Z) and latents.names == ("a", "b") and latents.labels.tolist() == LABELS.tolist()
     assert [path.name for path in file.parent.iterdir()] == [file.name]
-    with pytest.raises(ValueError, match="expected .npz or .safetensors"):
+    with pytest.raises(ValueError, match="expected .npz, .safetensors or .csv"):
         save_arrays(tmp_path / "out.pt", {"z": Z})
 
 

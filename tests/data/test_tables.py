@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from iin_fast.data import Latents, load_latents
+from iin_fast.data import Latents, load_latents, save_arrays
 from iin_fast.data.labels import bin_edges, in_bins, read_concept
 
 random = np.random.default_rng(0)
@@ -133,6 +133,17 @@ def test_a_folder_of_parquet_files_is_one_table(tmp_path):
     for k in range(3):
         parquet.write_table(table.slice(20 * k, 20), tmp_path / f"part-{k}.parquet")
     check(load_latents(tmp_path))
+
+
+def test_what_is_saved_as_csv_loads_again(tmp_path):
+    file = save_arrays(tmp_path / "out.csv", {"z": torch.from_numpy(Z), "donor": np.arange(N), "animal": ANIMALS})
+    assert file.read_text().splitlines()[0] == "z0,z1,z2,donor,animal"
+    latents = load_latents(file)
+    assert np.array_equal(latents.z.numpy().astype(np.float32), Z)  # to the last bit
+    assert latents.names == ("animal",) and latents.labels[:, 0].tolist() == CODES
+    with pytest.raises(ValueError, match=r"names has shape \[2\], expected columns of one table"):
+        save_arrays(tmp_path / "two.csv", {"z": Z, "names": np.array(["a", "b"])})
+    assert not (tmp_path / "two.csv").exists()
 
 
 def test_a_csv_without_header_and_one_with_gaps(tmp_path):

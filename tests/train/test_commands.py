@@ -524,7 +524,7 @@ def test_errors_are_one_line_with_code_2(trained, file, latents, tmp_path):
         (("dims", file, "--method", "guess"), "method is 'guess', expected 'paper' or 'published'"),
         (("encode", tmp_path, file, *out), "config.json: no such file"),
         (("encode", trained, narrow, *out), "narrow.npz: z has 5 features, expected 8 like the model in"),
-        (("encode", trained, file, "--out", tmp_path / "out.pt"), "ends in '.pt', expected .npz or .safetensors"),
+        (("encode", trained, file, "--out", tmp_path / "out.pt"), "ends in '.pt', expected .npz, .safetensors or .csv"),
         (("decode", trained, file, *out), "labels is int64 of shape [600, 2], expected real numbers"),
         (("decode", trained, alone, *out), "factors has the names ['z'], expected ['digit', 'color', 'residual']"),
         (("swap", trained, file, "--factor", "shape", *out), "factor names 'shape', expected one of"),
