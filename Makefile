@@ -116,9 +116,10 @@ cuda-load-check: dist/.built
 matrix: dist/.built
 	$(PYTHON) benchmarks/matrix.py dist/*.whl
 
-# Lines of Python that the tests of two minutes run; page by page in build/coverage.
+# Lines of Python that the tests of two minutes run, page by page in build/coverage; and of C++ those that the ops' tests run.
 coverage: build
 	$(BIN)/python -m pytest tests -n auto -q -m "not slow" --cov=iin_fast --cov-report=term --cov-report=html:build/coverage
+	$(BIN)/python -m tests.faults.cpp_coverage
 
 # Everything that needs a GPU, in ten minutes: build, tests, sanitizer, benchmarks. With the caller's python3, which has a
 # torch with CUDA: the environment above has one for the CPU.

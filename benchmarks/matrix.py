@@ -54,7 +54,7 @@ def tried(python: str, torch: str, wheel: Path, folder: Path) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("wheel", type=Path)
-    parser.add_argument("--torch", nargs="+", default=["2.10.0", "2.11.0", "2.12.1", "2.13.0", "2.14.1"])
+    parser.add_argument("--torch", nargs="+", default=["2.10.0", "2.11.0", "2.12.1", "2.13.0", "2.14.1", "2.15.0"])
     options = parser.parse_args()
     rows = ["| torch | " + " | ".join(f"Python {version}" for version in PYTHONS) + " |"]
     rows.append("|---|" + "---|" * len(PYTHONS))

@@ -3,8 +3,19 @@
 #include <cstdlib>
 #include <cstring>
 
+#if !defined(IIN_FAST_ONE_ISA)
+#include <cpuid.h>
+#endif
+
 namespace iin_fast {
 namespace {
+
+#if !defined(IIN_FAST_ONE_ISA)
+bool has_f16c() { // which __builtin_cpu_supports of clang does not know
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
 
 Isa detect() {
 #if defined(IIN_FAST_ONE_ISA)
@@ -12,7 +23,7 @@ Isa detect() {
 #else
   __builtin_cpu_init();
   Isa best = Isa::baseline;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) {
     best = Isa::avx2;
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl"))

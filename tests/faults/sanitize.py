@@ -2,8 +2,8 @@
 
 1. The CPU library is built anew with AddressSanitizer and UBSan, and the tests of the ops run on it, in every instruction set.
 2. The emulated CUDA kernels run under AddressSanitizer and under the race checker (tests/cuda_emulator/races.cpp).
-3. The thread team and the walk of flow programs run under ThreadSanitizer, on threads that it sees: torch's own pool is not
-   compiled for it, so that tests through torch would report its barriers as races.
+3. The loops of all ops and the thread team run under ThreadSanitizer in every instruction set, on threads that it sees: torch's
+   own pool is not compiled for it, so that tests through torch would report its barriers as races.
 """
 
 import argparse
@@ -21,15 +21,38 @@ FLAGS = "-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanit
 OPS = "affine_coupling pair_nll spline_coupling flow extremes not_finite threads long_sums spline_extremes".split()
 
 
-def library() -> Path:
-    """A tree with the package, and with its CPU library compiled for the sanitizers."""
-    tree = BUILD / "tree"
-    configure = ["cmake", "-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja", "-DIIN_FAST_CUDA=off"]
-    configure += [f"-DCMAKE_CXX_FLAGS_RELEASE={FLAGS}", f"-DIIN_FAST_OUTPUT={tree / 'iin_fast' / 'lib'}"]
+def library(build: Path, flags: str, isas: str = "all") -> Path:
+    """A tree with the package, and with its CPU library compiled with other flags."""
+    tree = build / "tree"
+    configure = [
+        "cmake",
+        "-S",
+        str(ROOT),
+        "-B",
+        str(build),
+        "-G",
+        "Ninja",
+        "-DIIN_FAST_CUDA=off",
+        f"-DIIN_FAST_ISAS={isas}",
+    ]
+    configure += [f"-DCMAKE_CXX_FLAGS_RELEASE={flags}", f"-DIIN_FAST_OUTPUT={tree / 'iin_fast' / 'lib'}"]
     subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
-    subprocess.run(["cmake", "--build", str(BUILD), "-j", str(os.cpu_count())], check=True)
+    subprocess.run(["cmake", "--build", str(build), "-j", str(os.cpu_count())], check=True)
     shutil.copytree(ROOT / "iin_fast", tree / "iin_fast", dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.so"))
     return tree
+
+
+def run_tests(tree: Path, words: list[str], **environment: str) -> None:
+    """pytest with the package of the tree."""
+    environment = os.environ | environment | {"PYTHONPATH": str(tree)}
+    loaded = "import iin_fast._library as l; print(l.libraries['cpu'], l.cpu_isa())"
+    told = subprocess.run(
+        [sys.executable, "-c", loaded], env=environment, cwd=tree.parent, capture_output=True, text=True, check=True
+    ).stdout
+    assert str(tree) in told, told  # not the library of the source tree
+    print(f"== tests with {told.split()[1]}", flush=True)
+    pytest = str(Path(sys.executable).parent / "pytest")  # not python -m, which would put the source tree first
+    subprocess.run([pytest, "-n", "0", "-q", "-p", "no:cacheprovider", *words], env=environment, cwd=ROOT, check=True)
 
 
 def runtime(name: str) -> str:
@@ -47,27 +70,24 @@ def tests(tree: Path, sets: list[str]) -> None:
     options = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1", "LD_PRELOAD": preload}
     files = [f"tests/ops/test_{name}.py" for name in OPS] + ["tests/flow/test_op.py", "tests/flow/test_engine.py"]
     for isa in sets:
-        environment = os.environ | options | {"PYTHONPATH": str(tree), "IIN_FAST_CPU": isa}
-        loaded = "import iin_fast._library as l; print(l.libraries['cpu'], l.cpu_isa())"
-        told = subprocess.run(
-            [sys.executable, "-c", loaded], env=environment, cwd=BUILD, capture_output=True, text=True, check=True
-        ).stdout
-        assert str(tree) in told, told  # not the library of the source tree
-        print(f"== AddressSanitizer, UBSan: {told.split()[1]}", flush=True)
-        pytest = str(Path(sys.executable).parent / "pytest")  # not python -m, which would put the source tree first
-        subprocess.run(
-            [pytest, "-n", "0", "-q", "-p", "no:cacheprovider", *files], env=environment, cwd=ROOT, check=True
-        )
+        run_tests(tree, files, **options, IIN_FAST_CPU=isa)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--isa", nargs="*", default=["avx512", "avx2", "baseline"], help="instruction sets")
     given = parser.parse_args()
-    tests(library(), given.isa)
+    print("== AddressSanitizer, UBSan", flush=True)
+    tests(library(BUILD, FLAGS), given.isa)
     print("== ThreadSanitizer, emulated CUDA kernels", flush=True)
-    rest = ["tests/flow/test_sanitized.py", "tests/common/test_thread_team.py", "tests/cuda_emulator"]
-    subprocess.run([sys.executable, "-m", "pytest", "-n", "0", "-q", *rest], cwd=ROOT, check=True)
+    rest = ["tests/flow/test_sanitized.py", "tests/ops/test_races.py", "tests/common/test_thread_team.py"]
+    environment = os.environ | {"IIN_FAST_TEST_ISAS": " ".join(given.isa)}
+    subprocess.run(
+        [sys.executable, "-m", "pytest", "-n", "0", "-q", *rest, "tests/cuda_emulator"],
+        env=environment,
+        cwd=ROOT,
+        check=True,
+    )
     print("== races of emulated CUDA kernels, all tests", flush=True)
     rest = [f"tests/ops/test_{op}_cuda.py" for op in gpu_ops()]
     environment = os.environ | {"IIN_FAST_TEST_RACES": "1"}

@@ -12,6 +12,7 @@
 #include "flow_program/flow_program_plan.h"
 
 using namespace iin_fast;
+namespace loops = iin_fast::IIN_FAST_ISA;
 
 namespace {
 
@@ -44,7 +45,7 @@ bool walk(const Plan &plan, int64_t batch, bool inverse, Keep keep) {
   }
   const std::vector<uint8_t> bool_mask(p.tensors);
   const Memory x(batch * p.dim), context(batch * p.context), y(batch * p.dim), logdet(batch);
-  const Memory saved(baseline::program_saved_size<float>(p, batch, keep));
+  const Memory saved(loops::program_saved_size<float>(p, batch, keep));
   ProgramJob<float> job{};
   job.program = p, job.inverse = inverse, job.base = true, job.keep = keep, job.batch = batch;
   job.x = x.data, job.context = context.data, job.parameters = data.data(), job.bool_mask = bool_mask.data();
@@ -54,14 +55,14 @@ bool walk(const Plan &plan, int64_t batch, bool inverse, Keep keep) {
     body(count / 2, count, pointer);
     other.join();
   };
-  const Memory workspace(baseline::program_workspace<float>(job, false));
+  const Memory workspace(loops::program_workspace<float>(job, false));
   job.workspace = workspace.data;
-  if (baseline::program_forward<float>(job) >= 0)
+  if (loops::program_forward<float>(job) >= 0)
     return false; // masks without an order
-  const Memory back(baseline::program_workspace<float>(job, true));
+  const Memory back(loops::program_workspace<float>(job, true));
   job.workspace = back.data;
   const Memory grad_x(batch * p.dim), grad_context(batch * p.context);
-  baseline::program_backward<float>(
+  loops::program_backward<float>(
       {job, y.data, logdet.data, grad_x.data, p.context ? grad_context.data : nullptr, gradients.data()});
   return true;
 }

@@ -1,4 +1,5 @@
-"""The CPU library's sources compile for aarch64 too, from the same files; its elementary functions run there."""
+"""The CPU library's sources compile for aarch64 too, from the same files; its elementary functions and the loops of its ops
+give there what they give here."""
 
 import shutil
 import subprocess
@@ -6,12 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from sanitizers import compiled
+
+from iin_fast.ops.registry import gpu_ops
 
 ROOT = Path(__file__).parents[2]
 COMPILER = shutil.which("aarch64-linux-gnu-g++")
+EMULATOR = shutil.which("qemu-aarch64")
 FLAGS = ["-std=c++17", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", f"-I{ROOT / 'csrc'}"]
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no cross compiler for aarch64 (g++-aarch64-linux-gnu)")
+
+needs_emulator = pytest.mark.skipif(EMULATOR is None, reason="no qemu-aarch64 (qemu-user)")
 
 
 def assert_compiles(*arguments: str) -> None:
@@ -28,11 +35,9 @@ def test_compiles(source: Path, tmp_path: Path) -> None:
     assert_compiles("-O1", *options, "-c", str(ROOT / "csrc" / source), "-o", str(tmp_path / "object.o"))
 
 
+@needs_emulator
 def test_elementary_functions_run(tmp_path: Path) -> None:
     """exp, log, tanh and atan on an emulated aarch64, against this machine's libm."""
-    emulator = shutil.which("qemu-aarch64")
-    if emulator is None:
-        pytest.skip("no qemu-aarch64")
     program = tmp_path / "check"
     (tmp_path / "check.cpp").write_text(
         """
@@ -54,5 +59,23 @@ int main() { std::printf("%d %d", bad<float>(5e-7f), bad<double>(1e-15)); }
 """
     )
     assert_compiles("-O3", "-static", str(tmp_path / "check.cpp"), "-o", str(program))
-    out = subprocess.run([emulator, str(program)], capture_output=True, text=True, check=True)
+    out = subprocess.run([EMULATOR, str(program)], capture_output=True, text=True, check=True)
     assert out.stdout == "0 0"
+
+
+@needs_emulator
+def test_ops_give_there_what_they_give_here(tmp_path: Path) -> None:
+    """Forward and backward of every op, on three threads and on one: sums over all outputs of each call."""
+    sources = [ROOT / "tests/ops/on_threads.cpp", *(ROOT / f"csrc/{op}/{op}_loops.cpp" for op in gpu_ops())]
+    there = tmp_path / "there"
+    assert_compiles("-O2", "-static", "-pthread", "-DIIN_FAST_ISA=baseline", *map(str, sources), "-o", str(there))
+    here = compiled(tmp_path / "here", *sources)
+    for op in gpu_ops():
+        told = [
+            subprocess.run([*words, op, "0"], capture_output=True, text=True, check=True).stdout.splitlines()
+            for words in ([EMULATOR, there], [here])
+        ]
+        assert told[0][0] == told[1][0] and len(told[0]) == len(told[1]) > 4, op
+        for line, (got, want) in enumerate(zip(told[0][1:], told[1][1:], strict=True)):
+            (a, size_a), (b, size_b) = (map(float, text.split()) for text in (got, want))
+            assert abs(a - b) <= 1e-4 * size_b and abs(size_a - size_b) <= 1e-4 * size_b, (op, line, got, want)

@@ -1,0 +1,32 @@
+"""The CPU loops of the ops on several threads under ThreadSanitizer: what one thread gives, and no race. The loops of flow
+programs are in tests/flow/test_sanitized.py."""
+
+from pathlib import Path
+
+import pytest
+from sanitizers import ISAS, ROOT, compiled, run
+
+# Each with how many calls are compared: squashes or forms, types, directions; of the flow two shapes and what is kept.
+OPS = {"affine_coupling": 7 * 4 * 2, "spline_coupling": 6 * 4 * 2, "pair_nll": 4, "flow": 2 * 2 * 2 * 3}
+
+
+@pytest.fixture(scope="module", params=ISAS)
+def on_threads(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sources = [Path(__file__).with_name("on_threads.cpp"), *(ROOT / f"csrc/{op}/{op}_loops.cpp" for op in OPS)]
+    program = tmp_path_factory.mktemp("races") / "on_threads"
+    return compiled(program, *sources, sanitizer="thread", isa=request.param)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_threads_do_not_race(on_threads: Path, op: str) -> None:
+    done = run(on_threads, op, "0")
+    assert done.returncode == 0, done.stderr[-3000:]
+    same, different, by_team, by_rows = map(int, done.stdout.splitlines()[0].split())
+    assert (same, different) == (OPS[op], 0)
+    assert (by_team == OPS["flow"] and by_rows > 0) or op != "flow"  # forward and backward of half of the calls
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_race_is_found(on_threads: Path, op: str) -> None:
+    done = run(on_threads, op, "1", TSAN_OPTIONS="halt_on_error=1")
+    assert done.returncode != 0 and "data race" in done.stderr and f"{op}_loops.cpp" in done.stderr
