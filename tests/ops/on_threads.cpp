@@ -3,8 +3,8 @@
 //
 // on_threads NAME OVERLAP: the op, and how many rows or parts each thread takes of its neighbour's. More than 0 is a
 // race, which has to be found. Prints how many calls gave what one thread gives, how many did not, how many walks
-// of a flow a team shared, and how many steps were shared without one; then of every call a sum of what one thread gave,
-// weighted and of magnitudes, for test_aarch64.py.
+// of a flow a team shared, and how many steps were shared without one; then of every call a sum of what one thread
+// gave, weighted and of magnitudes, for test_aarch64.py.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
