@@ -19,6 +19,7 @@ namespace iin_fast {
 struct KeptBlock {
   void *data;
   int64_t bytes;
+  std::atomic<int> holders{0};
 };
 
 namespace {
@@ -58,25 +59,20 @@ public:
 
   KeptBlock *take(int64_t bytes) {
     bytes = rounded(bytes);
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      in_use_ += bytes;
-      most_used_ = std::max(most_used_, in_use_);
-      // the last one that was freed: its end may still be in the cache
-      for (auto i = free_.rbegin(); i != free_.rend(); ++i)
-        if ((*i)->bytes == bytes) {
-          KeptBlock *const found = *i;
-          free_.erase(std::next(i).base());
-          kept_ -= bytes;
-          return found;
-        }
+    KeptBlock *block = take_free(bytes);
+    if (block == nullptr) {
+      try {
+        block = mapped(bytes);
+      } catch (const std::bad_alloc &) {
+        drop(0); // what is kept may be what is missing
+        block = mapped(bytes);
+      }
     }
-    try {
-      return mapped(bytes);
-    } catch (const std::bad_alloc &) {
-      drop(0); // what is kept may be what is missing
-      return mapped(bytes);
-    }
+    block->holders = 2;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    in_use_ += bytes;
+    most_used_ = std::max(most_used_, in_use_);
+    return block;
   }
 
   void give_back(KeptBlock *block) {
@@ -107,6 +103,19 @@ private:
     // A child of fork may free tensors while another thread of its parent was in here.
     pthread_atfork([] { get().mutex_.lock(); }, [] { get().mutex_.unlock(); }, [] { get().mutex_.unlock(); });
 #endif
+  }
+
+  KeptBlock *take_free(int64_t bytes) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    // the last one that was freed: its end may still be in the cache
+    for (auto i = free_.rbegin(); i != free_.rend(); ++i)
+      if ((*i)->bytes == bytes) {
+        KeptBlock *const found = *i;
+        free_.erase(std::next(i).base());
+        kept_ -= bytes;
+        return found;
+      }
+    return nullptr;
   }
 
   // Gives the oldest blocks to the system until at most `most` bytes are kept.
@@ -140,7 +149,11 @@ std::vector<int64_t> kept_memory(int64_t limit) {
 
 KeptBlock *take_kept(int64_t bytes) { return Store::get().take(bytes); }
 void *kept_data(const KeptBlock *block) { return block->data; }
-void give_back(KeptBlock *block) noexcept { Store::get().give_back(block); }
+void give_back(KeptBlock *block) noexcept {
+  if (--block->holders == 0)
+    Store::get().give_back(block);
+}
+bool is_held_twice(const KeptBlock *block) { return block->holders == 2; }
 bool keeps_memory() { return Store::get().limit() > 0; }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(iin_fast, m) { m.def("kept_memory(int limit) -> int[]"); }

@@ -102,10 +102,14 @@ inline Tensor cpu_empty(const Tensor &like, torch::headeronly::IntHeaderOnlyArra
   AtenTensorHandle made = nullptr;
   if (bytes >= kept_from && torch_from_blob != nullptr && keeps_memory()) {
     KeptBlock *const block = take_kept(bytes);
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(
+    const AOTITorchError error = torch_from_blob(
         kept_data(block), dim, sizes.data(), strides.data(), 0, dtype, aoti_torch_device_type_cpu(), -1, &made,
         aoti_torch_layout_strided(), nullptr, 0, [](void *, void *kept) { give_back(static_cast<KeptBlock *>(kept)); },
-        block));
+        block);
+    if (error != AOTI_TORCH_SUCCESS && is_held_twice(block)) // it failed before anything would free the block
+      give_back(block);
+    give_back(block);
+    STABLE_TORCH_ERROR_CODE_CHECK(error);
   } else {
     STABLE_TORCH_ERROR_CODE_CHECK(
         aoti_torch_empty_strided(dim, sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &made));

@@ -1,9 +1,12 @@
 """Large results lie in memory that stays with the process, and nobody can tell but by its page faults."""
 
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,6 +73,47 @@ def test_what_is_kept_has_bounds() -> None:
     assert kept_results().in_use == base  # torch's own memory
     del last
     assert kept_results().kept == 0
+
+
+REFUSED = """
+import torch
+from iin_fast.allocator import kept_results
+from iin_fast.functional import affine_coupling
+
+x = torch.ones(1024, 1024)
+for _ in range(3):
+    try:
+        affine_coupling(x, torch.zeros_like(x), torch.ones_like(x))
+    except RuntimeError:
+        print(kept_results().in_use, kept_results().kept)
+"""
+# torch's function that makes a tensor of given memory, as one that fails.
+NO_TENSOR = """
+#include <stdint.h>
+#include <stdlib.h>
+int torch_from_blob(void *data, int64_t dim, const int64_t *sizes, const int64_t *strides, int64_t offset, int32_t dtype,
+                    int32_t device, int32_t index, void **made, int32_t layout, const uint8_t *metadata, int64_t bytes,
+                    void (*deleter)(void *, void *), void *context) {
+  if (getenv("FREED"))
+    deleter(data, context);
+  return 1;
+}
+"""
+
+
+@needs_new_torch
+@pytest.mark.skipif(sys.platform != "linux" or shutil.which("gcc") is None, reason="puts a function before torch's")
+def test_memory_comes_back_where_torch_makes_no_tensor_of_it(tmp_path: Path) -> None:
+    """Whether torch has freed it by then or not."""
+    library = tmp_path / "no_tensor.so"
+    command = ["gcc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(library)]
+    subprocess.run(command, input=NO_TENSOR, text=True, check=True)
+    for freed in ({}, {"FREED": "1"}):
+        environment = os.environ | {"LD_PRELOAD": str(library)} | freed
+        done = subprocess.run(
+            [sys.executable, "-c", REFUSED], capture_output=True, text=True, check=True, env=environment
+        )
+        assert done.stdout == f"0 {4 * MIB}\n" * 3, done.stderr
 
 
 @pytest.mark.parametrize("most", [-1, 0.5, True, "1"])
