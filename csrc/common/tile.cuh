@@ -5,7 +5,9 @@
 // nets s and t of a coupling). Its four warps share products, rows, columns, and the depth; where warps share the
 // depth, each leaves a sum of its own, added in a fixed order when the result is read. Precision:
 //
-//   Tf32x3   float32: each factor is split into two TF32 numbers, three products; about the error of float32
+//   Tf32x3   float32: each factor is split into two TF32 numbers, three products; about the error of float32. Tensor
+//            cores cut the sums that they keep instead of rounding them, so sums leave them after 64 of the depth at
+//            most.
 //   Tf32     float32 rounded to TF32 (10 bits), one product
 //   Bits16   bfloat16, float16, exact products; all of these accumulate in float32
 //   Exact    float64 by FMA
@@ -43,6 +45,10 @@ struct Exact {
   static constexpr int depth = 8;
 };
 
+// Whether sums leave the tensor cores after each step of the depth, to be added in float32. The other types lose more
+// by the rounding of their factors.
+template <class Precision> constexpr bool sums_leave = std::is_same_v<Precision, Tf32x3>;
+
 // Blocks of a multiprocessor at once that the compiler leaves registers for; about as many fit the shared memory.
 template <class Precision> constexpr int blocks_at_once = sizeof(typename Precision::Storage) == 8 ? 2 : 3;
 
@@ -77,7 +83,10 @@ __device__ __forceinline__ void multiply_step(compute_t<typename Precision::Stor
   } else if constexpr (sizeof(Storage) == 4) {
     constexpr bool split = std::is_same_v<Precision, Tf32x3>;
     const auto take = [&](float value, uint32_t &big, uint32_t &small) {
-      big = to_tf32(value);
+      // Infinity is split into a finite number and infinity. Split into infinity and NaN, or infinity and 0, its
+      // products would be NaN.
+      constexpr float largest = 0x1p100f;
+      big = to_tf32(split ? fminf(fmaxf(value, -largest), largest) : value);
       if constexpr (split) {
         float rounded;
         memcpy(&rounded, &big, 4);
@@ -151,7 +160,7 @@ __device__ __forceinline__ void load_tile(Storage *to, const Storage *from, int6
   constexpr int vector = wide_vector<Storage>, chunks = columns / vector;
   static_assert(columns % vector == 0 && ld % vector == 0, "rows of whole vectors");
   if (wide) {
-#pragma unroll
+#pragma unroll 2 // more take registers for addresses, which the sums need
     for (int i = 0; i < (rows * chunks + tile_threads - 1) / tile_threads; ++i) {
       const int at = threadIdx.x + i * tile_threads, row = at / chunks, column = at % chunks * vector;
       if (rows * chunks % tile_threads != 0 && at >= rows * chunks)
@@ -257,12 +266,28 @@ struct Tile {
       const Storage *const buffer = ring + step % buffers * buffer_size;
       const Storage *const a = buffer + product * (a_size + w_size), *const w = a + a_size;
       visit(buffer, buffer + a_size);
+      const auto multiply = [&](T(&to)[row_tiles][column_tiles][4]) {
 #pragma unroll
-      for (int k = 0; k < share; k += Precision::depth) {
-        const int at = depth_warp * share + k;
-        multiply_step<Precision, row_tiles, column_tiles, a_turned, w_turned, lda, ldw>(
-            sum, a + (a_turned ? at * lda + row : row * lda + at),
-            w + (w_turned ? column * ldw + at : at * ldw + column), lane);
+        for (int k = 0; k < share; k += Precision::depth) {
+          const int at = depth_warp * share + k;
+          multiply_step<Precision, row_tiles, column_tiles, a_turned, w_turned, lda, ldw>(
+              to, a + (a_turned ? at * lda + row : row * lda + at),
+              w + (w_turned ? column * ldw + at : at * ldw + column), lane);
+        }
+      };
+      if constexpr (sums_leave<Precision>) {
+        static_assert(share <= 64, "tensor cores cut sums");
+        T part[row_tiles][column_tiles][4] = {};
+        multiply(part);
+#pragma unroll
+        for (int i = 0; i < row_tiles; ++i)
+#pragma unroll
+          for (int j = 0; j < column_tiles; ++j)
+#pragma unroll
+            for (int e = 0; e < 4; ++e)
+              sum[i][j][e] += part[i][j][e];
+      } else {
+        multiply(sum);
       }
     }
     wait_copies<0>();

@@ -3,7 +3,7 @@
 #include <cuda_runtime.h>
 
 #include "binding.h"
-#include "common/mma.cuh"
+#include "common/tile.cuh"
 
 namespace iin_fast {
 
@@ -136,6 +136,22 @@ __global__ void multiply_kernel(int kind, const float *a, const float *b, float 
   }
   for (int i = 0; i < 4; ++i)
     c[(group + i / 2 * 8) * 8 + 2 * pair + i % 2] = sum[i];
+}
+
+// c = a w for a [rows, depth] and w [depth, columns] of one block's tile.
+template <class Tile> __global__ void product_kernel(const float *a, const float *w, float *c, int depth) {
+  unsigned char *const shared = shared_tiles();
+  const auto load = [&](int, int step, float *to_a, float *to_w) {
+    const int k = step * Tile::depth;
+    if (to_a)
+      load_tile<Tile::rows, Tile::depth, Tile::lda>(to_a, a + k, depth, Tile::rows, depth - k, false);
+    if (to_w)
+      load_tile<Tile::depth, Tile::columns, Tile::ldw>(to_w, w + k * Tile::columns, Tile::columns, depth - k,
+                                                       Tile::columns, false);
+  };
+  Tile::run(shared, (depth + Tile::depth - 1) / Tile::depth, load);
+  for (int at = threadIdx.x; at < Tile::rows * Tile::columns; at += tile_threads)
+    c[at] = Tile::result(shared, 0, at / Tile::columns, at % Tile::columns);
 }
 
 // Every thread copies 16 bytes, of which `bytes` count, and adds them up; `early` without waiting.
@@ -338,6 +354,19 @@ extern "C" const char *warp(unsigned *out) {
 
 extern "C" const char *multiply(int kind, const float *a, const float *b, float *c) {
   return report([&] { emulator::Launch()(multiply_kernel, dim3(1), dim3(32), kind, a, b, c); });
+}
+
+extern "C" void cut_products(bool on) { emulator::products_are_cut = on; }
+
+// The shapes of the flow's hidden layers in float32: 32 × 16, whose depth four warps share, or 64 × 64.
+extern "C" const char *product(bool large, const float *a, const float *w, float *c, int depth) {
+  return report([&] {
+    const auto launch = [&](auto tile) {
+      using Shape = decltype(tile);
+      emulator::Launch{Shape::shared_bytes}(product_kernel<Shape>, dim3(1), dim3(tile_threads), a, w, c, depth);
+    };
+    large ? launch(Tile<Tf32x3, 64, 64, 32, 1, 2, 2, 1, 2>()) : launch(Tile<Tf32x3, 32, 16, 64, 1, 1, 1, 4, 3>());
+  });
 }
 
 extern "C" const char *copy(const float *from, float *sums, int bytes, bool early) {

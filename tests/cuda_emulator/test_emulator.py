@@ -4,6 +4,7 @@ import ctypes
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -74,6 +75,66 @@ def test_tensor_cores_and_their_fragments(kind: int, depth: int, bits: int) -> N
     call(load("self_test").multiply, kind, pointer(a), pointer(b), pointer(c))
     np.testing.assert_allclose(c, rounded(a, bits) @ rounded(b, bits), rtol=1e-5, atol=1e-5)
     assert np.abs(c - a @ b).max() > 1e-4  # rounded it is
+
+
+@pytest.fixture
+def cut() -> Iterator[None]:
+    load("self_test").cut_products(True)
+    yield
+    load("self_test").cut_products(False)
+
+
+def test_tensor_cores_cut_what_they_add(cut: None) -> None:
+    """Seven terms of 3/4 of the bit below the last one of 1 are lost, each by itself."""
+    a, b = np.zeros((16, 8), np.float32), np.ones((8, 8), np.float32)
+    a[:, 0], a[:, 1:] = 1, 0.75 * 2.0**-24
+    c = np.full((16, 8), np.nan, np.float32)
+    call(load("self_test").multiply, 0, pointer(a), pointer(b), pointer(c))
+    assert (c == 1).all()
+    a[:, 1:] = -a[:, 1:]
+    call(load("self_test").multiply, 0, pointer(a), pointer(b), pointer(c))
+    assert (c == 1).all()
+    a[:, 1:] = 2.0**-24  # the last of the seven is half a bit of float32
+    call(load("self_test").multiply, 0, pointer(a), pointer(b), pointer(c))
+    assert (c == 1 + 3 * 2.0**-23).all()
+
+
+def product(large: bool, a: np.ndarray, w: np.ndarray) -> np.ndarray:
+    c = np.full((len(a), w.shape[1]), np.nan, np.float32)
+    call(load("self_test").product, large, pointer(a), pointer(w), pointer(c), len(w))
+    return c
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("positive", [False, True])
+def test_float32_on_tensor_cores_that_cut(positive: bool, large: bool, cut: None) -> None:
+    """No more than a few times what float32 loses itself, however long the sums are."""
+    generator = np.random.default_rng(0)
+    rows, columns = (64, 64) if large else (32, 16)
+    for depth in (20, 64, 512):
+        a, w = (generator.standard_normal(shape).astype(np.float32) for shape in ((rows, depth), (depth, columns)))
+        if positive:
+            a, w = np.abs(a), np.abs(w)
+        exact = a.astype(np.float64) @ w
+        assert np.linalg.norm(product(large, a, w) - exact) < 8e-7 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_what_is_not_finite_in_float32_on_tensor_cores(large: bool) -> None:
+    """Infinity times a number is infinity, as for float32, though it has no rest to split off."""
+    generator = np.random.default_rng(1)
+    rows, columns = (64, 64) if large else (32, 16)
+    a, w = (generator.standard_normal(shape).astype(np.float32) for shape in ((rows, 40), (40, columns)))
+    a[3, 7], a[4, 8], a[5, 1], a[6, 2:4], a[10, 9] = np.inf, -np.inf, np.nan, (np.inf, -np.inf), -np.inf
+    w[9, 4], w[8, 6] = np.inf, 0
+    a[7, 0] = 2.0**120  # of which the rest is as large, but not infinite
+    with np.errstate(invalid="ignore"):
+        exact = a.astype(np.float64) @ w.astype(np.float64)
+    found = product(large, a, w).astype(np.float64)
+    np.testing.assert_array_equal(np.isfinite(found), np.isfinite(exact))
+    at = np.isfinite(exact)
+    np.testing.assert_array_equal(found[~at], exact[~at])
+    np.testing.assert_allclose(found[at], exact[at], rtol=1e-3, atol=1e-4)
 
 
 def test_asynchronous_copies_arrive_when_waited_for() -> None:

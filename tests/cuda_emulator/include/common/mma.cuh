@@ -1,9 +1,12 @@
 // csrc/common/mma.cuh for the host: the same functions, lane by lane. See emulator.h.
 //
-// A product is summed in float64 and rounded once. An asynchronous copy spoils its target when it begins and happens
-// when it is waited for, so that who reads too early reads NaN.
+// A product is summed in float64 and rounded once; or, where a test asks for it, it is cut as published measurements of
+// tensor cores have it (Fasi, Higham, Mikaitis, Pranesh: Numerical behavior of NVIDIA tensor cores, 2021): every term
+// at one bit below the last one of the largest, and their sum at the last bit of float32. An asynchronous copy spoils
+// its target when it begins and happens when it is waited for, so that who reads too early reads NaN.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -13,6 +16,24 @@
 #include "cuda_runtime.h"
 
 namespace emulator {
+
+inline bool products_are_cut = false;
+
+// The sum of these terms as float32. Terms that are not finite make it what they are.
+template <size_t count> float sum_of(const double (&terms)[count]) {
+  double sum = 0, largest = 0;
+  for (const double term : terms)
+    sum += term, largest = std::max(largest, std::abs(term));
+  if (!products_are_cut || !std::isfinite(sum) || largest == 0)
+    return static_cast<float>(sum);
+  const auto cut = [](double value, int exponent) {
+    return std::ldexp(std::trunc(std::ldexp(value, -exponent)), exponent);
+  };
+  sum = 0;
+  for (const double term : terms)
+    sum += cut(term, std::ilogb(largest) - 24);
+  return sum == 0 ? 0.0f : static_cast<float>(cut(sum, std::max(std::ilogb(sum) - 23, -149)));
+}
 
 // c += a b for one warp; number(operand, row or column, k) unpacks a lane's registers.
 template <int depth, class Number>
@@ -36,10 +57,11 @@ void multiply(Site site, float (&c)[4], const uint32_t (&a)[4], const uint32_t (
     for (int lane = 0; lane < 32; ++lane)
       for (int i = 0; i < 4; ++i) {
         const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
-        double sum = of(lane)->c[i];
+        double terms[depth + 1];
         for (int k = 0; k < depth; ++k)
-          sum += double(left[row][k]) * right[k][column];
-        of(lane)->c[i] = static_cast<float>(sum);
+          terms[k] = double(left[row][k]) * right[k][column];
+        terms[depth] = of(lane)->c[i];
+        of(lane)->c[i] = sum_of(terms);
       }
   });
 }
