@@ -122,9 +122,9 @@ coverage: build
 	$(BIN)/python -m tests.faults.cpp_coverage
 
 # Everything that needs a GPU, in ten minutes: build, tests, sanitizer, benchmarks. With the caller's python3, which has a
-# torch with CUDA: the environment above has one for the CPU.
+# torch with CUDA: the environment above has one for the CPU. DRY_RUN=1 walks through it on a machine without a GPU.
 gpu:
-	env PATH="$(CALLERS_PATH)" $(PYTHON) benchmarks/gpu.py
+	env PATH="$(CALLERS_PATH)" $(PYTHON) benchmarks/gpu.py $(if $(DRY_RUN),--dry-run)
 
 clean:
 	rm -rf build dist *.egg-info iin_fast/lib iin_fast/_build_info.py
