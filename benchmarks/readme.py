@@ -6,9 +6,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from iin_fast.bench.timing import NOISE
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- {}: written by benchmarks/readme.py -->", "<!-- end of {} -->"
+NOISY = "†"  # beside a time
 SHOWN = {
     "eager": "eager",
     "compile": "torch.compile",
@@ -24,7 +27,7 @@ def milliseconds(row: dict | None) -> str:
     if row is None:
         return ""
     value = 1e3 * row["median"]
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+    return (f"{value:.0f}" if value >= 100 else f"{value:.3g}") + NOISY * (row["max"] > NOISE * row["min"])
 
 
 def speed_table() -> str:
@@ -483,6 +486,8 @@ def main() -> int:
             begin, end = BEGIN.format(name), END.format(name)
             head, rest = text.split(begin)
             body = table()
+            if NOISY in body:
+                body += f"\n\n{NOISY}: the slowest run took over {NOISE:g} times as long as the fastest, so this median may be off."
             text = head + begin + "\n" + (f"{body}\n" if body else "") + end + rest.split(end)[1]
         if "--check" not in sys.argv[1:]:
             path.write_text(text)

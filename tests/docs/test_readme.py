@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import benchmark_scripts
 import pytest
 import torch
 
@@ -15,6 +16,15 @@ ROOT = Path(__file__).parents[2]
 def test_tables_come_from_the_result_files() -> None:
     done = subprocess.run([sys.executable, "benchmarks/readme.py", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_noisy_time_has_a_mark() -> None:
+    readme = benchmark_scripts.load("readme")
+    assert readme.milliseconds({"min": 0.001, "median": 0.0012, "max": 0.002}) == "1.2"
+    assert readme.milliseconds({"min": 0.001, "median": 0.0012, "max": 0.0021}) == "1.2†"
+    for page, tables in readme.PAGES.items():
+        for table in tables.values():
+            assert ("†" in table()) <= ("†: the slowest run took over 2 times" in (ROOT / page).read_text())
 
 
 def test_code_runs() -> None:
