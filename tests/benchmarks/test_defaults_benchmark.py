@@ -145,11 +145,14 @@ def test_tuned_is_the_best_try_of_the_first_seed(defaults, tmp_path, monkeypatch
             line(rule, seed, score)
     assert defaults.named(file, "toy", ["default", "tuned"], 1, False) == ["default", second]
     line("none", 0, 0.5, "linear_iin")
+    line("default", 2, 0.75)
+    assert f" (0.700 to 0.840) {second}; default 0.750 at seed 0, 1 |" in defaults.as_table(file)
+    line(second, 2, 0.76)
     table = defaults.as_table(file)
-    assert f"| 0.750 (0.700 to 0.800) | 0.770 (0.700 to 0.840) {second} | 0.500 | 1 |" in table
+    assert f"| 0.750 (0.700 to 0.800) | 0.767 (0.700 to 0.840) {second} | 0.500 | 1 |" in table
     assert "Processors: a processor." in table and "Nowhere is the default worse" in table
     line(second, 1, 0.8)
-    assert "- toy: 0.070 less than IIN, tuned." in defaults.as_table(file)
+    assert "- toy: 0.050 less than IIN, tuned." in defaults.as_table(file)
     defaults.campaign(file, ["tiny"], ["tuned"], [0])
     assert ran == [defaults.RULES[name]("tiny") for name in defaults.tries("tiny")]
 
