@@ -19,6 +19,7 @@ __all__ = [
     "available",
     "backend",
     "chosen",
+    "chosen_on_cpu",
     "ops",
     "register",
     "register_library",
@@ -182,6 +183,13 @@ def chosen(op: str, x: Tensor) -> str:
             )
         return forced
     return "cpp" if "cpp" in have else have[-1]
+
+
+def chosen_on_cpu(op: str) -> bool:
+    """Whether the compiled library runs ``op`` on a CPU, where nothing differentiates or traces the call."""
+    contexts = _thread.contexts
+    forced = contexts[-1].name if contexts else _forced
+    return (forced is None or forced == "cpp") and ("cpp", "cpu") in _implemented.get(op, ())
 
 
 def _remedy(name: str, device: torch.device) -> str:

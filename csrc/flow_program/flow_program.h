@@ -17,7 +17,7 @@ struct ParameterRef {
 };
 
 // Values are part of the text of a program.
-enum class Activation : int64_t { none, relu, leaky_relu, elu, silu, gelu, tanh, sigmoid };
+enum class Activation : int64_t { none, relu, leaky_relu, elu, silu, gelu, tanh, sigmoid, atan };
 enum class ScaleForm : int64_t { plain, exp, softplus };
 
 enum class StepKind { dense, act, add, glu, concat };
@@ -53,6 +53,7 @@ struct SplineTransformer {
   int64_t bins = 0, tails = 0, form = 0, count = 0;
   SplineLimits<double> limits{};
   double gain = 1;
+  bool wrap = false;
 };
 
 struct ProgramLayer {

@@ -229,7 +229,7 @@ private:
         s.bias_gradient = take_gradient(s.out * 16);
       } else if (kind == "act") {
         s.kind = StepKind::act;
-        s.activation = static_cast<Activation>(integer(0, 7)), s.slope = number(), s.a = source();
+        s.activation = static_cast<Activation>(integer(0, 8)), s.slope = number(), s.a = source();
         made = rows[s.a];
       } else if (kind == "add" || kind == "glu") {
         s.kind = kind == "add" ? StepKind::add : StepKind::glu;
@@ -270,8 +270,8 @@ private:
       const int64_t id = 2 + k;
       if (is_output[id])
         continue;
-      const bool from_result =
-          s.kind == StepKind::act && s.activation != Activation::silu && s.activation != Activation::gelu;
+      const bool from_result = s.kind == StepKind::act && s.activation != Activation::silu &&
+                               s.activation != Activation::gelu && s.activation != Activation::atan;
       if (from_result && s.a >= 2 && readers[s.a] == 1 && !is_output[s.a] && steps[s.a - 2].kind != StepKind::act)
         values[id] = values[s.a];
       else
@@ -303,6 +303,7 @@ private:
       SplineLimits<double> &s = t.limits;
       s.left = number(), s.right = number(), s.bottom = number(), s.top = number();
       s.min_width = number(), s.min_height = number(), s.min_derivative = number(), t.gain = number();
+      t.wrap = integer(0, 1);
       check(s.left < s.right && s.bottom < s.top, "a spline's box is empty");
       const bool zuko = t.form == static_cast<int64_t>(Parameterization::zuko);
       check(!zuko || (s.min_derivative > 0 && s.min_derivative < 1), "min_derivative is ", s.min_derivative,

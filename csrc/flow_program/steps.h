@@ -71,6 +71,8 @@ template <class T> void activate(Activation activation, T slope, const T *x, T *
     return each(x, y, count, [](T v) { return math::tanh(v); });
   case Activation::sigmoid:
     return each(x, y, count, [](T v) { return math::sigmoid(v); });
+  case Activation::atan:
+    return each(x, y, count, [](T v) { return math::atan(v); });
   }
 }
 
@@ -87,7 +89,8 @@ IIN_FAST_INLINE void each_gradient(const T *at, const T *g, T *to, int64_t count
   }
 }
 
-// From the gradient g by y to that by x. x is read by silu and gelu alone: the others may have overwritten it by y.
+// From the gradient g by y to that by x. x is read by silu, gelu and atan alone: the others may have overwritten it by
+// y.
 template <class T>
 void activate_backward(Activation activation, T slope, const T *x, const T *y, const T *g, T *to, int64_t count,
                        bool add) {
@@ -116,6 +119,8 @@ void activate_backward(Activation activation, T slope, const T *x, const T *y, c
     return each_gradient(y, g, to, count, add, [](T v, T d) { return d * (T(1) - v * v); });
   case Activation::sigmoid:
     return each_gradient(y, g, to, count, add, [](T v, T d) { return d * v * (T(1) - v); });
+  case Activation::atan:
+    return each_gradient(x, g, to, count, add, [](T v, T d) { return d / (T(1) + v * v); });
   }
 }
 

@@ -1,6 +1,8 @@
 // The transformers of a coupling on a tile: one feature, its rows in lanes, ld of them.
 #pragma once
 
+#include <cmath>
+
 #include "affine_coupling/affine_coupling.h"
 #include "common/simd.h"
 #include "flow_program/flow_program.h"
@@ -57,6 +59,16 @@ template <class T> void scale_sizes(const SplineTransformer &t, T *raw, int64_t 
     each(raw, raw, 2 * t.bins * ld, [=](T v) { return gain * v; });
 }
 
+// A block of rows on the circle that a spline's box is: v mod its length, from its middle on. Its derivative is 1.
+template <class T> const T *wrapped(const SplineTransformer &t, const T *v, T *to) {
+  const T length = static_cast<T>(2 * t.limits.right), half = static_cast<T>(t.limits.right);
+  for (int l = 0; l < block_size<T>; ++l) {
+    const T rest = std::fmod(v[l], length);
+    to[l] = (rest < T(0) ? rest + length : rest) - half;
+  }
+  return to;
+}
+
 // raw: [count, ld], those of this feature.
 template <class T>
 void spline_transform(const SplineTransformer &t, bool inverse, const T *raw, int64_t ld, const T *x, T *y, T *logdet,
@@ -64,9 +76,12 @@ void spline_transform(const SplineTransformer &t, bool inverse, const T *raw, in
   const SplineShape<T> shape = spline_shape<T>(t.bins, static_cast<Tails>(t.tails), t.limits);
   with_form(static_cast<Parameterization>(t.form), inverse, [&](auto form, auto backwards) {
     for (int64_t r = 0; r < ld; r += block_size<T>) {
-      alignas(64) T terms[block_size<T>];
-      spline_block_forward<decltype(form)::value, decltype(backwards)::value>(shape, raw + r, ld, x + r, y + r, terms,
+      alignas(64) T terms[block_size<T>], turned[block_size<T>];
+      const T *const from = t.wrap && !inverse ? wrapped(t, x + r, turned) : x + r;
+      spline_block_forward<decltype(form)::value, decltype(backwards)::value>(shape, raw + r, ld, from, y + r, terms,
                                                                               work);
+      if (t.wrap && inverse)
+        wrapped(t, y + r, y + r);
       for (int l = 0; l < block_size<T>; ++l)
         add_term(logdet[r + l], lost[r + l], terms[l]);
     }
@@ -78,9 +93,12 @@ void spline_transform_backward(const SplineTransformer &t, bool inverse, const T
                                const T *x, const T *g, const T *grad_logdet, T *gx, T *work) {
   const SplineShape<T> shape = spline_shape<T>(t.bins, static_cast<Tails>(t.tails), t.limits);
   with_form(static_cast<Parameterization>(t.form), inverse, [&](auto form, auto backwards) {
-    for (int64_t r = 0; r < ld; r += block_size<T>)
+    for (int64_t r = 0; r < ld; r += block_size<T>) {
+      alignas(64) T turned[block_size<T>];
+      const T *const from = t.wrap && !inverse ? wrapped(t, x + r, turned) : x + r;
       spline_block_backward<decltype(form)::value, decltype(backwards)::value>(
-          shape, raw + r, ld, x + r, g + r, grad_logdet + r, grad_raw + r, ld, gx + r, work);
+          shape, raw + r, ld, from, g + r, grad_logdet + r, grad_raw + r, ld, gx + r, work);
+    }
   });
   scale_sizes(t, grad_raw, ld);
 }

@@ -25,6 +25,7 @@ __all__ = [
     "eligible",
     "fingerprint",
     "fingerprint_of",
+    "in_dynamo_onnx_export",
     "lookup",
     "made_in",
     "qualified",
@@ -238,6 +239,11 @@ def _in_onnx_export() -> bool:
 # torch.compile, which one of the exporters uses, would take it for False. This is torch.compiler.assume_constant_result
 # without an import of the compiler.
 _in_onnx_export._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def in_dynamo_onnx_export() -> bool:
+    """Whether torch.onnx's newer exporter traces this call; it can't follow code that branches on values."""
+    return torch.compiler.is_compiling() and _in_onnx_export()
 
 
 def eligible(*tensors: Any) -> bool:

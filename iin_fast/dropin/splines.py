@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backends import backend
 from ..functional import spline_coupling
 from ..ops.spline_coupling import parameter_count
-from .registry import eligible
+from .registry import eligible, in_dynamo_onnx_export
 
 __all__ = ["cdf", "net_scale", "packed_spline", "refuse_tails"]
 
@@ -55,6 +56,15 @@ def packed_spline(
     inverse: bool,
 ) -> tuple[Tensor, Tensor] | None:  # [batch, ...], [batch]
     """The spline with the options of ``module``; None where the library's own code has to run."""
+    if in_dynamo_onnx_export():  # the library's own code branches on values, the definition does not
+        with backend("reference"):
+            return _packed_spline(module, x, parameters, bins, scale, inverse)
+    return _packed_spline(module, x, parameters, bins, scale, inverse)
+
+
+def _packed_spline(
+    module: Any, x: Tensor, parameters: Tensor, bins: int, scale: float | None, inverse: bool
+) -> tuple[Tensor, Tensor] | None:
     if not eligible(x, parameters) or parameters.shape != (*x.shape, parameter_count(bins, module.tails)):
         return None
     box = None

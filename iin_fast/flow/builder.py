@@ -177,11 +177,16 @@ def spline(
     min_derivative: float = 1e-3,
     parameterization: str = "nflows",
     gain: float = 1.0,
+    wrap: bool = False,
 ) -> SplineTransformer:
-    """A spline transformer with the arguments of :func:`iin_fast.functional.spline_coupling`; ``gain`` multiplies raw widths and heights."""
-    left, right, bottom, top = box or (-tail_bound, tail_bound, -tail_bound, tail_bound)
-    numbers = (left, right, bottom, top, min_bin_width, min_bin_height, min_derivative, gain)
-    return SplineTransformer(int(bins), tails or "none", parameterization, *map(float, numbers))
+    """A spline transformer with the arguments of :func:`iin_fast.functional.spline_coupling`.
+
+    ``gain`` multiplies raw widths and heights; with ``wrap`` x turns half around a circle before it, as zuko's NCSF has it.
+    """
+    left, right, bottom, top = map(float, box or (-tail_bound, tail_bound, -tail_bound, tail_bound))
+    width, height, slope, factor = map(float, (min_bin_width, min_bin_height, min_derivative, gain))
+    form = tails or "none", parameterization
+    return SplineTransformer(int(bins), *form, left, right, bottom, top, width, height, slope, factor, bool(wrap))
 
 
 # ---------------------------------------------------------------- nets

@@ -46,7 +46,7 @@ __all__ = [
 ORDERS = ("scale_first", "shift_first")  # x * s + t, s * (x + t)
 FORMS = ("plain", "exp", "softplus")  # s = raw, exp(raw), softplus(raw) + eps
 STORAGES = ("packed", "square")
-ACTS = ("none", "relu", "leaky_relu", "elu", "silu", "gelu", "tanh", "sigmoid")
+ACTS = ("none", "relu", "leaky_relu", "elu", "silu", "gelu", "tanh", "sigmoid", "atan")
 
 
 class Ref(NamedTuple):
@@ -277,7 +277,10 @@ class AffineTransformer:
 
 @dataclass(frozen=True)
 class SplineTransformer:
-    """A rational-quadratic spline of each feature, as op ``spline_coupling`` has it; ``gain`` multiplies raw widths and heights."""
+    """A rational-quadratic spline of each feature, as op ``spline_coupling`` has it; ``gain`` multiplies raw widths and heights.
+
+    ``wrap``: before it x turns half around the circle that the box is, ``x mod (right - left)`` less its middle.
+    """
 
     bins: int
     tails: str
@@ -290,6 +293,7 @@ class SplineTransformer:
     min_height: float
     min_derivative: float
     gain: float = 1.0
+    wrap: bool = False
 
     @property
     def count(self) -> int:
@@ -304,7 +308,7 @@ class SplineTransformer:
         _expect_name("tails", self.tails, tuple(TAILS))
         _expect_name("form", self.form, tuple(PARAMETERIZATIONS))
         _expect(1 <= self.bins <= MOST, f"bins is {self.bins}, expected 1 … {MOST}")
-        for field in fields(self)[3:]:
+        for field in fields(self)[3:-1]:
             _expect_number(field.name, getattr(self, field.name), "a finite number", True)
         if self.tails != "none":
             bounds = -self.right, self.right, -self.right, self.right
@@ -312,6 +316,7 @@ class SplineTransformer:
                 self.box == bounds, f"box is {self.box}, expected the same bound on each side for tails {self.tails}"
             )
         tails, box = (None, self.box) if self.tails == "none" else (self.tails, None)
+        _expect(not self.wrap or self.tails == "linear", f"wrap with tails {self.tails}, expected linear ones")
         try:
             bound = 1.0 if box else self.right
             check_options(

@@ -90,6 +90,7 @@ def _net(
     if isinstance(t, L.SplineTransformer):
         tails = "no tails" if t.tails == "none" else f"{t.tails} tails"
         options = f"{t.bins} bins, {tails}, {t.form}, box {t.left:g} {t.right:g} {t.bottom:g} {t.top:g}"
+        options += ", wrapped" if t.wrap else ""
     else:
         options = t.squash if SQUASHES[t.squash].clamp_is == "no option" else f"{t.squash} {t.clamp:g}"
     options += f", gain {t.gain:g}" if t.gain != 1 else ""

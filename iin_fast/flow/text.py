@@ -15,7 +15,7 @@ The grammar, tokens set apart by spaces; ints are decimal, floats as repr() writ
     step        := "dense" source out weight:ref bias:ref mask:ref | "act" kind slope source
                  | "add" a b | "glu" a b | "concat" a b
     transformer := "affine" squash clamp gain scale_at scale_step shift_at shift_step
-                 | "spline" bins tails form left right bottom top min_width min_height min_derivative gain
+                 | "spline" bins tails form left right bottom top min_width min_height min_derivative gain wrap
 
 Names (order, form, storage, kind, squash, tails) are written as their codes.
 """

@@ -94,8 +94,10 @@ def masks(order: list[int], hidden: list[int], outputs: list[int]) -> list[Tenso
 class _Draw:
     """Draws one program; parameters are stacked in one tensor with offsets, or tensors of their own."""
 
-    def __init__(self, draw: Callable[[st.SearchStrategy], object], dim: int, context: int, seed: int) -> None:
-        self.draw, self.dim, self.context = draw, dim, context
+    def __init__(
+        self, draw: Callable[[st.SearchStrategy], object], dim: int, context: int, seed: int, wraps: bool
+    ) -> None:
+        self.draw, self.dim, self.context, self.wraps = draw, dim, context, wraps
         self.builder = ProgramBuilder(dim, context)
         self.random = torch.Generator().manual_seed(seed)
         self.stacked: list[Tensor] = []
@@ -144,7 +146,16 @@ class _Draw:
             tails, form = self.one_of(*SPLINES)
             bins = self.draw(st.integers(1, 6))
             box = self.one_of(None, (-2.0, 3.0, -1.0, 4.0)) if tails is None else None
-            t = spline(bins, tails=tails, tail_bound=self.one_of(1.0, 3.0), box=box, parameterization=form, gain=gain)
+            wrap = self.wraps and tails == "linear" and self.flag()
+            t = spline(
+                bins,
+                tails=tails,
+                tail_bound=self.one_of(1.0, 3.0),
+                box=box,
+                parameterization=form,
+                gain=gain,
+                wrap=wrap,
+            )
             return t, features * t.count
         squash = self.one_of(*SQUASHES)
         clamp = {"softplus": self.one_of(1e-3, 0.1), "softclip": self.one_of(2.0, 6.9)}.get(
@@ -312,9 +323,11 @@ def programs(
     dims: tuple[int, int] = (1, 17),
     batches: tuple[int, int] = (0, 70),
     layers: tuple[int, int] = (1, 6),
+    wraps: bool = True,
 ) -> Drawn:
-    """Programs of 1 to 6 layers, with or without a context."""
-    random = _Draw(draw, draw(st.integers(*dims)), draw(st.sampled_from((0, 0, 1, 3))), draw(st.integers(0, 2**20)))
+    """Programs of 1 to 6 layers, with or without a context; without ``wraps`` all have an inverse everywhere."""
+    context, seed = draw(st.sampled_from((0, 0, 1, 3))), draw(st.integers(0, 2**20))
+    random = _Draw(draw, draw(st.integers(*dims)), context, seed, wraps)
     for _ in range(draw(st.integers(*layers))):
         random.layer(draw(st.sampled_from(kinds)))
     return random.finish(draw(st.integers(*batches)))

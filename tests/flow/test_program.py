@@ -107,6 +107,7 @@ BAD = {
     "spline outputs": (coupling(dense(21), spline(4)), r"spline transformer: the net has 21 outputs, expected 22: 4 widths, 4 heights and 3 derivatives for each of 2"),
     "bins": (coupling(dense(4), SplineTransformer(0, "linear", "nflows", -1, 1, -1, 1, 0, 0, 0)), r"bins is 0, expected 1"),
     "box": (coupling(dense(4), SplineTransformer(4, "linear", "nflows", -1, 2, -1, 1, 0, 0, 0)), r"box is \(-1, 2, -1, 1\), expected the same bound"),
+    "wrap": (coupling(dense(22), spline(4, tails="circular", wrap=True)), r"wrap with tails circular, expected linear ones"),
     "narrow bins": (coupling(dense(22), spline(4, min_bin_width=0.3)), r"min_bin_width is 0.3, expected between 0 and 1 / bins"),
     "not finite": (coupling(dense(4), affine(2, "tanh", clamp=float("nan"))), r"clamp is nan, expected a number above 0"),
     "clamp": (coupling(dense(4), affine(2, "softclip", clamp=0)), r"clamp is 0.0, expected a number above 0"),

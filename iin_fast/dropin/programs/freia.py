@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...flow import NetBuilder, affine
+from ...flow import ABSENT, NetBuilder, affine
 from ...flow.builder import CONTEXT, FEATURES
 from ...flow.layers import Net, Transformer
 from ..class_factory import original
@@ -23,12 +23,20 @@ SEQUENCE = "FrEIA.framework.sequence_inn.SequenceINN"
 GRAPH, REVERSIBLE = "FrEIA.framework.graph_inn.GraphINN", "FrEIA.framework.reversible_graph_net.ReversibleGraphNet"
 C = "FrEIA.modules.coupling_layers"
 BASE = f"{C}._BaseCouplingBlock"
-GLOW, RNVP, NICE, ONE_SIDED = (
-    f"{C}.{name}" for name in ("GLOWCouplingBlock", "RNVPCouplingBlock", "NICECouplingBlock", "AffineCouplingOneSided")
+GLOW, RNVP, NICE, GIN, ONE_SIDED = (
+    f"{C}.{name}"
+    for name in (
+        "GLOWCouplingBlock",
+        "RNVPCouplingBlock",
+        "NICECouplingBlock",
+        "GINCouplingBlock",
+        "AffineCouplingOneSided",
+    )
 )
 ACT_NORM, FIXED = "FrEIA.modules.invertible_resnet.ActNorm", "FrEIA.modules.fixed_transforms.FixedLinearTransform"
 ALL_IN_ONE, PERMUTE = "FrEIA.modules.all_in_one_block.AllInOneBlock", "FrEIA.modules.fixed_transforms.PermuteRandom"
-NO_LOGDET = (NICE, PERMUTE)  # they give the float 0 as their log-det
+NO_LOGDET = (NICE, GIN, PERMUTE)  # they give the float 0 as their log-det
+CLAMPS = {"ATAN": ("atan", 0.636), "TANH": ("tanh", 1.0), "SIGMOID": ("sigmoid", 2.0)}  # up to a constant
 
 GLOBAL_SCALES: dict[str, Callable[[Tensor], Tensor]] = {
     "SIGMOID": lambda a: 10 * torch.sigmoid(a - 2.0),
@@ -57,12 +65,8 @@ def _global_scale(function: Any) -> Callable[[Tensor], Tensor]:
 # ---------------------------------------------------------------- layers
 
 
-def _net(maker: Maker, block: Any, *names: str, halved: int = 0) -> Net:
-    """The outputs of sub-nets of the passive half and the condition, one behind the other.
-
-    The first ``halved`` of them are taken times 1/2.
-    """
-    net = NetBuilder()
+def _subnets(maker: Maker, block: Any, net: NetBuilder, *names: str) -> list[int]:
+    """The outputs of sub-nets of the passive half and the condition."""
     value = FEATURES
     if maker.get(block, "conditional"):
         if not maker.context:
@@ -74,6 +78,13 @@ def _net(maker: Maker, block: Any, *names: str, halved: int = 0) -> Net:
         if type(part) is not nn.Sequential:
             raise Unsupported(f"a {type(part).__name__} as its net")
         parts.append(nets.sequential(maker, net, value, part))
+    return parts
+
+
+def _net(maker: Maker, block: Any, *names: str, halved: int = 0) -> Net:
+    """The outputs of sub-nets, one behind the other; the first ``halved`` of them are taken times 1/2."""
+    net = NetBuilder()
+    parts = _subnets(maker, block, net, *names)
     if halved:
         factors = torch.ones(2 * halved)
         factors[:halved] = 0.5
@@ -81,11 +92,29 @@ def _net(maker: Maker, block: Any, *names: str, halved: int = 0) -> Net:
     return net.build(*parts)
 
 
-def _clamped(maker: Maker, block: Any, features: int, *subnets: str) -> tuple[Net, Transformer]:
-    """The net of an affine coupling, and what it does with the raw values."""
-    name, clamp = clamp_name(maker.get(block, "f_clamp")), maker.number(block, "clamp")
+def _volume_preserving(
+    maker: Maker, block: Any, features: int, subnet: str, name: str, gain: float = 1.0
+) -> tuple[Net, Transformer]:
+    """The net of a GIN coupling, whose clamped log-scales have their mean taken off, and what it does with them."""
+    (kind, most), net = CLAMPS[name], NetBuilder()
+    raw = _subnets(maker, block, net, subnet)[0]
+    both, one = (torch.eye(size, dtype=torch.float64) for size in (2 * features, features))
+    centred = maker.number(block, "clamp") * most * (one - 1 / features)
+    scale = net.act(net.dense(raw, maker.fixed(gain * both[:features])), kind)
+    parts = net.dense(scale, maker.fixed(centred)), net.dense(raw, maker.fixed(gain * both[features:]))
+    return net.build(*parts), affine(features, "identity")
+
+
+def _clamp_name(maker: Maker, block: Any) -> str:
+    name = clamp_name(maker.get(block, "f_clamp"))
     if name is None:
         raise Unsupported("clamp_activation of its own")
+    return name
+
+
+def _clamped(maker: Maker, block: Any, features: int, *subnets: str) -> tuple[Net, Transformer]:
+    """The net of an affine coupling, and what it does with the raw values."""
+    name, clamp = _clamp_name(maker, block), maker.number(block, "clamp")
     if name == "SIGMOID":  # 2 (sigmoid(u) - 1/2) = tanh(u / 2)
         return _net(maker, block, *subnets, halved=features), affine(features, "tanh", clamp=clamp)
     return _net(maker, block, *subnets), affine(features, name.lower(), clamp=clamp)
@@ -104,21 +133,23 @@ def _two_sided(maker: Maker, name: str, block: Any) -> None:
         GLOW: (("subnet2",), ("subnet1",)),
         RNVP: (("subnet_s2", "subnet_t2"), ("subnet_s1", "subnet_t1")),
         NICE: (("F",), ("G",)),
+        GIN: (("subnet2",), ("subnet1",)),
     }[name]
     for passive, active, subnets in ((second, first, names[0]), (first, second, names[1])):
         size = len(active)
-        made = (
-            (_net(maker, block, *subnets), affine(size, "none"))
-            if name == NICE
-            else _clamped(maker, block, size, *subnets)
-        )
+        made: tuple[Net, Transformer]
+        if name == NICE:
+            made = _net(maker, block, *subnets), affine(size, "none")
+        elif name == GIN:
+            made = _volume_preserving(maker, block, size, subnets[0], _clamp_name(maker, block))
+        else:
+            made = _clamped(maker, block, size, *subnets)
         maker.coupling(passive, active, *made)
 
 
 def _all_in_one(maker: Maker, block: Any) -> None:
-    for option in ("GIN", "householder"):
-        if maker.get(block, option):
-            raise Unsupported(option)
+    if maker.get(block, "householder"):
+        raise Unsupported("householder")
     if maker.get(block, "input_rank") != 0:
         raise Unsupported("an image")
     one, two = maker.get(block, "splits")
@@ -130,12 +161,16 @@ def _all_in_one(maker: Maker, block: Any) -> None:
         raise Unsupported("w_perm_inv is not the transpose of w_perm")
     if maker.get(block, "reverse_pre_permute"):
         _rotation(maker, back)
-    clamp = maker.number(block, "clamp")
-    transformer = affine(two, "tanh", clamp=clamp, gain=0.1)
-    maker.coupling(range(one), range(one, maker.dim), _net(maker, block, "subnet"), transformer)
+    gin, clamp = maker.get(block, "GIN"), maker.number(block, "clamp")
+    if gin:
+        made = _volume_preserving(maker, block, two, "subnet", "TANH", gain=0.1)
+    else:
+        made = _net(maker, block, "subnet"), affine(two, "tanh", clamp=clamp, gain=0.1)
+    maker.coupling(range(one), range(one, maker.dim), *made)
     for name in ("global_scale", "global_offset"):
         expect_shape(block._parameters[name], 1, maker.dim)
-    scale = maker.computed_from(block, "global_scale", _global_scale(maker.get(block, "global_scale_activation")))
+    activation = maker.get(block, "global_scale_activation")
+    scale = ABSENT if gin else maker.computed_from(block, "global_scale", _global_scale(activation))
     maker.affine(maker.parameter(block, "global_offset"), scale)
     _rotation(maker, matrix)
 
@@ -188,7 +223,7 @@ def _act_norm(maker: Maker, block: Any) -> None:
 def layer(maker: Maker, module: Any) -> None:
     """Add a block of FrEIA."""
     name = maker.take(module)
-    if name in (GLOW, RNVP, NICE):
+    if name in (GLOW, RNVP, NICE, GIN):
         _two_sided(maker, name, module)
     elif name == ONE_SIDED:
         first, second = _halves(maker, module, "split_len1", "split_len2")
@@ -326,6 +361,7 @@ PROGRAMS = Programs(
         GLOW: TWO_SIDED,
         RNVP: TWO_SIDED,
         NICE: TWO_SIDED,
+        GIN: TWO_SIDED,
         ONE_SIDED: ("forward", f"{BASE}.__init__"),
         ALL_IN_ONE: ("__init__", "forward", "_affine", "_permute", "_pre_permute"),
         PERMUTE: ("forward",),

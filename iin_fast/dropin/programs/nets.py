@@ -23,6 +23,7 @@ FUNCTIONS: dict[Any, tuple[str, float]] = {
     torch.tanh: ("tanh", 0.0),
     F.sigmoid: ("sigmoid", 0.0),
     torch.sigmoid: ("sigmoid", 0.0),
+    torch.atan: ("atan", 0.0),
 }
 MODULES: dict[type[nn.Module], tuple[str, str | None]] = {  # kind, and the attribute that holds the slope
     nn.Identity: ("none", None),

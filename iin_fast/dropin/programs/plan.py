@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from ...backends import chosen
+from ...backends import chosen_on_cpu
 from ...flow import ABSENT, FlowProgram, ProgramBuilder, Ref, Weights
 from ...flow import layers as L
 from ...ops.autograd import followed
@@ -20,11 +20,10 @@ from ...ops.flow_program.checks import KEEP, check_data, check_parameters
 from ...ops.types import FULL
 from ..class_factory import original
 from ..registry import qualified, unknown_functions
-from .watch import GLOBAL_HOOKS, Unsupported, Watch
+from .watch import GLOBAL_HOOKS, PLAIN, Unsupported, Watch
 
 __all__ = ["Atom", "Maker", "Programs", "Summary", "hopeless", "run", "summary"]
 
-PLAIN = (Tensor, nn.Parameter)
 CHEAP = (L.Affine, L.Permute, L.Activation)  # alone, an op costs more than torch's own few kernels
 
 Atom = tuple[nn.Module, bool]  # a layer of the library, and whether its inverse stands in the forward direction
@@ -132,6 +131,7 @@ class Maker(ProgramBuilder):
             space = vars(module)[kind]
             if name in space:
                 ref = self._place(space, name)
+                self.watch.parameters(space)
                 return ref._replace(offset=offset) if offset else ref
         raise Unsupported(f"{name} is no parameter")
 
@@ -159,6 +159,7 @@ class Maker(ProgramBuilder):
     def computed_from(self, module: nn.Module, name: str, function: Callable[[Tensor], Tensor]) -> Ref:
         """What a function of torch makes of a parameter or buffer, at every call."""
         space: Any = next(s for s in (vars(module)["_parameters"], vars(module)["_buffers"]) if name in s)
+        self.watch.parameters(space)
         self.spaces.append(space)
         self.names.append(name)
         self.tensors.append(space[name])
@@ -227,6 +228,7 @@ class Piece:
         self.shared = {ref.tensor for ref in offsets}
         self.shapes = [tensor.shape for tensor in tensors]
         self.tensors: list[Any] = []
+        self.moved = False  # a parameter may be another object than before
         self._check(tensors)
 
     def _check(self, tensors: list[Any]) -> None:
@@ -260,11 +262,13 @@ class Piece:
         Raises:
             KeyError: a parameter is gone.
         """
-        tensors = list(map(getitem, self.spaces, self.names))
         try:
-            if tensors is not self.tensors and _differ(tensors, self.tensors):
-                self._check(tensors)
-            tensors = self._compute(tensors)
+            if self.moved:
+                tensors = list(map(getitem, self.spaces, self.names))
+                if _differ(tensors, self.tensors):
+                    self._check(tensors)
+                self.tensors, self.moved = tensors, False
+            tensors = self._compute(self.tensors)
             wide = self.program.context
             return engine.call(x, context if wide else None, tensors, self.program, inverse, base, KEEP["auto"])
         except (TypeError, ValueError, RuntimeError):
@@ -289,6 +293,10 @@ class Plan:
     def run(self, x: Tensor, context: Tensor | None, inverse: bool, base: bool) -> tuple[Tensor, Tensor, bool] | None:
         """The mapped x, its log-det, and whether that has the log-density of the base; None: run the library's own code."""
         base = base and self.based
+        if self.watch.moved():
+            for part in self.parts:
+                if isinstance(part, Piece):
+                    part.moved = True
         if len(self.parts) == 1:
             found = self.parts[0].run(x, context, inverse, base)  # type: ignore[union-attr]
             return None if found is None else (*found, base)
@@ -364,19 +372,23 @@ def _make(
 _plans: "WeakKeyDictionary[nn.Module, dict[Any, Plan]]" = WeakKeyDictionary()
 
 
-def _takes(x: Any, context: Any) -> bool:
-    """Whether a program can run on this input; what it can't, the library's own code takes or refuses."""
-    if followed() or type(x) not in PLAIN or x.dim() != 2 or x.dtype not in FULL:
-        return False
-    rows = x.shape[0]
-    if rows == 0 or not x.is_cpu:
-        return False
+def _kind(x: Any, context: Any) -> tuple[int, int, torch.dtype] | None:
+    """Features, context and type of an input that programs take; what they don't, the library's own code takes or refuses."""
+    if followed() or type(x) not in PLAIN:
+        return None
+    shape, dtype, wide = x.shape, x.dtype, 0
+    if len(shape) != 2 or shape[0] == 0 or dtype not in FULL or not x.is_cpu:
+        return None
     if context is not None:
-        if type(context) not in PLAIN or context.dim() != 2 or context.dtype is not x.dtype or not context.is_cpu:
-            return False
-        if context.shape[0] != rows or context.shape[1] == 0:
-            return False
-    return forward_ad._current_level < 0 and not any(GLOBAL_HOOKS) and chosen("flow_program", x) == "cpp"
+        if type(context) not in PLAIN or context.dtype is not dtype or not context.is_cpu:
+            return None
+        given = context.shape
+        if len(given) != 2 or given[0] != shape[0] or given[1] == 0:
+            return None
+        wide = given[1]
+    if forward_ad._current_level >= 0 or any(GLOBAL_HOOKS) or not chosen_on_cpu("flow_program"):
+        return None
+    return shape[1], wide, dtype
 
 
 def run(
@@ -388,9 +400,10 @@ def run(
         The mapped ``[batch, dim]``, the log-det ``[batch]``, and whether that has the log-density of a standard normal at the
         mapped; or None where the library's own code has to run.
     """
-    if not _takes(x, context):
+    kind = _kind(x, context)
+    if kind is None:
         return None
-    key = x.shape[1], 0 if context is None else context.shape[1], x.dtype, base and programs.base is not None
+    key = *kind, base and programs.base is not None
     plans = _plans.get(root)
     if plans is None:
         plans = _plans[root] = {}

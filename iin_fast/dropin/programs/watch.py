@@ -1,6 +1,7 @@
 """What a plan has read from a model, so that a change of the model is seen before the plan runs again."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from operator import attrgetter, getitem
 from typing import Any
 
@@ -8,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["GLOBAL_HOOKS", "HOOKS", "Unsupported", "Watch"]
+__all__ = ["GLOBAL_HOOKS", "HOOKS", "PLAIN", "Unsupported", "Watch"]
 
+PLAIN = (Tensor, nn.Parameter)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 VERSION = attrgetter("_version")
 GLOBAL_HOOKS: list[Any] = [getattr(torch_module, f"_global{name}") for name in HOOKS]
@@ -26,13 +28,17 @@ class Watch:
     """
 
     def __init__(self) -> None:
-        # attributes, children and absent parameters: spaces[i][names[i]] is values[i]
+        # attributes, buffers and absent parameters: spaces[i][names[i]] is values[i]
         self._spaces: list[Any] = []
         self._names: list[str] = []
         self._values: list[Any] = []
         self._seen: set[tuple[int, str]] = set()
         self._held: list[Any] = []  # dictionaries to which nothing may be added, such as those of modules
         self._sizes: list[int] = []
+        self._children: list[Any] = []  # dictionaries of children, and what they held
+        self._children_then: list[Any] = []
+        self._parameters: list[Any] = []  # dictionaries of parameters, and what they held; None: always read
+        self._parameters_then: list[Any] | None = []
         self._hooks: list[Any] = []  # must be empty
         self._hooked: list[Any] = []  # of layers that hooks keep out of a program
         self._hooks_then: list[int] = []
@@ -84,17 +90,44 @@ class Watch:
             Unsupported: there is none of that name.
         """
         own = vars(module)
-        for space in (own, own["_parameters"], own["_buffers"], own["_modules"]):
+        for space in (own, own["_parameters"], own["_buffers"]):
             if name in space:
                 return self.read(space, name)
-        raise Unsupported(f"no attribute {name}")
+        if name not in own["_modules"]:
+            raise Unsupported(f"no attribute {name}")
+        return self._hold(own["_modules"])[name]
 
     def children(self, module: nn.Module) -> Iterator[Any]:
         """The children of a container."""
-        space = vars(module)["_modules"]
-        self.size(space)
-        for name in tuple(space):
-            yield self.read(space, name)
+        yield from tuple(self._hold(vars(module)["_modules"]).values())
+
+    def _hold(self, space: Any) -> Any:
+        """A dictionary of children must stay what it is."""
+        if (id(space), "") not in self._seen:
+            self._seen.add((id(space), ""))
+            self._children.append(space)
+            self._children_then.append(dict(space))
+        return space
+
+    def parameters(self, space: Any) -> None:
+        """A dictionary whose parameters :meth:`moved` looks after."""
+        if (id(space), "") in self._seen:
+            return
+        self._seen.add((id(space), ""))
+        self._parameters.append(space)
+        if any(type(value) not in PLAIN or value.numel() == 1 for value in space.values() if value is not None):
+            self._parameters_then = None  # two of these may compare equal
+        elif self._parameters_then is not None:
+            self._parameters_then.append(dict(space))
+
+    def moved(self) -> bool:
+        """Whether a parameter is another object than before."""
+        with suppress(Exception):  # the comparison of two tensors is no bool
+            if self._parameters == self._parameters_then:
+                return False
+        if self._parameters_then is not None:
+            self._parameters_then = list(map(dict, self._parameters))
+        return True
 
     def values(self, module: nn.Module, name: str) -> Tensor:
         """A buffer, or a parameter that nobody trains, whose values become part of the program."""
@@ -120,7 +153,8 @@ class Watch:
             self._last_handle = RemovableHandle.next_id
         try:
             return (
-                list(map(getitem, self._spaces, self._names)) == self._values
+                self._children == self._children_then
+                and list(map(getitem, self._spaces, self._names)) == self._values
                 and list(map(len, self._held)) == self._sizes
                 and list(map(VERSION, self._buffers)) == self._versions
                 and (not self._hooked or list(map(len, self._hooked)) == self._hooks_then)

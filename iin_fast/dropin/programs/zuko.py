@@ -7,6 +7,7 @@ knows its module and context, and makes what the library's own would hold only w
 import inspect
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -44,6 +45,7 @@ T = "zuko.transforms"
 AFFINE, SPLINE, ADDITIVE, PERMUTATION, LU = (
     f"{T}.{name}Transform" for name in ("MonotonicAffine", "MonotonicRQS", "Additive", "Permutation", "LULinear")
 )
+CIRCULAR, SHIFT = "zuko.flows.spline.CircularRQSTransform", f"{T}.CircularShiftTransform"
 TORCH_AFFINE = "torch.distributions.transforms.AffineTransform"
 NORMALIZING, DIAG_NORMAL = "zuko.distributions.NormalizingFlow", "zuko.distributions.DiagNormal"
 
@@ -89,7 +91,8 @@ def _net(maker: Maker, module: nn.Module, features: bool = True) -> Net:
 
 def default_slope(init: Any) -> float:
     """The least slope that a transformation takes where none is given: 1e-4 before zuko 1.5, 1e-3 since."""
-    return float(inspect.signature(init).parameters["slope"].default)
+    own = inspect.signature(init).parameters.get("slope")
+    return default_slope(lookup(f"{SPLINE}.__init__")) if own is None else float(own.default)
 
 
 def _univariate(maker: Maker, module: Any, features: int) -> Transformer:
@@ -103,13 +106,14 @@ def _univariate(maker: Maker, module: Any, features: int) -> Transformer:
             raise Unsupported("univariate has arguments of its own")
         options, made = dict(made.keywords), made.func
     cls = original(made) or made
-    name = qualified(cls) if isinstance(cls, type) else getattr(cls, "__name__", str(cls))
-    if name not in (AFFINE, SPLINE, ADDITIVE):
+    name = qualified(cls) if hasattr(cls, "__qualname__") else str(cls)
+    if name not in (AFFINE, SPLINE, ADDITIVE, CIRCULAR):
         raise Unsupported(f"univariate {name}")
     maker.expect_source(name, cls)
-    slope, bound = options.pop("slope", None), options.pop("bound", 5.0)
+    wrap = name == CIRCULAR
+    slope, bound = options.pop("slope", None), math.pi if wrap else options.pop("bound", 5.0)
     if slope is None and name != ADDITIVE:
-        slope = default_slope(vars(cls)["__init__"])
+        slope = default_slope(cls if wrap else vars(cls)["__init__"])
     if name == ADDITIVE and shapes == [()] and not options and slope is None:
         return affine(features, "none")
     numbers = isinstance(slope, float) and isinstance(bound, int | float)
@@ -117,8 +121,13 @@ def _univariate(maker: Maker, module: Any, features: int) -> Transformer:
         raise Unsupported(f"univariate with {', '.join(options) or 'a slope or bound that is not known'}")
     if name == AFFINE and shapes == [(), ()]:
         return affine(features, "softclip", clamp=-math.log(slope), layout="interleaved_shift_first")
-    if name == SPLINE and len(shapes) == 3 and shapes[0] and shapes == [(b := shapes[0][0],), (b,), (b - 1,)]:
-        return spline(b, tail_bound=float(bound), min_derivative=slope, parameterization="zuko")
+    if (
+        name in (SPLINE, CIRCULAR)
+        and len(shapes) == 3
+        and shapes[0]
+        and shapes == [(b := shapes[0][0],), (b,), (b - 1,)]
+    ):
+        return spline(b, tail_bound=float(bound), min_derivative=slope, parameterization="zuko", wrap=wrap)
     raise Unsupported(f"univariate {name} with shapes {shapes}")
 
 
@@ -350,30 +359,31 @@ def composed_forward(own: Any, self: Any, c: Any = None) -> Any:
     return _composed(self, c, False, lambda: own(self, c))
 
 
-_normal: "WeakKeyDictionary[nn.Module, tuple[Watch, bool]]" = WeakKeyDictionary()
+_normal: "WeakKeyDictionary[nn.Module, tuple[Watch, str | None]]" = WeakKeyDictionary()
 
 
-def _standard(flow: Any) -> bool:
-    """Whether the base of a flow is a standard normal that nobody trains."""
+def _standard(flow: Any) -> str | None:
+    """The name of the buffer with the mean, where the base of a flow is a standard normal that nobody trains."""
     found = _normal.get(flow)
     if found is None or not found[0].same():
         watch = Watch()
-        found = _normal[flow] = watch, _is_standard(Maker(PROGRAMS, watch, 1, 0, torch.float32), flow)
+        found = _normal[flow] = watch, _mean_of_standard(Maker(PROGRAMS, watch, 1, 0, torch.float32), flow)
     return found[1]
 
 
-def _is_standard(maker: Maker, flow: Any) -> bool:
-    try:
+def _mean_of_standard(maker: Maker, flow: Any) -> str | None:
+    with suppress(Unsupported):
         base = maker.get(flow, "base")
         if maker.take(base) != BASE or maker.get(base, "f") is not lookup(DIAG_NORMAL):
-            return False
+            return None
         maker.expect_source(DIAG_NORMAL, lookup(DIAG_NORMAL))
-        if maker.get(base, "_nargs") != 0 or sorted(maker.get(base, "_keys")) != ["loc", "scale"]:
-            return False
-        loc, scale = (maker.watch.values(base, name) for name in ("loc", "scale"))
-        return loc.dim() == scale.dim() == 1 and bool((loc == 0).all()) and bool((scale == 1).all())
-    except Unsupported:
-        return False
+        given = maker.get(base, "_nargs"), tuple(sorted(maker.get(base, "_keys")))
+        names = {(0, ("loc", "scale")): ("loc", "scale"), (2, ()): ("_0", "_1")}.get(given)
+        if names is not None:
+            loc, scale = (maker.watch.values(base, name) for name in names)
+            if loc.dim() == scale.dim() == 1 and bool((loc == 0).all()) and bool((scale == 1).all()):
+                return names[0]
+    return None
 
 
 def flow_forward(own: Any, self: Any, c: Any = None) -> Any:
@@ -382,7 +392,8 @@ def flow_forward(own: Any, self: Any, c: Any = None) -> Any:
     composed = qualified(original(type(transform)) or type(transform)) == COMPOSED
     if not composed or not _follows(c) or any(vars(transform)[name] for name in HOOKS) or hopeless(transform):
         return own(self, c)
-    if "forward" in vars(transform) or not _standard(self):
+    mean = None if "forward" in vars(transform) else _standard(self)
+    if mean is None:
         return own(self, c)
     parent = lookup(NORMALIZING)
 
@@ -390,8 +401,8 @@ def flow_forward(own: Any, self: Any, c: Any = None) -> Any:
         where = vars(self).get(WHERE)
         if where is None:
             return parent.log_prob(self, x)
-        flow, transform = where
-        base = flow.base.loc
+        flow, transform, mean = where
+        base = getattr(flow.base, mean)
         fits = (
             isinstance(x, Tensor) and x.dtype is base.dtype and x.device == base.device and x.shape[-1:] == base.shape
         )
@@ -413,7 +424,7 @@ def flow_forward(own: Any, self: Any, c: Any = None) -> Any:
     plain = getattr(lazy.forward, "_iin_fast_own", lazy.forward)
     vars(made).update(
         {
-            WHERE: (self, _composed(transform, c, False, lambda: plain(transform, c))),
+            WHERE: (self, _composed(transform, c, False, lambda: plain(transform, c)), mean),
             RAW: lambda: own(self, c),
         }
     )
@@ -440,6 +451,11 @@ PROGRAMS = Programs(
         NET: (),
         AFFINE: CALL,
         SPLINE: (*CALL, "bins", "bin", "searchsorted"),
+        CIRCULAR: (
+            CIRCULAR,
+            *(f"{SHIFT}.{n}" for n in CALL),
+            *(f"{SPLINE}.{n}" for n in (*CALL, "bins", "bin", "searchsorted")),
+        ),
         ADDITIVE: CALL,
         PERMUTATION: CALL,
         LU: CALL,

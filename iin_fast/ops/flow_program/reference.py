@@ -155,6 +155,7 @@ _ACTS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "gelu": lambda v, _: F.gelu(v),
     "tanh": lambda v, _: torch.tanh(v),
     "sigmoid": lambda v, _: torch.sigmoid(v),
+    "atan": lambda v, _: torch.atan(v),
 }
 
 
@@ -192,12 +193,19 @@ def _transform(transformer: L.Transformer, x: Tensor, raw: Tensor, maps: Maps, i
         if transformer.gain != 1:
             sizes, slopes = raw[..., : 2 * transformer.bins], raw[..., 2 * transformer.bins :]
             raw = torch.cat([sizes * transformer.gain, slopes], -1)
-        return maps.spline(x, raw, transformer, inverse)
+        if not transformer.wrap:
+            return maps.spline(x, raw, transformer, inverse)
+        y, logdet = maps.spline(x if inverse else _wrapped(x, transformer.right), raw, transformer, inverse)
+        return _wrapped(y, transformer.right) if inverse else y, logdet
     if transformer.gain != 1:
         raw = raw * transformer.gain
     shift = raw[:, _slice(transformer.places("shift", features))]
     scale = None if transformer.squash == "none" else raw[:, _slice(transformer.places("scale", features))]
     return maps.affine(x, scale, shift, transformer.squash, transformer.clamp, inverse)
+
+
+def _wrapped(x: Tensor, bound: float) -> Tensor:
+    return torch.remainder(x, 2 * bound) - bound
 
 
 def _slice(places: range) -> slice:
