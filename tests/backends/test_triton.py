@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from op_cases import flow_inputs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import iin_fast
@@ -91,6 +92,9 @@ print(len(seen), "kernels")
 """
 
 
+NO_WARNING = "-W", "error:TRITON_DEFAULT_FP_FUSION"
+
+
 def run(command: list[str], **variables: str) -> str:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | variables
     root = Path(__file__).parents[2]
@@ -119,7 +123,7 @@ def test_kernels_in_the_interpreter() -> None:
 
 
 def test_hot_kernels_compile_for_a_gpu_without_spills() -> None:
-    out = run(["-c", COMPILE], TRITON_DEFAULT_FP_FUSION="1")
+    out = run([*NO_WARNING, "-c", COMPILE])
     assert "spilled: []" in out and int(out.split()[0]) >= 30, out
 
 
@@ -128,7 +132,7 @@ def test_kernels_compile_for_an_amd_gpu() -> None:
 
     if "amd" not in backends:
         pytest.skip("this Triton has no code generator for AMD GPUs")
-    out = run(["-c", COMPILE_FOR_AMD], TRITON_DEFAULT_FP_FUSION="1")
+    out = run([*NO_WARNING, "-c", COMPILE_FOR_AMD])
     assert int(out.split()[0]) >= 20, out
 
 
@@ -168,6 +172,27 @@ def test_a_new_division_into_factors_copies_nothing_to_the_device() -> None:
         assert mode.seen <= {"empty", "new_empty"}, mode.seen
         ends = [case.signature["ends"] for case in launched if "ends" in case.signature]
         assert ends and max(map(len, ends)) == min(len(sizes), 64)
+
+
+@pytest.mark.parametrize(("hidden", "layers"), [(64, 2), (65, 5)])  # a narrow net is one launch, and its last layer
+@pytest.mark.parametrize("inverse", [False, True])
+def test_launches_of_a_flow(hidden: int, layers: int, inverse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As iin_fast/ops/flow/triton.py counts them, for a depth of 3."""
+    from iin_fast.ops.flow import triton as module
+
+    launched = []
+    monkeypatch.setattr(module, "launch", lambda kernel, *_, **__: launched.append(kernel))
+    given = [None if t is None else t.to("meta") for t in flow_inputs((20, 6, 4, hidden, 3), torch.float32)]
+    x, _, *parameters = given
+    y, logdet, saved = module.flow(*given, 0.01, 1.0, False, inverse, 2)
+    assert len(launched) == 8 * layers + (2 if inverse else 3)
+    launched.clear()
+    rest = (0.01, 1.0, inverse, 2, False, True)
+    module.flow_backward(y, logdet, x, saved, None, *parameters, *rest)
+    assert len(launched) == 8 * layers + 3 + (3 if inverse else 2)
+    launched.clear()
+    module.flow_backward(y, logdet, x, saved[:0], None, *parameters, *rest)
+    assert len(launched) == 16 * layers + 8 * 3 + (4 if inverse else 3)
 
 
 @pytest.mark.parametrize("op", ["affine_coupling", "pair_nll", "spline_coupling"])

@@ -1,8 +1,10 @@
 """flow in Triton: the walk over the blocks, forward, inverse and backward. The kernels are in triton_kernels.py.
 
-Launches, for n blocks with nets of depth + 2 layers: forward and inverse 2 n (depth + 2) + 3 (a permutation table, the
-first stage, the log-det); backward 2 n (depth + 2), plus 3 to 5 for the weights of all blocks together (of as many as
-fit PENDING_BYTES), plus 3; with memory="invert" the nets again, another 2 n (depth + 2). Nothing waits for the device but the first call of sizes that were never tuned.
+Launches, for n blocks with nets of depth + 2 layers: forward 2 n (depth + 2) + 3 (a permutation table, the first stage, the
+log-det), inverse one less; backward 2 n (depth + 2), plus 2 for the weights of all blocks together (of as many as fit PENDING_BYTES),
+3 with hidden layers, one more for each step with a context, plus 2, of the inverse 3; with memory="invert" the nets again,
+another 2 n (depth + 2), and weights of each step apart. Nets of at most 64 hidden units take 4 n in place of 2 n (depth + 2): all layers but the last
+are one launch. Nothing waits for the device but the first call of sizes that were never tuned.
 
 Bytes: forward reads every weight once and, for each layer, writes and reads the activations of a row; backward reads
 every weight once, writes its gradient once, and reads activations twice. Stages, s and log-dets are float32 at least,
@@ -86,6 +88,10 @@ class _Walk:
         self.row_tiles = ceil_div(self.batch, self.block_m)
         self.tiles = dict(BLOCK_M=self.block_m, BLOCK_N=self.block_n)
         self.dots = dict(**self.tiles, BLOCK_K=32, num_warps=4, num_stages=3)
+        # a program holds a whole row of activations, and a hidden layer's weights are one panel
+        self.narrow = self.hidden <= kernels.PANEL
+        self.rows = dict(**self.tiles, BLOCK_K=32, num_warps=8 if x.dtype == torch.float64 else 4, num_stages=2)
+        self.rows["BLOCK_N"] = max(16, power_of_two(self.hidden))
         self._buffers(saved, inverse, keep)
 
     def _buffers(self, saved: Tensor | None, inverse: bool, keep: bool) -> None:
@@ -175,6 +181,8 @@ class _Walk:
         block, half = divmod(step, 2)
         stage = self.stage(step)
         context = self.x if self.context is None else self.context_of(block)
+        if self.narrow:
+            return self.narrow_conditioner(step, stage, context)
         grid = lambda meta: (ceil_div(self.batch, meta["BLOCK_M"]), ceil_div(self.hidden, meta["BLOCK_N"]), 2)  # noqa: E731
         out = self.activation(step, 0)
         sizes = dict(batch=self.batch, outside=self.hidden, batch_bucket=bucket(self.batch), LEAKY=self.leaky)
@@ -207,6 +215,32 @@ class _Walk:
                 CONTEXT=False,
                 **sizes,
             )
+
+    def narrow_conditioner(self, step: int, stage: Tensor, context: Tensor) -> None:
+        block, half = divmod(step, 2)
+        out = self.kept(self.activations, step) if self.keep else self.activation(step, self.depth)[:, None]
+        self.launch(
+            kernels.narrow_layers,
+            (self.row_tiles, 2),
+            a=stage,
+            context=context,
+            **strided("net", weight=self.weight_in[block, half], bias=self.bias_in[block, half]),
+            **strided("net layer", weight_hidden=self.weight_hidden[block, half]),
+            **strided("net layer", bias_hidden=self.bias_hidden[block, half]),
+            **strided("net", out=out),
+            out_layer=out.stride(1) if self.keep else 0,
+            batch=self.batch,
+            inside=self.conditioning,
+            context_width=self.context_width,
+            hidden=self.hidden,
+            a_row=self.dim,
+            context_row=self.context_width,
+            LEAKY=self.leaky,
+            CONTEXT=self.context_width > 0,
+            KEEP=self.keep,
+            DEPTH=self.depth,
+            **self.rows,
+        )
 
     def context_of(self, block: int) -> Tensor:
         assert self.context is not None
@@ -459,6 +493,25 @@ class _Backward:
         w = self.walk
         block, half = divmod(step, 2)
         v, s, d, d_out = self.coupled(step, True), w.kept(w.s, step), self.d[slot], self.d_out[slot]
+        if w.narrow:
+            w.launch(
+                kernels.narrow_layers_backward,
+                (w.row_tiles, 2),
+                **strided("net", d_out=d_out, weight_out=w.weight_out[block, half]),
+                **strided("net layer", d=d, a=w.kept(w.activations, step), weight_hidden=w.weight_hidden[block, half]),
+                **strided("row", v=v, grad_logdet=self.grad_logdet),
+                g=g,
+                s=s,
+                batch=w.batch,
+                hidden=w.hidden,
+                conditioning=w.conditioning,
+                transformed=w.transformed,
+                LEAKY=w.leaky,
+                INVERSE=self.inverse,
+                DEPTH=w.depth,
+                **w.rows,
+            )
+            return
 
         def grid(meta: dict[str, int]) -> tuple[int, ...]:
             return ceil_div(w.batch, meta["BLOCK_M"]), ceil_div(w.hidden, meta["BLOCK_N"]), 2
@@ -578,7 +631,7 @@ class _Backward:
 def compile_cases() -> list[CompileCase]:
     """The kernels of representative calls, for triton.compile: name, kernel, signature, constexprs, options."""
     calls: dict[str, Callable[[], Any]] = {}
-    shapes = ((64, 2, 512, 2, 0), (5, 2, 17, 1, 3))
+    shapes = ((64, 2, 512, 2, 0), (5, 2, 80, 1, 3), (5, 2, 17, 1, 3))
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         for dim, n, hidden, depth, width in shapes:
             if dtype != torch.float32 and hidden != 512:

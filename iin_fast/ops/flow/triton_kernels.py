@@ -230,6 +230,23 @@ def enter(
     tl.store(target + long_row * dim + to, value.to(target.dtype.element_ty), mask=valid)
 
 
+@triton.jit
+def _add_products(
+    acc, a, w, inside, width, rows, columns,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """acc + a W over ``inside`` inputs. ``a``: pointers to the first one of each row; ``w``: of each column, a panel ``width`` wide.
+    ``rows`` and ``columns`` say which there are."""
+    TYPE: tl.constexpr = w.dtype.element_ty
+    k = tl.arange(0, BLOCK_K)
+    for i in range(0, inside, BLOCK_K):
+        real = i + k < inside
+        at = tl.load(a[:, None] + (i + k)[None, :], mask=rows[:, None] & real[None, :], other=0.0).to(TYPE)
+        wt = tl.load(w[None, :] + (i + k)[:, None] * width, mask=real[:, None] & columns[None, :], other=0.0)
+        acc = _dot(at, wt, acc, PRECISION, WIDE)
+    return acc
+
+
 @autotuned(_TILES, key=["inside", "outside", "batch_bucket", "PRECISION"], fitting=_fitting)
 @triton.jit(do_not_specialize=["batch", "batch_bucket"])
 def layer(
@@ -262,33 +279,88 @@ def layer(
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     first = tl.program_id(1) * BLOCK_N
     column = first + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
+    rows, columns, long_row = row < batch, column < outside, row.to(tl.int64)
     all_inside = inside + context_width if CONTEXT else inside
     base, start, width = _panel(first, all_inside, outside)
-    w = weight + net * weight_net + base + (column - start)[None, :]
-    a_tile = a + net * a_net + row.to(tl.int64)[:, None] * a_row + k[None, :]
-    TYPE: tl.constexpr = weight.dtype.element_ty
+    w = weight + net * weight_net + base + (column - start)
     acc = tl.zeros([BLOCK_M, BLOCK_N], WIDE)
-    for i in range(0, inside, BLOCK_K):
-        at = tl.load(a_tile + i, mask=(row < batch)[:, None] & (i + k < inside)[None, :], other=0.0).to(TYPE)
-        wt = tl.load(
-            w + (i + k)[:, None] * width, mask=(i + k < inside)[:, None] & (column < outside)[None, :], other=0.0
-        )
-        acc = _dot(at, wt, acc, PRECISION, WIDE)
+    acc = _add_products(
+        acc, a + net * a_net + long_row * a_row, w, inside, width, rows, columns, PRECISION, WIDE, BLOCK_K
+    )
     if CONTEXT:
-        c_tile = context + row.to(tl.int64)[:, None] * context_row + k[None, :]
-        for i in range(0, context_width, BLOCK_K):
-            at = tl.load(c_tile + i, mask=(row < batch)[:, None] & (i + k < context_width)[None, :], other=0.0)
-            wt = tl.load(
-                w + (inside + i + k)[:, None] * width,
-                mask=(i + k < context_width)[:, None] & (column < outside)[None, :],
-                other=0.0,
-            )
-            acc = _dot(at.to(TYPE), wt, acc, PRECISION, WIDE)
-    acc += tl.load(bias + net * bias_net + column, mask=column < outside, other=0.0).to(WIDE)[None, :]
+        w += inside * width
+        acc = _add_products(
+            acc, context + long_row * context_row, w, context_width, width, rows, columns, PRECISION, WIDE, BLOCK_K
+        )
+    acc += tl.load(bias + net * bias_net + column, mask=columns, other=0.0).to(WIDE)[None, :]
     acc = tl.where(acc > 0, acc, acc * LEAKY)
-    at_out = out + net * out_net + row.to(tl.int64)[:, None] * outside + column[None, :]
-    tl.store(at_out, acc.to(TYPE), mask=(row < batch)[:, None] & (column < outside)[None, :])
+    at_out = out + net * out_net + long_row[:, None] * outside + column[None, :]
+    tl.store(at_out, acc.to(out.dtype.element_ty), mask=rows[:, None] & columns[None, :])
+
+
+@triton.jit(do_not_specialize=["batch"])
+def narrow_layers(
+    a,  # [batch, inside], rows a_row apart
+    context,  # [batch, context_width], joins the inputs
+    weight,  # [2 nets, inside + context_width inputs, hidden], hidden at most a panel
+    bias,  # [2, hidden]
+    weight_hidden,  # [2, DEPTH, hidden, hidden]
+    bias_hidden,  # [2, DEPTH, hidden]
+    out,  # [2, DEPTH + 1, batch, hidden], of which only the last are stored unless KEEP
+    batch,
+    inside,
+    context_width,
+    hidden,
+    a_row,
+    context_row,
+    weight_net,
+    bias_net,
+    weight_hidden_net,
+    weight_hidden_layer,
+    bias_hidden_net,
+    bias_hidden_layer,
+    out_net,
+    out_layer,
+    LEAKY: tl.constexpr,
+    CONTEXT: tl.constexpr,
+    KEEP: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """All layers of both nets but the last ones, where a row of activations fits a program: as :func:`layer`, one by one."""
+    net = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.arange(0, BLOCK_N)
+    rows, columns, long_row = row < batch, column < hidden, row.to(tl.int64)
+    valid = rows[:, None] & columns[None, :]
+    TYPE: tl.constexpr = weight.dtype.element_ty
+    w = weight + net * weight_net + column
+    acc = tl.zeros([BLOCK_M, BLOCK_N], WIDE)
+    acc = _add_products(acc, a + long_row * a_row, w, inside, hidden, rows, columns, PRECISION, WIDE, BLOCK_K)
+    if CONTEXT:
+        w += inside * hidden
+        acc = _add_products(
+            acc, context + long_row * context_row, w, context_width, hidden, rows, columns, PRECISION, WIDE, BLOCK_K
+        )
+    acc += tl.load(bias + net * bias_net + column, mask=columns, other=0.0).to(WIDE)[None, :]
+    at_out = out + net * out_net + long_row[:, None] * hidden + column[None, :]
+    for i in tl.static_range(DEPTH + 1):
+        if i > 0:
+            at = weight_hidden + net * weight_hidden_net + (i - 1) * weight_hidden_layer
+            wt = tl.load(
+                at + column[:, None] * hidden + column[None, :], mask=columns[:, None] & columns[None, :], other=0.0
+            )
+            acc = _dot(acc.to(TYPE), wt, tl.zeros([BLOCK_M, BLOCK_N], WIDE), PRECISION, WIDE)
+            at = bias_hidden + net * bias_hidden_net + (i - 1) * bias_hidden_layer
+            acc += tl.load(at + column, mask=columns, other=0.0).to(WIDE)[None, :]
+        acc = tl.where(acc > 0, acc, acc * LEAKY)
+        if KEEP or i == DEPTH:
+            tl.store(at_out, acc.to(TYPE), mask=valid)
+        at_out += out_layer
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -494,6 +566,76 @@ def layer_backward(
     positive = tl.load(a + net * a_net + at, mask=valid, other=0.0).to(WIDE) > 0
     acc = tl.where(positive, acc, acc * LEAKY)
     tl.store(out + net * out_net + at, acc.to(TYPE), mask=valid)
+
+
+@triton.jit(do_not_specialize=["batch"])
+def narrow_layers_backward(
+    d_out,  # [2 nets, batch, transformed]: gradient of the last layers' output; stored
+    d,  # [2, DEPTH + 1, batch, hidden]: gradients before the LeakyReLU that gave a; stored
+    a,  # [2, DEPTH + 1, batch, hidden]: activations
+    weight_out,  # [2, hidden, transformed], panels
+    weight_hidden,  # [2, DEPTH, hidden, hidden], hidden at most a panel
+    g,  # [batch, dim], gradient of the coupling's output
+    v,  # [batch, transformed], rows v_row apart: what multiplies ds
+    s,  # [batch, transformed]
+    grad_logdet,  # [batch]
+    batch,
+    hidden,
+    conditioning,
+    transformed,
+    d_out_net,
+    d_net,
+    d_layer,
+    a_net,
+    a_layer,
+    weight_out_net,
+    weight_hidden_net,
+    weight_hidden_layer,
+    v_row,
+    grad_logdet_row,
+    LEAKY: tl.constexpr,
+    INVERSE: tl.constexpr,
+    DEPTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """As :func:`layer_backward`, from the last layers of both nets to the first ones' outputs."""
+    net = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside_rows = (row < batch)[:, None]
+    long_row = row.to(tl.int64)[:, None]
+    column = tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    valid = inside_rows & (column < hidden)[None, :]
+    TYPE: tl.constexpr = weight_out.dtype.element_ty
+    gl = tl.load(grad_logdet + row.to(tl.int64) * grad_logdet_row, mask=row < batch, other=0.0).to(WIDE)[:, None]
+    acc = tl.zeros([BLOCK_M, BLOCK_N], WIDE)
+    for first in range(0, transformed, BLOCK_K):
+        base, start, width = _panel(first, hidden, transformed)
+        j = first + k
+        here = inside_rows & (j < transformed)[None, :]
+        dt = _output_gradient(
+            g, v, s, gl, long_row, j[None, :], here, conditioning + transformed, conditioning, transformed, v_row, net,
+            INVERSE, WIDE,
+        ).to(TYPE)  # fmt: skip
+        tl.store(d_out + net * d_out_net + long_row * transformed + j[None, :], dt, mask=here)
+        w_at = weight_out + net * weight_out_net + base + column[None, :] * width + (j - start)[:, None]
+        wt = tl.load(w_at, mask=(j < transformed)[:, None] & (column < hidden)[None, :], other=0.0)
+        acc = _dot(dt, wt, acc, PRECISION, WIDE)
+    at = long_row * hidden + column[None, :]
+    for i in tl.static_range(DEPTH + 1):
+        if i > 0:
+            w_at = weight_hidden + net * weight_hidden_net + (DEPTH - i) * weight_hidden_layer
+            w_at += column[None, :] * hidden + column[:, None]
+            wt = tl.load(w_at, mask=(column < hidden)[:, None] & (column < hidden)[None, :], other=0.0)
+            acc = _dot(acc.to(TYPE), wt, tl.zeros([BLOCK_M, BLOCK_N], WIDE), PRECISION, WIDE)
+        a_at = a + net * a_net + (DEPTH - i) * a_layer + at
+        positive = tl.load(a_at, mask=valid, other=0.0).to(WIDE) > 0
+        acc = tl.where(positive, acc, acc * LEAKY)
+        tl.store(d + net * d_net + (DEPTH - i) * d_layer + at, acc.to(TYPE), mask=valid)
 
 
 @triton.jit(do_not_specialize=["batch"])
