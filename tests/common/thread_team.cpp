@@ -1,4 +1,5 @@
 // csrc/common/thread_team.h under ThreadSanitizer: many short steps, threads that come late or never.
+#include <chrono>
 #include <cstdio>
 #include <thread>
 #include <vector>
@@ -13,8 +14,7 @@ int main() {
     std::vector<std::thread> workers;
     for (int t = 0; t < 3; ++t)
       workers.emplace_back([&team, t] {
-        for (int i = 0; i < t * 2000; ++i) // the later ones join in the middle
-          std::this_thread::yield();
+        std::this_thread::sleep_for(std::chrono::microseconds(t * 500)); // the later ones join in the middle
         team.work();
       });
     team.start();
