@@ -80,8 +80,8 @@ class Findings:
             found.append(f"concept {concept!r}: classes with fewer than {FEW_ROWS} rows: {shown}{more}")
         for concept, rows in self.examples.items():
             found.append(
-                f"concept {concept!r} is said by {rows} different latents: with so few a linear answer, the difference of the "
-                "classes' means or iin_fast.LinearIIN, is as good as a training, and takes seconds"
+                f"concept {concept!r} is said by {rows} different latents, which a flow learns by heart: a linear answer, the "
+                "difference of the classes' means or an axis of iin_fast.LinearIIN, is as good or better, and takes seconds"
             )
         return found
 
