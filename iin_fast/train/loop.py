@@ -676,7 +676,8 @@ def _facts(data: Latents, settings: Settings) -> Facts:
     hidden: tuple[str, ...] = ()
     if settings.start in (None, "redrawn") and data.labels is not None and held:
         hidden = SwapJudge(data, train_rows, held_rows, _concepts(data, settings), seed=settings.seed).hidden()
-    return Facts(len(train_rows), held, min(live, len(train_rows) - 1), data.kind, hidden)
+    whole = data.labels is None or not bool((data.labels == MISSING).any())
+    return Facts(len(train_rows), held, min(live, len(train_rows) - 1), data.kind, hidden, whole)
 
 
 def _fabric(accelerator: str, devices: int, nodes: int, strategy: str, settings: Any, device: str | None = None) -> Any:

@@ -64,7 +64,8 @@ PAPER: dict[str, Any] = {
 SPEED = {"affine": 15e9, "spline": 5e9}
 MOST_STEPS, LEAST_STEPS = 3000, 200
 EVALUATIONS = 30
-CONTRAST = 10.0  # where concepts lie in no direction
+CONTRAST = 10.0  # where concepts lie in no direction, and of many rows
+MANY_ROWS = 3000
 NOISE_FALLS = 0.1, 0.3  # from and to these shares of the steps
 PATIENT = 0.3  # share of the steps after which a training may end early: before, noise still falls, and the held-out loss with it
 
@@ -77,6 +78,7 @@ class Facts(NamedTuple):
     dim: int  # directions in which the rows vary
     kind: str  # labels, pairs or unlabelled
     hidden: tuple[str, ...] = ()  # concepts that small networks read, and no linear map
+    whole: bool = True  # no label is missing
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,8 @@ class Settings:
             pulls the flow back to the linear solution.
         clip: longest gradient, as a norm over all parameters; 0 for any length.
         contrast: weight of a second loss, which asks of each pair whether it shares a concept, by the concept's factor alone. It
-            finds concepts that lie in no direction; by default 10 after a redrawn start, else 0.
+            finds concepts that lie in no direction; by default 10 after a redrawn start and of 3,000 rows or more that have all
+            their labels, else 0.
         noise: deviation of the Gaussian noise that every step adds to its latents, in standard deviations of each feature
             over the training rows; 0 for none, as published. It keeps the flow from overfitting few latents.
         noise_end: deviation from three tenths of the steps on. The noise falls to it from one tenth on, each step by the same factor.
@@ -220,6 +223,7 @@ class Settings:
             return self
         start = self.start or ("redrawn" if facts.hidden else "linear")
         coupling = self.coupling or "affine"
+        many = facts.kind == "labels" and facts.whole and facts.rows >= MANY_ROWS
         choice: dict[str, Any] = {
             "dims_method": "linear",
             "others": "any",
@@ -234,7 +238,7 @@ class Settings:
             "learning_rate": 2e-3,
             "weight_decay": 0.0,
             "clip": 1.0,
-            "contrast": CONTRAST if start == "redrawn" else 0.0,
+            "contrast": CONTRAST if start == "redrawn" or many else 0.0,
             "patience": 4,
             "noise": 0.1 if start == "redrawn" else 0.5,
             "noise_end": 0.05 if self.noise is None else min(0.05, self.noise),
