@@ -85,6 +85,7 @@ bench: build
 	$(BIN)/python benchmarks/backends.py
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/dropin.py $(if $(PEERS),--peers $(PEERS))
+	$(BIN)/python benchmarks/dropin_pairs.py
 	$(BIN)/python benchmarks/readme.py
 
 # The libraries' own test suites under patch, and tests/dropin on the published code and FrEIA's repository (ten minutes):

@@ -379,6 +379,29 @@ def dropin_table() -> str:
     return "\n".join(lines)
 
 
+def pairs_table() -> str:
+    """Each class before and after accelerate, by the committed run of benchmarks/dropin_pairs.py."""
+    result = json.loads((RESULTS / "dropin_pairs_cpu.json").read_text())
+    machine = result["machine"]
+    batches = list(next(iter(result["classes"].values())))
+    versions = ", ".join(f"{name} {number}" for name, number in result["libraries"].items())
+    behind = "; ".join(result["slower"]) or "none"
+    lines = [
+        f"{machine['CPU']} ({machine['CPU instruction set']}), {result['threads']} threads, torch {machine['torch']}; {versions}. How many "
+        "times as fast one class is after `accelerate`: step / density, medians of runs in turn. Slower by over 5 % of both median and "
+        f"minimum: {behind}.",
+        "",
+        f"| class, batch | {' | '.join(batches)} |",
+        f"|---|{'---:|' * len(batches)}",
+    ]
+    for name, by_batch in result["classes"].items():
+        cells = [
+            " / ".join(f"{cell[what]['speedup']:.2g}" for what in ("step", "density")) for cell in by_batch.values()
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def peers_list() -> str:
     """How the libraries' own tests, and ours on code that is no package, ended."""
     suites = json.loads((RESULTS / "peer_suites.json").read_text())
@@ -462,7 +485,7 @@ def summary_table() -> str:
 
 PAGES = {
     "docs/composition.md": {"overhead": overhead_line},
-    "docs/dropin.md": {"speed": dropin_table, "peers": peers_list},
+    "docs/dropin.md": {"speed": dropin_table, "pairs": pairs_table, "peers": peers_list},
     "docs/backends.md": {"backends": backend_table},
     "README.md": {"summary": summary_table, "demo": demo_table, "gpu": gpu_table},
     "docs/speed.md": {
@@ -484,7 +507,8 @@ def main() -> int:
         path = ROOT / page
         text = before = path.read_text()
         for name, table in tables.items():
-            if table is dropin_table and not (RESULTS / "dropin_cpu.json").exists():  # not run yet
+            needed = {dropin_table: "dropin_cpu.json", pairs_table: "dropin_pairs_cpu.json"}.get(table)
+            if needed and not (RESULTS / needed).exists():  # not run yet
                 continue
             begin, end = BEGIN.format(name), END.format(name)
             head, rest = text.split(begin)
