@@ -185,6 +185,7 @@ enum Fault {
   copy_misaligned,
   copy_overrun,
   lane_without_mma,
+  copy_of_what_changes,
 };
 
 __global__ void faulty_kernel(int fault, int *data, int count) {
@@ -255,6 +256,15 @@ __global__ void faulty_kernel(int fault, int *data, int count) {
       const uint32_t a[4] = {}, b[2] = {};
       mma_tf32(c, a, b);
     }
+    break;
+  case copy_of_what_changes:
+    copy_async_16(dynamic_shared + thread % 8 * 16, data, 16);
+    commit_copies();
+    __syncthreads();
+    if (thread == 9)
+      data[3] += 1;
+    __syncthreads();
+    wait_copies<0>();
     break;
   }
 }

@@ -77,9 +77,11 @@ constexpr size_t largest_shared = 227 * 1024; // of one block on sm_90 and sm_10
 
 // An asynchronous copy of 16 bytes, of which the first `bytes` come from global memory.
 struct Copy {
+  Site site;
   void *shared;
   const void *global;
   int bytes;
+  unsigned char begun[16]; // what lay there when it began: a GPU reads at any time from then on
 };
 
 struct Fiber {
@@ -186,7 +188,9 @@ public:
     races::access(global, bytes, false);
     const races::Aside aside;
     std::memset(shared, 0xff, 16);
-    fibers_[current_].copies.back().push_back({shared, global, bytes});
+    Copy copy{site, shared, global, bytes, {}};
+    std::memcpy(copy.begun, global, bytes);
+    fibers_[current_].copies.back().push_back(copy);
   }
 
   void commit_copies() {
@@ -194,14 +198,17 @@ public:
     fibers_[current_].copies.emplace_back();
   }
 
-  // Finishes all groups of this thread but the last `groups` (and the open one).
-  void wait_copies(size_t groups) {
+  // Finishes all groups of this thread but the last `groups` (and the open one). In line, so that a race's place is its
+  // caller's.
+  __attribute__((always_inline)) void wait_copies(size_t groups) {
     std::vector<std::vector<Copy>> &copies = fibers_[current_].copies;
     while (copies.size() > groups + 1) {
       for (const Copy &copy : copies.front()) {
         races::access(copy.shared, 16, true);
         races::access(copy.global, copy.bytes, false);
         const races::Aside aside;
+        if (std::memcmp(copy.begun, copy.global, copy.bytes) != 0)
+          throw Fault("the source changed under an asynchronous copy, " + copy.site.text());
         std::memset(copy.shared, 0, 16);
         std::memcpy(copy.shared, copy.global, copy.bytes);
       }
