@@ -90,8 +90,12 @@ class _Walk:
         self.dots = dict(**self.tiles, BLOCK_K=32, num_warps=4, num_stages=3)
         # a program holds a whole row of activations, and a hidden layer's weights are one panel
         self.narrow = self.hidden <= kernels.PANEL
-        self.rows = dict(**self.tiles, BLOCK_K=32, num_warps=8 if x.dtype == torch.float64 else 4, num_stages=2)
-        self.rows["BLOCK_N"] = max(16, power_of_two(self.hidden))
+        warps = 8 if x.element_size() > 2 and self.block_m > 16 else 4
+        self.rows = dict(BLOCK_K=32, num_warps=warps, num_stages=2)
+        self.rows |= dict(
+            BLOCK_M=min(self.block_m, 128 // x.element_size()), BLOCK_N=max(16, power_of_two(self.hidden))
+        )
+        self.rows_grid = ceil_div(self.batch, self.rows["BLOCK_M"]), 2
         self._buffers(saved, inverse, keep)
 
     def _buffers(self, saved: Tensor | None, inverse: bool, keep: bool) -> None:
@@ -221,7 +225,7 @@ class _Walk:
         out = self.kept(self.activations, step) if self.keep else self.activation(step, self.depth)[:, None]
         self.launch(
             kernels.narrow_layers,
-            (self.row_tiles, 2),
+            self.rows_grid,
             a=stage,
             context=context,
             **strided("net", weight=self.weight_in[block, half], bias=self.bias_in[block, half]),
@@ -496,7 +500,7 @@ class _Backward:
         if w.narrow:
             w.launch(
                 kernels.narrow_layers_backward,
-                (w.row_tiles, 2),
+                w.rows_grid,
                 **strided("net", d_out=d_out, weight_out=w.weight_out[block, half]),
                 **strided("net layer", d=d, a=w.kept(w.activations, step), weight_hidden=w.weight_hidden[block, half]),
                 **strided("row", v=v, grad_logdet=self.grad_logdet),
@@ -631,12 +635,12 @@ class _Backward:
 def compile_cases() -> list[CompileCase]:
     """The kernels of representative calls, for triton.compile: name, kernel, signature, constexprs, options."""
     calls: dict[str, Callable[[], Any]] = {}
-    shapes = ((64, 2, 512, 2, 0), (5, 2, 80, 1, 3), (5, 2, 17, 1, 3))
+    shapes = ((64, 2, 512, 2, 0), (64, 2, 64, 2, 0), (5, 2, 80, 1, 3), (5, 2, 17, 1, 3))
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         for dim, n, hidden, depth, width in shapes:
-            if dtype != torch.float32 and hidden != 512:
+            if dtype != torch.float32 and width:
                 continue
-            for batch in (25, 16384) if hidden == 512 and dtype != torch.float64 else (25,):
+            for batch in (25,) if width or dtype == torch.float64 else (25, 16384):
                 inside, out = dim - dim // 2 + width, dim // 2
                 meta = partial(torch.empty, dtype=dtype, device="meta")
                 x, context, logdet = meta(batch, dim), meta(1, batch, width) if width else None, meta(batch)
