@@ -238,3 +238,13 @@ def test_reverse_kld_patch_copy_and_pickle(calls: list[int]) -> None:
         torch.manual_seed(3)
         drawn.append(model.reverse_kld(20))
     torch.testing.assert_close(*drawn, **TOLERANCE)
+
+
+def test_a_model_that_no_setting_brings_into_a_program_is_left(calls: list[int]) -> None:
+    """Its checks would cost each call a part of what it takes at batch 1."""
+    own = nf.NormalizingFlow(nf.distributions.DiagGaussian(DIM), [nf.flows.MaskedAffineFlow(MASK, Net(DIM, DIM))])
+    report = iin_fast.accelerate(own)
+    assert type(own) is nf.NormalizingFlow and not report.replaced
+    assert "Net has no place in a program" in str(report)
+    own.log_prob(torch.randn(BATCH, DIM))
+    assert not calls

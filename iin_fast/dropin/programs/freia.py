@@ -15,7 +15,7 @@ from ..registry import made_in, qualified
 from . import nets
 from .nflows import expect_shape
 from .plan import Atom, Maker, Programs, run
-from .watch import Unsupported
+from .watch import NoPlace, Unsupported
 
 __all__ = ["GRAPH", "PROGRAMS", "REVERSIBLE", "SEQUENCE", "clamp_name", "graph_forward", "sequence_forward"]
 
@@ -76,7 +76,7 @@ def _subnets(maker: Maker, block: Any, net: NetBuilder, *names: str) -> list[int
     for name in names:
         part = maker.get(block, name)
         if type(part) is not nn.Sequential:
-            raise Unsupported(f"a {type(part).__name__} as its net")
+            raise NoPlace(f"a {type(part).__name__} as its net")
         parts.append(nets.sequential(maker, net, value, part))
     return parts
 

@@ -20,7 +20,7 @@ from ...ops.flow_program.checks import KEEP, check_data, check_parameters
 from ...ops.types import FULL
 from ..class_factory import original
 from ..registry import qualified, unknown_functions
-from .watch import GLOBAL_HOOKS, PLAIN, Unsupported, Watch
+from .watch import GLOBAL_HOOKS, PLAIN, NoPlace, Unsupported, Watch
 
 __all__ = ["Atom", "Maker", "Programs", "Summary", "hopeless", "run", "summary"]
 
@@ -91,7 +91,7 @@ class Maker(ProgramBuilder):
         functions = self.programs.functions.get(name)
         if functions is None:
             base = next((b for b in cls.__mro__[1:] if self.programs.name(b) in self.programs.functions), None)
-            raise Unsupported(
+            raise NoPlace(
                 f"{cls.__name__} has no place in a program" if base is None else f"a subclass of {base.__name__}"
             )
         own = next((f for f in functions if f in vars(module)), None)
@@ -320,6 +320,7 @@ class Cut(NamedTuple):
 
     module: nn.Module
     why: str
+    forever: bool  # whatever the settings of the model
 
 
 def _make(
@@ -339,7 +340,7 @@ def _make(
             inside.extend(module for module, _ in held)
         else:
             parts.extend(held)
-            cuts.extend(Cut(module, "alone it gains nothing") for module, _ in held)
+            cuts.extend(Cut(module, "alone it gains nothing", True) for module, _ in held)
         maker, held = maker.twin(), []
 
     bases: list[Atom] = []
@@ -349,7 +350,7 @@ def _make(
             bases = list(programs.base(maker, root))
             atoms = [*bases, *atoms]
     except Unsupported as error:
-        return Plan(programs, watch, []), [], [Cut(root, str(error))]
+        return Plan(programs, watch, []), [], [Cut(root, str(error), False)]
     for atom in atoms:
         try:
             trial = maker.twin()
@@ -358,7 +359,7 @@ def _make(
         except (Unsupported, TypeError, ValueError) as error:
             close()
             parts.append(atom)
-            cuts.append(Cut(atom[0], str(error)))
+            cuts.append(Cut(atom[0], str(error), isinstance(error, NoPlace)))
         else:
             maker.append(atom)
             held.append(atom)
@@ -438,7 +439,7 @@ class Summary(NamedTuple):
         text = (
             f"{some} of {layers} layers run in programs, with {few:,} of {parameters:,} parameters, at every batch size"
         )
-        names = {f"{type(module).__name__} ({why})": None for module, why in self.cuts}
+        names = {f"{type(module).__name__} ({why})": None for module, why, _ in self.cuts}
         return text + "".join(f"; cut by {name}" for name in names)
 
 
@@ -451,7 +452,7 @@ def summary(programs: Programs, root: nn.Module) -> Summary:
             raise Unsupported(f"programs run on the CPU in float32 and float64; this is {dtype} on {device}")
         _, inside, cuts = _make(programs, root, *programs.sizes(root), dtype)
     except (AttributeError, KeyError, Unsupported) as error:  # a module that was never started
-        inside, cuts = [], [Cut(root, str(error))]
+        inside, cuts = [], [Cut(root, str(error), False)]
 
     def count(modules: Sequence[nn.Module]) -> int:
         return sum(p.numel() for p in {id(p): p for m in modules for p in m.parameters()}.values())

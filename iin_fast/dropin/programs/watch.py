@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
-__all__ = ["GLOBAL_HOOKS", "HOOKS", "PLAIN", "Unsupported", "Watch"]
+__all__ = ["GLOBAL_HOOKS", "HOOKS", "PLAIN", "NoPlace", "Unsupported", "Watch"]
 
 PLAIN = (Tensor, nn.Parameter)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -19,6 +19,10 @@ GLOBAL_HOOKS: list[Any] = [getattr(torch_module, f"_global{name}") for name in H
 
 class Unsupported(Exception):
     """Why a layer is no part of a program."""
+
+
+class NoPlace(Unsupported):
+    """It is of a class that no program knows, which no setting changes."""
 
 
 class Watch:
