@@ -144,8 +144,8 @@ def over_seeds(values: Sequence[float], form: str = ".3f") -> str:
 
 
 def seeds_in(results: Mapping[str, Any]) -> str:
-    n = len(results["seeds"])
-    return "Seed 0" if n == 1 else f"{n} seeds, median (min to max)"
+    seeds = list(results["seeds"])
+    return f"Seed {seeds[0]}" if len(seeds) == 1 else f"Seeds {', '.join(seeds)}, median (min to max)"
 
 
 # Not measured here. Sizes: the README of CompVis/iin; an untrained net and swaps: its code on these digits, judged by another network.
