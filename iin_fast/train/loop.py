@@ -27,6 +27,7 @@ from ..data.rows import training_rows
 from ..files import npz_bytes, read_json, safetensors_library, write_file
 from ..iin import IIN, FactorLoss, Factors, Inputs, checkpoint
 from ..iin.factors import RESIDUAL
+from ..iin.inputs import copied_features
 from ..iin.linear import white_inputs
 from . import state
 from .batches import Batch, Batches, estimate_sizes, fit_linear, split_rows, units
@@ -243,7 +244,11 @@ class _Training:
         self.batches = Batches(data, units(data, train_rows), concepts, **options)
         self.noise: Tensor | None = None  # [dim], deviation of each feature
         if settings.noise:
-            self.noise = data.z[torch.from_numpy(train_rows)].double().std(0, correction=0)
+            rows = data.z[torch.from_numpy(train_rows)]
+            self.noise = rows.double().std(0, correction=0)
+            # A copy that is set aside gets the noise of its original: what they differ by would be far from its 0.
+            own = torch.arange(data.dim)
+            self.noisy = copied_features(rows) if settings.standardise or settings.start != "random" else own
         self.held_out: Batch | None = None
         if len(held_rows):
             held = Batches(data, units(data, held_rows), concepts, **options, lenient=True)
@@ -391,7 +396,7 @@ class _Training:
         za, zb, *rest = self._rows(Batch(*(part[own] for part in batch)))
         if self.noise is not None:
             random = np.random.default_rng([settings.seed, step, 1])
-            drawn = torch.from_numpy(random.standard_normal((2, settings.batch, self.data.dim)))[:, own]
+            drawn = torch.from_numpy(random.standard_normal((2, settings.batch, self.data.dim)))[:, own][..., self.noisy]
             za, zb = (
                 z + (settings.noise_at(step) * self.noise * part).to(z) for z, part in zip((za, zb), drawn, strict=True)
             )

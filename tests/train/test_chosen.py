@@ -81,6 +81,14 @@ def test_every_setting_is_chosen_and_fits_the_time(rows, dim):
     )
 
 
+def test_noise_keeps_copies_equal(tmp_path):
+    data = additive()
+    copied = Latents.of(torch.cat([data.z, 1e4 * data.z[:, :1], 1e4 * data.z[:, :1]], 1), data.labels, data.names)
+    train(copied, tmp_path / "run", Settings(**SHORT | {"steps": 2}, log_every=1), accelerator="cpu")
+    losses = [float(line["loss"]) for line in metrics(tmp_path / "run") if line["loss"]]
+    assert len(losses) == 2 and max(losses) < 1e3  # noise that differs by 5,000 would make it 1e7
+
+
 @pytest.mark.parametrize("kind", ["labels", "pairs", "unlabelled"])
 def test_training_starts_at_the_linear_solution(kind, tmp_path):
     data = additive()
