@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...flow import ABSENT, NetBuilder, affine
+from ...flow import NetBuilder, affine
 from ...flow.builder import CONTEXT, FEATURES
 from ...flow.layers import Net, Transformer
 from ..class_factory import original
@@ -38,11 +38,7 @@ ALL_IN_ONE, PERMUTE = "FrEIA.modules.all_in_one_block.AllInOneBlock", "FrEIA.mod
 NO_LOGDET = (NICE, GIN, PERMUTE)  # they give the float 0 as their log-det
 CLAMPS = {"ATAN": ("atan", 0.636), "TANH": ("tanh", 1.0), "SIGMOID": ("sigmoid", 2.0)}  # up to a constant
 
-GLOBAL_SCALES: dict[str, Callable[[Tensor], Tensor]] = {
-    "SIGMOID": lambda a: 10 * torch.sigmoid(a - 2.0),
-    "SOFTPLUS": lambda a: 0.1 * nn.functional.softplus(a, beta=0.5),
-    "EXP": torch.exp,
-}
+GLOBAL_SCALES = ("SIGMOID", "SOFTPLUS", "EXP")
 
 
 def clamp_name(f_clamp: Callable[[Tensor], Tensor]) -> str | None:
@@ -53,13 +49,21 @@ def clamp_name(f_clamp: Callable[[Tensor], Tensor]) -> str | None:
     return "ATAN" if "atan" in names else "SIGMOID" if "sigmoid" in names else None
 
 
-def _global_scale(function: Any) -> Callable[[Tensor], Tensor]:
-    """What an all-in-one block does to its global scale."""
-    names = getattr(made_in(function, f"{ALL_IN_ONE}.__init__"), "co_names", ())
-    for name in GLOBAL_SCALES:
-        if name.lower() in names:
-            return GLOBAL_SCALES[name]
-    raise Unsupported("a global scale of its own")
+def _global_affine(maker: Maker, block: Any) -> None:
+    """x s + offset of an all-in-one block, with as little work on s outside of the op as can be."""
+    names = getattr(made_in(maker.get(block, "global_scale_activation"), f"{ALL_IN_ONE}.__init__"), "co_names", ())
+    kind = next((name for name in GLOBAL_SCALES if name.lower() in names), None)
+    offset = maker.parameter(block, "global_offset")
+    if kind == "EXP":
+        maker.affine(offset, maker.parameter(block, "global_scale"), form="exp")
+    elif kind == "SOFTPLUS":  # 0.1 softplus(a, beta=0.5) = 0.2 softplus(a / 2)
+        maker.affine(scale=maker.constant(torch.full((maker.dim,), 0.2, dtype=torch.float64)))
+        maker.affine(offset, maker.computed_from(block, "global_scale", lambda a: 0.5 * a), form="softplus")
+    elif kind == "SIGMOID":
+        scale = maker.computed_from(block, "global_scale", lambda a: 10 * torch.sigmoid(a - 2.0))
+        maker.affine(offset, scale)
+    else:
+        raise Unsupported("a global scale of its own")
 
 
 # ---------------------------------------------------------------- layers
@@ -169,9 +173,10 @@ def _all_in_one(maker: Maker, block: Any) -> None:
     maker.coupling(range(one), range(one, maker.dim), *made)
     for name in ("global_scale", "global_offset"):
         expect_shape(block._parameters[name], 1, maker.dim)
-    activation = maker.get(block, "global_scale_activation")
-    scale = ABSENT if gin else maker.computed_from(block, "global_scale", _global_scale(activation))
-    maker.affine(maker.parameter(block, "global_offset"), scale)
+    if gin:
+        maker.affine(maker.parameter(block, "global_offset"))
+    else:
+        _global_affine(maker, block)
     _rotation(maker, matrix)
 
 
