@@ -30,7 +30,7 @@ SLOW = """
     composition/test_distributed composition/test_export composition/test_onnx cuda_emulator/test_emulator demo/test_demo
     docs/test_docs docs/test_examples docs/test_notebook docs/test_readme dropin/test_onnx dropin/test_sbi evaluate/test_evaluate
     explore/test_page flow/test_sanitized
-    ops/test_affine_coupling_cuda ops/test_extremes ops/test_flow_cuda ops/test_races ops/test_spline_coupling_cuda
+    ops/test_affine_coupling_cuda ops/test_extremes ops/test_flow_cuda ops/test_sanitized_loops ops/test_spline_coupling_cuda
     ops/test_spline_extremes packaging/test_aarch64 packaging/test_compilers packaging/test_cuda_launches packaging/test_distribution
     packaging/test_gpu_report packaging/test_pure report/test_report
     train/test_allocator train/test_chosen train/test_commands train/test_kill train/test_lock train/test_two_nodes

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-__all__ = ["ISAS", "ROOT", "compiled", "run"]
+__all__ = ["ISAS", "LIBRARIES", "ROOT", "compiled", "run"]
 
 ROOT = Path(__file__).parents[1]
 ISAS = os.environ.get("IIN_FAST_TEST_ISAS", "baseline").split()

@@ -8,7 +8,7 @@ import subprocess
 from collections import defaultdict
 from pathlib import Path
 
-from tests.faults.sanitize import ROOT, library, run_tests
+from .sanitize import ROOT, library, run_tests
 
 BUILD = ROOT / "build" / "coverage-cpp"
 

@@ -76,7 +76,7 @@ def main() -> None:
     print("== AddressSanitizer, UBSan", flush=True)
     tests(library(BUILD, FLAGS), given.isa)
     print("== ThreadSanitizer, emulated CUDA kernels", flush=True)
-    rest = ["tests/flow/test_sanitized.py", "tests/ops/test_races.py", "tests/common/test_thread_team.py"]
+    rest = ["tests/flow/test_sanitized.py", "tests/ops/test_sanitized_loops.py", "tests/common/test_thread_team.py"]
     environment = os.environ | {"IIN_FAST_TEST_ISAS": " ".join(given.isa)}
     subprocess.run(
         [sys.executable, "-m", "pytest", "-n", "0", "-q", *rest, "tests/cuda_emulator"],
