@@ -1,10 +1,10 @@
-// The CPU loops of the ops on several threads, compiled with sanitizers by test_sanitized_loops.py: rows shared as
+// The CPU loops of the ops on several threads, compiled for ThreadSanitizer by test_sanitized_loops.py: rows shared as
 // torch's pool shares them, and the steps of a flow by a team, as in flow_cpu.cpp.
 //
 // on_threads NAME OVERLAP: the op, and how many rows or parts each thread takes of its neighbour's. More than 0 is a
-// race, more than 1 goes beyond the last row, too: both have to be found. Prints how many calls gave what one thread
-// gives, how many did not, how many walks of a flow a team shared, and how many steps were shared without one; then of
-// every call a sum of what one thread gave, weighted and of magnitudes, for test_aarch64.py.
+// race, which has to be found. Prints how many calls gave what one thread gives, how many did not, how many walks
+// of a flow a team shared, and how many steps were shared without one; then of every call a sum of what one thread
+// gave, weighted and of magnitudes, for test_aarch64.py.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -73,8 +73,8 @@ template <class Run> void compare(const Run &run) {
 template <class F> void on_threads(int64_t count, int64_t threads, const F &f) {
   std::vector<std::thread> pool;
   for (int64_t t = 0; t < threads; ++t) {
-    const int64_t end = (t + 1) * count / threads + (threads > 1 ? overlap : 0), most = count + (overlap > 1);
-    pool.emplace_back([&f, begin = t * count / threads, end = end < most ? end : most] { f(begin, end); });
+    const int64_t end = (t + 1) * count / threads + (threads > 1 ? overlap : 0);
+    pool.emplace_back([&f, begin = t * count / threads, end = end < count ? end : count] { f(begin, end); });
   }
   for (std::thread &thread : pool)
     thread.join();
