@@ -381,13 +381,16 @@ def dropin_table() -> str:
 
 def pairs_table() -> str:
     """Each class before and after accelerate, by the committed run of benchmarks/dropin_pairs.py."""
-    result = json.loads((RESULTS / "dropin_pairs_cpu.json").read_text())
+    path = RESULTS / "dropin_pairs_cpu.json"
+    if not path.exists():  # not run yet
+        return ""
+    result = json.loads(path.read_text())
     machine = result["machine"]
     batches = list(next(iter(result["classes"].values())))
     versions = ", ".join(f"{name} {number}" for name, number in result["libraries"].items())
     behind = "; ".join(result["slower"]) or "none"
     lines = [
-        f"{machine['CPU']} ({machine['CPU instruction set']}), {result['threads']} threads, torch {machine['torch']}; {versions}. How many "
+        f"{machine['CPU']} ({machine['CPU instruction set']}), torch {machine['torch']}; {versions}. How many "
         "times as fast one class is after `accelerate`: step / density, medians of runs in turn. Slower by over 5 % of both median and "
         f"minimum: {behind}.",
         "",
@@ -507,8 +510,7 @@ def main() -> int:
         path = ROOT / page
         text = before = path.read_text()
         for name, table in tables.items():
-            needed = {dropin_table: "dropin_cpu.json", pairs_table: "dropin_pairs_cpu.json"}.get(table)
-            if needed and not (RESULTS / needed).exists():  # not run yet
+            if table is dropin_table and not (RESULTS / "dropin_cpu.json").exists():  # not run yet
                 continue
             begin, end = BEGIN.format(name), END.format(name)
             head, rest = text.split(begin)
