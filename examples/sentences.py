@@ -166,6 +166,7 @@ def study(
     z = torch.tensor(pca.transform(embedded), dtype=torch.float32)
     z /= z[train].std()
     labels = {name: codes[train] for name, codes in table.items()}
+    # Not the defaults: of the verdicts these keep the linear solution, which turns no negation (docs/metrics.md).
     model = fit(z[train], labels, sizes, steps=steps, rho=0.95, noise=0.05, seed=seed)
     scores, examples = evaluate_swaps(sentences, z, table, train, test, model, seed)
     return {

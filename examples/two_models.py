@@ -123,6 +123,8 @@ def study(
     sizes = {name: found["sizes"]["published"][name] for name in CONCEPTS}
     shutil.rmtree(run, ignore_errors=True)
     data = Latents.of_pairs(za, zb, shared=shared, names=CONCEPTS)
+    # The defaults but for three: the sizes are what is compared, pairs share their color exactly, and the patience was not tried since
+    # it counts from three tenths of the steps on.
     model = train(
         data, run, Settings(sizes, rho=0.99, minutes=2.0, patience=0, steps=steps, seed=seed), accelerator="cpu"
     )

@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 import warnings
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, fields, replace
@@ -41,7 +42,7 @@ from .summary import summary
 __all__ = ["train"]
 
 HELD_OUT_PAIRS = 1024
-# What the loss may rise by, in nats per dimension of either latent, and over how many steps it is averaged.
+# What the loss may rise by, in nats per dimension of either latent, and over how many steps its median is taken.
 MOST_RISE, RECENT_STEPS = 10.0, 10
 REDRAW_EVERY = 5  # evaluations
 FOUND = 0.5  # of the swaps that the linear solution misses
@@ -301,7 +302,8 @@ class _Training:
             self.sums.copy_(own)
             torch.set_rng_state(self.progress.random["torch"])
         self.raw_optimizer = optimizer
-        self.first_loss = self.recent_loss = math.inf  # of the first step of this process, and of about ten steps
+        self.first_loss = math.inf  # of the first step of this process
+        self.recent: deque[Tensor] = deque(maxlen=RECENT_STEPS)
         self.pairs: list[Tensor] = []  # of this step, and their loss
         self.loss = torch.zeros(())
         self.saved = self.progress.step if found is not None else None
@@ -396,7 +398,9 @@ class _Training:
         za, zb, *rest = self._rows(Batch(*(part[own] for part in batch)))
         if self.noise is not None:
             random = np.random.default_rng([settings.seed, step, 1])
-            drawn = torch.from_numpy(random.standard_normal((2, settings.batch, self.data.dim)))[:, own][..., self.noisy]
+            drawn = torch.from_numpy(random.standard_normal((2, settings.batch, self.data.dim)))[:, own][
+                ..., self.noisy
+            ]
             za, zb = (
                 z + (settings.noise_at(step) * self.noise * part).to(z) for z, part in zip((za, zb), drawn, strict=True)
             )
@@ -442,7 +446,8 @@ class _Training:
                     loss, nats = self._loss(self.pairs)
                     self.loss = loss.detach()
                     if step == steps[0]:
-                        self.first_loss = self.recent_loss = fabric.all_reduce(self.loss.clone()).item()
+                        self.first_loss = fabric.all_reduce(self.loss.clone()).item()
+                    self.recent.append(self.loss)
                     if watched:
                         self._check_finite(loss.item())
                     fabric.backward(loss)
@@ -491,8 +496,7 @@ class _Training:
         sums = self.fabric.all_reduce(self.sums.clone(), reduce_op="mean").tolist()
         loss, nats = sums[0] / sums[2], sums[1] / sums[2]
         self._check_finite(loss)
-        self.recent_loss += (loss - self.recent_loss) * min(1.0, sums[2] / RECENT_STEPS)
-        self._check_risen(self.first_loss, self.recent_loss)
+        self._check_risen(self.first_loss, self._recent_loss())
         self.sums.zero_()
         done = self.progress.step
         seconds = time.perf_counter() - self.clock
@@ -581,7 +585,8 @@ class _Training:
                 loss = self.objective(*(x.to(fabric.device) for x in self.pairs))[0]
             before, loss = fabric.all_reduce(torch.stack([self.loss, loss])).tolist()
             self._check_finite(loss)
-            self._check_risen(min(before, self.first_loss), loss)
+            self._check_risen(before, loss)
+            self._check_risen(self.first_loss, self._recent_loss())
         if fabric.is_global_zero and self.saved != progress.step:
             if log is not None:
                 log.sync()
@@ -602,6 +607,10 @@ class _Training:
         za, zb, _, *context = self.pairs
         where = first_not_finite(self.model, torch.cat([za, zb]), *context)
         raise self._failure("the loss is not finite" + (f" (first: {where})" if where else ""))
+
+    def _recent_loss(self) -> float:
+        """The median of the last steps: one batch with an outlier of the latents says nothing of the training."""
+        return float(self.fabric.all_reduce(torch.stack(list(self.recent)).median()))
 
     def _check_risen(self, before: float, loss: float) -> None:
         """Whether a loss is so far above another that the training has diverged."""

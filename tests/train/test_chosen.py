@@ -173,6 +173,21 @@ def test_no_scale_and_no_outlier_makes_a_default_training_diverge(tmp_path):
     assert torch.equal(model.decode(model.encode(z))[:, 12:14], z[:, 12:14])
 
 
+def test_a_batch_with_an_outlier_is_no_divergence(tmp_path, monkeypatch):
+    loss = loop._Training._loss
+
+    def spiked(self, pairs):
+        value, nats = loss(self, pairs)
+        return value + 1e4 * (
+            self.progress.step in (12, 29)
+        ), nats  # in the middle, and where the last checkpoint is written
+
+    monkeypatch.setattr(loop._Training, "_loss", spiked)
+    settings = Settings(**SHORT, patience=0, held_out_every=1)
+    train(additive(), tmp_path / "run", settings, accelerator="cpu")
+    assert max(float(line["loss"]) for line in metrics(tmp_path / "run") if line["loss"]) > 1e3
+
+
 def test_a_training_that_diverges_leaves_the_best_model(tmp_path):
     data = additive()
     settings = Settings(steps=60, learning_rate=1e6, warmup=0, clip=0.0, n_flows=2, hidden_dim=16)
