@@ -1,8 +1,8 @@
 """Workflows run elsewhere: here their files are held against the schema that GitHub's editor uses, and what they call exists."""
 
 import re
-import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,12 +15,16 @@ if not WORKFLOWS:
 
 
 def checked(*files: Path) -> subprocess.CompletedProcess[str]:
-    command = shutil.which("check-jsonschema")
-    if command is None:
-        pytest.skip("no check-jsonschema")
-    return subprocess.run(
-        [command, "--builtin-schema", "vendor.github-workflows", *files], capture_output=True, text=True
-    )
+    pytest.importorskip("check_jsonschema")
+    command = [
+        sys.executable,
+        "-m",
+        "check_jsonschema",
+        "--builtin-schema",
+        "vendor.github-workflows",
+        *map(str, files),
+    ]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
 def test_the_files_follow_the_schema() -> None:
