@@ -9,11 +9,27 @@ from pathlib import Path
 import pytest
 import torch
 
-__all__ = ["ISAS", "LIBRARIES", "ROOT", "compiled", "run"]
+from iin_fast.ops.flow.program import flow_as_program
+from iin_fast.ops.registry import OPS
+
+__all__ = ["ISAS", "LIBRARIES", "ON_THREADS", "PROGRAMS", "ROOT", "compiled", "run"]
 
 ROOT = Path(__file__).parents[1]
 ISAS = os.environ.get("IIN_FAST_TEST_ISAS", "baseline").split()
 """Instruction sets for the CPU loops; make sanitize asks for all."""
+
+ON_THREADS = (
+    ROOT / "tests/ops/on_threads.cpp",
+    *(ROOT / f"csrc/{op}/{op}_loops.cpp" for op in OPS if op != "flow"),
+    *(ROOT / f"csrc/flow_program/{name}.cpp" for name in ("conditioner_loops", "flow_program_plan")),
+)
+"""The sources of the program that runs the CPU loops of all ops on threads."""
+
+PROGRAMS = "\n".join(
+    f"{rows} {flow_as_program(*sizes, 0.1, 1.0, False).text}"
+    for rows, sizes in ((50, (64, 2, 150, 2, 3, 1)), (400, (9, 2, 70, 1, 2, 2)))
+)
+"""What it reads, with the rows of a batch: a program whose steps a team shares, and one whose rows are shared."""
 
 LIBRARIES = {"address,undefined": "libasan.so", "thread": "libtsan.so"}
 

@@ -20,7 +20,7 @@ struct ParameterRef {
 enum class Activation : int64_t { none, relu, leaky_relu, elu, silu, gelu, tanh, sigmoid, atan };
 enum class ScaleForm : int64_t { plain, exp, softplus };
 
-enum class StepKind { dense, act, add, glu, concat };
+enum class StepKind { dense, act, add, glu, concat, context };
 
 // One step of a net. Value 0 is what conditions, value 1 the context, step k makes value 2 + k.
 struct ProgramStep {
@@ -29,9 +29,11 @@ struct ProgramStep {
   Activation activation = Activation::none;
   double slope = 0;
   int64_t in = 0, out = 0; // dense
+  bool panels = false;     // dense: the weight lies in panels, see iin_fast/ops/flow/layout.py
+  int64_t first = 0;       // context: the first of its features
   ParameterRef weight, bias, mask;
   int64_t packed = -1;                            // dense with a mask: where the masked weight lies in Packed
-  int64_t weight_gradient = 0, bias_gradient = 0; // in an accumulator
+  int64_t weight_gradient = 0, bias_gradient = 0; // in an accumulator, behind those of layers
 };
 
 // A value of a net: how many rows, and the first of them in the net's part of the tape. An activation that is computed
@@ -71,6 +73,7 @@ struct ProgramLayer {
   // permute: index; coupling: what conditions, what is transformed, what passes
   const int64_t *index = nullptr, *transformed = nullptr, *passed = nullptr;
   int64_t index_count = 0, transformed_count = 0, passed_count = 0;
+  ParameterRef index_at; // permute: where the index is no part of the text
   // coupling
   bool autoregressive = false;
   const ProgramStep *steps = nullptr;
@@ -79,6 +82,11 @@ struct ProgramLayer {
   int64_t output_at = 0, raw_rows = 0; // what the net makes, in its part of the tape
   int64_t raw_at = 0;   // what the transformer reads: a copy where it is scaled and still needed as it was
   int64_t net_rows = 0; // of the net's part of the tape
+  // A net that the wide walk can run: chains of dense layers in panels, LeakyReLU between them, each from the features
+  // and perhaps a part of the context. Chain n, dense layer l is step chain + n * (2 * chain_layers - 1) + 2 * l.
+  int64_t chain = 0, chains = 0, chain_layers = 0;
+  int64_t context_first = 0, context_count = 0; // what of the context it reads
+  double chain_slope = 0;
   TransformerKind transformer = TransformerKind::affine;
   AffineTransformer affine;
   SplineTransformer spline;
@@ -92,11 +100,15 @@ struct ProgramView {
   int64_t dim = 0, context = 0, tensors = 0;
   const ProgramLayer *layers = nullptr;
   int64_t layer_count = 0;
-  int64_t packed_size = 0;   // elements of Packed
-  int64_t gradient_size = 0; // elements of an accumulator
-  int64_t net_rows = 0;      // the largest net
-  int64_t widest = 0;        // rows of the widest value
-  bool shared = false;       // two layers read the same element of a parameter
+  int64_t packed_size = 0;                        // elements of Packed
+  int64_t layer_gradients = 0, net_gradients = 0; // elements of an accumulator: of layers, then of dense steps
+  int64_t net_rows = 0;                           // the largest net
+  int64_t widest = 0;                             // rows of the widest value
+  bool shared = false;                            // two layers read the same element of a parameter
+  // All nets are chains. Of the largest: weights of a net, and of one layer of all its nets.
+  bool chains = false;
+  int64_t chain_weights = 0, chain_layer = 0;
+  bool autoregressive = false; // has such a layer: its input cannot be had from its output in one pass
 };
 
 } // namespace iin_fast

@@ -1,6 +1,7 @@
-// flow_program on the CPU: tensor checks and memory. The text is parsed in flow_program_plan.cpp, the walk is in
-// flow_program_loops.cpp.
+// flow_program on the CPU: tensor checks, memory, and torch's threads. The text is parsed in flow_program_plan.cpp, the
+// walks are in flow_program_loops.cpp.
 #include "common/tensor.h"
+#include "common/thread_team.h"
 #include "common/workspace.h"
 #include "flow_program/flow_program_loops.h"
 #include "flow_program/flow_program_plan.h"
@@ -11,8 +12,30 @@ namespace {
 using torch::stable::contiguous;
 using torch::stable::new_zeros;
 
+// The team that the calling thread leads, if any.
+thread_local ThreadTeam *leading = nullptr;
+
 void parallel(int64_t count, void (*body)(int64_t, int64_t, void *), void *data) {
-  torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { body(begin, end, data); });
+  if (leading != nullptr)
+    leading->run(count, body, data);
+  else
+    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { body(begin, end, data); });
+}
+
+// Calls walk() in this thread, with `threads` threads of torch's pool awake for its steps.
+template <class F> void with_team(int64_t threads, const F &walk) {
+  if (threads <= 1)
+    return walk();
+  ThreadTeam team;
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
+    if (begin != 0)
+      return team.work();
+    team.start();
+    leading = &team;
+    walk();
+    leading = nullptr;
+    team.close();
+  });
 }
 
 // The tensors of a call as the loops read them.
@@ -23,6 +46,17 @@ struct Inputs {
   std::vector<const void *> data;
   std::vector<uint8_t> bool_mask;
 };
+
+// A wrong permutation would take the loops out of bounds.
+void check_permutation(const int64_t *index, const ParameterUse &use) {
+  std::vector<bool> seen(use.count);
+  for (int64_t i = 0; i < use.count; ++i) {
+    const int64_t from = index[i];
+    STD_TORCH_CHECK(from >= 0 && from < use.count && !seen[from], "flow_program: layer ", use.layer,
+                    ": its index is not a permutation of 0 .. ", use.count - 1);
+    seen[from] = true;
+  }
+}
 
 Inputs checked(const Plan &plan, const Tensor &x, const std::optional<Tensor> &context,
                const std::vector<Tensor> &parameters) {
@@ -49,14 +83,21 @@ Inputs checked(const Plan &plan, const Tensor &x, const std::optional<Tensor> &c
     STD_TORCH_CHECK(t.numel() >= plan.needed[i], "flow_program: parameter ", i, " has ", t.numel(),
                     " elements, the program reads ", plan.needed[i]);
     in.bool_mask[i] = t.scalar_type() == ScalarType::Bool;
-    STD_TORCH_CHECK(in.bool_mask[i] || t.scalar_type() == type, "flow_program: parameter ", i,
-                    " must have the dtype of x");
+    STD_TORCH_CHECK(in.bool_mask[i] || t.scalar_type() == type || t.scalar_type() == ScalarType::Long,
+                    "flow_program: parameter ", i, " must have the dtype of x");
     in.parameters.push_back(t.is_contiguous() ? t : contiguous(t));
     in.data.push_back(in.parameters.back().const_data_ptr());
   }
-  for (const ParameterUse &use : plan.uses)
-    STD_TORCH_CHECK(use.mask || !in.bool_mask[use.ref.tensor], "flow_program: parameter ", use.ref.tensor, " of layer ",
-                    use.layer, " is of bool, which a mask alone may be");
+  for (const ParameterUse &use : plan.uses) {
+    const bool integers = in.parameters[use.ref.tensor].scalar_type() == ScalarType::Long;
+    STD_TORCH_CHECK(use.kind == ParameterUse::mask || !in.bool_mask[use.ref.tensor], "flow_program: parameter ",
+                    use.ref.tensor, " of layer ", use.layer, " is of bool, which a mask alone may be");
+    STD_TORCH_CHECK((use.kind == ParameterUse::index) == integers, "flow_program: parameter ", use.ref.tensor,
+                    " of layer ", use.layer,
+                    integers ? " is of int64, which an index alone may be" : " must be of int64");
+    if (use.kind == ParameterUse::index)
+      check_permutation(static_cast<const int64_t *>(in.data[use.ref.tensor]) + use.ref.offset, use);
+  }
   return in;
 }
 
@@ -81,19 +122,23 @@ template <class T> ProgramJob<T> job_of(const Plan &plan, const Inputs &in, bool
 }
 
 // What forward keeps where the caller leaves it open: the most that fits this many bytes (docs/performance.md has the
-// sizes that were tried).
-constexpr int64_t automatic = 3, automatic_bytes = 16 << 20;
+// sizes that were tried). A wide walk keeps the inputs at least: it would have to find them again for all rows at once.
+constexpr int64_t automatic = 3, automatic_bytes = 16 << 20, automatic_wide_bytes = 256 << 20;
 
-void check_keep(int64_t keep) {
-  STD_TORCH_CHECK(keep >= 0 && keep <= automatic, "flow_program: keep must be 0, 1, 2 or 3");
+void check_keep(const Plan &plan, int64_t keep) {
+  STD_TORCH_CHECK(keep >= 0 && keep <= 4, "flow_program: keep must be 0, 1, 2, 3 or 4");
+  STD_TORCH_CHECK(static_cast<Keep>(keep) != Keep::output || !plan.view.autoregressive,
+                  "flow_program: backward cannot invert an autoregressive layer");
 }
 
 template <class T> int64_t chosen(const Plan &plan, int64_t batch, int64_t keep) {
   if (keep != automatic)
     return keep;
+  const bool wide = IIN_FAST_LOOP(program_is_wide<T>)(plan.view, batch);
+  const int64_t bytes = wide ? automatic_wide_bytes : automatic_bytes;
   for (const Keep most : {Keep::all, Keep::inputs})
-    if (batch == 0 ||
-        IIN_FAST_LOOP(program_saved_size<T>)(plan.view, batch, most) <= automatic_bytes / int64_t(sizeof(T)))
+    if (batch == 0 || (wide && most == Keep::inputs) ||
+        IIN_FAST_LOOP(program_saved_size<T>)(plan.view, batch, most) <= bytes / int64_t(sizeof(T)))
       return static_cast<int64_t>(most);
   return static_cast<int64_t>(Keep::nothing);
 }
@@ -103,7 +148,7 @@ std::tuple<Tensor, Tensor, Tensor> flow_program(const Tensor &x,                
                                                 const std::vector<Tensor> &parameters, StringHandle program,
                                                 bool inverse, bool base, int64_t keep) {
   const std::shared_ptr<const Plan> plan = plan_of(text_of(program));
-  check_keep(keep);
+  check_keep(*plan, keep);
   const Inputs in = checked(*plan, x, context, parameters);
   Tensor y = cpu_empty(in.x, in.x.sizes()), logdet = cpu_empty(in.x, {in.x.size(0)}), saved = y;
   with_type(in.x.scalar_type(), [&](auto type) {
@@ -121,7 +166,9 @@ std::tuple<Tensor, Tensor, Tensor> flow_program(const Tensor &x,                
     job.y = static_cast<T *>(y.mutable_data_ptr()), job.logdet = static_cast<T *>(logdet.mutable_data_ptr());
     job.saved = size > 0 ? static_cast<T *>(saved.mutable_data_ptr()) : nullptr;
     job.workspace = workspace.as<T>();
-    const int64_t unordered = IIN_FAST_LOOP(program_forward<T>)(job);
+    int64_t unordered = -1;
+    with_team(IIN_FAST_LOOP(program_sharing<T>)(plan->view, job.batch, job.threads),
+              [&] { unordered = IIN_FAST_LOOP(program_forward<T>)(job); });
     STD_TORCH_CHECK(unordered < 0, "flow_program: layer ", unordered,
                     ": its masks leave no order in which features can be found one after the other");
   });
@@ -137,7 +184,7 @@ flow_program_backward(const std::optional<Tensor> &grad_y, // [batch, dim], none
                       StringHandle wanted_text) {
   const std::string wanted = text_of(wanted_text);
   const std::shared_ptr<const Plan> plan = plan_of(text_of(program));
-  check_keep(keep);
+  check_keep(*plan, keep);
   const Inputs in = checked(*plan, x, context, parameters);
   const ScalarType scalar = in.x.scalar_type();
   const int64_t batch = in.x.size(0);
@@ -181,7 +228,8 @@ flow_program_backward(const std::optional<Tensor> &grad_y, // [batch, dim], none
     job.grad_x = static_cast<T *>(grad_x.mutable_data_ptr());
     job.grad_context = context_grad ? static_cast<T *>(grad_context.mutable_data_ptr()) : nullptr;
     job.grads = pointers.data();
-    IIN_FAST_LOOP(program_backward<T>)(job);
+    with_team(IIN_FAST_LOOP(program_sharing<T>)(plan->view, batch, job.forward.threads),
+              [&] { IIN_FAST_LOOP(program_backward<T>)(job); });
   });
   return {grad_x, grad_context, grads};
 }

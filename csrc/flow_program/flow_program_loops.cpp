@@ -1,4 +1,9 @@
-// Any flow on the CPU: a thread takes a tile of rows and walks it through all layers.
+// Any flow on the CPU, in one of two walks over its layers:
+//
+//   tile   a thread takes a tile of rows and walks it through all layers.
+//   wide   where nets are large or rows few: threads share each net, for all rows at once (conditioner.h), so that
+//   weights stream
+//          from memory once a call. Between two nets each tile takes the same steps as in the tile walk.
 //
 // A tile is 16 to 64 rows. Its rows lie in lanes: every value is [features, ld], ld the rows of the tile up to a whole
 // cache line, so that features need no padding, weights are read as torch keeps them, and the raw values of a spline
@@ -15,6 +20,8 @@
 
 #include "affine_coupling/affine_coupling.h"
 #include "common/affine.h"
+#include "flow/flow.h"
+#include "flow_program/conditioner.h"
 #include "flow_program/products.h"
 #include "flow_program/steps.h"
 #include "flow_program/transformers.h"
@@ -32,7 +39,8 @@ int64_t tile_count(int64_t batch) { return ceil_div(batch, tile_rows(batch)); }
 int64_t accumulator_count(const ProgramView &program, int64_t batch) {
   constexpr int64_t elements = 16 << 20; // of all of them
   const int64_t tiles = tile_count(batch), wanted = smaller(larger(tiles / 8, 4), 32);
-  return smaller(tiles, larger(smaller(wanted, elements / larger(program.gradient_size, 1)), 2));
+  return smaller(tiles,
+                 larger(smaller(wanted, elements / larger(program.layer_gradients + program.net_gradients, 1)), 2));
 }
 
 template <class T> int64_t leading(int64_t batch) { // ld of all tiles
@@ -41,6 +49,13 @@ template <class T> int64_t leading(int64_t batch) { // ld of all tiles
 }
 
 int64_t padded(int64_t count) { return ceil_div(count, 16) * 16; }
+
+// Nets of more bytes take the wide walk, and batches of fewer rows, which would leave lanes of a tile empty
+// (docs/performance.md has what was tried).
+constexpr int64_t wide_bytes = 48 * 1024, wide_rows = 16;
+
+// Whether `saved` is the tape of every tile.
+bool keeps_tape(Keep keep) { return keep == Keep::inputs || keep == Keep::all; }
 
 // Hands out pieces of the workspace, each on a cache line. With base null it only counts.
 template <class T> struct Pieces {
@@ -77,14 +92,15 @@ template <class T> struct Workspace {
 };
 
 template <class T>
-Workspace<T> workspace_of(Pieces<T> &pieces, const ProgramView &p, int64_t ld, Keep tape, bool backward) {
+Workspace<T> workspace_of(Pieces<T> &pieces, const ProgramView &p, int64_t ld, int64_t tape_rows, int64_t net_rows,
+                          bool backward) {
   int64_t splines = 0;
   for (int64_t l = 0; l < p.layer_count; ++l)
     if (p.layers[l].transformer == TransformerKind::spline)
       splines = larger(splines, spline_work<T>(p.layers[l].spline.bins));
   Workspace<T> w{};
-  w.tape = pieces.take(TapeLayout{p, tape}.rows() * ld);
-  w.net = pieces.take(p.net_rows * ld);
+  w.tape = pieces.take(tape_rows * ld);
+  w.net = pieces.take(net_rows * ld);
   w.context = pieces.take(p.context * ld);
   w.logdet = pieces.take(ld), w.lost = pieces.take(ld);
   w.temporary = pieces.take(2 * p.dim * ld);
@@ -92,7 +108,7 @@ Workspace<T> workspace_of(Pieces<T> &pieces, const ProgramView &p, int64_t ld, K
   if (backward) {
     for (T *&g : w.gradients)
       g = pieces.take(p.dim * ld);
-    w.net_gradients = pieces.take(p.net_rows * ld);
+    w.net_gradients = pieces.take(net_rows * ld);
     w.context_gradients = pieces.take(p.context * ld);
     w.grad_logdet = pieces.take(ld);
     w.turned = pieces.take(ld * padded(p.widest));
@@ -100,6 +116,9 @@ Workspace<T> workspace_of(Pieces<T> &pieces, const ProgramView &p, int64_t ld, K
   return w;
 }
 
+template <class T> class WideWalk;
+
+// The layers of a program on a tile.
 template <class T> class Program {
 public:
   explicit Program(const ProgramJob<T> &job) : job_(job), p_(job.program), ld_(leading<T>(job.batch)) {}
@@ -146,38 +165,30 @@ public:
   // Rows [first, first + rows) of the batch.
   void forward(int64_t tile, const Workspace<T> &w, Keep keep) const {
     const int64_t first = first_row(tile), rows = first_row(tile + 1) - first;
-    T *const tape =
-        job_.saved && keep != Keep::nothing ? job_.saved + tile * TapeLayout{p_, keep}.rows() * ld_ : w.tape;
+    T *const tape = keeps_tape(job_.keep) ? job_.saved + tile * TapeLayout{p_, keep}.rows() * ld_ : w.tape;
     read(job_.x, p_.dim, first, rows, tape);
     if (p_.context)
       read(job_.context, p_.context, first, rows, w.context);
-    walk(w, tape, keep, true);
-    const T *const y = tape + TapeLayout{p_, keep}.input(p_.layer_count) * ld_;
-    write(y, p_.dim, first, rows, job_.y);
-    for (int64_t r = 0; r < rows; ++r)
-      job_.logdet[first + r] = CompensatedSum<T>{w.logdet[r], w.lost[r]}.total();
+    walk(w, tape, keep);
+    finish(tape + TapeLayout{p_, keep}.input(p_.layer_count) * ld_, tile, w);
   }
 
   void backward(const ProgramBackwardJob<T> &job, int64_t tile, const Workspace<T> &w, T *accumulator, bool add) const {
     const int64_t first = first_row(tile), rows = first_row(tile + 1) - first;
-    const Keep kept = job_.keep, keep = kept == Keep::nothing ? Keep::all : kept;
+    const Keep kept = job_.keep, keep = keeps_tape(kept) ? kept : Keep::all;
     const TapeLayout layout{p_, keep};
-    T *const tape = kept == Keep::nothing ? w.tape : job_.saved + tile * layout.rows() * ld_;
+    T *const tape = keeps_tape(kept) ? job_.saved + tile * layout.rows() * ld_ : w.tape;
     if (p_.context)
       read(job_.context, p_.context, first, rows, w.context);
     if (kept == Keep::nothing) {
       read(job_.x, p_.dim, first, rows, tape);
-      walk(w, tape, keep, false);
+      walk(w, tape, keep);
+    } else if (kept == Keep::output) {
+      read(job_.saved, p_.dim, first, rows, tape + layout.input(p_.layer_count) * ld_);
+      walk_back(w, tape);
     }
     T *g = w.gradients[0], *next = w.gradients[1];
-    if (job.grad_y != nullptr)
-      read(job.grad_y, p_.dim, first, rows, g, true);
-    else
-      begin(g, p_.dim * ld_, false);
-    for (int64_t l = 0; l < ld_; ++l)
-      w.grad_logdet[l] = l < rows ? job.grad_logdet[first + l] : T(0);
-    if (job_.base)
-      base_backward(tape + layout.input(p_.layer_count) * ld_, w.grad_logdet, g);
+    begin_gradient(job, tile, tape + layout.input(p_.layer_count) * ld_, w, g);
     if (job.grad_context != nullptr)
       for (int64_t i = 0; i < p_.context * ld_; ++i)
         w.context_gradients[i] = T(0);
@@ -189,7 +200,7 @@ public:
       if (keep == Keep::all)
         values = net -= layer.net_rows * ld_;
       else if (layer.kind == LayerKind::coupling) // its net reads the coordinates that pass unchanged, or all of x
-        evaluate(layer, layer.inverted != job_.inverse && layer.autoregressive ? y : x, w, w.net);
+        evaluate(layer, inverse_of(layer) && layer.autoregressive ? y : x, w, w.net);
       layer_backward(layer, x, y, values, g, next, w, accumulator, add, rows, job.grad_context != nullptr);
       T *const other = g;
       g = next, next = other;
@@ -200,17 +211,19 @@ public:
   }
 
   // The gradients of a layer's parameters from all accumulators.
-  void reduce(const ProgramBackwardJob<T> &job, int64_t index, const T *accumulators, int64_t count, bool add) const;
+  void reduce(const ProgramBackwardJob<T> &job, int64_t index, const T *accumulators, int64_t stride, int64_t count,
+              bool add) const;
 
   int64_t ld() const { return ld_; }
 
 private:
+  template <class> friend class WideWalk;
   int64_t first_row(int64_t tile) const { return tile * job_.batch / tile_count(job_.batch); }
   const ProgramLayer &layer_at(int64_t position) const {
     return p_.layers[job_.inverse ? p_.layer_count - 1 - position : position];
   }
   bool sequential(const ProgramLayer &l) const {
-    return l.kind == LayerKind::coupling && l.autoregressive && l.inverted != job_.inverse;
+    return l.kind == LayerKind::coupling && l.autoregressive && inverse_of(l);
   }
   const T *parameter(const ParameterRef &r) const {
     return r.present() ? static_cast<const T *>(job_.parameters[r.tensor]) + r.offset : nullptr;
@@ -300,7 +313,7 @@ private:
   }
 
   // All layers of a tile, from tape's first input on. `keep`: what the tape has room for.
-  void walk(const Workspace<T> &w, T *tape, Keep keep, bool with_logdet) const {
+  void walk(const Workspace<T> &w, T *tape, Keep keep) const {
     const TapeLayout layout{p_, keep};
     for (int64_t l = 0; l < ld_; ++l)
       w.logdet[l] = w.lost[l] = T(0);
@@ -308,12 +321,47 @@ private:
     for (int64_t position = 0; position < p_.layer_count; ++position) {
       const ProgramLayer &layer = layer_at(position);
       T *const x = tape + layout.input(position) * ld_, *const y = tape + layout.input(position + 1) * ld_;
-      layer_forward(layer, x, y, keep == Keep::all ? net : w.net, w);
+      layer_forward(layer, inverse_of(layer), x, y, keep == Keep::all ? net : w.net, w);
       if (keep == Keep::all)
         net += layer.net_rows * ld_;
     }
-    if (job_.base && with_logdet)
-      base_forward(tape + layout.input(p_.layer_count) * ld_, w);
+  }
+
+  // The results of a tile, from its output.
+  void finish(const T *y, int64_t tile, const Workspace<T> &w) const {
+    const int64_t first = first_row(tile), rows = first_row(tile + 1) - first;
+    if (job_.base)
+      base_forward(y, w);
+    write(y, p_.dim, first, rows, job_.y);
+    if (job_.keep == Keep::output)
+      write(y, p_.dim, first, rows, job_.saved);
+    for (int64_t r = 0; r < rows; ++r)
+      job_.logdet[first + r] = CompensatedSum<T>{w.logdet[r], w.lost[r]}.total();
+  }
+
+  // The gradient of a tile's output y.
+  void begin_gradient(const ProgramBackwardJob<T> &job, int64_t tile, const T *y, const Workspace<T> &w, T *g) const {
+    const int64_t first = first_row(tile), rows = first_row(tile + 1) - first;
+    if (job.grad_y != nullptr)
+      read(job.grad_y, p_.dim, first, rows, g, true);
+    else
+      begin(g, p_.dim * ld_, false);
+    for (int64_t l = 0; l < ld_; ++l)
+      w.grad_logdet[l] = l < rows ? job.grad_logdet[first + l] : T(0);
+    if (job_.base)
+      base_backward(y, w.grad_logdet, g);
+  }
+
+  // From the output to all inputs, with the values of all nets: a tape of Keep::all.
+  void walk_back(const Workspace<T> &w, T *tape) const {
+    const TapeLayout layout{p_, Keep::all};
+    T *net = tape + layout.rows() * ld_;
+    for (int64_t position = p_.layer_count - 1; position >= 0; --position) {
+      const ProgramLayer &layer = layer_at(position);
+      net -= layer.net_rows * ld_;
+      layer_forward(layer, !inverse_of(layer), tape + layout.input(position + 1) * ld_,
+                    tape + layout.input(position) * ld_, net, w);
+    }
   }
 
   // The log-density of a standard normal.
@@ -330,17 +378,14 @@ private:
         g[j * ld_ + l] -= grad_logdet[l] * y[j * ld_ + l];
   }
 
-  void layer_forward(const ProgramLayer &layer, const T *x, T *y, T *net, const Workspace<T> &w) const {
-    const bool inverse = layer.inverted != job_.inverse;
+  bool inverse_of(const ProgramLayer &layer) const { return layer.inverted != job_.inverse; }
+
+  void layer_forward(const ProgramLayer &layer, bool inverse, const T *x, T *y, T *net, const Workspace<T> &w) const {
     switch (layer.kind) {
     case LayerKind::affine:
       return affine_forward(layer, inverse, x, y, w);
     case LayerKind::permute:
-      for (int64_t j = 0; j < p_.dim; ++j) {
-        const int64_t from = inverse ? j : layer.index[j], to = inverse ? layer.index[j] : j;
-        copy(x + from * ld_, y + to * ld_, ld_);
-      }
-      return;
+      return permute(layer, inverse, x, y);
     case LayerKind::linear:
       return linear_forward(layer, inverse, x, y, w);
     case LayerKind::activation:
@@ -349,12 +394,34 @@ private:
       if (sequential(layer))
         return sequential_forward(layer, x, y, net, w);
       evaluate(layer, x, w, net);
-      for (int64_t i = 0; i < layer.passed_count; ++i)
-        copy(x + layer.passed[i] * ld_, y + layer.passed[i] * ld_, ld_);
-      for (int64_t i = 0; i < layer.transformed_count; ++i)
-        transform(layer, i, inverse, net, x + layer.transformed[i] * ld_, y + layer.transformed[i] * ld_, w);
-      return;
+      return couple(layer, inverse, net, x, y, w);
     }
+  }
+
+  // A coupling whose net has been evaluated.
+  void couple(const ProgramLayer &layer, bool inverse, const T *net, const T *x, T *y, const Workspace<T> &w) const {
+    for (int64_t i = 0; i < layer.passed_count; ++i)
+      copy(x + layer.passed[i] * ld_, y + layer.passed[i] * ld_, ld_);
+    for (int64_t i = 0; i < layer.transformed_count; ++i)
+      transform(layer, i, inverse, net, x + layer.transformed[i] * ld_, y + layer.transformed[i] * ld_, w);
+  }
+  void couple_backward(const ProgramLayer &layer, const T *net, const T *x, const T *y, const T *g, T *gx,
+                       const Workspace<T> &w) const {
+    for (int64_t i = 0; i < layer.passed_count; ++i)
+      copy(g + layer.passed[i] * ld_, gx + layer.passed[i] * ld_, ld_);
+    begin(w.net_gradients + layer.output_at * ld_, layer.raw_rows * ld_, false);
+    for (int64_t i = 0; i < layer.transformed_count; ++i)
+      transform_backward(layer, i, inverse_of(layer), net, x, y, g, gx, w);
+  }
+
+  // to[j] = from[index[j]], or the inverse
+  void permute(const ProgramLayer &layer, bool inverse, const T *from, T *to) const {
+    const int64_t *const index =
+        layer.index != nullptr
+            ? layer.index
+            : static_cast<const int64_t *>(job_.parameters[layer.index_at.tensor]) + layer.index_at.offset;
+    for (int64_t j = 0; j < p_.dim; ++j)
+      copy(from + (inverse ? j : index[j]) * ld_, to + (inverse ? index[j] : j) * ld_, ld_);
   }
 
   void affine_forward(const ProgramLayer &l, bool inverse, const T *x, T *y, const Workspace<T> &w) const {
@@ -379,7 +446,7 @@ private:
   }
 
   void affine_layer_backward(const ProgramLayer &l, bool inverse, const T *x, const T *y, const T *g, T *gx,
-                             const T *grad_logdet, T *accumulator, bool add) const {
+                             const T *grad_logdet, T *accumulator, bool add, int64_t rows) const {
     const int64_t dim = p_.dim;
     const T *const scale = packed_ + l.packed, *const shift = parameter(l.shift);
     T *const to_shift = accumulator + l.gradient, *const to_scale = to_shift + dim * 16;
@@ -390,12 +457,16 @@ private:
       for (int64_t j = 0; j < dim; ++j) {
         const T s = scale[j], t = shift == nullptr || !first ? T(0) : shift[j];
         for (int64_t i = 0; i < ld_; i += block_size<T>) {
-          const T *const gi = g + j * ld_ + i, *const plain = (back ? y : x) + j * ld_ + i;
+          // what is scaled, of the inverse map too: without what a shift that is not finite made of it
+          const T *const gi = g + j * ld_ + i, *const plain = (back && !first ? y : x) + j * ld_ + i;
           T *const out = gx + j * ld_ + i, *const a = to_shift + j * 16, *const b = to_scale + j * 16;
 #pragma omp simd
           for (int k = 0; k < block_size<T>; ++k) {
-            const AffineGradient<T> e = affine_backward<first, back>(plain[k] + t, s, gi[k]);
-            out[k] = e.x, a[k] += e.shift, b[k] += e.scale;
+            const AffineGradient<T> e =
+                affine_backward<first, back>(back && first ? plain[k] / s : plain[k] + t, s, gi[k]);
+            out[k] = e.x;
+            a[k] += math::select(i + k < rows, e.shift, T(0)); // as in sum_rows
+            b[k] += math::select(i + k < rows, e.scale, T(0));
           }
         }
       }
@@ -476,12 +547,14 @@ private:
     transpose(input, dim, ld_, w.turned, lda);
     outer<T>({gh, ld_, w.turned, lda, rows, to_upper, add}, dim, dim);
     begin(to_bias, dim * 16, add), begin(to_logdet, 16, add);
-    sum_rows(outer_lower, dim, ld_, to_bias);
+    sum_rows(outer_lower, dim, ld_, rows, to_bias);
     sum_logdet(w.grad_logdet, inverse, to_logdet);
   }
 
   void activation_forward(const ProgramLayer &l, bool inverse, const T *x, T *y, const Workspace<T> &w) const {
-    const T slope = static_cast<T>(inverse ? 1 / l.slope : l.slope), gain = math::log(slope);
+    const double log_slope = std::log(l.slope); // its error would be that of every feature
+    const T slope = static_cast<T>(inverse ? 1 / l.slope : l.slope);
+    const T gain = static_cast<T>(inverse ? -log_slope : log_slope);
     for (int64_t j = 0; j < p_.dim; ++j)
       for (int64_t i = 0; i < ld_; ++i) {
         const T value = x[j * ld_ + i];
@@ -507,7 +580,10 @@ private:
       const int64_t count = layer.values[2 + k].rows * ld_;
       switch (s.kind) {
       case StepKind::dense:
-        multiply<T>({weight(s), s.in, 1, s.in, a, out, ld_, parameter(s.bias), false}, s.out);
+        dense_forward(s, a, out);
+        break;
+      case StepKind::context:
+        copy(w.context + s.first * ld_, out, count);
         break;
       case StepKind::act:
         activate<T>(s.activation, static_cast<T>(s.slope), a, out, count);
@@ -527,6 +603,33 @@ private:
     }
     for (int64_t i = 0; i < layer.transformed_count; ++i)
       scale_raw(layer, i, net);
+  }
+
+  // f(first output, outputs, where they begin in an accumulator of the weight) for each panel of a weight.
+  template <class F> static void each_panel(const ProgramStep &s, const F &f) {
+    for (int64_t first = 0; first < s.out; first += panel_width)
+      f(first, smaller(panel_width, s.out - first), first * s.in);
+  }
+
+  void dense_forward(const ProgramStep &s, const T *a, T *out) const {
+    const T *const matrix = weight(s), *const bias = parameter(s.bias);
+    if (!s.panels)
+      return multiply<T>({matrix, s.in, 1, s.in, a, out, ld_, bias, false}, s.out);
+    each_panel(s, [&](int64_t first, int64_t width, int64_t at) {
+      multiply<T>(
+          {matrix + at, 1, width, s.in, a, out + first * ld_, ld_, bias == nullptr ? bias : bias + first, false},
+          width);
+    });
+  }
+
+  // The gradient of what a dense layer reads.
+  void dense_backward(const ProgramStep &s, const T *d, T *ga, bool add) const {
+    const T *const matrix = weight(s);
+    if (!s.panels)
+      return multiply<T>({matrix, 1, s.in, s.out, d, ga, ld_, nullptr, add}, s.in);
+    each_panel(s, [&](int64_t first, int64_t width, int64_t at) {
+      multiply<T>({matrix + at, width, 1, width, d + first * ld_, ga, ld_, nullptr, add || first > 0}, s.in);
+    });
   }
 
   // The raw values of feature i as the transformer reads them.
@@ -578,16 +681,12 @@ private:
 
   void layer_backward(const ProgramLayer &layer, const T *x, const T *y, const T *net, const T *g, T *gx,
                       const Workspace<T> &w, T *accumulator, bool add, int64_t rows, bool context_grad) const {
-    const bool inverse = layer.inverted != job_.inverse;
+    const bool inverse = inverse_of(layer);
     switch (layer.kind) {
     case LayerKind::affine:
-      return affine_layer_backward(layer, inverse, x, y, g, gx, w.grad_logdet, accumulator, add);
+      return affine_layer_backward(layer, inverse, x, y, g, gx, w.grad_logdet, accumulator, add, rows);
     case LayerKind::permute:
-      for (int64_t j = 0; j < p_.dim; ++j) {
-        const int64_t from = inverse ? j : layer.index[j], to = inverse ? layer.index[j] : j;
-        copy(g + to * ld_, gx + from * ld_, ld_);
-      }
-      return;
+      return permute(layer, !inverse, g, gx);
     case LayerKind::linear:
       return linear_backward(layer, inverse, x, y, g, gx, w, accumulator, add, rows);
     case LayerKind::activation:
@@ -595,11 +694,7 @@ private:
     case LayerKind::coupling:
       if (sequential(layer))
         return sequential_backward(layer, x, y, net, g, gx, w, accumulator, add, rows, context_grad);
-      for (int64_t i = 0; i < layer.passed_count; ++i)
-        copy(g + layer.passed[i] * ld_, gx + layer.passed[i] * ld_, ld_);
-      begin(w.net_gradients + layer.output_at * ld_, layer.raw_rows * ld_, false);
-      for (int64_t i = 0; i < layer.transformed_count; ++i)
-        transform_backward(layer, i, inverse, net, x, y, g, gx, w);
+      couple_backward(layer, net, x, y, g, gx, w);
       return net_backward(layer, net, gx, w, accumulator, add, rows, context_grad);
     }
   }
@@ -611,17 +706,26 @@ private:
     return w.net_gradients + layer.values[id].at * ld_;
   }
 
-  // Gradients of a dense layer's weight and bias; `turn`: whether w.turned does not hold a yet.
-  void weight_backward(const ProgramStep &s, const T *a, const T *d, const Workspace<T> &w, T *accumulator, bool add,
+  // Gradients of a dense layer's weight and bias; `turn`: whether w.turned does not hold a yet. Gives whether it does.
+  bool weight_backward(const ProgramStep &s, const T *a, const T *d, const Workspace<T> &w, T *accumulators, bool add,
                        int64_t rows, bool turn) const {
+    T *const accumulator = accumulators + p_.layer_gradients;
     const int64_t lda = padded(s.in);
-    if (turn)
-      transpose(a, s.in, ld_, w.turned, lda);
-    outer<T>({d, ld_, w.turned, lda, rows, accumulator + s.weight_gradient, add}, s.out, s.in);
+    if (s.panels) {
+      each_panel(s, [&](int64_t first, int64_t width, int64_t at) { // [in, width]
+        transpose(d + first * ld_, width, ld_, w.turned, padded(width));
+        outer<T>({a, ld_, w.turned, padded(width), rows, accumulator + s.weight_gradient + at, add}, s.in, width);
+      });
+    } else {
+      if (turn)
+        transpose(a, s.in, ld_, w.turned, lda);
+      outer<T>({d, ld_, w.turned, lda, rows, accumulator + s.weight_gradient, add}, s.out, s.in);
+    }
     if (s.bias.present()) {
       begin(accumulator + s.bias_gradient, s.out * 16, add);
-      sum_rows(d, s.out, ld_, accumulator + s.bias_gradient);
+      sum_rows(d, s.out, ld_, rows, accumulator + s.bias_gradient);
     }
+    return !s.panels;
   }
 
   // From the gradients of the raw values to those of the weights, of the context, and of x, which are added to gx.
@@ -665,12 +769,15 @@ private:
       T *const ga = target(s.a);
       switch (s.kind) {
       case StepKind::dense: {
-        weight_backward(s, a, d, w, accumulator, add, rows, turned != s.a);
-        turned = s.a;
+        turned = weight_backward(s, a, d, w, accumulator, add, rows, turned != s.a) ? s.a : -1;
         if (ga != nullptr)
-          multiply<T>({weight(s), 1, s.in, s.out, d, ga, ld_, nullptr, seen(s.a)}, s.in);
+          dense_backward(s, d, ga, seen(s.a));
         break;
       }
+      case StepKind::context:
+        if (ga != nullptr)
+          pass_gradient(d, ga + s.first * ld_, count, true);
+        break;
       case StepKind::act: {
         const bool in_place = ga == d;
         if (ga != nullptr)
@@ -922,6 +1029,14 @@ private:
   const int32_t *orders_ = nullptr;
 };
 
+// Elements of a row of raw values and activations of a layer's nets in the wide walk.
+template <class T> int64_t net_stride(const ProgramLayer &l) {
+  int64_t stride = 0;
+  for (int64_t i = 0; i < l.chain_layers; ++i)
+    stride += row_stride<T>(l.steps[l.chain + 2 * i].out);
+  return l.chains * stride;
+}
+
 // Sum over accumulators in order.
 template <class T> T total(const T *accumulators, int64_t stride, int64_t count) {
   T sum = T(0);
@@ -976,11 +1091,11 @@ void sum_rows_of(const T *accumulators, int64_t stride, int64_t count, int64_t n
 }
 
 template <class T>
-void Program<T>::reduce(const ProgramBackwardJob<T> &job, int64_t index, const T *accumulators, int64_t count,
-                        bool add) const {
+void Program<T>::reduce(const ProgramBackwardJob<T> &job, int64_t index, const T *accumulators, int64_t stride,
+                        int64_t count, bool add) const {
   const ProgramLayer &l = p_.layers[index];
-  const int64_t stride = padded(p_.gradient_size), dim = p_.dim;
-  const bool inverse = l.inverted != job_.inverse;
+  const int64_t dim = p_.dim;
+  const bool inverse = inverse_of(l);
   const auto gradient = [&](const ParameterRef &r) -> T * {
     return r.present() && job.grads[r.tensor] != nullptr ? job.grads[r.tensor] + r.offset : nullptr;
   };
@@ -992,10 +1107,17 @@ void Program<T>::reduce(const ProgramBackwardJob<T> &job, int64_t index, const T
       if (s.kind != StepKind::dense)
         continue;
       const int64_t lda = padded(s.in);
-      if (T *const to = gradient(s.weight)) {
+      const T *const nets = accumulators + p_.layer_gradients;
+      if (T *const to = gradient(s.weight); to != nullptr && s.panels) {
+        each_panel(s, [&](int64_t, int64_t width, int64_t at) {
+          for (int64_t i = 0; i < s.in; ++i)
+            sum_rows_of(nets + s.weight_gradient + at + i * padded(width), stride, count, width, to + at + i * width,
+                        add, [](int64_t) { return true; });
+        });
+      } else if (to != nullptr) {
         for (int64_t o = 0; o < s.out; ++o) {
           T *const row = to + o * s.in;
-          const T *const first = accumulators + s.weight_gradient + o * lda;
+          const T *const first = nets + s.weight_gradient + o * lda;
           const auto sum = [&](auto keep) { sum_rows_of(first, stride, count, s.in, row, add, keep); };
           const int64_t at = s.mask.offset + o * s.in;
           if (!s.mask.present())
@@ -1011,7 +1133,7 @@ void Program<T>::reduce(const ProgramBackwardJob<T> &job, int64_t index, const T
         }
       }
       if (T *const to = gradient(s.bias))
-        sum_lanes(accumulators + s.bias_gradient, stride, count, s.out, [&](int64_t o, T sum) { put(to + o, sum); });
+        sum_lanes(nets + s.bias_gradient, stride, count, s.out, [&](int64_t o, T sum) { put(to + o, sum); });
     }
   } else if (l.kind == LayerKind::affine) {
     const T *const scale = packed_ + l.packed, *const raw = parameter(l.scale);
@@ -1052,10 +1174,353 @@ void Program<T>::reduce(const ProgramBackwardJob<T> &job, int64_t index, const T
   }
 }
 
+// ---- the wide walk
+
+// Gradients of weights of more bytes than this leave the caches before anyone reads them.
+constexpr int64_t cached_gradients = 16 * 1024 * 1024;
+
+// Rows that pass a net together: their activations stay in the second cache of a core.
+constexpr int64_t chunk_rows = 256;
+
+// Elements of `saved` behind the tapes: raw values and activations of every net, for Keep::all.
+template <class T> int64_t saved_of_nets(const ProgramView &program, int64_t batch) {
+  int64_t stride = 0;
+  for (int64_t i = 0; i < program.layer_count; ++i)
+    stride += net_stride<T>(program.layers[i]);
+  return stride * batch;
+}
+
+// Walks net by net. Each tile keeps its values in memory of its own, and takes all layers up to the next net at once.
+template <class T> class WideWalk {
+public:
+  // Cuts the workspace of a call; with workspace null it only counts.
+  WideWalk(const ProgramJob<T> &job, Program<T> &program, bool backward)
+      : job_(job), p_(job.program), program_(program), backward_(backward), ld_(program.ld()),
+        tiles_(tile_count(job.batch)), parts_(smaller(tiles_, most_parts)),
+        team_{program_sharing<T>(job.program, job.batch, job.threads), job.parallel}, pieces_{job.workspace} {
+    const Keep keep = job.keep;
+    const bool kept = keep == Keep::all, again = backward && keep == Keep::nothing;
+    Widths most;
+    for (int64_t i = 0; i < p_.layer_count; ++i)
+      most.add(p_.layers[i]);
+    const int64_t chunk = smaller(job.batch, chunk_rows);
+    packed_ = pieces_.take(p_.packed_size);
+    dense_ = reinterpret_cast<PanelLayer<T> *>(
+        pieces_.take(most.dense * static_cast<int64_t>(sizeof(PanelLayer<T>) / sizeof(T))));
+    for (T *&u : u_)
+      u = pieces_.take(job.batch * most.in);
+    raw_ = pieces_.take(kept ? 0 : chunk * most.raw);
+    activations_ = pieces_.take(kept ? 0 : chunk * (backward ? larger(most.hidden, most.two) : most.two));
+    values_ = pieces_.take(keeps_tape(keep) ? 0 : tiles_ * (again ? p_.layer_count + 1 : 2) * p_.dim * ld_);
+    logdets_ = pieces_.take(2 * tiles_ * ld_);
+    for (int64_t part = 0; part < parts_; ++part)
+      workspaces_[part] = workspace_of(pieces_, p_, ld_, 0, most.tile, backward);
+    if (!backward)
+      return;
+    gradients_ = pieces_.take(2 * tiles_ * p_.dim * ld_);
+    grad_logdets_ = pieces_.take(tiles_ * ld_);
+    d_ = pieces_.take(chunk * most.wide), other_ = pieces_.take(chunk * most.wide);
+    accumulators_ = pieces_.take(parts_ * padded(p_.layer_gradients));
+  }
+
+  int64_t size() const { return pieces_.used; }
+
+  void forward() {
+    program_.pack(packed_);
+    pack(nullptr);
+    const bool tape = keeps_tape(job_.keep);
+    walk(tape ? job_.saved : values_, tape, true);
+  }
+
+  void backward(const ProgramBackwardJob<T> &whole) {
+    whole_ = &whole;
+    program_.pack(packed_);
+    pack(whole.grads);
+    if (job_.keep == Keep::nothing)
+      walk(values_, true, false);
+    else
+      values_at_ = keeps_tape(job_.keep) ? job_.saved : values_, tape_ = keeps_tape(job_.keep);
+    begin(accumulators_, parts_ * padded(p_.layer_gradients), false);
+    if (whole.grad_context != nullptr)
+      begin(whole.grad_context, job_.batch * p_.context, false);
+    over_tiles(0, tiles_, [&](int64_t tile, const auto &w) { enter_backward(tile, w); });
+    for (int64_t position = p_.layer_count - 1; position >= 0; --position)
+      if (has_net(position))
+        each_chunk([&](int64_t tile, int64_t end) { net_backward(position, tile, end); });
+    for (int64_t l = 0; l < p_.layer_count; ++l)
+      if (p_.layers[l].kind != LayerKind::coupling)
+        program_.reduce(whole, l, accumulators_, padded(p_.layer_gradients), parts_, p_.shared);
+  }
+
+private:
+  static constexpr int64_t most_parts = 8;
+  using Space = Workspace<T>;
+
+  // Elements of a row, the most of any net.
+  struct Widths {
+    int64_t dense = 0, in = 0, raw = 0, hidden = 0, two = 0, wide = 0, tile = 0;
+    void add(const ProgramLayer &l) {
+      dense += l.chains * l.chain_layers;
+      if (l.chains == 0)
+        return;
+      int64_t all = 0, widest = 0;
+      for (int64_t i = 0; i < l.chain_layers; ++i) {
+        const ProgramStep &s = l.steps[l.chain + 2 * i];
+        const int64_t out = row_stride<T>(s.out);
+        wide = larger(wide, l.chains * larger(out, row_stride<T>(s.in)));
+        if (i == 0)
+          in = larger(in, row_stride<T>(s.in));
+        if (i + 1 < l.chain_layers)
+          all += out, widest = larger(widest, out);
+        else
+          raw = larger(raw, l.chains * out);
+      }
+      hidden = larger(hidden, l.chains * all), two = larger(two, l.chains * 2 * widest);
+      tile = larger(tile, l.output_at + l.raw_rows);
+    }
+  };
+
+  bool has_net(int64_t position) const { return program_.layer_at(position).kind == LayerKind::coupling; }
+
+  // Where the layers of all nets lie.
+  void pack(T *const *grads) {
+    PanelLayer<T> *to = dense_;
+    for (int64_t i = 0; i < p_.layer_count; ++i) {
+      const ProgramLayer &l = p_.layers[i];
+      for (int64_t n = 0; n < l.chains; ++n)
+        for (int64_t k = 0; k < l.chain_layers; ++k) {
+          const ProgramStep &s = l.steps[l.chain + n * (2 * l.chain_layers - 1) + 2 * k];
+          const auto gradient = [&](const ParameterRef &r) -> T * {
+            return r.present() && grads != nullptr && grads[r.tensor] != nullptr ? grads[r.tensor] + r.offset : nullptr;
+          };
+          *to++ = {program_.parameter(s.weight),
+                   program_.parameter(s.bias),
+                   gradient(s.weight),
+                   gradient(s.bias),
+                   s.in,
+                   s.out};
+        }
+    }
+  }
+  Conditioner<T> conditioner(const ProgramLayer &layer) const {
+    const PanelLayer<T> *dense = dense_;
+    for (const ProgramLayer *l = p_.layers; l != &layer; ++l)
+      dense += l->chains * l->chain_layers;
+    const bool past = p_.net_gradients * static_cast<int64_t>(sizeof(T)) > cached_gradients;
+    return {dense, layer.chains, layer.chain_layers, static_cast<T>(layer.chain_slope), past};
+  }
+
+  // f(tile, workspace) for some tiles. The tiles of a part come in order and share its accumulator, whoever runs it.
+  template <class F> void over_tiles(int64_t begin, int64_t end, const F &f) const {
+    const bool few = (end - begin) * ld_ * p_.dim < 1024; // a second thread would gain nothing
+    run(few ? Team{1, nullptr} : team_, parts_, [&](int64_t first, int64_t last) {
+      for (int64_t part = first; part < last; ++part)
+        for (int64_t tile = begin + (part - begin % parts_ + parts_) % parts_; tile < end; tile += parts_) {
+          Space w = workspaces_[part];
+          w.logdet = logdets_ + 2 * tile * ld_, w.lost = w.logdet + ld_;
+          if (backward_)
+            w.grad_logdet = grad_logdets_ + tile * ld_;
+          f(tile, w);
+        }
+    });
+  }
+
+  // f(first tile, last tile) for the tiles of each chunk of rows.
+  template <class F> void each_chunk(const F &f) const {
+    const int64_t tiles = ceil_div(tiles_, ceil_div(job_.batch, chunk_rows));
+    for (int64_t tile = 0; tile < tiles_; tile += tiles)
+      f(tile, smaller(tile + tiles, tiles_));
+  }
+
+  // The input of the layer at `position`, in memory for two values in turn or for all.
+  T *value(int64_t tile, int64_t position) const {
+    const int64_t values = tape_ ? p_.layer_count + 1 : 2;
+    return values_at_ + (tile * values + (tape_ ? position : position & 1)) * p_.dim * ld_;
+  }
+  T *gradient(int64_t tile, int64_t position) const { return gradients_ + (tile * 2 + (position & 1)) * p_.dim * ld_; }
+  int64_t rows_of(int64_t tile) const { return program_.first_row(tile + 1) - program_.first_row(tile); }
+
+  // What the net at `position` reads, all rows. Those of two nets in turn lie apart: rows may have other widths.
+  T *input_of_net(int64_t position) const {
+    int64_t before = 0;
+    for (int64_t i = 0; i < position; ++i)
+      before += has_net(i);
+    return u_[before & 1];
+  }
+
+  // Rows of a net: those of the tiles [tile, end).
+  ConditionerRows<T> rows_at(int64_t position, int64_t tile, int64_t end, bool keep) const {
+    const ProgramLayer &layer = program_.layer_at(position);
+    const Conditioner<T> nets = conditioner(layer);
+    const int64_t first = program_.first_row(tile), out = row_stride<T>(nets.dense[nets.layers - 1].out);
+    ConditionerRows<T> at{};
+    at.rows = program_.first_row(end) - first;
+    at.u = input_of_net(position) + first * row_stride<T>(nets.dense[0].in);
+    if (job_.keep != Keep::all) {
+      at.activations = activations_, at.capacity = smaller(job_.batch, chunk_rows), at.keep = keep;
+      at.raw = raw_, at.raw_stride = at.capacity * out;
+      return at;
+    }
+    T *saved = job_.saved + tiles_ * (p_.layer_count + 1) * p_.dim * ld_;
+    for (const ProgramLayer *l = p_.layers; l != &layer; ++l)
+      saved += net_stride<T>(*l) * job_.batch;
+    at.raw = saved + first * out, at.raw_stride = job_.batch * out;
+    at.activations = saved + nets.nets * at.raw_stride, at.capacity = job_.batch, at.first = first, at.keep = true;
+    return at;
+  }
+
+  // What the net at `position` reads, from the value that its coupling has or makes: conditioning features are the
+  // same.
+  void fill(int64_t tile, int64_t position, const T *from) const {
+    const ProgramLayer &l = program_.layer_at(position);
+    const int64_t first = program_.first_row(tile), rows = rows_of(tile);
+    const int64_t stride = row_stride<T>(l.index_count + l.context_count);
+    T *const u = input_of_net(position);
+    for (int64_t r = 0; r < rows; ++r) {
+      T *const to = u + (first + r) * stride;
+      for (int64_t i = 0; i < l.index_count; ++i)
+        to[i] = from[l.index[i] * ld_ + r];
+      for (int64_t i = 0; i < l.context_count; ++i)
+        to[l.index_count + i] = job_.context[(first + r) * p_.context + l.context_first + i];
+    }
+  }
+
+  // The raw values of a tile, from rows to lanes. Lanes beyond the batch get 0.
+  void take_raw(const ConditionerRows<T> &at, const ProgramLayer &l, int64_t tile, int64_t first_tile,
+                const Space &w) const {
+    const int64_t out = l.raw_rows / l.chains, stride = row_stride<T>(out), rows = rows_of(tile);
+    const int64_t row = program_.first_row(tile) - program_.first_row(first_tile);
+    for (int64_t n = 0; n < l.chains; ++n)
+      for (int64_t j = 0; j < out; ++j) {
+        const T *const from = at.raw + n * at.raw_stride + row * stride + j;
+        T *const to = w.net + (l.output_at + n * out + j) * ld_;
+        for (int64_t r = 0; r < rows; ++r)
+          to[r] = from[r * stride];
+        for (int64_t r = rows; r < ld_; ++r)
+          to[r] = T(0);
+      }
+    for (int64_t i = 0; i < l.transformed_count; ++i)
+      program_.scale_raw(l, i, w.net);
+  }
+
+  void walk(T *values, bool tape, bool results) {
+    values_at_ = values, tape_ = tape;
+    over_tiles(0, tiles_, [&](int64_t tile, const Space &w) {
+      program_.read(job_.x, p_.dim, program_.first_row(tile), rows_of(tile), value(tile, 0));
+      begin(w.logdet, 2 * ld_, false);
+      advance(tile, 0, w, results);
+    });
+    for (int64_t position = 0; position < p_.layer_count; ++position)
+      if (has_net(position))
+        each_chunk([&](int64_t first, int64_t end) {
+          const ProgramLayer &layer = program_.layer_at(position);
+          const ConditionerRows<T> at = rows_at(position, first, end, false);
+          conditioner_forward(team_, conditioner(layer), at);
+          over_tiles(first, end, [&](int64_t tile, const Space &w) {
+            take_raw(at, layer, tile, first, w);
+            program_.couple(layer, program_.inverse_of(layer), w.net, value(tile, position), value(tile, position + 1),
+                            w);
+            advance(tile, position + 1, w, results);
+          });
+        });
+  }
+
+  // Through the layers up to the next net, or to the end.
+  void advance(int64_t tile, int64_t position, const Space &w, bool results) const {
+    for (; position < p_.layer_count && !has_net(position); ++position) {
+      const ProgramLayer &l = program_.layer_at(position);
+      program_.layer_forward(l, program_.inverse_of(l), value(tile, position), value(tile, position + 1), w.net, w);
+    }
+    if (position < p_.layer_count)
+      fill(tile, position, value(tile, position));
+    else if (results)
+      program_.finish(value(tile, position), tile, w);
+  }
+
+  void enter_backward(int64_t tile, const Space &w) const {
+    const int64_t first = program_.first_row(tile), rows = rows_of(tile), last = p_.layer_count;
+    if (job_.keep == Keep::output)
+      program_.read(job_.saved, p_.dim, first, rows, value(tile, last));
+    program_.begin_gradient(*whole_, tile, value(tile, last), w, gradient(tile, last));
+    retreat(tile, last - 1, w);
+  }
+
+  // Back through the layers down to the net before, or to the start.
+  void retreat(int64_t tile, int64_t position, const Space &w) const {
+    T *const accumulator = accumulators_ + tile % parts_ * padded(p_.layer_gradients);
+    for (; position >= 0 && !has_net(position); --position) {
+      const ProgramLayer &l = program_.layer_at(position);
+      if (job_.keep == Keep::output)
+        program_.layer_forward(l, !program_.inverse_of(l), value(tile, position + 1), value(tile, position), w.net, w);
+      program_.layer_backward(l, value(tile, position), value(tile, position + 1), w.net, gradient(tile, position + 1),
+                              gradient(tile, position), w, accumulator, true, rows_of(tile), false);
+    }
+    if (position >= 0)
+      fill(tile, position, value(tile, job_.keep == Keep::output ? position + 1 : position));
+    else
+      program_.write(gradient(tile, 0), p_.dim, program_.first_row(tile), rows_of(tile), whole_->grad_x);
+  }
+
+  void net_backward(int64_t position, int64_t first, int64_t end) const {
+    const ProgramLayer &l = program_.layer_at(position);
+    const Conditioner<T> nets = conditioner(l);
+    const ConditionerRows<T> at = rows_at(position, first, end, true);
+    const int64_t out = l.raw_rows / l.chains, ld_out = row_stride<T>(out), ld_in = row_stride<T>(nets.dense[0].in);
+    int64_t widest = 0;
+    for (int64_t i = 0; i < nets.layers; ++i)
+      widest = larger(widest, larger(row_stride<T>(nets.dense[i].in), row_stride<T>(nets.dense[i].out)));
+    const int64_t d_stride = smaller(job_.batch, chunk_rows) * widest;
+    if (job_.keep != Keep::all)
+      conditioner_forward(team_, nets, at);
+    over_tiles(first, end, [&](int64_t tile, const Space &w) {
+      T *const x = value(tile, position), *const y = value(tile, position + 1);
+      take_raw(at, l, tile, first, w);
+      if (job_.keep == Keep::output)
+        program_.couple(l, !program_.inverse_of(l), w.net, y, x, w);
+      program_.couple_backward(l, w.net, x, y, gradient(tile, position + 1), gradient(tile, position), w);
+      const int64_t row = program_.first_row(tile) - program_.first_row(first);
+      for (int64_t n = 0; n < l.chains; ++n)
+        for (int64_t r = 0; r < rows_of(tile); ++r)
+          for (int64_t j = 0; j < out; ++j)
+            d_[n * d_stride + (row + r) * ld_out + j] = w.net_gradients[(l.output_at + n * out + j) * ld_ + r];
+    });
+    const T *const d_u = conditioner_backward(team_, nets, at, d_, other_, d_stride, p_.shared || first > 0);
+    over_tiles(first, end, [&](int64_t tile, const Space &w) {
+      T *const g = gradient(tile, position);
+      const int64_t begin = program_.first_row(tile), row = begin - program_.first_row(first);
+      for (int64_t n = 0; n < l.chains; ++n)
+        for (int64_t r = 0; r < rows_of(tile); ++r) {
+          const T *const from = d_u + n * d_stride + (row + r) * ld_in;
+          for (int64_t i = 0; i < l.index_count; ++i)
+            g[l.index[i] * ld_ + r] += from[i];
+          if (whole_->grad_context != nullptr)
+            for (int64_t i = 0; i < l.context_count; ++i)
+              whole_->grad_context[(begin + r) * p_.context + l.context_first + i] += from[l.index_count + i];
+        }
+      retreat(tile, position - 1, w);
+    });
+  }
+
+  const ProgramJob<T> &job_;
+  const ProgramView &p_;
+  Program<T> &program_;
+  const ProgramBackwardJob<T> *whole_ = nullptr;
+  bool backward_, tape_ = false;
+  int64_t ld_, tiles_, parts_;
+  Team team_;
+  Pieces<T> pieces_;
+  PanelLayer<T> *dense_;
+  Space workspaces_[most_parts];
+  T *packed_, *u_[2], *raw_, *activations_, *values_, *logdets_, *values_at_ = nullptr;
+  T *gradients_ = nullptr, *grad_logdets_ = nullptr, *d_ = nullptr, *other_ = nullptr, *accumulators_ = nullptr;
+};
+
+// ---- the tile walk
+
 // How the workspace of a call is cut.
 template <class T> struct Memory {
   T *packed, *orders, *accumulators, *threads;
-  int64_t thread_size, pieces;
+  int64_t thread_size, pieces, stride;
 
   Memory(const ProgramJob<T> &job, bool backward, int64_t &size) {
     Pieces<T> pieces_of{job.workspace};
@@ -1063,29 +1528,28 @@ template <class T> struct Memory {
     packed = pieces_of.take(p.packed_size);
     orders = pieces_of.take(ceil_div(Program<T>(job).order_size() * (int64_t)sizeof(int32_t), sizeof(T)));
     pieces = backward ? accumulator_count(p, job.batch) : smaller(tile_count(job.batch), larger(job.threads, 1));
-    accumulators = pieces_of.take(backward ? pieces * padded(p.gradient_size) : 0);
+    stride = padded(p.layer_gradients + p.net_gradients);
+    accumulators = pieces_of.take(backward ? pieces * stride : 0);
     Pieces<T> one{nullptr};
-    const Keep tape = job.keep == Keep::nothing && backward ? Keep::all : Keep::inputs;
-    workspace_of(one, p, leading<T>(job.batch), tape, backward);
+    workspace_of(one, p, leading<T>(job.batch), tape(job, backward), p.net_rows, backward);
     thread_size = one.used;
     threads = pieces_of.take(pieces * thread_size);
     size = pieces_of.used;
   }
+
+  Workspace<T> of_piece(const ProgramJob<T> &job, int64_t piece, bool backward) const {
+    Pieces<T> pieces_of{threads + piece * thread_size};
+    return workspace_of(pieces_of, job.program, leading<T>(job.batch), tape(job, backward), job.program.net_rows,
+                        backward);
+  }
+
+  // What a tape in the workspace has room for.
+  static int64_t tape(const ProgramJob<T> &job, bool backward) {
+    return TapeLayout{job.program, !keeps_tape(job.keep) && backward ? Keep::all : Keep::inputs}.rows();
+  }
 };
 
-} // namespace
-
-template <class T> int64_t program_saved_size(const ProgramView &program, int64_t batch, Keep keep) {
-  return keep == Keep::nothing ? 0 : tile_count(batch) * TapeLayout{program, keep}.rows() * leading<T>(batch);
-}
-
-template <class T> int64_t program_workspace(const ProgramJob<T> &job, bool backward) {
-  int64_t size = 0;
-  Memory<T>(job, backward, size);
-  return size;
-}
-
-template <class T> int64_t program_forward(const ProgramJob<T> &job) {
+template <class T> int64_t tile_forward(const ProgramJob<T> &job) {
   int64_t size = 0;
   const Memory<T> memory(job, false, size);
   Program<T> program(job);
@@ -1103,17 +1567,16 @@ template <class T> int64_t program_forward(const ProgramJob<T> &job) {
         const Data &d = *static_cast<const Data *>(pointer);
         const int64_t tiles = tile_count(d.job.batch);
         for (int64_t piece = begin; piece < end; ++piece) {
-          Pieces<T> pieces{d.memory.threads + piece * d.memory.thread_size};
-          const Workspace<T> w = workspace_of(pieces, d.job.program, d.program.ld(), Keep::inputs, false);
+          const Workspace<T> w = d.memory.of_piece(d.job, piece, false);
           for (int64_t tile = piece * tiles / d.memory.pieces; tile < (piece + 1) * tiles / d.memory.pieces; ++tile)
-            d.program.forward(tile, w, d.job.keep == Keep::nothing ? Keep::inputs : d.job.keep);
+            d.program.forward(tile, w, keeps_tape(d.job.keep) ? d.job.keep : Keep::inputs);
         }
       },
       &data);
   return -1;
 }
 
-template <class T> void program_backward(const ProgramBackwardJob<T> &whole) {
+template <class T> void tile_backward(const ProgramBackwardJob<T> &whole) {
   const ProgramJob<T> &job = whole.forward;
   int64_t size = 0;
   const Memory<T> memory(job, true, size);
@@ -1130,20 +1593,18 @@ template <class T> void program_backward(const ProgramBackwardJob<T> &whole) {
       [](int64_t begin, int64_t end, void *pointer) {
         const Data &d = *static_cast<const Data *>(pointer);
         const ProgramJob<T> &job = d.whole.forward;
-        const int64_t tiles = tile_count(job.batch), stride = padded(job.program.gradient_size);
+        const int64_t tiles = tile_count(job.batch);
         for (int64_t piece = begin; piece < end; ++piece) {
-          Pieces<T> pieces{d.memory.threads + piece * d.memory.thread_size};
-          const Workspace<T> w = workspace_of(pieces, job.program, d.program.ld(),
-                                              job.keep == Keep::nothing ? Keep::all : Keep::inputs, true);
+          const Workspace<T> w = d.memory.of_piece(job, piece, true);
           const int64_t first = piece * tiles / d.memory.pieces;
           for (int64_t tile = first; tile < (piece + 1) * tiles / d.memory.pieces; ++tile)
-            d.program.backward(d.whole, tile, w, d.memory.accumulators + piece * stride, tile > first);
+            d.program.backward(d.whole, tile, w, d.memory.accumulators + piece * d.memory.stride, tile > first);
         }
       },
       &data);
   if (job.program.shared) { // several layers add to one gradient
     for (int64_t l = 0; l < job.program.layer_count; ++l)
-      program.reduce(whole, l, memory.accumulators, memory.pieces, true);
+      program.reduce(whole, l, memory.accumulators, memory.stride, memory.pieces, true);
     return;
   }
   job.parallel(
@@ -1151,12 +1612,67 @@ template <class T> void program_backward(const ProgramBackwardJob<T> &whole) {
       [](int64_t begin, int64_t end, void *pointer) {
         const Data &d = *static_cast<const Data *>(pointer);
         for (int64_t l = begin; l < end; ++l)
-          d.program.reduce(d.whole, l, d.memory.accumulators, d.memory.pieces, false);
+          d.program.reduce(d.whole, l, d.memory.accumulators, d.memory.stride, d.memory.pieces, false);
       },
       &data);
 }
 
+} // namespace
+
+template <class T> bool program_is_wide(const ProgramView &program, int64_t batch) {
+  return program.chains && (batch < wide_rows || program.chain_weights * static_cast<int64_t>(sizeof(T)) > wide_bytes);
+}
+
+template <class T> int64_t program_sharing(const ProgramView &program, int64_t batch, int64_t threads) {
+  if (!program_is_wide<T>(program, batch))
+    return 1;
+  // A step costs a few microseconds to start (and far more on a machine that is busy with something else), so a step
+  // that is worth less than `step` on one core is not shared. Costs are what one AVX-512 core takes for the widest
+  // layer of all nets, bound by arithmetic or by reading the weights, in nanoseconds.
+  constexpr double step = 10e3, flops = 200, bytes = 30; // the latter two per nanosecond
+  const double arithmetic = 2.0 * batch / flops, reading = sizeof(T) / bytes;
+  const double layer = program.chain_layer * (arithmetic > reading ? arithmetic : reading);
+  return layer < step ? 1 : smaller(threads, larger(2, static_cast<int64_t>(layer / step * 4)));
+}
+
+template <class T> int64_t program_saved_size(const ProgramView &program, int64_t batch, Keep keep) {
+  if (keep == Keep::output)
+    return batch * program.dim;
+  if (!keeps_tape(keep))
+    return 0;
+  const bool wide = program_is_wide<T>(program, batch);
+  const int64_t tapes = tile_count(batch) * TapeLayout{program, wide ? Keep::inputs : keep}.rows() * leading<T>(batch);
+  return tapes + (wide && keep == Keep::all ? saved_of_nets<T>(program, batch) : 0);
+}
+
+template <class T> int64_t program_workspace(const ProgramJob<T> &job, bool backward) {
+  if (program_is_wide<T>(job.program, job.batch)) {
+    Program<T> program(job);
+    return WideWalk<T>(job, program, backward).size();
+  }
+  int64_t size = 0;
+  Memory<T>(job, backward, size);
+  return size;
+}
+
+template <class T> int64_t program_forward(const ProgramJob<T> &job) {
+  if (!program_is_wide<T>(job.program, job.batch))
+    return tile_forward(job);
+  Program<T> program(job);
+  WideWalk<T>(job, program, false).forward();
+  return -1;
+}
+
+template <class T> void program_backward(const ProgramBackwardJob<T> &job) {
+  if (!program_is_wide<T>(job.forward.program, job.forward.batch))
+    return tile_backward(job);
+  Program<T> program(job.forward);
+  WideWalk<T>(job.forward, program, true).backward(job);
+}
+
 #define IIN_FAST_INSTANTIATE(T)                                                                                        \
+  template bool program_is_wide<T>(const ProgramView &, int64_t);                                                      \
+  template int64_t program_sharing<T>(const ProgramView &, int64_t, int64_t);                                          \
   template int64_t program_saved_size<T>(const ProgramView &, int64_t, Keep);                                          \
   template int64_t program_workspace<T>(const ProgramJob<T> &, bool);                                                  \
   template int64_t program_forward<T>(const ProgramJob<T> &);                                                          \

@@ -11,13 +11,19 @@ namespace iin_fast {
 // Runs body(begin, end, data) on pieces of [0, count), on several threads.
 using ParallelPieces = void (*)(int64_t count, void (*body)(int64_t, int64_t, void *), void *data);
 
+// The threads that share the steps of a wide walk: all of a call's (common/thread_team.h), or one.
+struct Team {
+  int64_t threads;
+  ParallelPieces parallel;
+};
+
 template <class T> struct ProgramJob {
   ProgramView program;
   bool inverse, base;
   Keep keep;
   int64_t batch;
-  const T *x;                    // [batch, dim], the input of the direction that runs
-  const T *context;              // [batch, context]
+  const T *x;       // [batch, dim], the input of the direction that runs; in backward null for Keep::output
+  const T *context; // [batch, context]
   const void *const *parameters; // [tensors]
   const uint8_t *bool_mask;      // [tensors]: whether a mask is of bool
   T *y;                          // [batch, dim]
@@ -37,7 +43,11 @@ template <class T> struct ProgramBackwardJob {
   T *const *grads;       // [tensors], null where not wanted; zero where no layer reads
 };
 
-IIN_FAST_DECLARE_LOOPS(template <class T>
+// program_is_wide: whether threads share each net. program_sharing: how many of `threads` do then, else 1.
+IIN_FAST_DECLARE_LOOPS(template <class T> bool program_is_wide(const ProgramView &program, int64_t batch);
+                       template <class T>
+                       int64_t program_sharing(const ProgramView &program, int64_t batch, int64_t threads);
+                       template <class T>
                        int64_t program_saved_size(const ProgramView &program, int64_t batch, Keep keep);
                        template <class T> int64_t program_workspace(const ProgramJob<T> &job, bool backward);
                        // the first layer whose masks are not autoregressive, or -1

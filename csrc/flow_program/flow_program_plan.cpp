@@ -9,6 +9,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include "affine_coupling/affine_coupling.h"
+#include "flow/flow.h"
 
 namespace iin_fast {
 namespace {
@@ -38,6 +39,7 @@ public:
     for (const ProgramLayer &l : plan_.layers)
       view.net_rows = std::max(view.net_rows, l.net_rows);
     find_overlaps();
+    find_chains();
     view.widest = std::max({view.widest, view.dim, view.context});
     view.layers = plan_.layers.data();
   }
@@ -85,7 +87,7 @@ private:
   void find_overlaps() {
     std::vector<ParameterUse> uses;
     for (const ParameterUse &use : plan_.uses)
-      if (!use.mask)
+      if (use.kind == ParameterUse::value)
         uses.push_back(use);
     std::sort(uses.begin(), uses.end(), [](const ParameterUse &a, const ParameterUse &b) {
       return a.ref.tensor != b.ref.tensor ? a.ref.tensor < b.ref.tensor : a.ref.offset < b.ref.offset;
@@ -102,13 +104,13 @@ private:
     }
   }
 
-  ParameterRef ref(int64_t count, bool needed, bool mask = false) {
+  ParameterRef ref(int64_t count, bool needed, ParameterUse::Kind kind = ParameterUse::value) {
     ParameterRef r;
     r.tensor = integer(-1, plan_.view.tensors - 1);
     r.offset = integer(0, int64_t(1) << 48);
     check(r.present() || !needed, "a parameter is missing");
     if (r.present()) {
-      plan_.uses.push_back({r, count, mask, layer_});
+      plan_.uses.push_back({r, count, kind, layer_});
       plan_.needed[r.tensor] = std::max(plan_.needed[r.tensor], r.offset + count);
     }
     return r;
@@ -120,11 +122,13 @@ private:
     return at;
   }
 
-  int64_t take_gradient(int64_t count) {
-    const int64_t at = plan_.view.gradient_size;
-    plan_.view.gradient_size += padded(count);
+  static int64_t take(int64_t &size, int64_t count) {
+    const int64_t at = size;
+    size += padded(count);
     return at;
   }
+  int64_t take_gradient(int64_t count) { return take(plan_.view.layer_gradients, count); }
+  int64_t take_net_gradient(int64_t count) { return take(plan_.view.net_gradients, count); }
 
   const int64_t *keep(std::vector<int64_t> indices) {
     plan_.indices.push_back(std::move(indices));
@@ -159,6 +163,9 @@ private:
       l.kind = LayerKind::permute;
       std::vector<bool> seen(dim);
       l.index = keep(features(dim, seen)), l.index_count = dim;
+    } else if (kind == "shuffle") {
+      l.kind = LayerKind::permute;
+      l.index_at = ref(dim, true, ParameterUse::index), l.index_count = dim;
     } else if (kind == "linear") {
       l.kind = LayerKind::linear;
       l.storage = integer(0, 1), l.form = static_cast<ScaleForm>(integer(0, 2)), l.eps = number();
@@ -195,6 +202,7 @@ private:
       l.index_count = conditioning.size(), l.transformed_count = transformed.size(), l.passed_count = passed.size();
       l.index = keep(std::move(conditioning)), l.transformed = keep(std::move(transformed));
       l.passed = keep(std::move(passed));
+      plan_.view.autoregressive = plan_.view.autoregressive || l.autoregressive;
       net(l);
       transformer(l);
     } else {
@@ -219,14 +227,18 @@ private:
       ProgramStep s;
       const std::string kind = word();
       int64_t made = 0;
-      if (kind == "dense") {
-        s.kind = StepKind::dense;
+      if (kind == "dense" || kind == "panels") {
+        s.kind = StepKind::dense, s.panels = kind == "panels";
         s.a = source(), s.in = rows[s.a], s.out = made = integer(1, most);
-        s.weight = ref(s.in * s.out, true), s.bias = ref(s.out, false), s.mask = ref(s.in * s.out, false, true);
+        s.weight = ref(s.in * s.out, true), s.bias = ref(s.out, false);
+        s.mask = ref(s.in * s.out, false, ParameterUse::mask);
+        check(!s.panels || (!s.mask.present() && !l.autoregressive),
+              "panels with a mask, or in an autoregressive layer");
         if (s.mask.present())
           s.packed = take_packed(s.in * s.out);
-        s.weight_gradient = take_gradient(s.out * padded(s.in));
-        s.bias_gradient = take_gradient(s.out * 16);
+        const int64_t rest = s.out % panel_width;
+        s.weight_gradient = take_net_gradient(s.panels ? s.in * (s.out - rest + padded(rest)) : s.out * padded(s.in));
+        s.bias_gradient = take_net_gradient(s.out * 16);
       } else if (kind == "act") {
         s.kind = StepKind::act;
         s.activation = static_cast<Activation>(integer(0, 8)), s.slope = number(), s.a = source();
@@ -238,6 +250,12 @@ private:
       } else if (kind == "concat") {
         s.kind = StepKind::concat;
         s.a = source(), s.b = source(), made = rows[s.a] + rows[s.b];
+      } else if (kind == "context") {
+        s.kind = StepKind::context, s.a = 1;
+        s.first = integer(0, most), made = integer(1, most);
+        check(!l.autoregressive, "a part of the context in an autoregressive layer");
+        check(s.first + made <= plan_.view.context, "features ", s.first, " to ", s.first + made - 1,
+              " of the context, which has ", plan_.view.context);
       } else {
         check(false, "got '", kind, "', expected a kind of step");
       }
@@ -277,8 +295,61 @@ private:
       else
         place(id);
     }
+    find_chain(l, steps, outputs, rows);
     plan_.steps.push_back(std::move(steps)), plan_.values.push_back(std::move(values));
     l.steps = plan_.steps.back().data(), l.values = plan_.values.back().data(), l.step_count = count;
+  }
+
+  // Whether the steps are chains, see ProgramLayer.
+  void find_chain(ProgramLayer &l, const std::vector<ProgramStep> &steps, const std::vector<int64_t> &outputs,
+                  const std::vector<int64_t> &rows) const {
+    const int64_t count = steps.size(), chains = outputs.size();
+    int64_t at = 0, first = 0;
+    if (at < count && steps[at].kind == StepKind::context)
+      l.context_first = steps[at].first, l.context_count = rows[2 + at], ++at;
+    if (at < count && steps[at].kind == StepKind::concat) {
+      if (steps[at].a != 0 || steps[at].b != (at == 1 ? 2 : 1))
+        return;
+      l.context_count = rows[steps[at].b], first = 2 + at++;
+    } else if (at > 0) {
+      return;
+    }
+    const int64_t each = (count - at) / chains, layers = (each + 1) / 2;
+    if (l.autoregressive || l.index_count == 0 || count == at || each * chains != count - at || each % 2 == 0)
+      return;
+    for (int64_t n = 0; n < chains; ++n) {
+      if (outputs[n] != 2 + at + n * each + each - 1)
+        return;
+      for (int64_t i = 0; i < each; ++i) {
+        const int64_t k = at + n * each + i;
+        const ProgramStep &s = steps[k], &same = steps[at + i], &act = steps[at + (each > 1)];
+        if (s.a != (i == 0 ? first : 1 + k))
+          return;
+        if (i % 2 == 0 ? !s.panels || s.out != same.out
+                       : s.kind != StepKind::act || s.activation != Activation::leaky_relu || s.slope != act.slope)
+          return;
+      }
+    }
+    l.chain = at, l.chains = chains, l.chain_layers = layers, l.chain_slope = each > 1 ? steps[at + 1].slope : 0;
+  }
+
+  void find_chains() {
+    ProgramView &view = plan_.view;
+    bool all = true;
+    int64_t couplings = 0;
+    for (const ProgramLayer &l : plan_.layers) {
+      if (l.kind != LayerKind::coupling)
+        continue;
+      ++couplings, all = all && l.chains > 0;
+      int64_t weights = 0;
+      for (int64_t i = 0; i < l.chain_layers; ++i) {
+        const ProgramStep &s = l.steps[l.chain + 2 * i];
+        weights += s.in * s.out;
+        view.chain_layer = std::max(view.chain_layer, l.chains * s.in * s.out);
+      }
+      view.chain_weights = std::max(view.chain_weights, weights);
+    }
+    view.chains = all && couplings > 0;
   }
 
   void transformer(ProgramLayer &l) {

@@ -13,7 +13,7 @@ namespace iin_fast {
 struct ParameterUse {
   ParameterRef ref;
   int64_t count;
-  bool mask; // of bool or the dtype of x; everything else has the dtype of x
+  enum Kind { value, mask, index } kind; // in the dtype of x; that or bool; int64
   int64_t layer;
 };
 

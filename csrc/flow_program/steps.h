@@ -17,11 +17,13 @@ template <class T> IIN_FAST_INLINE void copy(const T *from, T *to, int64_t count
   __builtin_memcpy(to, from, count * sizeof(T));
 }
 
-// sum + lost += term, compensated.
+// sum + lost += term, compensated. `lost` stays below a unit of the sum: what equal terms lose is of one sign, and
+// would grow until it lost digits of its own.
 template <class T> IIN_FAST_INLINE void add_term(T &sum, T &lost, T term) {
   CompensatedSum<T> s{sum, lost};
   s.add(term);
-  sum = s.value, lost = s.lost;
+  sum = s.total();
+  lost = s.lost - (sum - s.value);
 }
 
 // An accumulator before its first term.
@@ -30,13 +32,14 @@ template <class T> IIN_FAST_INLINE void begin(T *sums, int64_t count, bool add) 
     __builtin_memset(sums, 0, count * sizeof(T));
 }
 
-// sums[i][lane] += the rows of value i that share a lane.
-template <class T> void sum_rows(const T *values, int64_t count, int64_t ld, T *sums) {
+// sums[i][lane] += the rows of value i that share a lane. Those from `rows` on repeat the last one: they would make NaN
+// of an infinite sum.
+template <class T> void sum_rows(const T *values, int64_t count, int64_t ld, int64_t rows, T *sums) {
   for (int64_t i = 0; i < count; ++i)
     for (int64_t r = 0; r < ld; r += block_size<T>)
 #pragma omp simd
       for (int l = 0; l < block_size<T>; ++l)
-        sums[i * 16 + l] += values[i * ld + r + l];
+        sums[i * 16 + l] += math::select(r + l < rows, values[i * ld + r + l], T(0));
 }
 
 template <class T, class F> IIN_FAST_INLINE void each(const T *from, T *to, int64_t count, F f) {

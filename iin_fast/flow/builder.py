@@ -14,6 +14,7 @@ from .layers import (
     AffineTransformer,
     Autoregressive,
     Concat,
+    Context,
     Coupling,
     Dense,
     Glu,
@@ -21,8 +22,10 @@ from .layers import (
     Layer,
     Linear,
     Net,
+    Panels,
     Permute,
     Ref,
+    Shuffle,
     SplineTransformer,
     Step,
     Transformer,
@@ -94,6 +97,10 @@ class ProgramBuilder:
     def permute(self, index: Iterable[int], *, inverse: bool = False) -> None:
         """y[j] = x[index[j]]."""
         self.add(Permute(tuple(map(int, index))), inverse)
+
+    def shuffle(self, index: Ref, *, inverse: bool = False) -> None:
+        """y[j] = x[index[j]], with an index that is a tensor."""
+        self.add(Shuffle(index), inverse)
 
     def linear(
         self,
@@ -214,6 +221,9 @@ class NetBuilder:
     def dense(self, source: int, weights: Weights) -> int:
         return self._add(Dense(source, *weights))
 
+    def panels(self, source: int, weights: Weights) -> int:
+        return self._add(Panels(source, *weights))
+
     def act(self, source: int, kind: str, slope: float = 0.0) -> int:
         return self._add(Act(kind, float(slope), source))
 
@@ -225,6 +235,9 @@ class NetBuilder:
 
     def concat(self, a: int, b: int) -> int:
         return self._add(Concat(a, b))
+
+    def context(self, first: int, count: int) -> int:
+        return self._add(Context(first, count))
 
     def build(self, *outputs: int) -> Net:
         return Net(tuple(self._steps), outputs)

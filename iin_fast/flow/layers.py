@@ -26,6 +26,7 @@ __all__ = [
     "AffineTransformer",
     "Autoregressive",
     "Concat",
+    "Context",
     "Coupling",
     "Dense",
     "Glu",
@@ -33,9 +34,11 @@ __all__ = [
     "Layer",
     "Linear",
     "Net",
+    "Panels",
     "Permute",
     "Read",
     "Ref",
+    "Shuffle",
     "SplineTransformer",
     "Step",
     "Transformer",
@@ -70,6 +73,12 @@ class Read(NamedTuple):
     ref: Ref
     shape: tuple[int, ...]
     mask: bool = False
+    integer: bool = False  # int64
+
+    @property
+    def learned(self) -> bool:
+        """Whether it can have a gradient."""
+        return not (self.mask or self.integer)
 
 
 def _expect(good: bool, message: str) -> None:
@@ -123,6 +132,15 @@ class Dense:
         shape = (self.out, sizes[self.source])
         weight, bias = Read("weight", self.weight, shape), Read("bias", self.bias, shape[:1])
         return _present(weight, bias, Read("mask", self.mask, shape, mask=True))
+
+
+@dataclass(frozen=True)
+class Panels(Dense):
+    """A dense layer whose weight lies in panels (iin_fast/ops/flow/layout.py); it takes no mask."""
+
+    def size(self, sizes: Sequence[int]) -> int:
+        _expect(self.mask == ABSENT, "mask is there, which a weight in panels does not take")
+        return super().size(sizes)
 
 
 @dataclass(frozen=True)
@@ -182,7 +200,29 @@ class Concat(_Pair):
         return sizes[self.a] + sizes[self.b]
 
 
-Step = Dense | Act | Add | Glu | Concat
+@dataclass(frozen=True)
+class Context:
+    """Features ``first … first + count - 1`` of the context."""
+
+    first: int
+    count: int
+
+    @property
+    def sources(self) -> tuple[int, ...]:
+        return (1,)
+
+    def size(self, sizes: Sequence[int]) -> int:
+        _expect(
+            self.first >= 0 and self.count >= 1 and self.first + self.count <= sizes[1],
+            f"first is {self.first} and count {self.count}, expected a part of {sizes[1]} features",
+        )
+        return self.count
+
+    def reads(self, sizes: Sequence[int]) -> tuple[Read, ...]:
+        return ()
+
+
+Step = Dense | Panels | Act | Add | Glu | Concat | Context
 
 
 @dataclass(frozen=True)
@@ -369,6 +409,19 @@ class Permute:
 
 
 @dataclass(frozen=True)
+class Shuffle:
+    """y[j] = x[index[j]], with an index that is a parameter: ``[dim]`` int64."""
+
+    index: Ref
+
+    def check(self, dim: int, context: int) -> None:
+        _expect(self.index != ABSENT, "index is absent, expected a parameter")
+
+    def reads(self, dim: int, context: int) -> Iterator[Read]:
+        yield Read("index", self.index, (dim,), integer=True)
+
+
+@dataclass(frozen=True)
 class Linear:
     """y = L (U x) + bias, L with a unit diagonal; logdet = sum log|diagonal of U|.
 
@@ -435,6 +488,9 @@ class Autoregressive:
     transformer: Transformer
 
     def check(self, dim: int, context: int) -> None:
+        for number, step in enumerate(self.net.steps):
+            if isinstance(step, (Panels, Context)):
+                raise ValueError(f"step {number} ({kind(step)}): expected in couplings alone")
         _check_net(self.net, self.transformer, dim, context, dim)
 
     def reads(self, dim: int, context: int) -> Iterator[Read]:
@@ -468,7 +524,7 @@ class Activation:
 class Inverse:
     """The inverse map of a layer in the forward direction."""
 
-    layer: "Affine | Permute | Linear | Coupling | Autoregressive | Activation"
+    layer: "Affine | Permute | Shuffle | Linear | Coupling | Autoregressive | Activation"
 
     def check(self, dim: int, context: int) -> None:
         _expect(not isinstance(self.layer, Inverse), "the inverse of an inverse, expected the layer itself")
@@ -478,7 +534,7 @@ class Inverse:
         yield from self.layer.reads(dim, context)
 
 
-Layer = Affine | Permute | Linear | Coupling | Autoregressive | Activation | Inverse
+Layer = Affine | Permute | Shuffle | Linear | Coupling | Autoregressive | Activation | Inverse
 
 
 def kind(item: Layer | Step | Transformer) -> str:

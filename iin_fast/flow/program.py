@@ -25,7 +25,7 @@ class FlowProgram:
     Attributes:
         text: the program as one string, the form that the op takes; :meth:`parse` reads it.
         reads: for each layer what it reads from the parameters.
-        differentiable: for each tensor whether gradients for it can exist: a mask has none, nor a tensor that no layer reads.
+        differentiable: for each tensor whether gradients for it can exist: a mask has none, nor an index, nor a tensor that no layer reads.
 
     Raises:
         ValueError: sizes, indices or options that don't fit; the message names the layer by number and kind.
@@ -63,7 +63,7 @@ class FlowProgram:
                     self._check_ref(read)
             except ValueError as error:
                 raise ValueError(f"FlowProgram: layer {number} ({L.kind(layer)}): {error}") from None
-        learned = {read.ref.tensor for layer_reads in reads for read in layer_reads if not read.mask}
+        learned = {read.ref.tensor for layer_reads in reads for read in layer_reads if read.learned}
         self._set("reads", tuple(reads))
         self._set("differentiable", tuple(i in learned for i in range(self.tensors)))
         self._set("text", _text.write(self.dim, self.context, self.tensors, self.layers))

@@ -56,6 +56,8 @@ def _sizes(layer: L.Layer, dim: int) -> str:
         return f"{dim} x {dim}: {layer.storage}, diagonal {_scale(layer.form, layer.eps)}"
     if isinstance(layer, L.Permute):
         return _list(layer.index)
+    if isinstance(layer, L.Shuffle):
+        return str(dim)
     assert isinstance(layer, L.Activation)
     return f"{dim}: slope {layer.slope:g}, " + ("log-det counted" if layer.exact else "log-det not counted")
 

@@ -5,15 +5,15 @@ The grammar, tokens set apart by spaces; ints are decimal, floats as repr() writ
     program     := "flow" "1" dim context n_tensors n_layers layer*
     ref         := tensor offset                              (-1 0: absent)
     layer       := "affine" order form eps shift:ref scale:ref
-                 | "permute" i_0 … i_{dim-1}
+                 | "permute" i_0 … i_{dim-1} | "shuffle" index:ref
                  | "linear" storage form eps lower:ref upper:ref diagonal:ref bias:ref
                  | "coupling" n c_1 … c_n n t_1 … t_n net transformer
                  | "autoregressive" net transformer
                  | "activation" slope exact
                  | "inverse" layer
     net         := "net" n_steps step* n_outputs value*
-    step        := "dense" source out weight:ref bias:ref mask:ref | "act" kind slope source
-                 | "add" a b | "glu" a b | "concat" a b
+    step        := ("dense" | "panels") source out weight:ref bias:ref mask:ref | "act" kind slope source
+                 | "add" a b | "glu" a b | "concat" a b | "context" first count
     transformer := "affine" squash clamp gain scale_at scale_step shift_at shift_step
                  | "spline" bins tails form left right bottom top min_width min_height min_derivative gain wrap
 
@@ -173,9 +173,9 @@ class _Reader:
         return cls(*values)
 
 
-_STEPS = {cls.__name__.lower(): cls for cls in (L.Dense, L.Act, L.Add, L.Glu, L.Concat)}
+_STEPS = {cls.__name__.lower(): cls for cls in (L.Dense, L.Panels, L.Act, L.Add, L.Glu, L.Concat, L.Context)}
 _TRANSFORMERS = {"affine": L.AffineTransformer, "spline": L.SplineTransformer}
-_FLAT_LAYERS = {"affine": L.Affine, "linear": L.Linear, "activation": L.Activation}
+_FLAT_LAYERS = {"affine": L.Affine, "shuffle": L.Shuffle, "linear": L.Linear, "activation": L.Activation}
 _LAYERS = (*_FLAT_LAYERS, "permute", "coupling", "autoregressive")
 
 

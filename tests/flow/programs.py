@@ -26,7 +26,7 @@ from iin_fast.ops.affine_coupling import SQUASHES
 
 __all__ = ["KINDS", "Drawn", "masks", "programs", "tame"]
 
-KINDS = ("affine", "permute", "linear", "coupling", "autoregressive", "activation")
+KINDS = ("affine", "permute", "shuffle", "linear", "coupling", "autoregressive", "activation")
 # From the tables of the library: what is added there is drawn here.
 SPLINES = (
     ("linear", "nflows"),
@@ -176,7 +176,9 @@ class _Draw:
             net = NetBuilder()
             value = net.act(net.dense(1, self.weights(self.context, hidden)), activation, slope)
             return net.build(net.dense(value, self.weights(hidden, outputs)))
-        shape = self.one_of("mlp", "residual", "free")
+        shape = self.one_of("mlp", "residual", "free", "chains")
+        if shape == "chains":
+            return self.chains(features, outputs, hidden)
         if shape == "mlp":
             widths = [inputs, *[hidden] * self.draw(st.integers(0, 2)), outputs]
             layers = [self.weights(a, b) for a, b in zip(widths, widths[1:], strict=False)]
@@ -223,6 +225,20 @@ class _Draw:
             ends = [net.dense(v, self.weights(sizes[v], n)) for v, n in ((value, first), (0, outputs - first))]
             return net.build(*ends)
         return net.build(net.dense(value, self.weights(size, outputs)))
+
+    def chains(self, features: int, outputs: int, hidden: int) -> Net:
+        """One or two nets of panels, which may read a part of the context."""
+        net = NetBuilder()
+        value, inputs = 0, features
+        if self.context and self.flag():
+            first = self.draw(st.integers(0, self.context - 1))
+            count = self.draw(st.integers(1, self.context - first))
+            value, inputs = net.concat(0, net.context(first, count)), features + count
+        ends = []
+        for part in (outputs,) if outputs % 2 or self.flag() else (outputs // 2,) * 2:
+            inner = net.act(net.panels(value, self.weights(inputs, hidden)), "leaky_relu", 0.3)
+            ends.append(net.panels(inner, self.weights(hidden, part)))
+        return net.build(*ends)
 
     def masked_net(self, transformer: Transformer, outputs: int) -> Net:
         """Dense layers with masks, as MADE has them; the context comes by concatenation or by a sum."""
@@ -274,6 +290,9 @@ class _Draw:
             build.affine(shift, scale, order=self.one_of(*ORDERS), form=form, eps=eps, inverse=inverse)
         elif kind == "permute":
             build.permute(self.draw(st.permutations(range(dim))), inverse=inverse)
+        elif kind == "shuffle":
+            index = torch.randperm(dim, generator=self.random)
+            build.shuffle(build.ref(index), inverse=inverse)
         elif kind == "linear":
             diagonal = 0.5 + self.normal(dim).abs() if form == "plain" else self.normal(dim, scale=0.3)
             bias = self.put(self.normal(dim)) if self.flag() else ABSENT

@@ -31,7 +31,8 @@ struct Memory { // on a cache line, and not a byte more
 
 bool walk(const Plan &plan, int64_t batch, bool inverse, Keep keep) {
   const ProgramView &p = plan.view;
-  int64_t total = p.packed_size + p.gradient_size + 64 * (p.net_rows + (p.layer_count + 1) * p.dim + p.context);
+  int64_t total =
+      p.packed_size + p.layer_gradients + p.net_gradients + 64 * (p.net_rows + (p.layer_count + 1) * p.dim + p.context);
   for (const int64_t needed : plan.needed)
     total += needed > most ? most : needed;
   if (total > most || p.tensors > 100)
@@ -43,12 +44,25 @@ bool walk(const Plan &plan, int64_t batch, bool inverse, Keep keep) {
     parameters.emplace_back(needed, 0.3f), grads.emplace_back(needed, 0.0f);
     data.push_back(parameters.back().data()), gradients.push_back(grads.back().data());
   }
+  std::vector<std::vector<int64_t>> indices; // what op flow_program makes sure of: each of a tensor of its own
+  for (const ParameterUse &use : plan.uses)
+    if (use.kind == ParameterUse::index) {
+      for (const ParameterUse &other : plan.uses)
+        if (other.kind != ParameterUse::index && other.ref.tensor == use.ref.tensor)
+          return false;
+      indices.emplace_back(plan.needed[use.ref.tensor]);
+      for (int64_t i = 0; i < static_cast<int64_t>(indices.back().size()); ++i)
+        indices.back()[i] = (i - use.ref.offset % p.dim + p.dim) % p.dim;
+      data[use.ref.tensor] = indices.back().data();
+    }
   const std::vector<uint8_t> bool_mask(p.tensors);
   const Memory x(batch * p.dim), context(batch * p.context), y(batch * p.dim), logdet(batch);
   const Memory saved(loops::program_saved_size<float>(p, batch, keep));
   ProgramJob<float> job{};
   job.program = p, job.inverse = inverse, job.base = true, job.keep = keep, job.batch = batch;
   job.x = x.data, job.context = context.data, job.parameters = data.data(), job.bool_mask = bool_mask.data();
+  if (keep == Keep::output && p.autoregressive)
+    return false;
   job.y = y.data, job.logdet = logdet.data, job.saved = keep == Keep::nothing ? nullptr : saved.data, job.threads = 2;
   job.parallel = [](int64_t count, void (*body)(int64_t, int64_t, void *), void *pointer) {
     std::thread other(body, 0, count / 2, pointer);
@@ -76,7 +90,7 @@ int main() {
       const std::shared_ptr<const Plan> plan = plan_of(text);
       for (const int64_t batch : {1, 40})
         for (const bool inverse : {false, true})
-          for (const Keep keep : {Keep::nothing, Keep::inputs, Keep::all})
+          for (const Keep keep : {Keep::nothing, Keep::inputs, Keep::all, Keep::output})
             walked += walk(*plan, batch, inverse, keep);
     } catch (const std::runtime_error &) {
       ++refused;

@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,8 @@ from torch import Tensor
 import iin_fast
 from flow.programs import KINDS, Drawn, programs, tame
 from flow.test_program import corrupted
-from iin_fast.flow import FlowProgram, ProgramBuilder, Weights, affine, mlp
+from iin_fast.flow import FlowProgram, NetBuilder, ProgramBuilder, Weights, affine, mlp, spline
+from iin_fast.flow.layers import Net
 from iin_fast.ops.flow_program import flow_program
 from iin_fast.ops.flow_program.checks import KEEP
 from iin_fast.testing.backends import relative_error
@@ -47,7 +50,12 @@ def sizes(wanted: list[Tensor]) -> list[tuple[float, float]]:
     return [(size, max(1.0, size) if place < 2 else max(1.0, *own[2:])) for place, size in enumerate(own)]
 
 
-def check(drawn: Drawn, **options) -> None:
+def insist(holds: bool) -> None:
+    """What is assumed of drawn programs holds for those that a test has made."""
+    assert holds
+
+
+def check(drawn: Drawn, assume: Callable[[bool], object] = assume, **options) -> None:
     """float64: equal. float32: as near to the truth as the definition in float32 is.
 
     Gradients jump at kinks and knots, where float32 may fall on the other side: they are held to a hundredth alone.
@@ -108,6 +116,62 @@ def test_same_bits_with_any_number_of_threads(drawn: Drawn, inverse: bool, memor
                 assert torch.equal(ours, wanted)
     finally:
         torch.set_num_threads(before)
+
+
+def wide(batch: int) -> Drawn:
+    """A program of large nets, which threads share, with layers of all kinds between them."""
+    random = torch.Generator().manual_seed(batch)
+
+    def parameter(*shape: int, scale: float = 0.3) -> Tensor:
+        return (scale * torch.randn(*shape, generator=random, dtype=torch.float64)).requires_grad_()
+
+    dim, context, hidden = 5, 3, 130
+    build = ProgramBuilder(dim, context)
+
+    def net(first: int, count: int, outputs: tuple[int, ...]) -> Net:
+        net, ends, widths = NetBuilder(), [], (2 + count, hidden, hidden)
+        value = net.concat(0, net.context(first, count)) if count else 0
+        for out in outputs:
+            here = value
+            for number, (inputs, units) in enumerate(pairwise((*widths, out))):
+                here = net.act(here, "leaky_relu", 0.2) if number else here
+                weight = parameter(units * inputs, scale=inputs**-0.5)
+                here = net.panels(here, Weights(units, build.ref(weight), build.ref(parameter(units))))
+            ends.append(here)
+        return net.build(*ends)
+
+    for inverse in (False, True):
+        t = spline(4, tail_bound=3.0, gain=0.5)
+        build.affine(build.ref(parameter(dim)), build.ref(parameter(dim)), form="exp", inverse=inverse)
+        build.coupling((0, 3), (1, 4), net(1, 2, (2 * t.count,)), t, inverse=inverse)
+        build.linear(
+            build.ref((parameter(dim, dim) / dim).detach().requires_grad_()), storage="square", inverse=inverse
+        )
+        build.coupling((4, 1), (0, 2), net(0, 0, (2, 2)), affine(2, "tanh"), inverse=inverse)
+        build.activation(0.7)
+        build.shuffle(build.ref(torch.randperm(dim, generator=random)), inverse=inverse)
+    x, given = (torch.randn(batch, n, generator=random, dtype=torch.float64).requires_grad_() for n in (dim, context))
+    return Drawn(build.build(), list(build.tensors), x, given)
+
+
+@pytest.mark.parametrize("batch", [1, 15, 70, 300])
+@pytest.mark.parametrize("memory", sorted(KEEP))
+@pytest.mark.parametrize("inverse", [False, True])
+def test_nets_that_threads_share(batch: int, memory: str, inverse: bool) -> None:
+    check(wide(batch), insist, inverse=inverse, base=True, memory=memory)
+
+
+def test_nets_that_threads_share_give_the_same_bits() -> None:
+    before = torch.get_num_threads()
+    drawn, found = wide(300).to(torch.float32), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(results(drawn, "cpp"))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(map(torch.equal, other, found[0]))
 
 
 @settings(max_examples=200, deadline=None)

@@ -8,10 +8,14 @@ from sanitizers import ISAS, ROOT, compiled, run
 
 from flow.test_op import example
 from iin_fast.nn import MaskedAutoregressiveFlow, NeuralSplineFlow, RealNVP
+from iin_fast.ops.flow.program import flow_as_program
 
 SOURCES = [
     Path(__file__).with_name("sanitized.cpp"),
-    *(ROOT / "csrc" / "flow_program" / f"flow_program_{part}.cpp" for part in ("plan", "loops")),
+    *(
+        ROOT / "csrc" / "flow_program" / f"{part}.cpp"
+        for part in ("flow_program_plan", "flow_program_loops", "conditioner_loops")
+    ),
 ]
 # Each with how many changed texts of each program: ThreadSanitizer takes ten times as long, and races don't hide in the texts.
 SANITIZERS = {"address,undefined": 500, "thread": 10}
@@ -25,6 +29,7 @@ def texts(changes: int) -> list[str]:
         RealNVP(4, 0, n_flows=2, hidden_dim=3, hidden_depth=0),
     ]
     right = [example().program.text, *(flow.program().text for flow in flows)]
+    right += [flow_as_program(3, 2, hidden, 1, 2, 2, 0.1, 0.9, True).text for hidden in (5, 200)]  # 200: a wide walk
     draw = random.Random(0)
     words = sorted({word for text in right for word in text.split()}) + ["-1", "0", "1", "2", "16777216", "99999999999"]
     found = list(right)

@@ -1,5 +1,6 @@
 // The CPU loops of the ops on several threads, compiled for ThreadSanitizer by test_sanitized_loops.py: rows shared as
-// torch's pool shares them, and the steps of a flow by a team, as in flow_cpu.cpp.
+// torch's pool shares them, and the steps of a flow by a team, as in flow_program_cpu.cpp. Reads flow programs, each a line
+// with the rows of its batch in front.
 //
 // on_threads NAME OVERLAP: the op, and how many rows or parts each thread takes of its neighbour's. More than 0 is a
 // race, which has to be found. Prints how many calls gave what one thread gives, how many did not, how many walks
@@ -8,6 +9,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <iostream>
 #include <random>
 #include <string>
 #include <thread>
@@ -16,7 +18,8 @@
 
 #include "affine_coupling/affine_coupling_loops.h"
 #include "common/thread_team.h"
-#include "flow/flow_loops.h"
+#include "flow_program/flow_program_loops.h"
+#include "flow_program/flow_program_plan.h"
 #include "pair_nll/pair_nll_loops.h"
 #include "spline_coupling/spline_coupling_loops.h"
 
@@ -199,57 +202,51 @@ template <class F> void with_team(int64_t threads, const F &walk) {
     other.join();
 }
 
-template <class T> void flow(const FlowSizes &s, Keep keep, bool inverse) {
-  const int64_t in = (s.dim + 1) / 2 + s.context_dim, out = s.dim / 2, nets = 4 * s.n_flows;
-  const int64_t counts[] = {s.n_flows * s.dim,
-                            s.n_flows * s.dim,
-                            nets * in * s.hidden,
-                            nets * s.hidden,
-                            nets * s.depth * s.hidden * s.hidden,
-                            nets * s.depth * s.hidden,
-                            nets * s.hidden * out,
-                            nets * out};
-  std::vector<std::vector<T>> weights;
-  for (const int64_t count : counts)
-    weights.push_back(numbers<T>(count, 1 / std::sqrt(static_cast<double>(s.hidden))));
-  for (T &scale : weights[1])
-    scale = 1 + scale / 2;
-  std::vector<int64_t> permutation;
-  for (int64_t i = 0; i < s.n_flows * s.dim; ++i)
-    permutation.push_back((i % s.dim + 1) % s.dim);
-  const auto x = numbers<T>(s.batch * s.dim, 1), grad_logdet = numbers<T>(s.batch, 1);
-  const auto context = numbers<T>(s.context_count * s.batch * s.context_dim, 1);
-  const auto pointers = [](auto &v) {
-    return FlowWeights<std::remove_pointer_t<decltype(v[0].data())>>{
-        v[0].data(), v[1].data(), v[2].data(), v[3].data(), v[4].data(), v[5].data(), v[6].data(), v[7].data()};
-  };
+template <class T> void program(const Plan &plan, int64_t batch, Keep keep, bool inverse) {
+  const ProgramView &p = plan.view;
+  std::vector<std::vector<T>> parameters;
+  std::vector<std::vector<int64_t>> indices(p.tensors);
+  std::vector<const void *> data;
+  for (const int64_t needed : plan.needed) {
+    parameters.push_back(numbers<T>(needed, 0.15));
+    data.push_back(parameters.back().data());
+  }
+  for (const ParameterUse &use : plan.uses)
+    if (use.kind == ParameterUse::index) {
+      std::vector<int64_t> &index = indices[use.ref.tensor];
+      for (int64_t i = 0; i < plan.needed[use.ref.tensor]; ++i)
+        index.push_back((i % p.dim + 1) % p.dim);
+      data[use.ref.tensor] = index.data();
+    }
+  for (const ProgramLayer &l : plan.layers)
+    for (int64_t i = 0; l.kind == LayerKind::affine && i < p.dim; ++i) // away from 0
+      parameters[l.scale.tensor][l.scale.offset + i] += T(1);
+  const std::vector<uint8_t> bool_mask(p.tensors);
+  const auto x = numbers<T>(batch * p.dim, 1), grad_logdet = numbers<T>(batch, 1);
+  const auto context = numbers<T>(batch * p.context, 1);
   compare([&](int64_t threads) {
-    std::vector<T> y(x.size()), logdet(s.batch), saved(loops::flow_saved_size<T>(s, keep)), grad_x(x.size()),
-        grad_context(context.size());
+    std::vector<T> y(x.size()), logdet(batch), grad_x(x.size()), grad_context(context.size());
+    std::vector<T> saved(loops::program_saved_size<T>(p, batch, keep));
     std::vector<std::vector<T>> grads;
-    for (const int64_t count : counts)
-      grads.emplace_back(count);
-    FlowJob<T> job{};
-    job.sizes = s, job.permutation = permutation.data(), job.leaky_slope = T(0.1), job.activation_slope = 1;
-    const std::vector<std::vector<T>> &read = weights;
-    job.weights = pointers(read);
-    job.context = s.context_dim > 0 ? context.data() : nullptr;
-    job.inverse = inverse, job.keep = keep, job.threads = threads, job.parallel_for = parallel;
-    job.x = x.data(), job.y = y.data(), job.logdet = logdet.data(), job.saved = saved.data();
-    const int64_t sharing = loops::flow_sharing<T>(s, threads);
-    std::vector<T> forward(loops::flow_forward_workspace<T>(s, threads, keep) + 64);
-    std::vector<T> backward(loops::flow_backward_workspace<T>(s, threads, keep, true) + 64);
+    std::vector<T *> pointers;
+    for (const int64_t needed : plan.needed) {
+      grads.emplace_back(needed);
+      pointers.push_back(grads.back().data());
+    }
+    ProgramJob<T> job{};
+    job.program = p, job.inverse = inverse, job.keep = keep, job.batch = batch, job.threads = threads;
+    job.x = x.data(), job.context = context.data(), job.y = y.data(), job.logdet = logdet.data();
+    job.parameters = data.data(), job.bool_mask = bool_mask.data(), job.saved = saved.data(), job.parallel = parallel;
+    const int64_t sharing = loops::program_sharing<T>(p, batch, threads);
+    std::vector<T> forward(loops::program_workspace<T>(job, false) + 64);
+    std::vector<T> backward(loops::program_workspace<T>(job, true) + 64);
     const auto aligned = [](T *p) { return reinterpret_cast<T *>((reinterpret_cast<uintptr_t>(p) + 63) / 64 * 64); };
     job.workspace = aligned(forward.data());
-    with_team(sharing, [&] { loops::flow_forward<T>(job); });
+    with_team(sharing, [&] { loops::program_forward<T>(job); });
     job.workspace = aligned(backward.data());
-    const FlowBackwardJob<T> back{job,
-                                  x.data(),
-                                  grad_logdet.data(),
-                                  grad_x.data(),
-                                  s.context_dim > 0 ? grad_context.data() : nullptr,
-                                  pointers(grads)};
-    with_team(sharing, [&] { loops::flow_backward<T>(back); });
+    const ProgramBackwardJob<T> back{
+        job, x.data(), grad_logdet.data(), grad_x.data(), p.context ? grad_context.data() : nullptr, pointers.data()};
+    with_team(sharing, [&] { loops::program_backward<T>(back); });
     Outputs outputs;
     add(outputs, y), add(outputs, logdet), add(outputs, grad_x), add(outputs, grad_context);
     for (const std::vector<T> &grad : grads)
@@ -277,12 +274,13 @@ int main(int, char **words) {
   const std::string op = words[1];
   overlap = std::atoll(words[2]);
   small_op<float>(op), small_op<double>(op), small_op<BFloat16>(op), small_op<Half>(op);
-  // one whose steps a team shares, and one whose rows are shared, each thread walking alone
-  for (const FlowSizes &s : {FlowSizes{50, 64, 2, 150, 2, 3, 1}, FlowSizes{400, 9, 2, 70, 1, 2, 2}})
+  int64_t batch;
+  for (std::string text; op == "flow_program" && std::cin >> batch && std::getline(std::cin, text);)
     for (const bool inverse : {false, true})
-      for (const Keep keep : {Keep::nothing, Keep::inputs, Keep::all})
-        if (op == "flow")
-          flow<float>(s, keep, inverse), flow<double>(s, keep, inverse);
+      for (const Keep keep : {Keep::nothing, Keep::inputs, Keep::all, Keep::output}) {
+        const std::shared_ptr<const Plan> plan = plan_of(text);
+        program<float>(*plan, batch, keep, inverse), program<double>(*plan, batch, keep, inverse);
+      }
   for (const int64_t count : {same, different, by_team, by_rows})
     std::printf("%lld ", static_cast<long long>(count));
   for (size_t i = 0; i < sums.size(); i += 2)

@@ -1,11 +1,11 @@
 """The op ``flow``: a whole stack of flow blocks in one call. Argument checks, choice of the backend, autograd.
 
+On a CPU it is a program of the engine (program.py, op ``flow_program``); the op ``iin_fast::flow`` has the kernels for GPUs.
+
 Files: reference.py (plain torch, the definition), layout.py (how weights lie), saved.py (what a GPU keeps for backward),
-flops.py, csrc/flow (CPU and CUDA) and triton.py.
+flops.py, csrc/flow (CUDA) and triton.py.
 """
 
-import itertools
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,12 +25,15 @@ from ...checks import (
     checked_flag,
     checked_number,
 )
-from ..autograd import has_values
+from ..autograd import followed, has_values
+from ..flow_program import engine
+from ..inversion import check_inverse
 from ..registry import Op, register
 from ..types import FLOATING, FULL, accumulator_type
 from ..vmap import Rule, front, one_by_one
 from . import flops, reference
 from .layout import pack, unpack
+from .program import flow_as_program
 from .saved import saved_bytes
 
 __all__ = ["AUTO_SAVE_BYTES", "KEEP", "MEMORY", "flow", "pack", "unpack"]
@@ -39,7 +42,10 @@ KEEP = {"invert": 0, "checkpoint": 1, "save": 2}  # csrc/common/keep.h
 MEMORY = ("auto", "save", "checkpoint", "invert")
 
 AUTO_SAVE_BYTES = 256 * 2**20
-"""On a CPU ``memory="auto"`` saves activations up to this many bytes and keeps inputs of halves beyond (docs/performance.md)."""
+"""On a CPU ``memory="auto"`` saves activations of large nets up to this many bytes and keeps inputs of layers beyond.
+
+automatic_wide_bytes in csrc/flow_program/flow_program_cpu.cpp; here for compiled graphs, which choose beforehand.
+"""
 
 _PARAMETERS = (
     "loc",
@@ -90,10 +96,10 @@ def flow(
         activation_slope: slope of the activation after ActNorm below 0, above 0; 1 is no activation.
         exact_logdet: count the activation in the log-det (the published net2net code does not).
         inverse: compute x from y.
-        memory: what is kept for backward. "save": all activations. "checkpoint": the input of every half of a block, a
-            few percent of that, and backward computes the nets again, at about a third more time; on CPUs alone.
-            "auto": "save", on CPUs up to ``AUTO_SAVE_BYTES`` of activations and "checkpoint" beyond. All three give the
-            same gradients. "invert": only the output, from which backward inverts block by block, so that memory does
+        memory: what is kept for backward. "save": all activations. "checkpoint": the input of every layer, a few percent
+            of that, and backward computes the nets again, at about a third more time; on CPUs alone. "auto": "save", on
+            CPUs up to ``AUTO_SAVE_BYTES`` of activations and "checkpoint" beyond; flows of small nets save up to 16 MiB,
+            and beyond that keep ``x`` alone and compute the flow again. All three give the same gradients. "invert": only the output, from which backward inverts block by block, so that memory does
             not grow with depth. Its gradients are as wrong as the inverse is in the precision of ``x``; backward warns
             where it finds that. Where backward starts from the output ("invert", and the inverse on GPUs), change a
             copy of it, not itself.
@@ -126,26 +132,54 @@ def flow(
     tensors = (x, context, *parameters, permutation)
     if backend == "reference":
         return reference.flow(*tensors, leaky_slope, activation_slope, exact_logdet, inverse)
-    checkpoints = backend == "cpp" and x.device.type == "cpu"
-    if memory == "checkpoint" and not checkpoints:
+    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if backend == "cpp" and x.device.type == "cpu":
+        return _by_program(tensors, (leaky_slope, activation_slope, exact_logdet), inverse, memory, learns)
+    if memory == "checkpoint":
         raise ValueError(
             f"flow: memory is 'checkpoint' for {backend} on {x.device.type}, expected 'auto', 'save' or 'invert': only the "
             f"compiled op on a CPU has it; to save memory, use torch.utils.checkpoint around parts of the flow"
         )
-    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    if memory == "auto" and learns:
-        size = _saved_size(x, bias_in.shape[-1], bias_hidden.shape[-2], context, loc.shape[0], KEEP["save"])
-        memory = "checkpoint" if checkpoints and size * x.element_size() > AUTO_SAVE_BYTES else "save"
-    options = (
-        leaky_slope,
-        activation_slope,
-        exact_logdet,
-        inverse,
-        KEEP[memory] if learns else KEEP["invert"],
-        x.is_cuda and _tf32_is_allowed(),
-    )
+    keep = KEEP["save" if memory == "auto" else memory] if learns else KEEP["invert"]
+    options = leaky_slope, activation_slope, exact_logdet, inverse, keep, x.is_cuda and _tf32_is_allowed()
     y, logdet, _ = _calls[backend](*tensors, *options)
     return y, logdet
+
+
+def _by_program(
+    tensors: Sequence[Tensor | None], slopes: tuple[float, float, bool], inverse: bool, memory: str, learns: bool
+) -> tuple[Tensor, Tensor]:
+    """The flow as a program of the engine."""
+    x, context, *rest = tensors
+    assert x is not None
+    parameters = [t for t in rest if t is not None]
+    loc, bias_in, bias_hidden = parameters[0], parameters[3], parameters[5]
+    contexts, context_dim = (1, 0) if context is None else (context.shape[0], context.shape[2])
+    sizes: tuple[int, ...] = x.shape[1], loc.shape[0], bias_in.shape[3], bias_hidden.shape[3], context_dim, contexts
+    if followed():  # a graph holds for these numbers; writing them down makes them constants to torch.compile
+        sizes, slopes = tuple(int(f"{n}") for n in sizes), (float(f"{slopes[0]}"), float(f"{slopes[1]}"), slopes[2])
+    program = flow_as_program(*sizes, *slopes)
+    if context is not None:
+        context = context[0] if contexts == 1 else context.transpose(0, 1).flatten(1)
+        context = context if context_dim else None
+    if autocast_enabled(x):
+        x, context, *parameters = (engine.in_float32(t) for t in (x, context, *parameters))
+    if memory == "auto" and learns and followed():  # a compiled graph has to know
+        saved = 4 * sizes[1] * (sizes[3] + 1) * sizes[2] * x.shape[0] * x.element_size()
+        memory = "checkpoint" if saved > AUTO_SAVE_BYTES else "save"
+    keep = engine.INVERT if memory == "invert" else engine.KEEP[memory]
+    try:
+        return engine.call(x, context, parameters, program, inverse, False, keep)
+    except RuntimeError:
+        if has_values(x):
+            _check_permutation(parameters[-1])
+        raise
+
+
+def _check_permutation(permutation: Tensor) -> None:
+    for block, index in enumerate(permutation):
+        if index.sort().values.ne(torch.arange(len(index))).any():
+            raise RuntimeError(f"flow: permutation[{block}] is not a permutation of 0 .. {len(index) - 1}")
 
 
 def _tf32_is_allowed() -> bool:
@@ -232,21 +266,6 @@ def _check_types(
         check_device(op, name, value, x, "x")
 
 
-def _saved_size(x: Tensor, hidden: int, depth: int, context: Tensor | None, n_flows: int, keep: int) -> int:
-    """Elements of ``saved``: saved_half in csrc/flow/flow_loops.cpp, for every half."""
-    if keep == KEEP["invert"]:
-        return 0
-    line = 64 // x.element_size()
-
-    def padded(width: int) -> int:
-        return ((max(width, 1) + line - 1) // line | 1) * line
-
-    batch, dim = x.shape
-    row = dim + (0 if context is None else context.shape[2])
-    nets = padded(dim // 2) + 2 * (depth + 1) * padded(hidden) if keep == KEEP["save"] else 0
-    return 2 * n_flows * batch * (padded(row) + nets)
-
-
 def _fake(
     x: Tensor,
     context: Tensor | None,
@@ -266,10 +285,7 @@ def _fake(
     keep: int,
     tf32: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if x.device.type != "cpu":
-        return _fake_gpu(x, loc.shape[0], bias_in.shape[3], bias_hidden.shape[3], inverse, keep)
-    saved = _saved_size(x, bias_in.shape[3], bias_hidden.shape[3], context, loc.shape[0], keep)
-    return x.new_empty(x.shape), x.new_empty(x.shape[:1]), x.new_empty(saved)
+    return _fake_gpu(x, loc.shape[0], bias_in.shape[3], bias_hidden.shape[3], inverse, keep)
 
 
 def _fake_backward(
@@ -343,35 +359,15 @@ def _backward(
     return *(g if n else None for g, n in zip(found, needed, strict=False)), *(None,) * (len(needed) - len(found))
 
 
-_inverted = itertools.count(1)  # backward passes that inverted
-_warned: list[float] = []  # the error that was warned of
-
-
-@torch.no_grad()
 def _check_inverse(y: Tensor, tensors: list[Any], options: tuple[float, float, bool, bool]) -> None:
-    """Warn where the inverse does not lead back to the input. It is tried on a few rows, at calls 1, 2, 4, 8, …"""
     x, context, *rest = tensors
-    if not has_values(x) or torch._C._len_torch_dispatch_stack() or x.shape[0] == 0 or _warned:
-        return  # nothing to look at, or somebody who counts ops
-    number = next(_inverted)
-    if number & (number - 1):
-        return
-    rows = torch.arange(0, x.shape[0], -(-x.shape[0] // 16), device=x.device)
-    here = None if context is None else context[:, rows]
     leaky_slope, activation_slope, _, inverse = options
-    back, _ = flow(
-        y[rows], here, *rest, leaky_slope=leaky_slope, activation_slope=activation_slope, inverse=not inverse
-    )
-    wanted = x[rows].double()
-    error = ((back.double() - wanted).abs().max() / wanted.abs().max()).item()
-    if error > torch.finfo(x.dtype).eps ** 0.5:
-        _warned.append(error)
-        warnings.warn(
-            f"flow: with memory='invert' backward recovers its input from the output to {error:.1e} of its size "
-            f"({len(rows)} rows, {x.dtype}), and gradients are as wrong or worse; use memory='auto', or float64",
-            RuntimeWarning,
-            stacklevel=2,
-        )
+
+    def back(rows: Tensor) -> Tensor:
+        given = y[rows], None if context is None else context[:, rows], *rest
+        return flow(*given, leaky_slope=leaky_slope, activation_slope=activation_slope, inverse=not inverse)[0]
+
+    check_inverse("flow", x, back)
 
 
 def _fake_triton(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ...checks import check_device, check_dtype, check_floating
+from ...checks import check_device, check_dtype, check_floating, check_kind
 from ...flow import FlowProgram
 from ...flow import layers as L
 from .reference import _parameter, feature_order
@@ -16,8 +16,8 @@ __all__ = ["KEEP", "check_data", "check_parameters", "check_rows"]
 
 OP = "flow_program"
 
-# What forward keeps for backward: codes of csrc/flow_program/flow_program_loops.h, and 3 by size (flow_program_cpu.cpp). A
-# compiled graph has to know how much that is, so there "auto" keeps nothing.
+# What forward keeps for backward: codes of csrc/common/keep.h, and 3 by size (flow_program_cpu.cpp). A compiled graph has to
+# know how much that is, so there "auto" keeps nothing.
 KEEP = {"auto": 3, "recompute": 0, "checkpoint": 1, "save": 2}
 
 
@@ -53,7 +53,9 @@ def check_parameters(x: Tensor, parameters: Sequence[Tensor], program: FlowProgr
             where = f"{OP}: layer {number} ({L.kind(layer)})"
             name = f"{read.name}, parameters[{read.ref.tensor}],"
             value, end = parameters[read.ref.tensor], read.ref.offset + math.prod(read.shape)
-            if not (read.mask and value.dtype == torch.bool):
+            if read.integer:
+                check_kind(where, name, value, torch.int64, "an int64 tensor")
+            elif not (read.mask and value.dtype == torch.bool):
                 check_dtype(where, name, value, x.dtype, "like x" + (", or bool" if read.mask else ""))
             if value.numel() < end:
                 at = f" from element {read.ref.offset} on" if read.ref.offset else ""
@@ -77,6 +79,10 @@ def check_data(parameters: Sequence[Tensor], program: FlowProgram) -> None:
                 raise ValueError(
                     f"{where}: the masks let features {cyclic} depend on themselves, expected masks that are triangular in some order"
                 )
+        elif isinstance(layer, L.Shuffle):
+            index = read(layer.index, program.dim)
+            if not torch.equal(index.sort().values, torch.arange(program.dim, device=index.device)):
+                raise ValueError(f"{where}: index is no permutation of 0 … {program.dim - 1}")
         elif isinstance(layer, (L.Affine, L.Linear)) and layer.form == "plain":
             scale = _plain_scale(layer, program.dim, read)
             if scale is not None and bool((scale == 0).any()):

@@ -10,13 +10,17 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
 from ...flow import FlowProgram
 from ..autograd import by_definition, differentiated, followed
+from ..inversion import check_inverse
 from ..registry import Op, register
 from ..types import FULL
 from ..vmap import Rule, front, one_by_one
 from . import flops, reference
 from .checks import KEEP, check_parameters
 
-__all__ = ["call", "in_float32"]
+__all__ = ["INVERT", "call", "in_float32"]
+
+INVERT = 4
+"""Keep the output alone: backward inverts layer by layer. For programs without autoregressive layers (csrc/common/keep.h)."""
 
 
 def in_float32(value: Any) -> Any:
@@ -84,6 +88,14 @@ def _gradients(
     if grad_y is None and grad_logdet is None:
         return None, None, [None] * len(parameters)
     program, inverse, base, keep = options
+    if keep == INVERT:
+        op = torch.ops.iin_fast.flow_program.default
+
+        def back(rows: Tensor) -> Tensor:
+            y, here = saved.view(x.shape)[rows], None if context is None else context[rows]
+            return op(y, here, parameters, program.text, not inverse, False, 0)[0]  # type: ignore[no-any-return]
+
+        check_inverse("flow", x, back)
     wanted = _wanted(program, need_parameters)
     grad_logdet = x.new_zeros(x.shape[0]) if grad_logdet is None else grad_logdet
     grad_x, grad_context, found = torch.ops.iin_fast.flow_program_backward.default(

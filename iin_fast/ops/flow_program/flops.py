@@ -19,7 +19,7 @@ def _program_products(batch: int, text: str, inverse: bool) -> int:
         inverted = isinstance(layer, L.Inverse)
         kind = layer.layer if isinstance(layer, L.Inverse) else layer
         if isinstance(kind, (L.Coupling, L.Autoregressive)):
-            total += products(batch, *(read.shape for read in reads if not read.mask and len(read.shape) == 2))
+            total += products(batch, *(read.shape for read in reads if read.learned and len(read.shape) == 2))
         elif isinstance(kind, L.Linear) and inverted == inverse:
             total += 2 * products(batch, (program.dim, program.dim))
     return total
@@ -34,6 +34,8 @@ def backward(
     base: bool, keep: int, context_grad: bool, wanted: str, *_: Any, **__: Any,
 ) -> int:  # fmt: skip
     """Gradients of all activations, of the weights where they are wanted, and the map again where not all was kept."""
-    kept = prod(saved) > 0 and keep != KEEP["checkpoint"]
-    passes = 1 + ("1" in wanted) + (not kept)
+    kept = prod(saved) > 0 and keep in (KEEP["auto"], KEEP["save"])
+    reads = (read for layer in FlowProgram.parse(program).reads for read in layer)
+    weights = any(wanted[read.ref.tensor] == "1" for read in reads if len(read.shape) > 1)
+    passes = 1 + weights + (not kept)
     return passes * _program_products(x[0], program, inverse)

@@ -15,6 +15,7 @@ from torch import Tensor
 from ...flow import FlowProgram
 from ...flow import layers as L
 from ..affine_coupling.reference import affine_coupling
+from ..flow.layout import unpack
 from ..spline_coupling.reference import spline_coupling
 
 __all__ = ["DEFINITION", "Maps", "feature_order", "flow_program"]
@@ -79,8 +80,9 @@ def _layer(layer: L.Layer, x: Tensor, context: Tensor | None, read: Read, maps: 
         return _layer(layer.layer, x, context, read, maps, not inverse)
     if isinstance(layer, L.Affine):
         return _affine(layer, x, read, inverse)
-    if isinstance(layer, L.Permute):
-        index = torch.tensor(layer.index, device=x.device)
+    if isinstance(layer, (L.Permute, L.Shuffle)):
+        given = isinstance(layer, L.Shuffle)
+        index = read(layer.index, x.shape[1]) if given else torch.tensor(layer.index, device=x.device)
         return x[:, index.argsort() if inverse else index], x.new_zeros(x.shape[0])
     if isinstance(layer, L.Linear):
         return _linear(layer, x, read, inverse)
@@ -167,12 +169,17 @@ def _net(net: L.Net, features: Tensor, context: Tensor | None, read: Read, dropo
             source = values[step.source]
             if dropout and isinstance(after, L.Add):
                 source = F.dropout(source, dropout)
-            weight = read(step.weight, step.out, source.shape[1])
+            if isinstance(step, L.Panels):
+                weight = unpack(read(step.weight, step.out * source.shape[1]), step.out, source.shape[1])
+            else:
+                weight = read(step.weight, step.out, source.shape[1])
             if step.mask != L.ABSENT:
                 weight = weight * read(step.mask, step.out, source.shape[1]).detach()
             value = F.linear(source, weight, None if step.bias == L.ABSENT else read(step.bias, step.out))
         elif isinstance(step, L.Act):
             value = _ACTS[step.kind](values[step.source], step.slope)
+        elif isinstance(step, L.Context):
+            value = values[1][:, step.first : step.first + step.count]
         else:
             a, b = values[step.a], values[step.b]
             value = (
@@ -233,6 +240,8 @@ def feature_order(layer: L.Autoregressive, dim: int, context: int, read: Read, l
             found = depends[step.source]
         elif isinstance(step, L.Concat):
             found = torch.cat([depends[step.a], depends[step.b]])
+        elif isinstance(step, L.Context):
+            found = depends[1][step.first : step.first + step.count]
         else:
             found = torch.maximum(depends[step.a], depends[step.b])
         depends.append(found)

@@ -4,25 +4,18 @@
 //   outer_product    dW[k, panel] (+)= A[rows, k]^T dC[rows, panel]
 //   transpose_panel  a piece of a panel turned, so that multiply_panel also computes dA = dC W^T
 //
-// Activations are row-major with rows padded to whole vectors (padded()), so a product may write the padding; a panel
-// is not padded: a vector that reaches beyond its row reads the next row, whose lanes are dropped, and only the last
-// rows of the last panel are read from a copy. All loops are register tiles of R rows x C vectors; R and C are chosen
-// for 32 or 16 vector registers. Tuned on AVX-512 (Zen 5) at hidden 512, batch 25 and 256: docs/performance.md.
+// Activations are row-major with rows padded to whole vectors (row_stride()), so a product may write the padding; a
+// panel is not padded: a vector that reaches beyond its row reads the next row, whose lanes are dropped, and only the
+// last rows of the last panel are read from a copy. All loops are register tiles of R rows x C vectors; R and C are
+// chosen for 32 or 16 vector registers. Tuned on AVX-512 (Zen 5) at hidden 512, batch 25 and 256: docs/performance.md.
 #pragma once
 
 #include "common/simd.h"
-#include "flow/flow.h"
+#include "flow/flow.h" // panel_width
 
 namespace iin_fast {
 namespace IIN_FAST_ISA {
 namespace {
-
-// Elements from one row of an activation to the next: whole cache lines, an odd number of them, since rows a power of
-// two apart would share the sets of the first cache.
-template <class T> IIN_FAST_INLINE int64_t padded(int64_t width) {
-  constexpr int64_t line = 64 / sizeof(T);
-  return (ceil_div(larger(width, 1), line) | 1) * line;
-}
 
 // What happens to a sum when it is complete.
 enum class Finish {
