@@ -1,6 +1,6 @@
 // The CPU loops of the ops on several threads, compiled for ThreadSanitizer by test_sanitized_loops.py: rows shared as
-// torch's pool shares them, and the steps of a flow by a team, as in flow_program_cpu.cpp. Reads flow programs, each a line
-// with the rows of its batch in front.
+// torch's pool shares them, and the steps of a flow by a team, as in flow_program_cpu.cpp. Reads flow programs, each a
+// line with the rows of its batch in front.
 //
 // on_threads NAME OVERLAP: the op, and how many rows or parts each thread takes of its neighbour's. More than 0 is a
 // race, which has to be found. Prints how many calls gave what one thread gives, how many did not, how many walks
