@@ -12,6 +12,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #define IIN_FAST_HD __host__ __device__ __forceinline__
@@ -62,9 +63,10 @@ template <class T> IIN_FAST_HD T select(bool condition, T yes, T no) {
 #endif
 }
 
-// 2^n for n in the range of normal numbers.
+// 2^n for n in the range of normal numbers; some number for any other.
 template <class T> IIN_FAST_HD T power_of_two(typename Float<T>::Int n) {
-  return bits<T>((n + Float<T>::bias) << Float<T>::mantissa_bits);
+  using Bits = std::make_unsigned_t<typename Float<T>::Int>;
+  return bits<T>((static_cast<Bits>(n) + Float<T>::bias) << Float<T>::mantissa_bits);
 }
 
 constexpr double reciprocal_factorial(int k) { return k <= 1 ? 1.0 : reciprocal_factorial(k - 1) / k; }

@@ -2,7 +2,7 @@
 
 The grammar, tokens set apart by spaces; ints are decimal, floats as repr() writes them::
 
-    program     := "flow" "1" dim context n_tensors n_layers layer*
+    program     := "flow" "2" dim context n_tensors n_layers layer*
     ref         := tensor offset                              (-1 0: absent)
     layer       := "affine" order form eps shift:ref scale:ref
                  | "permute" i_0 … i_{dim-1} | "shuffle" index:ref
@@ -17,7 +17,7 @@ The grammar, tokens set apart by spaces; ints are decimal, floats as repr() writ
     transformer := "affine" squash clamp gain scale_at scale_step shift_at shift_step
                  | "spline" bins tails form left right bottom top min_width min_height min_derivative gain wrap
 
-Names (order, form, storage, kind, squash, tails) are written as their codes.
+Names (order, form, storage, kind, squash, tails) are written as their codes. Texts of version 1, which are read, too, have no ``wrap``.
 """
 
 import math
@@ -32,7 +32,8 @@ from . import layers as L
 
 __all__ = ["parse", "write"]
 
-VERSION = "1"
+VERSION = "2"
+_SINCE = {(L.SplineTransformer, "wrap"): "2"}  # fields that texts of earlier versions lack
 _INT = re.compile(r"-?[0-9]{1,18}")  # within 64 bits
 
 
@@ -113,6 +114,7 @@ class _Reader:
     def __init__(self, text: str) -> None:
         self.words = text.split()
         self.place = 0
+        self.version = VERSION
 
     def word(self, expected: str) -> str:
         if self.place == len(self.words):
@@ -156,7 +158,9 @@ class _Reader:
         values: list[object] = []
         for field in fields(cls):
             codes = _NAMES.get((cls, field.name))
-            if codes is not None:
+            if self.version < _SINCE.get((cls, field.name), ""):
+                values.append(field.default)
+            elif codes is not None:
                 code = self.integer(field.name)
                 names = [name for name, known in codes.items() if known == code]
                 if not names:
@@ -203,7 +207,7 @@ def parse(text: str, make: Callable[[int, int, int, tuple[L.Layer, ...]], Any]) 
     """Read a text; ``make`` takes dim, context, the number of tensors, and the layers."""
     read = _Reader(text)
     read.one_of("flow")
-    read.one_of(VERSION)
+    read.version = read.one_of("1", VERSION)
     dim, context, tensors = read.integers(3, "dim, context and the number of tensors")
     found: list[L.Layer] = []
     for number in range(read.count("n_layers")):
