@@ -39,7 +39,13 @@ SLOW_FILES = {Path(__file__).parent / f"{name}.py" for name in SLOW.split()}
 assert all(file.exists() for file in SLOW_FILES), "SLOW names a file that is no longer there"
 
 
+# Files that take a process for minutes come first, so that none runs alone at the end.
+LONG = ["cuda_emulator/test_emulator", "packaging/test_aarch64", "backends/test_triton", "packaging/test_gpu_report"]
+LONG_FILES = [Path(__file__).parent / f"{name}.py" for name in LONG]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path not in LONG_FILES)
     for item in items:
         if item.path in SLOW_FILES:
             item.add_marker(pytest.mark.slow)
