@@ -24,8 +24,7 @@ public:
   Parser(const std::string &text, Plan &plan) : at_(text.c_str()), end_(at_ + text.size()), plan_(plan) {}
 
   void parse() {
-    check(word() == "flow", "expected a text that begins with 'flow'");
-    version_ = integer(1, 2);
+    check(word() == "flow" && integer(1, 1) == 1, "expected a text that begins with 'flow 1'");
     ProgramView &view = plan_.view;
     view.dim = integer(1, most), view.context = integer(0, most), view.tensors = integer(0, most);
     view.layer_count = integer(0, most);
@@ -354,7 +353,11 @@ private:
   }
 
   void transformer(ProgramLayer &l) {
-    const std::string kind = word();
+    std::string kind = word();
+    if (kind == "wrapped") {
+      l.spline.wrap = true, kind = word();
+      check(kind == "spline", "got 'wrapped ", kind, "', expected a spline");
+    }
     const int64_t last = l.transformed_count - 1;
     if (kind == "affine") {
       l.transformer = TransformerKind::affine;
@@ -375,7 +378,6 @@ private:
       SplineLimits<double> &s = t.limits;
       s.left = number(), s.right = number(), s.bottom = number(), s.top = number();
       s.min_width = number(), s.min_height = number(), s.min_derivative = number(), t.gain = number();
-      t.wrap = version_ > 1 && integer(0, 1) == 1;
       check(s.left < s.right && s.bottom < s.top, "a spline's box is empty");
       const bool zuko = t.form == static_cast<int64_t>(Parameterization::zuko);
       check(!zuko || (s.min_derivative > 0 && s.min_derivative < 1), "min_derivative is ", s.min_derivative,
@@ -391,7 +393,7 @@ private:
 
   const char *at_, *end_;
   Plan &plan_;
-  int64_t version_ = 0, layer_ = -1;
+  int64_t layer_ = -1;
   bool reread_ = false; // backward reads an output of this net as the net made it
 };
 

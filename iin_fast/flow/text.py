@@ -2,7 +2,7 @@
 
 The grammar, tokens set apart by spaces; ints are decimal, floats as repr() writes them::
 
-    program     := "flow" "2" dim context n_tensors n_layers layer*
+    program     := "flow" "1" dim context n_tensors n_layers layer*
     ref         := tensor offset                              (-1 0: absent)
     layer       := "affine" order form eps shift:ref scale:ref
                  | "permute" i_0 … i_{dim-1} | "shuffle" index:ref
@@ -15,15 +15,16 @@ The grammar, tokens set apart by spaces; ints are decimal, floats as repr() writ
     step        := ("dense" | "panels") source out weight:ref bias:ref mask:ref | "act" kind slope source
                  | "add" a b | "glu" a b | "concat" a b | "context" first count
     transformer := "affine" squash clamp gain scale_at scale_step shift_at shift_step
-                 | "spline" bins tails form left right bottom top min_width min_height min_derivative gain wrap
+                 | "spline" bins tails form left right bottom top min_width min_height min_derivative gain
+                 | "wrapped" "spline" …
 
-Names (order, form, storage, kind, squash, tails) are written as their codes. Texts of version 1, which are read, too, have no ``wrap``.
+Names (order, form, storage, kind, squash, tails) are written as their codes.
 """
 
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import Field, fields, replace
 from typing import Any
 
 from ..ops.affine_coupling import SQUASHES
@@ -32,8 +33,7 @@ from . import layers as L
 
 __all__ = ["parse", "write"]
 
-VERSION = "2"
-_SINCE = {(L.SplineTransformer, "wrap"): "2"}  # fields that texts of earlier versions lack
+VERSION = "1"
 _INT = re.compile(r"-?[0-9]{1,18}")  # within 64 bits
 
 
@@ -62,10 +62,14 @@ _NAMES: dict[tuple[type, str], Mapping[str, int]] = {
 }
 
 
+def _fields(cls: type) -> Iterator[Field[Any]]:
+    return (field for field in fields(cls) if field.name != "wrap")  # a word in front
+
+
 def _flat(item: Any) -> Iterator[object]:
     """The word and the fields of an item whose fields are names, numbers and refs."""
     yield L.kind(item)
-    for field in fields(item):
+    for field in _fields(type(item)):
         value = getattr(item, field.name)
         codes = _NAMES.get((type(item), field.name))
         if codes is not None:
@@ -105,6 +109,8 @@ def _conditioner(layer: L.Coupling | L.Autoregressive) -> Iterator[object]:
         yield from _flat(step)
     yield len(layer.net.outputs)
     yield from layer.net.outputs
+    if isinstance(layer.transformer, L.SplineTransformer) and layer.transformer.wrap:
+        yield "wrapped"
     yield from _flat(layer.transformer)
 
 
@@ -114,7 +120,6 @@ class _Reader:
     def __init__(self, text: str) -> None:
         self.words = text.split()
         self.place = 0
-        self.version = VERSION
 
     def word(self, expected: str) -> str:
         if self.place == len(self.words):
@@ -156,11 +161,9 @@ class _Reader:
     def flat(self, cls: Any) -> Any:
         """The fields of an item behind its word."""
         values: list[object] = []
-        for field in fields(cls):
+        for field in _fields(cls):
             codes = _NAMES.get((cls, field.name))
-            if self.version < _SINCE.get((cls, field.name), ""):
-                values.append(field.default)
-            elif codes is not None:
+            if codes is not None:
                 code = self.integer(field.name)
                 names = [name for name, known in codes.items() if known == code]
                 if not names:
@@ -187,7 +190,11 @@ def _read_net(read: _Reader) -> tuple[L.Net, L.Transformer]:
     read.one_of("net")
     steps = tuple(read.flat(_STEPS[read.one_of(*_STEPS)]) for _ in range(read.count("n_steps")))
     outputs = read.integers(read.count("n_outputs"), "an output of the net")
-    return L.Net(steps, outputs), read.flat(_TRANSFORMERS[read.one_of(*_TRANSFORMERS)])
+    net, word = L.Net(steps, outputs), read.one_of(*_TRANSFORMERS, "wrapped")
+    if word != "wrapped":
+        return net, read.flat(_TRANSFORMERS[word])
+    read.one_of("spline")
+    return net, replace(read.flat(L.SplineTransformer), wrap=True)
 
 
 def _read_layer(read: _Reader, word: str, dim: int) -> Any:
@@ -207,7 +214,7 @@ def parse(text: str, make: Callable[[int, int, int, tuple[L.Layer, ...]], Any]) 
     """Read a text; ``make`` takes dim, context, the number of tensors, and the layers."""
     read = _Reader(text)
     read.one_of("flow")
-    read.version = read.one_of("1", VERSION)
+    read.one_of(VERSION)
     dim, context, tensors = read.integers(3, "dim, context and the number of tensors")
     found: list[L.Layer] = []
     for number in range(read.count("n_layers")):
