@@ -135,6 +135,7 @@ BAD = {
     "word": (lambda: FlowProgram.parse("flow 1 2 0 0 1 rotate"), r"layer 0 \(layer\): token 7 is 'rotate', expected affine"),
     "number": (lambda: FlowProgram.parse("flow 1 2 0 0 1 activation nan 1"), r"layer 0 \(activation\): token 8 is 'nan', expected slope, a finite number"),
     "code": (lambda: FlowProgram.parse("flow 1 2 0 1 1 affine 2 0 0.0 0 0 0 2"), r"layer 0 \(affine\): order is 2, expected a code of scale_first, shift_first"),
+    "wrapped": (lambda: FlowProgram.parse("flow 1 2 0 0 1 coupling 1 0 1 1 net 0 1 0 wrapped affine"), r"token 17 is 'affine', expected spline"),
     "rest": (lambda: FlowProgram.parse("flow 1 2 0 0 1 permute 1 0 2"), r"1 tokens are left behind the last layer"),
     "count": (lambda: FlowProgram.parse(f"flow 1 2 0 0 {10**17} permute 1 0"), r"n_layers is 100000000000000000, but 3 tokens follow"),
 }  # fmt: skip
