@@ -33,7 +33,7 @@ from ..types import FLOATING, FULL, accumulator_type
 from ..vmap import Rule, front, one_by_one
 from . import flops, reference
 from .layout import pack, unpack
-from .program import flow_as_program
+from .program import TENSORS, flow_as_program
 from .saved import saved_bytes
 
 __all__ = ["AUTO_SAVE_BYTES", "KEEP", "MEMORY", "flow", "pack", "unpack"]
@@ -47,16 +47,7 @@ AUTO_SAVE_BYTES = 256 * 2**20
 automatic_wide_bytes in csrc/flow_program/flow_program_cpu.cpp; here for compiled graphs, which choose beforehand.
 """
 
-_PARAMETERS = (
-    "loc",
-    "scale",
-    "weight_in",
-    "bias_in",
-    "weight_hidden",
-    "bias_hidden",
-    "weight_out",
-    "bias_out",
-)
+_PARAMETERS = TENSORS[:-1]
 
 
 def flow(
@@ -99,8 +90,8 @@ def flow(
         memory: what is kept for backward. "save": all activations. "checkpoint": the input of every layer, a few percent
             of that, and backward computes the nets again, at about a third more time; on CPUs alone. "auto": "save", on
             CPUs up to ``AUTO_SAVE_BYTES`` of activations and "checkpoint" beyond; flows of small nets save up to 16 MiB,
-            and beyond that keep ``x`` alone and compute the flow again. All three give the same gradients. "invert": only the output, from which backward inverts block by block, so that memory does
-            not grow with depth. Its gradients are as wrong as the inverse is in the precision of ``x``; backward warns
+            and beyond that keep ``x`` alone and compute the flow again. All three give the same gradients. "invert": only
+            the output, from which backward inverts block by block, so that memory does not grow with depth. Its gradients are as wrong as the inverse is in the precision of ``x``; backward warns
             where it finds that. Where backward starts from the output ("invert", and the inverse on GPUs), change a
             copy of it, not itself.
 
