@@ -8,7 +8,8 @@ next one runs. FOLDER/gpu.json ($OUT or gpu-results by default) is written again
 
     environment   GPU, driver, clocks, versions, commit
     build         both libraries, in place
-    tests         tests/gpu                                     ┐
+    tests         tests/gpu but for Triton's                    ┐
+    triton        tests/gpu, those of Triton                    │
     sanitizer     compute-sanitizer memcheck and racecheck      ├ nothing is timed, so these run side by side
     compile       torch.compile fills its cache for `flow`      ┘
     peaks         a copy, and products of matrices in bfloat16, TF32 and float32
@@ -23,6 +24,7 @@ between two CUDA events, its start included, after a write of 256 MiB has emptie
 import argparse
 import contextlib
 import gc
+import importlib.util
 import json
 import os
 import platform
@@ -40,12 +42,13 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ROOT / "build" / "gpu"
-GROUPS = [["environment"], ["build"], ["tests", "sanitizer", "compile"], ["peaks"], ["ops"], ["flow"]]
+GROUPS = [["environment"], ["build"], ["tests", "triton", "sanitizer", "compile"], ["peaks"], ["ops"], ["flow"]]
 # seconds; what the stages before have left over goes to the last one
 LIMITS = {
     "environment": 40,
     "build": 200,
     "tests": 150,
+    "triton": 150,
     "sanitizer": 150,
     "compile": 150,
     "peaks": 40,
@@ -176,12 +179,14 @@ def run_command(run: Run, command: list[str], name: str, environment: dict[str, 
 
 
 def tests(run: Run) -> None:
+    """Those of the compiled library here, those of Triton, which compile for long, in a stage of their own."""
     variables = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"} | ({"IIN_FAST_TEST_DEVICE": "cpu"} if run.dry else {})
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"]
-    if run.dry:
-        command += ["-k", "same_bits"]
+    if importlib.util.find_spec("xdist") and not run.dry:
+        command += ["-n", "5"]
+    command += ["-k", ("same_bits and " if run.dry else "") + ("" if run.stage == "triton" else "not ") + "triton"]
     try:
-        text = run_command(run, command, "tests", variables)
+        text = run_command(run, command, run.stage, variables)
     except RuntimeError as error:
         text = str(error)
         run.result["summary"] = text.strip().splitlines()[-1]
@@ -722,6 +727,7 @@ STAGES: dict[str, Callable[[Run], None]] = {
     "environment": environment,
     "build": build,
     "tests": tests,
+    "triton": tests,
     "sanitizer": sanitizer,
     "compile": compile_cache,
     "peaks": peaks,
