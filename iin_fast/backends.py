@@ -19,7 +19,7 @@ __all__ = [
     "available",
     "backend",
     "chosen",
-    "chosen_on_cpu",
+    "chosen_compiled",
     "ops",
     "register",
     "register_library",
@@ -185,11 +185,13 @@ def chosen(op: str, x: Tensor) -> str:
     return "cpp" if "cpp" in have else have[-1]
 
 
-def chosen_on_cpu(op: str) -> bool:
-    """Whether the compiled library runs ``op`` on a CPU, where nothing differentiates or traces the call."""
-    contexts = _thread.contexts
+def chosen_compiled(op: str, x: Tensor) -> bool:
+    """Whether the compiled library runs ``op`` on ``x``, where nothing differentiates or traces the call."""
+    contexts, device = _thread.contexts, x.device.type
     forced = contexts[-1].name if contexts else _forced
-    return (forced is None or forced == "cpp") and ("cpp", "cpu") in _implemented.get(op, ())
+    if forced not in (None, "cpp") or ("cpp", device) not in _implemented.get(op, ()):
+        return False
+    return device != "cuda" or _runs_on("cpp", x.device.index)
 
 
 def _remedy(name: str, device: torch.device) -> str:

@@ -2,7 +2,8 @@
 //
 // Everything here goes through torch's stable ABI but the current stream, which only a CUDA build of torch can give.
 // Its symbol is looked up at run time: linked directly, this library could not be loaded beside a CPU build of torch.
-// Nothing synchronises and nothing allocates outside torch, so that every op can be captured in a CUDA graph.
+// Nothing allocates outside torch, and nothing synchronises but where it says so, so that every op can be captured in a
+// CUDA graph.
 #pragma once
 
 #include <dlfcn.h>
@@ -57,6 +58,19 @@ public:
     STD_TORCH_CHECK(t.is_cuda() && t.get_device_index() == device_, op_, ": ", name,
                     " must be on the CUDA device of the first tensor");
   }
+
+  // Bytes of shared memory that a block may have.
+  int shared_room() const { return attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN); }
+
+  // Whether the stream's work becomes a CUDA graph.
+  bool captured() const {
+    CUstreamCaptureStatus status = CU_STREAM_CAPTURE_STATUS_NONE;
+    check(driver_->cuStreamIsCapturing(static_cast<CUstream>(stream_), &status), "cuStreamIsCapturing");
+    return status != CU_STREAM_CAPTURE_STATUS_NONE;
+  }
+
+  // Until the stream's work is done.
+  void wait() const { check(driver_->cuStreamSynchronize(static_cast<CUstream>(stream_)), "cuStreamSynchronize"); }
 
   int multiprocessors() const { return attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT); }
 

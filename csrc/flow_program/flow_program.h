@@ -82,6 +82,7 @@ struct ProgramLayer {
   int64_t output_at = 0, raw_rows = 0; // what the net makes, in its part of the tape
   int64_t raw_at = 0;   // what the transformer reads: a copy where it is scaled and still needed as it was
   int64_t net_rows = 0; // of the net's part of the tape
+  bool reread = false;  // backward reads an output of the net as the net made it
   // A net that the wide walk can run: chains of dense layers in panels, LeakyReLU between them, each from the features
   // and perhaps a part of the context. Chain n, dense layer l is step chain + n * (2 * chain_layers - 1) + 2 * l.
   int64_t chain = 0, chains = 0, chain_layers = 0;

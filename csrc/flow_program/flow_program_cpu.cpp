@@ -3,8 +3,8 @@
 #include "common/tensor.h"
 #include "common/thread_team.h"
 #include "common/workspace.h"
+#include "flow_program/flow_program_checks.h"
 #include "flow_program/flow_program_loops.h"
-#include "flow_program/flow_program_plan.h"
 
 namespace iin_fast {
 namespace {
@@ -38,15 +38,6 @@ template <class F> void with_team(int64_t threads, const F &walk) {
   });
 }
 
-// The tensors of a call as the loops read them.
-struct Inputs {
-  Tensor x;
-  std::optional<Tensor> context;
-  std::vector<Tensor> parameters;
-  std::vector<const void *> data;
-  std::vector<uint8_t> bool_mask;
-};
-
 // A wrong permutation would take the loops out of bounds.
 void check_permutation(const int64_t *index, const ParameterUse &use) {
   std::vector<bool> seen(use.count);
@@ -58,54 +49,13 @@ void check_permutation(const int64_t *index, const ParameterUse &use) {
   }
 }
 
-Inputs checked(const Plan &plan, const Tensor &x, const std::optional<Tensor> &context,
-               const std::vector<Tensor> &parameters) {
-  const ProgramView &p = plan.view;
-  const ScalarType type = x.scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double,
-                  "flow_program: x must be float32 or float64");
-  STD_TORCH_CHECK(x.dim() == 2 && x.size(1) == p.dim, "flow_program: x must be [batch, ", p.dim, "]");
-  STD_TORCH_CHECK(context.has_value() == (p.context > 0), "flow_program: the program has a context of ", p.context,
-                  " features");
-  if (context.has_value())
-    STD_TORCH_CHECK(context->dim() == 2 && context->size(0) == x.size(0) && context->size(1) == p.context &&
-                        context->scalar_type() == type && context->is_cpu(),
-                    "flow_program: context must be [", x.size(0), ", ", p.context, "] in the dtype of x");
-  STD_TORCH_CHECK(static_cast<int64_t>(parameters.size()) == p.tensors, "flow_program: got ", parameters.size(),
-                  " parameters, expected ", p.tensors);
-  Inputs in{contiguous(x), std::nullopt, {}, {}, std::vector<uint8_t>(p.tensors)};
-  if (context.has_value())
-    in.context = contiguous(*context);
-  in.parameters.reserve(p.tensors), in.data.reserve(p.tensors);
-  for (int64_t i = 0; i < p.tensors; ++i) {
-    const Tensor &t = parameters[i];
-    STD_TORCH_CHECK(t.is_cpu(), "flow_program: parameter ", i, " is on another device than x");
-    STD_TORCH_CHECK(t.numel() >= plan.needed[i], "flow_program: parameter ", i, " has ", t.numel(),
-                    " elements, the program reads ", plan.needed[i]);
-    in.bool_mask[i] = t.scalar_type() == ScalarType::Bool;
-    STD_TORCH_CHECK(in.bool_mask[i] || t.scalar_type() == type || t.scalar_type() == ScalarType::Long,
-                    "flow_program: parameter ", i, " must have the dtype of x");
-    in.parameters.push_back(t.is_contiguous() ? t : contiguous(t));
-    in.data.push_back(in.parameters.back().const_data_ptr());
-  }
-  for (const ParameterUse &use : plan.uses) {
-    const bool integers = in.parameters[use.ref.tensor].scalar_type() == ScalarType::Long;
-    STD_TORCH_CHECK(use.kind == ParameterUse::mask || !in.bool_mask[use.ref.tensor], "flow_program: parameter ",
-                    use.ref.tensor, " of layer ", use.layer, " is of bool, which a mask alone may be");
-    STD_TORCH_CHECK((use.kind == ParameterUse::index) == integers, "flow_program: parameter ", use.ref.tensor,
-                    " of layer ", use.layer,
-                    integers ? " is of int64, which an index alone may be" : " must be of int64");
+Inputs checked_on_cpu(const Plan &plan, const Tensor &x, const std::optional<Tensor> &context,
+                      const std::vector<Tensor> &parameters) {
+  Inputs in = checked(plan, x, context, parameters, [](const Tensor &t) { return t.is_cpu(); });
+  for (const ParameterUse &use : plan.uses)
     if (use.kind == ParameterUse::index)
       check_permutation(static_cast<const int64_t *>(in.data[use.ref.tensor]) + use.ref.offset, use);
-  }
   return in;
-}
-
-template <class F> void with_type(ScalarType type, F &&f) {
-  if (type == ScalarType::Double)
-    f(double());
-  else
-    f(float());
 }
 
 template <class T> ProgramJob<T> job_of(const Plan &plan, const Inputs &in, bool inverse, bool base, int64_t keep) {
@@ -149,7 +99,7 @@ std::tuple<Tensor, Tensor, Tensor> flow_program(const Tensor &x,                
                                                 bool inverse, bool base, int64_t keep) {
   const std::shared_ptr<const Plan> plan = plan_of(text_of(program));
   check_keep(*plan, keep);
-  const Inputs in = checked(*plan, x, context, parameters);
+  const Inputs in = checked_on_cpu(*plan, x, context, parameters);
   Tensor y = cpu_empty(in.x, in.x.sizes()), logdet = cpu_empty(in.x, {in.x.size(0)}), saved = y;
   with_type(in.x.scalar_type(), [&](auto type) {
     using T = decltype(type);
@@ -185,15 +135,10 @@ flow_program_backward(const std::optional<Tensor> &grad_y, // [batch, dim], none
   const std::string wanted = text_of(wanted_text);
   const std::shared_ptr<const Plan> plan = plan_of(text_of(program));
   check_keep(*plan, keep);
-  const Inputs in = checked(*plan, x, context, parameters);
+  const Inputs in = checked_on_cpu(*plan, x, context, parameters);
   const ScalarType scalar = in.x.scalar_type();
   const int64_t batch = in.x.size(0);
-  STD_TORCH_CHECK(!grad_y.has_value() || (grad_y->dim() == 2 && grad_y->size(0) == batch &&
-                                          grad_y->size(1) == plan->view.dim && grad_y->scalar_type() == scalar),
-                  "flow_program: grad_y must be like x");
-  STD_TORCH_CHECK(grad_logdet.numel() == batch && grad_logdet.scalar_type() == scalar,
-                  "flow_program: grad_logdet must be like the rows of x");
-  STD_TORCH_CHECK(wanted.size() == parameters.size(), "flow_program: wanted must name every parameter");
+  check_gradients(*plan, in, grad_y, grad_logdet, wanted);
   const std::optional<Tensor> gy = grad_y.has_value() ? std::optional<Tensor>(contiguous(*grad_y)) : std::nullopt;
   const Tensor gl = contiguous(grad_logdet);
   Tensor grad_x = cpu_empty(in.x, in.x.sizes());

@@ -246,14 +246,6 @@ private:
         to[(first + r) * count + j] = from[j * ld_ + r];
   }
 
-  // s of a raw scale, and ds / draw.
-  static T scale_of(ScaleForm form, T raw, double eps) {
-    return form == ScaleForm::plain ? raw : form == ScaleForm::exp ? math::exp(raw) : math::softplus(raw) + T(eps);
-  }
-  static T scale_derivative(ScaleForm form, T raw, T scale) {
-    return form == ScaleForm::plain ? T(1) : form == ScaleForm::exp ? scale : math::sigmoid(raw);
-  }
-
   void pack_mask(const ProgramStep &s) {
     if (s.packed < 0)
       return;
@@ -280,7 +272,7 @@ private:
     T *const scale = packed_ + l.packed;
     T total = T(0), lost = T(0);
     for (int64_t j = 0; j < p_.dim; ++j) {
-      scale[j] = raw == nullptr ? T(1) : scale_of(l.form, raw[j], l.eps);
+      scale[j] = raw == nullptr ? T(1) : scale_of(l.form, raw[j], T(l.eps));
       if (raw != nullptr)
         add_term(total, lost, math::log(math::abs(scale[j])));
     }
@@ -300,7 +292,7 @@ private:
         lower[at] = i == j ? T(1) : j > i ? T(0) : l.storage == 0 ? a[below++] : a[at];
         upper[at] = j < i   ? T(0)
                     : j > i ? (l.storage == 0 ? b[above++] : a[at])
-                            : scale_of(l.form, l.storage == 0 ? d[i] : a[at], l.eps);
+                            : scale_of(l.form, l.storage == 0 ? d[i] : a[at], T(l.eps));
         if (i == j)
           add_term(total, lost, math::log(math::abs(upper[at])));
       }
@@ -369,7 +361,7 @@ private:
     for (int64_t j = 0; j < p_.dim; ++j)
       for (int64_t l = 0; l < ld_; ++l) {
         const T value = y[j * ld_ + l];
-        add_term(w.logdet[l], w.lost[l], T(-0.5) * value * value - T(0.91893853320467274178));
+        add_term(w.logdet[l], w.lost[l], normal_term(value));
       }
   }
   void base_backward(const T *y, const T *grad_logdet, T *g) const {

@@ -263,7 +263,6 @@ private:
       check(made <= most, "a value is too wide");
       plan_.view.widest = std::max(plan_.view.widest, made);
     }
-    reread_ = false;
     const int64_t output_count = integer(1, count + 2);
     std::vector<int64_t> outputs(output_count);
     std::vector<bool> is_output(rows.size());
@@ -280,7 +279,7 @@ private:
     l.output_at = l.raw_at = l.net_rows;
     for (int64_t id : outputs) {
       place(id);
-      reread_ = reread_ || readers[id] > 0 || steps[id - 2].kind == StepKind::act;
+      l.reread = l.reread || readers[id] > 0 || steps[id - 2].kind == StepKind::act;
     }
     l.raw_rows = l.net_rows - l.output_at;
     for (int64_t k = 0; k < count; ++k) {
@@ -386,7 +385,7 @@ private:
       t.count = 2 * t.bins + derivative_count(static_cast<Tails>(t.tails), t.bins);
       check((last + 1) * t.count == l.raw_rows, "the net makes ", l.raw_rows, " raw values, expected ",
             (last + 1) * t.count);
-      if (reread_ && (t.gain != 1 || l.autoregressive))
+      if (l.reread && (t.gain != 1 || l.autoregressive))
         l.raw_at = l.net_rows, l.net_rows += l.raw_rows;
     }
   }
@@ -394,7 +393,6 @@ private:
   const char *at_, *end_;
   Plan &plan_;
   int64_t layer_ = -1;
-  bool reread_ = false; // backward reads an output of this net as the net made it
 };
 
 } // namespace

@@ -2,12 +2,8 @@
 // what is there.
 #pragma once
 
-#include <cmath>
-
-#include "common/math.h"
 #include "common/simd.h"
-#include "common/sum.h"
-#include "flow_program/flow_program.h"
+#include "flow_program/elementwise.h"
 
 namespace iin_fast {
 namespace IIN_FAST_ISA {
@@ -15,15 +11,6 @@ namespace {
 
 template <class T> IIN_FAST_INLINE void copy(const T *from, T *to, int64_t count) {
   __builtin_memcpy(to, from, count * sizeof(T));
-}
-
-// sum + lost += term, compensated. `lost` stays below a unit of the sum: what equal terms lose is of one sign, and
-// would grow until it lost digits of its own.
-template <class T> IIN_FAST_INLINE void add_term(T &sum, T &lost, T term) {
-  CompensatedSum<T> s{sum, lost};
-  s.add(term);
-  sum = s.total();
-  lost = s.lost - (sum - s.value);
 }
 
 // An accumulator before its first term.
@@ -48,35 +35,10 @@ template <class T, class F> IIN_FAST_INLINE void each(const T *from, T *to, int6
     to[i] = f(from[i]);
 }
 
-template <class T> T gelu_cdf(T x) { return T(0.5) * (T(1) + std::erf(x * T(0.70710678118654752440))); }
-
-// NaN passes through all of them.
 template <class T> void activate(Activation activation, T slope, const T *x, T *y, int64_t count) {
-  switch (activation) {
-  case Activation::none:
-    return each(x, y, count, [](T v) { return v; });
-  case Activation::relu:
-    return each(x, y, count, [](T v) { return math::select(v < T(0), T(0), v); });
-  case Activation::leaky_relu:
-    return each(x, y, count, [=](T v) { return math::select(v > T(0), v, slope * v); });
-  case Activation::elu:
-    return each(x, y, count, [=](T v) {
-      const T held = math::select(v < T(-64), T(-64), math::select(v > T(0), T(0), v)); // exp(-64) - 1 is -1
-      return math::select(v > T(0), v, slope * math::expm1_bounded(held));
-    });
-  case Activation::silu:
-    return each(x, y, count, [](T v) { return v * math::sigmoid(v); });
-  case Activation::gelu:
-    for (int64_t i = 0; i < count; ++i)
-      y[i] = x[i] * gelu_cdf(x[i]);
-    return;
-  case Activation::tanh:
-    return each(x, y, count, [](T v) { return math::tanh(v); });
-  case Activation::sigmoid:
-    return each(x, y, count, [](T v) { return math::sigmoid(v); });
-  case Activation::atan:
-    return each(x, y, count, [](T v) { return math::atan(v); });
-  }
+  with_activation(activation, [&](auto kind) {
+    each(x, y, count, [=](T v) { return activated<decltype(kind)::value>(v, slope); });
+  });
 }
 
 template <class T, class F>
@@ -92,39 +54,15 @@ IIN_FAST_INLINE void each_gradient(const T *at, const T *g, T *to, int64_t count
   }
 }
 
-// From the gradient g by y to that by x. x is read by silu, gelu and atan alone: the others may have overwritten it by
-// y.
+// From the gradient g by y to that by x, which y may have overwritten where the derivative can be had from y.
 template <class T>
 void activate_backward(Activation activation, T slope, const T *x, const T *y, const T *g, T *to, int64_t count,
                        bool add) {
-  switch (activation) {
-  case Activation::none:
-    return each_gradient(y, g, to, count, add, [](T, T d) { return d; });
-  case Activation::relu:
-    return each_gradient(y, g, to, count, add, [](T v, T d) { return math::select(v <= T(0), T(0), d); });
-  case Activation::leaky_relu:
-    return each_gradient(y, g, to, count, add, [=](T v, T d) { return math::select(v > T(0), d, slope * d); });
-  case Activation::elu:
-    return each_gradient(y, g, to, count, add, [=](T v, T d) { return math::select(v > T(0), d, d * (v + slope)); });
-  case Activation::silu:
-    return each_gradient(x, g, to, count, add, [](T v, T d) {
-      const T s = math::sigmoid(v);
-      return d * (s * (T(1) + v * (T(1) - s)));
-    });
-  case Activation::gelu:
-    for (int64_t i = 0; i < count; ++i) {
-      const T v = x[i];
-      const T slope_at = gelu_cdf(v) + v * T(0.39894228040143267794) * std::exp(T(-0.5) * v * v);
-      to[i] = (add ? to[i] : T(0)) + g[i] * slope_at;
-    }
-    return;
-  case Activation::tanh:
-    return each_gradient(y, g, to, count, add, [](T v, T d) { return d * (T(1) - v * v); });
-  case Activation::sigmoid:
-    return each_gradient(y, g, to, count, add, [](T v, T d) { return d * v * (T(1) - v); });
-  case Activation::atan:
-    return each_gradient(x, g, to, count, add, [](T v, T d) { return d / (T(1) + v * v); });
-  }
+  with_activation(activation, [&](auto kind) {
+    constexpr Activation a = decltype(kind)::value;
+    each_gradient(derivative_reads_input(a) ? x : y, g, to, count, add,
+                  [=](T v, T d) { return activated_backward<a>(v, d, slope); });
+  });
 }
 
 template <class T> void add_values(const T *a, const T *b, T *out, int64_t count) {
@@ -136,7 +74,7 @@ template <class T> void add_values(const T *a, const T *b, T *out, int64_t count
 template <class T> void gate_values(const T *a, const T *gate, T *out, int64_t count) {
 #pragma omp simd
   for (int64_t i = 0; i < count; ++i)
-    out[i] = a[i] * math::sigmoid(gate[i]);
+    out[i] = gated(a[i], gate[i]);
 }
 
 template <class T>
@@ -146,9 +84,8 @@ void gate_backward(const T *a, const T *gate, const T *g, T *to_a, int64_t count
     alignas(64) T for_a[block_size<T>], for_gate[block_size<T>];
 #pragma omp simd
     for (int l = 0; l < block_size<T>; ++l) {
-      const T s = math::sigmoid(gate[i + l]), d = g[i + l];
-      for_a[l] = d * s;
-      for_gate[l] = d * a[i + l] * s * (T(1) - s);
+      const GateGradient<T> d = gated_backward(a[i + l], gate[i + l], g[i + l]);
+      for_a[l] = d.a, for_gate[l] = d.gate;
     }
     if (to_a != nullptr)
       for (int l = 0; l < block_size<T>; ++l)

@@ -59,13 +59,9 @@ template <class T> void scale_sizes(const SplineTransformer &t, T *raw, int64_t 
     each(raw, raw, 2 * t.bins * ld, [=](T v) { return gain * v; });
 }
 
-// A block of rows on the circle that a spline's box is: v mod its length, from its middle on. Its derivative is 1.
 template <class T> const T *wrapped(const SplineTransformer &t, const T *v, T *to) {
-  const T length = static_cast<T>(2 * t.limits.right), half = static_cast<T>(t.limits.right);
-  for (int l = 0; l < block_size<T>; ++l) {
-    const T rest = std::fmod(v[l], length);
-    to[l] = (rest < T(0) ? rest + length : rest) - half;
-  }
+  for (int l = 0; l < block_size<T>; ++l)
+    to[l] = wrapped_value(v[l], static_cast<T>(t.limits.right));
   return to;
 }
 

@@ -234,17 +234,16 @@ __device__ __forceinline__ void store_tile(const DeviceSplineBackward<Storage> &
   }
 }
 
-// Softmax of one element's raw widths or heights. The numerators take the raw values' place if `in_place`; else they
-// are computed again at each use.
-template <class Storage, Parameterization form, bool in_place> struct SplineSoftmax {
-  using T = compute_t<Storage>;
-  const Storage *const values;
+// Softmax of one element's raw widths or heights. Values: a pointer, or what is indexed like one. The numerators take
+// the raw values' place if `in_place`; else they are computed again at each use.
+template <class Values, Parameterization form, bool in_place> struct SplineSoftmax {
+  using T = compute_t<std::decay_t<decltype(std::declval<Values>()[0])>>;
+  const Values values;
   const int bins;
   const SplineLimits<T> &limits;
   T top, over; // the largest exponent, 1 / sum of the numerators
 
-  template <class Values>
-  __device__ __forceinline__ SplineSoftmax(Values *values, int bins, const SplineLimits<T> &limits)
+  __device__ __forceinline__ SplineSoftmax(Values values, int bins, const SplineLimits<T> &limits)
       : values(values), bins(bins), limits(limits) {
     top = exponent(0);
 #pragma unroll 4
@@ -274,8 +273,9 @@ template <class Storage, Parameterization form, bool in_place> struct SplineSoft
 
   // Gradients of the raw values, from those by the corner and the size of bin `number`; `rest`: the size of all shares
   // together; `none`: they are 0, whatever the values. They may take the place of the values.
+  template <class Out>
   __device__ __forceinline__ void backward(T rest, int number, T corner, T size, T mass, T own_share, bool none,
-                                           Storage *out) const {
+                                           Out out) const {
     const T common = corner * mass + size * own_share;
 #pragma unroll 4
     for (int k = 0; k < bins; ++k) {
@@ -302,10 +302,11 @@ template <class T> struct SplineBin {
   T rest_w, rest_h;   // the box's sides less the smallest bins: sizes are these times the shares
 };
 
-template <bool by_image, Parameterization form, bool in_place, class Storage, class T = compute_t<Storage>>
+// `spline`: a DeviceSpline, or what has its bins, count, tails and limits.
+template <bool by_image, Parameterization form, bool in_place, class Shape, class Values, class Derivatives, class T>
 __device__ __forceinline__ SplineBin<T>
-find_bin(const DeviceSpline<Storage> &spline, const SplineSoftmax<Storage, form, in_place> &widths,
-         const SplineSoftmax<Storage, form, in_place> &heights, const Storage *derivatives, T coordinate) {
+find_bin(const Shape &spline, const SplineSoftmax<Values, form, in_place> &widths,
+         const SplineSoftmax<Values, form, in_place> &heights, Derivatives derivatives, T coordinate) {
   const SplineLimits<T> &limits = spline.limits;
   const T wide = limits.right - limits.left, high = limits.top - limits.bottom, bins = T(spline.bins);
   const T min_width = form == Parameterization::nflows ? limits.min_width : T(0);
@@ -400,8 +401,8 @@ __global__ void __launch_bounds__(spline_threads, sizeof(Storage) == 8 ? 2 : 3)
       constexpr bool in_place = staged && std::is_same<Storage, T>::value;
       const Sides<T> sides = sides_of<backwards>(spline.limits);
       const T within = hold(value, sides.low, sides.high);
-      const SplineSoftmax<Storage, f, in_place> widths(raw.widths, spline.bins, spline.limits);
-      const SplineSoftmax<Storage, f, in_place> heights(raw.heights, spline.bins, spline.limits);
+      const SplineSoftmax<decltype(raw.widths), f, in_place> widths(raw.widths, spline.bins, spline.limits);
+      const SplineSoftmax<decltype(raw.heights), f, in_place> heights(raw.heights, spline.bins, spline.limits);
       const SplineBin<T> b =
           find_bin<backwards>(spline, widths, heights, raw.derivatives, search_key(within, sides.low, sides.high));
       narrow(map_element<backwards>(b.segment, sides, value, within, spline.tails != Tails::none, logdet),
@@ -461,8 +462,8 @@ __global__ void __launch_bounds__(spline_threads, sizeof(Storage) == 8 ? 2 : 3)
       const SplineLimits<T> &limits = spline.limits;
       const Sides<T> sides = sides_of<backwards>(limits);
       const T within = hold(value, sides.low, sides.high);
-      const SplineSoftmax<Storage, f, in_place> widths(raw.widths, spline.bins, limits);
-      const SplineSoftmax<Storage, f, in_place> heights(raw.heights, spline.bins, limits);
+      const SplineSoftmax<decltype(raw.widths), f, in_place> widths(raw.widths, spline.bins, limits);
+      const SplineSoftmax<decltype(raw.heights), f, in_place> heights(raw.heights, spline.bins, limits);
       const SplineBin<T> b =
           find_bin<backwards>(spline, widths, heights, raw.derivatives, search_key(within, sides.low, sides.high));
       const ElementGradient<T> g = map_element_backward<backwards>(b.segment, sides, value, within,

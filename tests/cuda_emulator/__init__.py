@@ -32,6 +32,7 @@ FLAGS = [
     *("-std=c++17", "-O1", "-g1", "-shared", "-fPIC", "-pthread", "-Wall", "-Wextra"),
     *("-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"),
     *(f"-I{Path(__file__).parent / 'include'}", f"-I{ROOT / 'csrc'}"),  # first what stands in for csrc's own
+    *("-isystem", str(Path(torch.__file__).parent / "include")),  # for its headers without a library
 ]
 # each library with shared memory of its own, not that of the first one which a process loads
 RACE_FLAGS = ["-DEMULATOR_RACES", "-fno-gnu-unique"]

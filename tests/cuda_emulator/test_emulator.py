@@ -11,7 +11,7 @@ import pytest
 
 from cuda_emulator import ROOT, call, load, sanitizer_environment
 from iin_fast.ops.affine_coupling import SQUASHES
-from iin_fast.ops.registry import gpu_ops
+from iin_fast.ops.registry import OPS
 
 
 def pointer(array: np.ndarray) -> ctypes.c_void_p:
@@ -237,7 +237,7 @@ def test_accesses_out_of_bounds_are_reported(fault: str) -> None:
 
 
 def check_the_ops(environment: dict[str, str], without: str = "") -> None:
-    files = [f"tests/ops/test_{op}_cuda.py" for op in gpu_ops()]
+    files = [f"tests/ops/test_{op}_cuda.py" for op in OPS]
     # the other squashes read and write the same memory
     others = [name for name in SQUASHES if name not in ("tanh", "none")]
     wanted = " and ".join(f"not {name}" for name in [*others, without] if name)

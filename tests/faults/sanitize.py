@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from iin_fast.ops.registry import gpu_ops
+from iin_fast.ops import registry
 
 ROOT = Path(__file__).parents[2]
 BUILD = ROOT / "build" / "sanitized"
@@ -85,7 +85,7 @@ def main() -> None:
         check=True,
     )
     print("== races of emulated CUDA kernels, all tests", flush=True)
-    rest = [f"tests/ops/test_{op}_cuda.py" for op in gpu_ops()]
+    rest = [f"tests/ops/test_{op}_cuda.py" for op in registry.OPS]
     environment = os.environ | {"IIN_FAST_TEST_RACES": "1"}
     subprocess.run([sys.executable, "-m", "pytest", "-n", "0", "-q", *rest], cwd=ROOT, env=environment, check=True)
     print("sanitize: nothing found")

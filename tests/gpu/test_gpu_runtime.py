@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 import iin_fast
 from iin_fast.backends import NAMES, available, backend
 from iin_fast.functional import affine_coupling, pair_nll, spline_coupling
-from iin_fast.nn import Flow
+from iin_fast.nn import Flow, NeuralSplineFlow
 from iin_fast.ops.registry import gpu_ops
 
 Leaves = list[Tensor]
@@ -31,6 +31,18 @@ def _flow_case(device: str, batch: int) -> tuple[Call, Leaves]:
         return (z, logdet, *torch.autograd.grad(loss, [leaves[0], *parameters]))
 
     return call, [x]
+
+
+def _program_case(device: str) -> Call:
+    flow = NeuralSplineFlow(6, hidden_dim=64, generator=torch.Generator().manual_seed(0)).to(device)
+    parameters = list(flow.parameters())
+
+    def call(leaves: Leaves) -> tuple[Tensor, ...]:
+        z, logdet = flow(leaves[0])
+        loss = 0.5 * z.square().sum() - logdet.sum()
+        return (z, logdet, *torch.autograd.grad(loss, [leaves[0], *parameters]))
+
+    return call
 
 
 def _with_grads(function: Callable[..., tuple[Tensor, ...]]) -> Call:
@@ -63,13 +75,15 @@ def _case(op: str, device: str, batch: int = 50, seed: int = 0) -> tuple[Call, L
             return (pair_nll(za, zb, logdet_a, logdet_b, shared, [10, 10, 12], 0.9),)
 
         call, leaves = _with_grads(loss), [draw(batch, 32), draw(batch, 32), draw(batch), draw(batch)]
+    elif op == "flow_program":
+        call, leaves = _program_case(device), [draw(batch, 6)]
     else:
         call, leaves = _flow_case(device, batch)
         leaves = [draw(batch, 64)]
     return call, [leaf.requires_grad_() for leaf in leaves]
 
 
-BOTH = [(op, name) for op in gpu_ops() for name in NAMES[1:]]
+BOTH = [*((op, name) for op in gpu_ops() for name in NAMES[1:]), ("flow_program", "cpp")]
 # With CUDA C++ a flow of 50 rows is one cooperative launch, one of 300 a launch for each layer.
 SIZED = [(op, name, batch) for op, name in BOTH for batch in ((50, 300) if op == "flow" else (50,))]
 LARGE = [(op, name, batch) for op, name in BOTH for batch in ((50, 300) if op == "flow" else (2000,))]
@@ -191,6 +205,23 @@ def test_a_small_batch_takes_one_launch_each_way(memory: str, device: str) -> No
     launched = [event.name for event in profiler.events() if "flow_" in event.name]
     assert len(launched) == 2, launched
     assert "flow_persistent_kernel" in launched[0] and "flow_persistent_backward_kernel" in launched[1]
+
+
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize("batch", [50, 4096])
+def test_a_program_takes_five_launches(batch: int, device: str) -> None:
+    """Packing and the walk; packing, the walk back, and the sums of gradients. (Many parameters share a few launches.)"""
+    with chosen("flow_program", "cpp", device):
+        call, leaves = _program_case(device), [torch.randn(batch, 6, device=device, requires_grad=True)]
+        call(leaves)
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            call(leaves)
+            torch.cuda.synchronize()
+    launched = [event.name for event in profiler.events() if "program_" in event.name]
+    for kernel in ("program_forward_kernel", "program_backward_kernel"):
+        assert sum(kernel in name for name in launched) == 1, launched
+    assert not any("program_table" in name for name in launched)
 
 
 @pytest.mark.needs_cuda

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from ...backends import chosen_on_cpu
+from ...backends import chosen_compiled
 from ...flow import ABSENT, FlowProgram, ProgramBuilder, Ref, Weights
 from ...flow import layers as L
 from ...ops.autograd import followed
-from ...ops.flow_program import engine
+from ...ops.flow_program import engine, walks
 from ...ops.flow_program.checks import KEEP, check_data, check_parameters
 from ...ops.types import FULL
 from ..class_factory import original
@@ -236,7 +236,8 @@ class Piece:
             raise TypeError("a parameter is no plain tensor")
         if [tensor.shape for tensor in tensors] != self.shapes:
             raise ValueError("a parameter has another shape than before")
-        check_parameters(torch.empty(0, self.program.dim, dtype=self.dtype), tensors, self.program)
+        device = tensors[0].device if tensors else None
+        check_parameters(torch.empty(0, self.program.dim, dtype=self.dtype, device=device), tensors, self.program)
         for layer, reads in zip(self.program.layers, self.program.reads, strict=True):
             for read in reads:  # the op reads as many elements as it needs; a library's layer wants its very shape
                 shape = tuple(tensors[read.ref.tensor].shape)
@@ -269,8 +270,10 @@ class Piece:
                     self._check(tensors)
                 self.tensors, self.moved = tensors, False
             tensors = self._compute(self.tensors)
-            wide = self.program.context
-            return engine.call(x, context if wide else None, tensors, self.program, inverse, base, KEEP["auto"])
+            context = context if self.program.context else None
+            if not x.is_cpu and not walks(x, context, tensors, self.program, inverse):
+                return None
+            return engine.call(x, context, tensors, self.program, inverse, base, KEEP["auto"])
         except (TypeError, ValueError, RuntimeError):
             return None
 
@@ -378,16 +381,16 @@ def _kind(x: Any, context: Any) -> tuple[int, int, torch.dtype] | None:
     if followed() or type(x) not in PLAIN:
         return None
     shape, dtype, wide = x.shape, x.dtype, 0
-    if len(shape) != 2 or shape[0] == 0 or dtype not in FULL or not x.is_cpu:
+    if len(shape) != 2 or shape[0] == 0 or dtype not in FULL:
         return None
     if context is not None:
-        if type(context) not in PLAIN or context.dtype is not dtype or not context.is_cpu:
+        if type(context) not in PLAIN or context.dtype is not dtype or context.device != x.device:
             return None
         given = context.shape
         if len(given) != 2 or given[0] != shape[0] or given[1] == 0:
             return None
         wide = given[1]
-    if forward_ad._current_level >= 0 or any(GLOBAL_HOOKS) or not chosen_on_cpu("flow_program"):
+    if forward_ad._current_level >= 0 or any(GLOBAL_HOOKS) or not chosen_compiled("flow_program", x):
         return None
     return shape[1], wide, dtype
 
@@ -448,8 +451,10 @@ def summary(programs: Programs, root: nn.Module) -> Summary:
     first = next((p for p in root.parameters() if p.is_floating_point()), torch.empty(0))
     dtype, device = first.dtype, first.device.type
     try:
-        if device != "cpu" or dtype not in FULL:
-            raise Unsupported(f"programs run on the CPU in float32 and float64; this is {dtype} on {device}")
+        if device not in ("cpu", "cuda") or dtype not in FULL:
+            raise Unsupported(
+                f"programs run on the CPU and on NVIDIA GPUs in float32 and float64; this is {dtype} on {device}"
+            )
         _, inside, cuts = _make(programs, root, *programs.sizes(root), dtype)
     except (AttributeError, KeyError, Unsupported) as error:  # a module that was never started
         inside, cuts = [], [Cut(root, str(error), False)]

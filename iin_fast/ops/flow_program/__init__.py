@@ -1,10 +1,12 @@
 """The op ``flow_program``: any flow, given as a program, in one call. Argument checks, choice of the backend, autograd.
 
 Files: reference.py (plain torch, the definition), checks.py, engine.py (autograd and fake kernels of the compiled op), and
-csrc/flow_program (CPU). On GPUs, and with Triton, a program runs layer by layer through the ops of couplings and splines.
+csrc/flow_program (CPU, CUDA). What a GPU cannot walk as a whole, and Triton, run layer by layer through the ops of couplings and
+splines.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -82,7 +84,7 @@ def flow_program(
         with torch.autocast(x.device.type, enabled=False):
             return flow_program(x, context, parameters, program, inverse=inverse, base=base, memory=memory)
     backend = chosen("flow_program", x)
-    if backend == "cpp" and x.device.type == "cpu":
+    if backend == "cpp" and (x.device.type == "cpu" or walks(x, context, parameters, program, inverse)):
         check_rows(x, context, program, FULL)
         return _run(x, context, parameters, program, inverse, base, KEEP[memory])
     check_rows(x, context, program, FLOATING)
@@ -93,6 +95,26 @@ def flow_program(
     return reference.flow_program(
         x, context, parameters, program, inverse, base, reference.DEFINITION if plain else LAYER_BY_LAYER
     )
+
+
+def walks(x: Tensor, context: Tensor | None, parameters: Sequence[Tensor], program: FlowProgram, inverse: bool) -> bool:
+    """Whether a GPU takes the whole program in one launch: nets that fit a block's memory, float32 or float64, no backward
+    through the sampling direction of an autoregressive layer."""
+    if x.device.type != "cuda" or x.dtype not in FULL:
+        return False
+    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, context, *parameters))
+    needed = (5 if learns else 1) << inverse
+    return _walks(program.text, x.dtype.itemsize, x.device.index) & needed == needed
+
+
+@lru_cache(maxsize=1024)
+def _walks(text: str, item: int, index: int) -> int:
+    """The bits of the op ``flow_program_walks`` for a GPU."""
+    return torch.ops.iin_fast.flow_program_walks.default(text, item, index)  # type: ignore[no-any-return]
+
+
+# torch.compile cannot trace the questions. This is torch.compiler.assume_constant_result without an import of the compiler.
+_walks._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # Programs and parameters that were checked: a repeated call pays for one look at the identities of its parameters. What
