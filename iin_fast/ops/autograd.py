@@ -92,7 +92,9 @@ def by_definition(definition: Callable[..., Any], arguments: Sequence[Any], grad
     return tree_unflatten([by_place.get(i) for i in range(len(flat))], spec)  # type: ignore[no-any-return]
 
 
-def short_call(overload: Any, setup: Callable[..., None], backward: Callable[..., Any]) -> Callable[..., Any]:
+def short_call(
+    name: str, overload: Any, setup: Callable[..., None], backward: Callable[..., Any]
+) -> Callable[..., Any]:
     """A function that calls an op with less Python than its registered autograd (benchmarks/overhead.py measures both).
 
     The op carries its autograd itself, for torch.compile, torch.export and whoever calls torch.ops. In plain eager mode the
@@ -106,7 +108,6 @@ def short_call(overload: Any, setup: Callable[..., None], backward: Callable[...
         return result
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    name = overload.name().replace("::", "_")
     function: Any = type(name, (torch.autograd.Function,), members)
 
     def call(*args: Any) -> Any:

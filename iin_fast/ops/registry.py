@@ -17,7 +17,7 @@ from .triton_ops import TWINS, define_twin
 from .types import FLOATING
 from .vmap import Rule, fold_rows
 
-__all__ = ["OPS", "Op", "gpu_ops", "register"]
+__all__ = ["OPS", "Op", "eager_call", "gpu_ops", "register"]
 
 
 def _no_products(*_: Any, **__: Any) -> int:
@@ -81,16 +81,26 @@ def _register(op: Op, backend: str) -> Callable[..., Any]:
     forward, kernel = getattr(namespace, op.name), getattr(namespace, f"{op.name}_backward")
     name, name_backward = f"{namespace.name}::{op.name}", f"{namespace.name}::{op.name}_backward"
 
-    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        if differentiated(*grads):
-            found = by_definition(*op.definition(ctx), grads)
-            return *found, *(None,) * (len(ctx.needs_input_grad) - len(found))
-        return op.backward(kernel.default, ctx, *grads)
-
+    backward = _backward_of(op, kernel.default)
     library.register_fake(name, (backend == "triton" and op.fake_triton) or op.fake, lib=lib)
     library.register_fake(name_backward, op.fake_backward, lib=lib)
     library.register_autograd(name, backward, setup_context=op.setup, lib=lib)
     library.register_vmap(name, op.vmap(forward), lib=lib)
     library.register_vmap(name_backward, op.vmap_backward(kernel), lib=lib)
     autocast_to_float32(name, lib)
-    return short_call(forward.default, op.setup, backward)
+    return short_call(name.replace("::", "_"), forward.default, op.setup, backward)
+
+
+def eager_call(op: Op, name: str, forward: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """Another way to run ``op``, in eager mode alone. ``forward`` and ``kernel`` take what the op and its backward take."""
+    return short_call(name, forward, op.setup, _backward_of(op, kernel))
+
+
+def _backward_of(op: Op, kernel: Callable[..., Any]) -> Callable[..., tuple[Any, ...]]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        if differentiated(*grads):
+            found = by_definition(*op.definition(ctx), grads)
+            return *found, *(None,) * (len(ctx.needs_input_grad) - len(found))
+        return op.backward(kernel, ctx, *grads)
+
+    return backward

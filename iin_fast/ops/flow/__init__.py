@@ -3,7 +3,7 @@
 On a CPU it is a program of the engine (program.py, op ``flow_program``); the op ``iin_fast::flow`` has the kernels for GPUs.
 
 Files: reference.py (plain torch, the definition), layout.py (how weights lie), saved.py (what a GPU keeps for backward),
-flops.py, csrc/flow (CUDA) and triton.py.
+flops.py, csrc/flow (CUDA), torch_products.py (wide nets at large batches) and triton.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,10 +28,10 @@ from ...checks import (
 from ..autograd import followed, has_values
 from ..flow_program import engine
 from ..inversion import check_inverse
-from ..registry import Op, register
+from ..registry import OPS, Op, eager_call, register
 from ..types import FLOATING, FULL, accumulator_type
 from ..vmap import Rule, front, one_by_one
-from . import flops, reference
+from . import flops, reference, torch_products
 from .layout import pack, unpack
 from .program import TENSORS, flow_as_program
 from .saved import saved_bytes
@@ -124,7 +124,13 @@ def flow(
     if backend == "reference":
         return reference.flow(*tensors, leaky_slope, activation_slope, exact_logdet, inverse)
     learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    if backend == "cpp" and x.device.type == "cpu":
+    tf32 = x.is_cuda and _tf32_is_allowed()
+    products = (
+        backend == "cpp"
+        and (memory in ("auto", "save") or not learns)
+        and torch_products.takes_products(x, bias_in.shape[3], tf32)
+    )
+    if backend == "cpp" and x.device.type == "cpu" and not products:
         return _by_program(tensors, (leaky_slope, activation_slope, exact_logdet), inverse, memory, learns)
     if memory == "checkpoint":
         raise ValueError(
@@ -132,8 +138,8 @@ def flow(
             f"compiled op on a CPU has it; to save memory, use torch.utils.checkpoint around parts of the flow"
         )
     keep = KEEP["save" if memory == "auto" else memory] if learns else KEEP["invert"]
-    options = leaky_slope, activation_slope, exact_logdet, inverse, keep, x.is_cuda and _tf32_is_allowed()
-    y, logdet, _ = _calls[backend](*tensors, *options)
+    options = leaky_slope, activation_slope, exact_logdet, inverse, keep, tf32
+    y, logdet, _ = _calls["products" if products else backend](*tensors, *options)
     return y, logdet
 
 
@@ -405,4 +411,7 @@ _calls = register(
         flops_backward=flops.backward,
         cpu_types=FULL,
     )
+)
+_calls["products"] = eager_call(
+    OPS["flow"], "flow_in_torch_products", torch_products.flow, torch_products.flow_backward
 )

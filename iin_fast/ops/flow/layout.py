@@ -9,7 +9,7 @@ elements is the number of parameters. The width is measured in docs/performance.
 import torch
 from torch import Tensor
 
-__all__ = ["PANEL", "pack", "unpack"]
+__all__ = ["PANEL", "matrices", "pack", "unpack"]
 
 PANEL = 64
 
@@ -38,9 +38,16 @@ def unpack(panels: Tensor, out_features: int, in_features: int) -> Tensor:
     Returns:
         ``[..., out_features, in_features]``. Differentiable.
     """
+    return torch.cat([panel.transpose(-1, -2) for panel in _split(panels, out_features, in_features)], dim=-2)
+
+
+def matrices(panels: Tensor, out_features: int, in_features: int) -> Tensor:
+    """As :func:`unpack`, but ``[..., in_features, out_features]``: rows of a panel stay as they lie."""
+    return torch.cat(_split(panels, out_features, in_features), dim=-1)
+
+
+def _split(panels: Tensor, out_features: int, in_features: int) -> list[Tensor]:
+    """The panels, each ``[..., in_features, width]``."""
     widths = [min(PANEL, out_features - start) for start in range(0, out_features, PANEL)]
-    blocks = panels.split([width * in_features for width in widths], dim=-1)
-    rows = [
-        block.unflatten(-1, (in_features, width)).transpose(-1, -2) for block, width in zip(blocks, widths, strict=True)
-    ]
-    return torch.cat(rows, dim=-2)
+    parts = panels.split([width * in_features for width in widths], dim=-1)
+    return [part.unflatten(-1, (in_features, width)) for part, width in zip(parts, widths, strict=True)]

@@ -1,4 +1,4 @@
-"""What the flow keeps for backward on a GPU: one tensor of bytes, in pieces, the same for Triton and CUDA C++.
+"""What the flow keeps for backward on a GPU: one tensor of bytes, in pieces, the same for Triton, CUDA C++ and torch's products.
 
 No Triton here: torch.compile asks for the size. CUDA C++ has the pieces in arrange_steps (csrc/flow/flow_kernels.cuh).
 """
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..types import accumulator_type
 
-__all__ = ["piece_bytes", "pieces_of", "saved_bytes"]
+__all__ = ["piece_bytes", "pieces_of", "saved_bytes", "views"]
 
 Piece = tuple[tuple[int, ...], torch.dtype]
 
@@ -42,3 +42,13 @@ def piece_bytes(piece: Piece) -> int:
 def saved_bytes(x: Tensor, hidden: int, depth: int, n_flows: int, inverse: bool) -> int:
     """Size of ``saved``."""
     return sum(piece_bytes(piece) for piece in pieces_of(x, hidden, depth, n_flows, inverse, True))
+
+
+def views(saved: Tensor, pieces: list[Piece]) -> list[Tensor]:
+    """The pieces in the bytes ``saved``."""
+    found, at = [], 0
+    for shape, dtype in pieces:
+        count = torch.Size(shape).numel()
+        found.append(saved[at : at + count * dtype.itemsize].view(dtype).view(shape))
+        at += piece_bytes((shape, dtype))
+    return found

@@ -31,7 +31,7 @@ from ..triton_common import (
 )
 from ..types import accumulator_type
 from . import triton_kernels as kernels
-from .saved import piece_bytes, pieces_of, saved_bytes
+from .saved import piece_bytes, pieces_of, saved_bytes, views
 from .triton_kernels import (
     DENORMALIZE,
     DENORMALIZE_GRAD,
@@ -104,13 +104,7 @@ class _Walk:
         pieces = pieces_of(self.x, self.hidden, self.depth, self.n if every else 0, inverse or not every, keep)
         if saved is None:
             saved = torch.empty(sum(map(piece_bytes, pieces)), dtype=torch.uint8, device=self.x.device)
-        views, at = [], 0
-        for shape, dtype in pieces:
-            size = piece_bytes((shape, dtype))
-            count = torch.Size(shape).numel()
-            views.append(saved[at : at + count * dtype.itemsize].view(dtype).view(shape))
-            at += size
-        self.stages, self.s, self.v, self.activations = views
+        self.stages, self.s, self.v, self.activations = views(saved, pieces)
         self.every, self.keep = every, keep
 
     def stage(self, step: int) -> Tensor:
