@@ -66,12 +66,13 @@ def takes_products(x: Tensor, hidden: int, tf32: bool) -> bool:
 Layer = tuple[Tensor, Tensor]  # weight [in, out], bias [out]
 
 
-def _layers(weights: Sequence[Tensor], biases: Sequence[Tensor], step: int, net: int) -> list[Layer]:
-    """The layers of a net, from [n_flows, 2, 2, ...] for the first, the hidden and the last ones."""
-    (w_in, w_hidden, w_out), (b_in, b_hidden, b_out) = (
-        [t[step // 2, step % 2, net] for t in p] for p in (weights, biases)
+def _nets(weights: Sequence[Tensor], biases: Sequence[Tensor], depth: int) -> list[list[Layer]]:
+    """The layers of each net, S before T, half by half. ``unbind`` makes all views in one call, which indexing would not."""
+    first, hidden, last = (
+        [*zip(w.flatten(0, -3).unbind(), b.flatten(0, -2).unbind(), strict=True)]
+        for w, b in zip(weights, biases, strict=True)
     )
-    return [(w_in, b_in), *zip(w_hidden.unbind(), b_hidden.unbind(), strict=True), (w_out, b_out)]
+    return [[first[i], *hidden[i * depth : (i + 1) * depth], last[i]] for i in range(len(first))]
 
 
 def _add_product(target: Tensor, a: Tensor, b: Tensor) -> None:
@@ -105,14 +106,18 @@ class _Flow:
             matrices(weight_out, self.out, hidden),
         ]
         self.biases = [bias_in, bias_hidden, bias_out]
+        self.nets = _nets(self.weights, self.biases, self.depth)
         self.saves = saved is not None
         if saved is not None:
             pieces = pieces_of(x, hidden, self.depth, self.n, inverse, True)
-            self.stages, self.raw, self.coupled, self.activations = views(saved, pieces)
+            stages, raw, coupled, activations = views(saved, pieces)
+            self.coupled = coupled.unbind()
         else:
-            self.stages = x.new_empty(2, batch, self.dim, dtype=accumulator)
-            self.raw = x.new_empty(1, batch, self.out, dtype=accumulator)
-            self.activations = x.new_empty(1, 1, min(self.depth + 1, 2), batch, hidden)
+            stages = x.new_empty(2, batch, self.dim, dtype=accumulator)
+            raw = x.new_empty(1, batch, self.out, dtype=accumulator)
+            activations = x.new_empty(1, 1, min(self.depth + 1, 2), batch, hidden)
+        self.stages, self.raw = stages.unbind(), raw.unbind()
+        self.activations = [[net.unbind() for net in step.unbind()] for step in activations.unbind()]
         self.shift = x.new_empty(batch, self.out, dtype=accumulator)
 
     def stage(self, step: int) -> Tensor:
@@ -120,8 +125,9 @@ class _Flow:
         return self.stages[step % len(self.stages)]
 
     def activation(self, step: int, net: int, layer: int) -> Tensor:
-        steps, nets, layers = self.activations.shape[:3]
-        return self.activations[step % steps, net % nets, layer % layers]
+        nets = self.activations[step % len(self.activations)]
+        layers = nets[net % len(nets)]
+        return layers[layer % len(layers)]
 
     def input(self, step: int) -> Tensor:
         """What the nets of a half get, [batch, in]."""
@@ -132,7 +138,7 @@ class _Flow:
         return contexts[step // 2 if len(contexts) > 1 else 0]
 
     def net(self, step: int, net: int, u: Tensor, result: Tensor) -> None:
-        *layers, (weight, bias) = _layers(self.weights, self.biases, step, net)
+        *layers, (weight, bias) = self.nets[2 * step + net]
         a = u
         for i, (w, b) in enumerate(layers):
             a = F.leaky_relu_(torch.addmm(b, a, w, out=self.activation(step, net, i)), self.leaky)
@@ -264,8 +270,8 @@ def flow_backward(
     grad_context = None if back.grad_context is None else back.grad_context.to(y.dtype)
     grads = [g.to(y.dtype), grad_context, grad_loc.to(y.dtype), grad_scale.to(y.dtype)]
     for weight, bias in zip(back.weights, back.biases, strict=True):
-        grads += [pack(weight.mT), bias]
-    return tuple(grads) if weight_grads else (*grads, *(None,) * 6)
+        grads += [pack(weight.mT), bias] if weight_grads else [None, None]
+    return tuple(grads)
 
 
 class _Backward:
@@ -276,9 +282,9 @@ class _Backward:
         self.grad_context = None
         if context_grad and f.context is not None:
             self.grad_context = torch.zeros_like(f.context, dtype=f.scale.dtype)
-        self.weights = [torch.empty_like(t) for t in f.weights] if weight_grads else []
-        self.biases = [torch.empty_like(t) for t in f.biases] if weight_grads else []
-        self.d = [torch.empty_like(f.activations[0, 0, 0]) for _ in range(2)]  # gradients of activations, in turn
+        self.weights, self.biases = ([t.new_empty(t.shape) for t in ts] for ts in (f.weights, f.biases))
+        self.nets = _nets(self.weights, self.biases, f.depth) if weight_grads else None
+        self.d = [torch.empty_like(f.activation(0, 0, 0)) for _ in range(2)]  # gradients of activations, in turn
 
     def half(self, step: int, g: Tensor) -> Tensor:
         """``g [batch, dim]``, the gradient of what a half put out, becomes that of what it got."""
@@ -291,7 +297,7 @@ class _Backward:
         u = f.input(step)
         for net, d in enumerate(of_nets):
             first = self.net(step, net, u, d.to(f.dtype))
-            weight = f.weights[0][step // 2, step % 2, net]
+            weight, _ = f.nets[2 * step + net][0]
             _add_product(conditioning, first, weight[: f.conditioning].t())
             if self.grad_context is not None:
                 _add_product(f.of_block(self.grad_context, step), first, weight[f.conditioning :].t())
@@ -300,8 +306,7 @@ class _Backward:
     def net(self, step: int, net: int, u: Tensor, d: Tensor) -> Tensor:
         """From the gradient of what a net put out to that of what its first layer put out, before the LeakyReLU."""
         f = self.f
-        layers = _layers(f.weights, f.biases, step, net)
-        grads = _layers(self.weights, self.biases, step, net) if self.weights else []
+        layers, grads = f.nets[2 * step + net], self.nets and self.nets[2 * step + net]
         for i in reversed(range(len(layers))):
             a = f.activation(step, net, i - 1) if i else u
             if grads:
