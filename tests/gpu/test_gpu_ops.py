@@ -12,6 +12,7 @@ from torch import Tensor
 
 from iin_fast.backends import NAMES, available, backend
 from iin_fast.nn import Flow
+from iin_fast.ops.flow import torch_products
 from iin_fast.ops.types import HALF
 from iin_fast.testing.backends import CASES, _run, dtypes_of
 
@@ -126,3 +127,34 @@ def test_the_published_size(name: str, batch: int, device: str) -> None:
                 found = worst_errors(call, inputs, name, lambda key, judged=judged: tolerance("flow", judged, key))
             errors |= {f"{dtype} {tensor_cores} {key}": error for key, error in found.items()}
     demand(errors)
+
+
+@pytest.mark.parametrize("kind", ["float32", "tf32", "bfloat16", "float16"])
+def test_the_published_size_at_a_large_batch(kind: str, device: str) -> None:
+    # 16384 rows run in products of torch's. Outputs and gradients of every 64th row are judged by float64, of those rows alone.
+    if "cpp" not in available("flow", device) or (device == "cpu" and kind != "float32"):
+        pytest.skip(f"flow has no backend cpp for {kind} on {device}")
+    flow, x = published(device, 16384 if device == "cuda" else 512)
+    dtype = torch.float32 if kind == "tf32" else getattr(torch, kind)
+    low, at = copy.deepcopy(flow).to(dtype), slice(None, None, 64)
+    exact, x = copy.deepcopy(low).double(), x.to(dtype)
+
+    def results(flow: Flow, x: Tensor, at: slice) -> dict[str, Tensor]:
+        x = x.requires_grad_()
+        z, logdet = (t[at] for t in flow(x))
+        loss = 0.5 * z.double().square().sum() - logdet.double().sum()
+        grads = torch.autograd.grad(loss, [x, *flow.parameters()])
+        names = ["grad x", *(f"grad {name}" for name, _ in flow.named_parameters())]
+        return {"z": z, "logdet": logdet} | dict(zip(names, grads, strict=True))
+
+    with backend("reference"):
+        want = results(exact, x[at].double(), slice(None))
+    with tf32() if kind == "tf32" else nullcontext(), backend("cpp"):
+        hidden = flow.bias_in.shape[3]
+        assert device == "cpu" or torch_products.takes_products(x, hidden, kind == "tf32")
+        with torch_products.forced(True) if device == "cpu" else nullcontext():
+            got = results(low, x, at)
+    assert torch.equal(got["grad x"].count_nonzero(1) > 0, torch.arange(len(x), device=device) % 64 == 0)
+    got["grad x"] = got["grad x"][at]
+    judged = torch.float16 if kind == "tf32" else dtype
+    demand({key: norm_error(got[key], want[key]) / tolerance("flow", judged, key) for key in want})

@@ -1,7 +1,7 @@
 """What a GPU program relies on beside numbers: graphs, streams, devices, no synchronisation, large tensors."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ import iin_fast
 from iin_fast.backends import NAMES, available, backend
 from iin_fast.functional import affine_coupling, pair_nll, spline_coupling
 from iin_fast.nn import Flow, NeuralSplineFlow
+from iin_fast.ops.flow import torch_products
 from iin_fast.ops.registry import gpu_ops
 
 Leaves = list[Tensor]
@@ -19,7 +20,8 @@ Call = Callable[[Leaves], tuple[Tensor, ...]]
 
 
 def _flow_case(device: str, batch: int) -> tuple[Call, Leaves]:
-    flow = Flow(64, n_flows=3, hidden_dim=128, generator=torch.Generator().manual_seed(0)).to(device)
+    hidden = 256 if batch > 1000 else 128
+    flow = Flow(64, n_flows=3, hidden_dim=hidden, generator=torch.Generator().manual_seed(0)).to(device)
     x = torch.randn(batch, 64, generator=torch.Generator().manual_seed(1)).to(device)
     with torch.no_grad():
         flow(x)
@@ -84,9 +86,10 @@ def _case(op: str, device: str, batch: int = 50, seed: int = 0) -> tuple[Call, L
 
 
 BOTH = [*((op, name) for op in gpu_ops() for name in NAMES[1:]), ("flow_program", "cpp")]
-# With CUDA C++ a flow of 50 rows is one cooperative launch, one of 300 a launch for each layer.
-SIZED = [(op, name, batch) for op, name in BOTH for batch in ((50, 300) if op == "flow" else (50,))]
-LARGE = [(op, name, batch) for op, name in BOTH for batch in ((50, 300) if op == "flow" else (2000,))]
+# With CUDA C++ a flow of 50 rows is one cooperative launch, one of 300 a launch for each layer, one of 10000 products of torch's.
+FLOWS = 50, 300, 10_000
+SIZED = [(op, name, batch) for op, name in BOTH for batch in (FLOWS if op == "flow" else (50,))]
+LARGE = [(op, name, batch) for op, name in BOTH for batch in (FLOWS if op == "flow" else (2000,))]
 
 
 @contextmanager
@@ -182,7 +185,7 @@ def test_tensors_on_two_devices_are_refused(device: str) -> None:
         affine_coupling(x, x.to("cuda:1"), x)
 
 
-@pytest.mark.parametrize(("op", "name", "batch"), [(op, name, batch) for op, name in BOTH for batch in (50, 300)])
+@pytest.mark.parametrize(("op", "name", "batch"), [(op, name, batch) for op, name in BOTH for batch in FLOWS])
 def test_the_same_bits_every_time(op: str, name: str, batch: int, device: str) -> None:
     with chosen(op, name, device):
         call, leaves = _case(op, device, batch)
@@ -222,6 +225,23 @@ def test_a_program_takes_five_launches(batch: int, device: str) -> None:
     for kernel in ("program_forward_kernel", "program_backward_kernel"):
         assert sum(kernel in name for name in launched) == 1, launched
     assert not any("program_table" in name for name in launched)
+
+
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize("products", [True, False])
+def test_a_large_batch_of_wide_nets_runs_in_products_of_torch(products: bool, device: str) -> None:
+    with chosen("flow", "cpp", device):
+        call, leaves = _flow_case(device, 10_000)
+        leaves[0].requires_grad_()
+        with nullcontext() if products else torch_products.forced(False):
+            call(leaves)
+            torch.cuda.synchronize()
+            with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+                call(leaves)
+                torch.cuda.synchronize()
+    names = [event.name for event in profiler.events()]
+    assert any("affine_coupling" in name for name in names) == products
+    assert any("flow_" in name for name in names) != products
 
 
 @pytest.mark.needs_cuda
