@@ -11,12 +11,14 @@ import same_isa  # noqa: F401
 # isort: split
 import argparse
 import json
+import select
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -160,10 +162,14 @@ def normflows_model(case: dict[str, Any]) -> nn.Module | None:
     return nf.NormalizingFlow(nf.distributions.DiagGaussian(dim, trainable=False), layers)
 
 
-def torch_call(side: str, flow: nn.Module, case: dict[str, Any]) -> Call:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(case["batch"], case["dim"], generator=generator)
-    context = torch.randn(case["batch"], case["context_dim"], generator=generator) if case["context_dim"] else None
+def torch_call(side: str, flow: nn.Module, case: dict[str, Any], **adam: Any) -> Call:
+    generator, device = torch.Generator().manual_seed(1), next(flow.parameters()).device
+
+    def draw(features: int) -> Tensor:
+        return torch.randn(case["batch"], features, generator=generator).to(device)
+
+    x = draw(case["dim"])
+    context = draw(case["context_dim"]) if case["context_dim"] else None
 
     def log_prob() -> Tensor:
         if side == "zuko":
@@ -196,7 +202,7 @@ def torch_call(side: str, flow: nn.Module, case: dict[str, Any]) -> Call:
     log_prob()  # data-dependent starts
     if case["measure"] == "gradient":
         return lambda: (-log_prob().mean()).backward()
-    optimizer = torch.optim.Adam(flow.parameters(), lr=1e-3, fused=True)
+    optimizer = torch.optim.Adam(flow.parameters(), lr=1e-3, fused=True, **adam)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -217,22 +223,34 @@ def timed(call: Call, seconds: float) -> list[float]:
 class Jax:
     """JAX in a process of its own; it waits, without work, while the others are measured."""
 
-    def __init__(self, python: str, script: str = "engine_jax.py") -> None:
+    def __init__(self, python: str, script: str = "engine_jax.py", **options: Any) -> None:
+        """``options`` go to Popen."""
         command = [python, str(Path(__file__).with_name(script))]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.versions: dict[str, str] = self._read()
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options)
 
-    def _read(self) -> Any:
+    @cached_property
+    def versions(self) -> dict[str, str]:
+        """What it says first, once it has loaded its libraries."""
+        return self._read(None)  # type: ignore[no-any-return]
+
+    def _read(self, limit: float | None) -> Any:
         assert self._process.stdout is not None
+        if not select.select([self._process.stdout], [], [], limit)[0]:
+            raise TimeoutError(f"no answer from JAX after {limit:.3g} s")
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit("the process with flowjax ended; its message stands above")
+            raise RuntimeError("the process with JAX ended; its message stands above")
         return json.loads(line)
 
-    def measure(self, case: dict[str, Any], seconds: float) -> dict[str, Any]:
-        assert self._process.stdin is not None
+    def measure(self, case: dict[str, Any], seconds: float, limit: float | None = None) -> dict[str, Any]:
+        """``limit``: seconds that an answer may take."""
+        assert self._process.stdin is not None and self.versions
         print(json.dumps(case | {"seconds": seconds}), file=self._process.stdin, flush=True)
-        return self._read()  # type: ignore[no-any-return]
+        return self._read(limit)  # type: ignore[no-any-return]
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
 
     def close(self) -> None:
         assert self._process.stdin is not None

@@ -1,7 +1,7 @@
 """The JAX side of benchmarks/engine.py: the same flows in flowjax, compiled by jax.jit.
 
 Runs in an environment of its own (pip install jax flowjax). Reads one request a line, a JSON object with the flow's sizes and
-how long to measure, and answers with one line: seconds of each call.
+how long to measure, and answers with one line: seconds of each call, or of a call among "in_a_row" that are asked for.
 """
 
 import json
@@ -86,13 +86,15 @@ def serve(prepare: Callable[[dict[str, Any]], tuple[int, Callable[[], Any]]], *l
             start = time.perf_counter()
             jax.block_until_ready(made())
             answer["first_call"] = time.perf_counter() - start
-        run = ready[case["name"]]
+        run, in_a_row = ready[case["name"]], case.get("in_a_row", 1)
         times: list[float] = []
         end = time.perf_counter() + case["seconds"]
         while len(times) < 3 or time.perf_counter() < end:
             start = time.perf_counter()
-            jax.block_until_ready(run())
-            times.append(time.perf_counter() - start)
+            for _ in range(in_a_row):
+                result = run()
+            jax.block_until_ready(result)
+            times.append((time.perf_counter() - start) / in_a_row)
         print(json.dumps(answer | {"times": times}), flush=True)
 
 

@@ -9,6 +9,8 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
 def load(name: str) -> ModuleType:
+    if str(FOLDER) not in sys.path:
+        sys.path.append(str(FOLDER))  # scripts import each other
     spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)

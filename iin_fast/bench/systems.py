@@ -95,9 +95,9 @@ def eager(size: FlowSize) -> System:
     return System("eager", flow, flow.reverse, list(flow.parameters()), {}, joint_pairs=False, module=flow)
 
 
-def eager_joint(size: FlowSize) -> System:
+def eager_joint(size: FlowSize, reads_flag: bool = True) -> System:
     """The published composition with both samples of a pair in one batch, and the fused optimizer."""
-    flow = eager_flow(_started_flow(size))
+    flow = eager_flow(_started_flow(size), reads_flag=reads_flag)
     return System("eager, joint", flow, flow.reverse, list(flow.parameters()), {"fused": True}, module=flow)
 
 

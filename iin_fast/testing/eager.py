@@ -20,8 +20,9 @@ def eager_flow(flow: Flow, *, reads_flag: bool = True) -> "EagerFlow":
 
     Args:
         flow: to copy; later changes of either side do not reach the other.
-        reads_flag: read ``initialized`` from the device at every call, as published. False leaves that out, so that
-            torch.compile sees one graph; ``flow`` must then have had its data-dependent start.
+        reads_flag: read ``initialized`` from the device at every call, and bring ones there from the host, as published.
+            False leaves both out, so that torch.compile sees one graph, and a CUDA graph can hold it; ``flow`` must then
+            have had its data-dependent start.
 
     Returns:
         A module with ``forward(z) -> (z, log-det [batch])`` and ``reverse(z) -> x``, on the device and of the type of
@@ -110,7 +111,8 @@ class EagerActNorm(nn.Module):
                 self.scale.copy_(1 / (h.std(0, keepdim=True) + 1e-6))
             self.initialized.fill_(1)
         logdet = h.shape[2] * h.shape[3] * self.scale.abs().log().sum()
-        logdet = logdet * torch.ones(h.shape[0]).to(h)
+        ones = torch.ones(h.shape[0]).to(h) if self.reads_flag else h.new_ones(h.shape[0])
+        logdet = logdet * ones
         return (self.scale * (h + self.loc)).flatten(1), logdet
 
     def reverse(self, h: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def run(out: Path, *arguments: str, **variables: str) -> tuple[subprocess.Comple
 def dry_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """The folder and the results of a dry run of all that measures."""
     folder = tmp_path_factory.mktemp("dry")
-    done, result = run(folder, "--dry-run", "--stages", "environment,peaks,ops,flow", "--minutes", "4")
+    done, result = run(folder, "--dry-run", "--stages", "environment,peaks,micro,ops,engine,flow", "--minutes", "4")
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, result
 
@@ -52,8 +53,15 @@ def test_a_dry_run_measures_every_op_and_the_flow(dry_run: tuple[Path, dict[str,
     assert set(cases) == {"forward, batch 4, float32", "step, 2 pairs, float32"}
     for case in cases.values():
         assert not case["failed"], case["failed"]
-        assert {"eager", "iin-fast", "iin-fast, cpp"} <= set(case["systems"])
+        assert {"eager", "iin-fast"} <= set(case["systems"])
         assert case["floor"] > 0 and case["systems"]["eager"]["times_eager"] == 1
+    flows = result["engine"]["cases"]
+    assert {row["case"]["measure"] for row in flows.values()} == {"step", "sample"}
+    for row in flows.values():
+        assert not row["failed"], row["failed"]
+        assert {"iin-fast", "iin-fast, layer by layer", "plain torch"} <= set(row["systems"])
+        assert all(0 < system["warm"]["min"] <= system["warm"]["max"] for system in row["systems"].values())
+    assert "dry run" in result["micro"]["skipped"]
     assert (folder / "flow.png").stat().st_size > 1000 and (folder / "ops.png").stat().st_size > 1000
 
 
@@ -94,6 +102,53 @@ def test_the_readme_has_a_table_of_a_gpu_once_there_is_one(
     assert found["**iin-fast, CUDA graph**"] == "0.25"
     assert found["× eager (range)"] == "3.0 (2.5–3.7)" and found["× compile"] == "2.0" and found["× floor"] == "2.00"
     assert "| affine_coupling forward, float32 |" in table
+
+
+LOG = """========= COMPUTE-SANITIZER
+flow cpp torch.float32 [7, 5] 3 blocks of 17, save
+========= Invalid __global__ read of size 4 bytes
+=========     at flow_layer_kernel+0x1b0
+=========     by thread (3,0,0) in block (1,0,0)
+=========     Address 0x7f0a is out of bounds
+=========         Host Frame: main [0x1]
+=========
+Traceback (most recent call last):
+  File "tests/gpu/sanitizer_case.py", line 40, in main
+torch.AcceleratorError: CUDA error: unspecified launch failure
+frame #21: _PyEval_EvalFrameDefault + 0x4cbe (0x5db2ee in python3)
+========= ERROR SUMMARY: 1 error
+"""
+
+
+def test_what_the_sanitizer_found_is_told_in_few_lines() -> None:
+    gpu = benchmark_scripts.load("gpu")
+    assert gpu.findings(LOG) == [
+        "========= Invalid __global__ read of size 4 bytes",
+        "=========     at flow_layer_kernel+0x1b0",
+        "=========     by thread (3,0,0) in block (1,0,0)",
+        "=========     Address 0x7f0a is out of bounds",
+        "torch.AcceleratorError: CUDA error: unspecified launch failure",
+        "========= ERROR SUMMARY: 1 error",
+    ]
+    assert gpu.findings("========= COMPUTE-SANITIZER\nall well\n========= ERROR SUMMARY: 0 errors\n") == [
+        "========= ERROR SUMMARY: 0 errors"
+    ]
+
+
+def test_a_part_that_takes_too_long_is_recorded_and_the_next_one_runs(tmp_path: Path, monkeypatch: Any) -> None:
+    common = benchmark_scripts.load("gpu_common")
+    monkeypatch.setattr(common, "PARTS", tmp_path)
+    run, failed = common.Run("stage", True, time.time() + 10), {}
+    with run.recorded("slow", failed, 0.1):
+        try:
+            time.sleep(5)
+        except Exception:  # as torch.compile does
+            pytest.fail("caught inside")
+    assert "took longer than" in failed["slow"] and run.left > 8
+    with run.recorded("next"):
+        raise RuntimeError("no") from KeyError("why")
+    assert run.result["failed"]["next"].startswith("RuntimeError: no")
+    assert json.loads((tmp_path / "stage.json").read_text()) == run.result
 
 
 def test_make_gpu_takes_the_python_of_the_caller(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from iin_fast.nn import Flow
 from iin_fast.testing import eager_flow, published_grads
@@ -78,3 +79,28 @@ def test_it_has_the_published_parameters_and_costs():
     with CountReads():
         eager(torch.randn(4, 6))
     assert len(reads) == 3  # ActNorm asks the device once a block
+
+
+@pytest.mark.parametrize("reads_flag", [True, False])
+def test_without_the_flag_nothing_goes_between_devices(reads_flag):
+    """Else no CUDA graph could hold it."""
+    flow = Flow(6, n_flows=2, hidden_dim=16)
+    flow(torch.randn(20, 6))
+    eager = eager_flow(flow, reads_flag=reads_flag).to("meta")
+    for block in eager.blocks:
+        block.norm.initialized = torch.tensor(1)  # a meta tensor has no value to read
+    crossings = []
+
+    class Crossings(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor)]
+            if len({t.device for t in tensors}) > 1:
+                crossings.append(func)
+            return result
+
+    with Crossings():
+        z, logdet = eager(torch.randn(5, 6, device="meta"))
+        (z.sum() + logdet.sum()).backward()
+        eager.reverse(z)
+    assert crossings == ([torch.ops.aten._to_copy.default] * 2 if reads_flag else [])
