@@ -118,7 +118,6 @@ class _Flow:
             activations = x.new_empty(1, 1, min(self.depth + 1, 2), batch, hidden)
         self.stages, self.raw = stages.unbind(), raw.unbind()
         self.activations = [[net.unbind() for net in step.unbind()] for step in activations.unbind()]
-        self.shift = x.new_empty(batch, self.out, dtype=accumulator)
 
     def stage(self, step: int) -> Tensor:
         """What a half gets, [batch, dim]: columns that condition, then columns that are transformed."""
@@ -150,11 +149,12 @@ class _Flow:
     def half(self, step: int) -> tuple[Tensor, Tensor]:
         """What a half makes of its transformed columns, and its log-det."""
         u, raw = self.input(step), self.raw[step % len(self.raw)]
+        shift = torch.empty_like(raw)
         self.net(step, 0, u, raw)
-        self.net(step, 1, u, self.shift)
+        self.net(step, 1, u, shift)
         values = self.stage(step)[:, self.conditioning :]
         coupling = torch.ops.iin_fast.affine_coupling.default
-        found, logdet = coupling(values, raw, self.shift, _TANH, 1.0, self.inverse)
+        found, logdet = coupling(values, raw, shift, _TANH, 1.0, self.inverse)
         if self.inverse and self.saves:
             self.coupled[step].copy_(found)
         return found, logdet
