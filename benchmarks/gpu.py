@@ -138,7 +138,7 @@ def build(run: Run) -> None:
     major, minor = torch.cuda.get_device_capability()
     if f"{major}{minor}" in SHIPPED:  # the same code as in the wheel, without that for other GPUs
         environment["IIN_FAST_CUDA_ARCHITECTURES"] = f"{major}{minor}"
-    log = run_command(run, command, "build", environment)
+    log = run_command(run, command, out("build.log"), environment)
     run.result["seconds"] = time.time() - start
     run.result["warnings"] = [line for line in log.splitlines() if "warning" in line.lower()][:20]
     libraries = sorted(path.name for path in (ROOT / "iin_fast" / "lib").glob("*.so"))
@@ -151,13 +151,13 @@ def build(run: Run) -> None:
     run.result["info"] = collect()
 
 
-def log_of(name: str) -> Path:
-    return Path(os.environ["IIN_FAST_GPU_OUT"]) / f"{name}.log"
+def out(name: str) -> Path:
+    """A file of FOLDER."""
+    return Path(os.environ["IIN_FAST_GPU_OUT"]) / name
 
 
-def run_command(run: Run, command: list[str], name: str, environment: dict[str, str] | None = None) -> str:
-    """Run a program; its output goes to FOLDER/<name>.log. Raises if it fails, with the end of the output."""
-    log = log_of(name)
+def run_command(run: Run, command: list[str], log: Path, environment: dict[str, str] | None = None) -> str:
+    """Run a program; its output goes to the log. Raises if it fails, with the end of the output."""
     with open(log, "w") as file:
         process = subprocess.Popen(
             command,
@@ -175,7 +175,7 @@ def run_command(run: Run, command: list[str], name: str, environment: dict[str, 
             stop(process)
     text = log.read_text(errors="replace")
     if process.returncode != 0:
-        raise RuntimeError(f"{' '.join(command[:6])} … {ended}:\n{text[-1500:]}")
+        raise RuntimeError(f"{' '.join(command[:6])} … {ended}:\n{text[-400:]}")
     return text
 
 
@@ -187,7 +187,7 @@ def tests(run: Run) -> None:
         command += ["-n", "12" if run.stage == "triton" else "5"]
     command += ["-k", ("same_bits and " if run.dry else "") + ("" if run.stage == "triton" else "not ") + "triton"]
     try:
-        text = run_command(run, command, run.stage, variables)
+        text = run_command(run, command, out(f"{run.stage}.log"), variables)
     except RuntimeError as error:
         text = str(error)
         run.result["summary"] = text.strip().splitlines()[-1]
@@ -217,7 +217,7 @@ def sanitizer(run: Run) -> None:
         map(str, Path("/usr/local").glob("cuda*/bin/compute-sanitizer")), None
     )
     if run.dry:
-        run.result["case"] = run_command(run, case, "sanitizer", variables).strip().splitlines()[-1]
+        run.result["case"] = run_command(run, case, out("sanitizer.log"), variables).strip().splitlines()[-1]
         return
     if program is None:
         raise RuntimeError("compute-sanitizer is not on PATH")
@@ -225,15 +225,12 @@ def sanitizer(run: Run) -> None:
 
     def watch(tool: str) -> None:
         command = [program, f"--tool={tool}", "--error-exitcode=9", "--report-api-errors=no", *ours, *case]
-        log = f"sanitizer_{tool}_{name}"
+        log = out(f"sanitizer_{tool}_{name}.log")
         with run.recorded(f"{tool} {name}"):
             try:
-                text = run_command(run, command, log, variables)
-            except RuntimeError as error:
-                text = log_of(log).read_text(errors="replace")
-                raise RuntimeError(f"{str(error).splitlines()[0]}\n" + "\n".join(findings(text))) from None
+                run_command(run, command, log, variables)
             finally:
-                run.result[f"{tool} {name}"] = findings(log_of(log).read_text(errors="replace"))
+                run.result[f"{tool} {name}"] = findings(log.read_text(errors="replace"))
         run.say(f"{tool} {name}: " + "\n".join(run.result[f"{tool} {name}"]))
 
     with ThreadPoolExecutor() as pool:
@@ -246,10 +243,9 @@ def micro(run: Run) -> None:
     if run.dry:
         run.result["skipped"] = "the dry run has no GPU"
         return
-    if not program.exists() or program.stat().st_mtime < source.stat().st_mtime:
-        program.parent.mkdir(exist_ok=True)
-        run_command(run, ["nvcc", *MICRO, "-o", str(program), str(source)], "micro_build")
-    text = run_command(run, [str(program)], "micro")
+    if not program.exists():
+        run_command(run, ["nvcc", *MICRO, "-o", str(program), str(source)], PARTS / "micro.log")
+    text = run_command(run, [str(program)], PARTS / "micro.log")
     run.result |= json.loads(text)
     run.say(text.strip())
 

@@ -73,7 +73,7 @@ class Run:
                 yield
         except (Exception, OutOfTime) as error:
             text = str(error).strip()
-            if error.__context__ is not None:
+            if error.__context__ is not None and not error.__suppress_context__:
                 text += f" (after {type(error.__context__).__name__}: {error.__context__})"
             (self.result.setdefault("failed", {}) if failed is None else failed)[what] = (
                 f"{type(error).__name__}: {text[:500]}"
