@@ -212,6 +212,12 @@ def test_inputs_and_gradients_are_left_alone() -> None:
         assert value is None or torch.equal(value, copy)
 
 
+def test_a_wrong_permutation_stays_inside() -> None:
+    *arguments, permutation = flow_inputs(SMALL_FLOW)
+    for inverse in (False, True):
+        assert len(with_gradients(partial(flow, inverse=inverse), [*arguments, permutation.fill_(10**6)])) == 12
+
+
 def test_compile_vmap_and_autocast_see_one_op() -> None:
     arguments = flow_inputs(SMALL_FLOW)
     want = flow(*arguments)
