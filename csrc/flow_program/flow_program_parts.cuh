@@ -81,12 +81,10 @@ __global__ void __launch_bounds__(program_threads, 1)
       const int o = static_cast<int>(e % back_panel) / p.back_width;
       packed[p.backward + e] = i < p.in ? weight(o, i) : T(0);
     }
+    for (int64_t o = first; c != nullptr && o < p.out; o += step)
+      to[o] = c[o];
     break;
   }
-  case TablePart::bias:
-    for (int64_t e = first; e < p.out; e += step)
-      to[e] = a[e];
-    break;
   case TablePart::index:
     for (int64_t e = first; e < p.out; e += step)
       reinterpret_cast<int64_t *>(to)[e] = static_cast<const int64_t *>(p.a)[e];
@@ -145,10 +143,8 @@ __global__ void __launch_bounds__(program_threads, 1)
       const T mask = mask_at(p, at);
       p.to_a[at] = mask == T(0) ? T(0) : mask * total(e);
     }
-    break;
-  case TablePart::bias:
-    for (int64_t e = first; p.to_a != nullptr && e < p.out; e += step)
-      p.to_a[e] = total(e);
+    for (int64_t o = first; p.to_c != nullptr && o < p.out; o += step)
+      p.to_c[o] = total(static_cast<int64_t>(p.in) * p.out + o);
     break;
   case TablePart::affine: {
     const T *const scale = packed + p.packed, *const raw = static_cast<const T *>(p.b);

@@ -178,16 +178,14 @@ private:
         made.a = static_cast<int>(s.first);
       if (s.kind == StepKind::dense) {
         made.forward = matrix(s.in, s.out), made.backward = matrix(s.out, s.in);
-        made.weight_gradient = accumulate(s.in * s.out);
         TablePart &p = part(TablePart::dense, l);
-        p.panels = s.panels, p.a = s.weight, p.b = s.mask, p.in = static_cast<int>(s.in);
-        p.out = static_cast<int>(s.out), p.forward = made.forward, p.backward = made.backward;
-        p.gradient = made.weight_gradient;
-        if (s.bias.present()) {
-          TablePart &b = part(TablePart::bias, l);
-          b.a = s.bias, b.out = static_cast<int>(s.out);
-          b.packed = made.bias = pack(s.out), b.gradient = made.bias_gradient = accumulate(s.out);
-        }
+        p.panels = s.panels, p.a = s.weight, p.b = s.mask, p.c = s.bias;
+        p.in = static_cast<int>(s.in), p.out = static_cast<int>(s.out);
+        p.forward = made.forward, p.backward = made.backward;
+        p.gradient = made.weight_gradient = accumulate(s.in * s.out + s.out);
+        made.bias_gradient = made.weight_gradient + s.in * s.out;
+        if (s.bias.present())
+          p.packed = made.bias = pack(s.out);
       } else if (s.kind == StepKind::act && s.a == 1 + k && made.a == made.out &&
                  l.steps[k - 1].kind == StepKind::dense) {
         made.skip = 1;

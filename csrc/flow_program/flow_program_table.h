@@ -83,13 +83,13 @@ struct TableView {
 
 // How one parameter or layer is packed, and where its gradients go.
 struct TablePart {
-  enum Kind { dense, bias, affine, linear, index } kind;
+  enum Kind { dense, affine, linear, index } kind;
   bool panels = false;   // dense: the weight lies in panels
   bool inverted = false; // of its layer
   int storage = 0, form = 0;
   double eps = 0;
-  ParameterRef a, b, c, d; // dense: weight, mask; bias, index: itself; affine: shift, scale; linear: lower,
-                           // upper, diagonal, bias
+  // dense: weight, mask, bias; affine: shift, scale; linear: lower, upper, diagonal, bias; index: itself
+  ParameterRef a, b, c, d;
   int64_t packed = 0, gradient = 0;
   int in = 0, out = 0; // dense; out: elements of the others
   TableMatrix forward{}, backward{};
