@@ -300,8 +300,9 @@ __device__ __forceinline__ void layer_tile(const FlowWalk<typename Tile::Storage
   const T leaky = static_cast<T>(walk.leaky_slope);
   for (int at = threadIdx.x; at < Tile::rows * Tile::columns; at += tile_threads) {
     const int row = at / Tile::columns, column = column0 + at % Tile::columns;
+    const int inside = column < hidden ? column : 0; // nvcc reads ahead of the condition
     if (row < rows && column < hidden) {
-      const T value = Tile::result(shared, 0, row, at % Tile::columns) + widen(__ldg(bias + column));
+      const T value = Tile::result(shared, 0, row, at % Tile::columns) + widen(__ldg(bias + inside));
       narrow(value > T(0) ? value : value * leaky, out[static_cast<int64_t>(row) * hidden + column]);
     }
   }
@@ -349,12 +350,13 @@ __device__ __forceinline__ void last_tile(const FlowWalk<typename Tile::Storage>
                        ? nullptr
                        : walk.parts + (1 + static_cast<int64_t>(step) * walk.tiles + tile) * walk.sizes.batch;
   const int j = column0 + threadIdx.x % columns;
+  const int inside = j < transformed ? j : 0; // nvcc reads ahead of the condition
   for (int at = threadIdx.x / columns; at < Tile::rows; at += tile_threads / columns) {
     const int64_t row = row0 + at;
     T gained = 0;
     if (at < rows && j < transformed) {
-      const T raw = Tile::result(shared, 0, at, j - column0) + widen(__ldg(bias + j));
-      const T shift = Tile::result(shared, 1, at, j - column0) + widen(__ldg(bias + transformed + j));
+      const T raw = Tile::result(shared, 0, at, j - column0) + widen(__ldg(bias + inside));
+      const T shift = Tile::result(shared, 1, at, j - column0) + widen(__ldg(bias + transformed + inside));
       const T s = math::tanh(raw);
       T v = stage[row * walk.dim() + conditioning + j];
       v = inverse ? couple_by<true>(s, v, shift) : couple_by<false>(s, v, shift);

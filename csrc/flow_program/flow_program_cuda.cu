@@ -13,12 +13,12 @@ using torch::stable::contiguous;
 using torch::stable::new_empty;
 using torch::stable::new_zeros;
 
-// The table of a text for elements of `item` bytes, made once and kept with its copies on devices.
+// The tables of a text for elements of `item` bytes, made once and kept with their copies on devices.
 struct KeptTable {
   std::shared_ptr<const Plan> plan;
-  Table table;
+  Table tables[2]; // of the walk forward, and of that back
   std::mutex mutex;
-  std::unordered_map<int, Tensor> copies; // by device
+  std::unordered_map<int, Tensor> copies[2]; // by device
 };
 
 std::shared_ptr<KeptTable> kept_table(const std::string &text, int item) {
@@ -34,7 +34,8 @@ std::shared_ptr<KeptTable> kept_table(const std::string &text, int item) {
   if (kept == nullptr) {
     auto made = std::make_shared<KeptTable>();
     made->plan = plan_of(text);
-    made->table = table_of(made->plan->view, item);
+    for (const bool back : {false, true})
+      made->tables[back] = table_of(made->plan->view, item, back);
     kept = made;
   }
   last_text = text, last_item = item, last = kept;
@@ -43,17 +44,19 @@ std::shared_ptr<KeptTable> kept_table(const std::string &text, int item) {
   return last;
 }
 
-// Its copy on the device of a call. The first call waits for it; one inside a CUDA graph puts the copy in the graph.
-Tensor table_on_device(KeptTable &kept, const CudaCall &call, const Tensor &like) {
+// A copy of one of them on the device of a call. The first call waits for it; one inside a CUDA graph puts the copy in
+// the graph.
+Tensor on_device(KeptTable &kept, bool back, const CudaCall &call, const Tensor &like) {
   const int device = like.get_device_index();
   const std::lock_guard<std::mutex> lock(kept.mutex);
-  if (const auto found = kept.copies.find(device); found != kept.copies.end())
+  auto &copies = kept.copies[back];
+  if (const auto found = copies.find(device); found != copies.end())
     return found->second;
-  Tensor copy = new_empty(like, {static_cast<int64_t>(kept.table.bytes.size()) + 16}, ScalarType::Byte);
-  launch_program_table(kept.table, mutable_data<unsigned char>(copy), call);
+  Tensor copy = new_empty(like, {static_cast<int64_t>(kept.tables[back].bytes.size()) + 16}, ScalarType::Byte);
+  launch_program_table(kept.tables[back], mutable_data<unsigned char>(copy), call);
   if (!call.captured()) {
     call.wait();
-    kept.copies.emplace(device, copy);
+    copies.emplace(device, copy);
   }
   return copy;
 }
@@ -62,31 +65,32 @@ Tensor table_on_device(KeptTable &kept, const CudaCall &call, const Tensor &like
 template <class T> struct Call {
   const CudaCall &call;
   const std::shared_ptr<KeptTable> kept;
-  const Table &table;
+  const Table &table; // of the walk forward; parts and packed parameters are the same for both
   const Inputs in;
-  const Tensor bytes;
-  Tensor packed, orders;
+  Tensor packed, orders, bytes;
   DeviceWalk<T> walk{};
 
   Call(const CudaCall &call, const std::string &program, const Tensor &x, const std::optional<Tensor> &context,
        const std::vector<Tensor> &parameters, bool inverse, bool base)
-      : call(call), kept(kept_table(program, sizeof(T))), table(kept->table),
+      : call(call), kept(kept_table(program, sizeof(T))), table(kept->tables[false]),
         in(checked(*kept->plan, x, context, parameters,
                    [&](const Tensor &t) { return t.is_cuda() && t.get_device_index() == x.get_device_index(); })),
-        bytes(table_on_device(*kept, call, x)), packed(new_empty(x, {table.packed})),
-        orders(new_empty(x, {table.view.orders}, ScalarType::Int)) {
+        packed(new_empty(x, {table.packed})), orders(new_empty(x, {table.view.orders}, ScalarType::Int)),
+        bytes(orders) {
     STD_TORCH_CHECK(table.fits, "flow_program: a GPU cannot walk this program");
     STD_TORCH_CHECK(x.size(0) < int64_t(1) << 31, "flow_program: the batch must have fewer than 2^31 rows on a GPU");
-    walk.table = const_data<unsigned char>(bytes), walk.view = table.view;
     walk.packed = mutable_data<T>(packed), walk.orders = const_data<int>(orders);
     walk.x = const_data<T>(in.x), walk.context = in.context.has_value() ? const_data<T>(*in.context) : nullptr;
     walk.batch = in.x.size(0), walk.inverse = inverse, walk.base = base;
   }
 
   void choose(bool backward) {
-    walk.log_rows = choose_tile(table.view, walk.batch, sizeof(T), call.shared_room(), backward);
+    const Table &chosen = kept->tables[backward];
+    walk.log_rows = choose_tile(chosen.view, walk.batch, sizeof(T), call.shared_room(), backward);
     STD_TORCH_CHECK(walk.log_rows >= 0, "flow_program: the nets of this program are too wide for a walk on this GPU");
     walk.tiles = static_cast<int>((walk.batch + (1 << walk.log_rows) - 1) >> walk.log_rows);
+    bytes = on_device(*kept, backward, call, in.x);
+    walk.table = const_data<unsigned char>(bytes), walk.view = chosen.view;
   }
 
   const void *data(const ParameterRef &r) const {
@@ -105,12 +109,12 @@ template <class T> struct Call {
         walk.packed, call);
   }
 
-  bool sequential() const { return runs_sequentially(table, walk.inverse); }
+  bool sequential() const { return table.sequential[walk.inverse]; }
 
   void forward() {
     choose(false);
-    launch_program_forward(table, walk, sequential() ? mutable_data<int>(orders) : nullptr,
-                           static_cast<unsigned>(walk.tiles), call);
+    launch_program_forward(walk, sequential() ? mutable_data<int>(orders) : nullptr, static_cast<unsigned>(walk.tiles),
+                           call);
   }
 };
 
@@ -183,12 +187,12 @@ flow_program_backward(const std::optional<Tensor> &grad_y, // [batch, dim], none
     }
     call.choose(true);
     back.walk = call.walk;
-    Tensor accumulators = new_empty(x, {program_accumulators(call.walk.tiles) * call.table.view.accumulator});
+    Tensor accumulators = new_empty(x, {program_accumulators(call.walk.tiles) * call.walk.view.accumulator});
     back.grad_y = gy.has_value() ? const_data<T>(*gy) : nullptr, back.grad_logdet = const_data<T>(gl);
     back.grad_x = mutable_data<T>(grad_x);
     back.grad_context = with_context ? mutable_data<T>(grad_context) : nullptr;
     back.accumulators = mutable_data<T>(accumulators);
-    launch_program_backward(call.table, back, cuda);
+    launch_program_backward(back, cuda);
     launch_program_sum(
         call.table, back, [&](const ParameterRef &r) { return call.data(r); },
         [&](const ParameterRef &r) -> T * {
@@ -211,11 +215,11 @@ int64_t flow_program_walks(StringHandle program, int64_t item, int64_t device) {
           CUDA_SUCCESS)
     return 0;
   const std::shared_ptr<KeptTable> kept = kept_table(text, static_cast<int>(item));
-  const Table &table = kept->table;
+  const Table &table = kept->tables[false];
   if (!table.fits || choose_tile(table.view, 1, static_cast<int>(item), room, false) < 0)
     return 0;
-  const bool back = choose_tile(table.view, 1, static_cast<int>(item), room, true) >= 0;
-  return 3 + (back && !runs_sequentially(table, false) ? 4 : 0) + (back && !runs_sequentially(table, true) ? 8 : 0);
+  const bool back = choose_tile(kept->tables[true].view, 1, static_cast<int>(item), room, true) >= 0;
+  return 3 + (back && !table.sequential[false] ? 4 : 0) + (back && !table.sequential[true] ? 8 : 0);
 }
 
 } // namespace

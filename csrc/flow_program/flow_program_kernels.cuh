@@ -78,13 +78,14 @@ template <class T> __device__ __forceinline__ void store_shared(const Vector<T> 
 
 // Panels of weights on their way to shared memory, two at a time, in the order of the list.
 template <class T> struct PanelStream {
-  const TablePanel *panels;
-  int count;       // of them
-  const T *packed; // where panels lie
-  T *even, *odd;   // where panels go in turn
+  const TablePanel *panels; // in shared memory
+  int count;                // of them
+  const T *packed;          // where panels lie
+  T *even, *odd;            // where they go in turn
   int taken = 0;
 
   __device__ __forceinline__ T *buffer(int number) const { return number & 1 ? odd : even; }
+
   __device__ __forceinline__ void issue(int number) {
     if (number < count) {
       const TablePanel panel = panels[number];
@@ -116,20 +117,34 @@ template <class T> struct TileWalk {
   const int rows, ld; // of the tile, and from feature to feature
   const int thread;
   PanelStream<T> stream;
-  T *x, *y;           // [dim, ld] each: a layer's input and output
-  T *values;          // [context + net rows, ld]: the context, then what the net makes
-  T *terms;           // [2 dim, ld]
-  T *logdet, *lost;   // [ld]
-  T *g, *next_g;      // [dim, ld], backward
-  T *value_gradients; // like values
-  T *grad_logdet;     // [ld]
-  int64_t first = 0;  // the tile's first row
-  int valid = 0;      // rows of the batch in it
+  unsigned char *even_record, *odd_record; // of layers at even and odd positions
+  const TableRecord *records;              // where those of all layers lie
+  T *x, *y;                                // [dim, ld] each: a layer's input and output
+  T *values;                               // [context + net rows, ld]: the context, then what the net makes
+  T *terms;                                // [2 dim, ld]
+  T *logdet, *lost;                        // [ld]
+  T *g, *next_g;                           // [dim, ld], backward
+  T *value_gradients;                      // [context + rows, ld]
+  T *grad_logdet;                          // [ld]
+  int64_t first = 0;                       // the tile's first row
+  int valid = 0;                           // rows of the batch in it
 
-  // Cuts shared memory; the host counts it the same way (shared_elements).
-  __device__ __forceinline__ TileWalk(const DeviceWalk<T> &job, bool backward)
+  // Cuts shared memory as shared_bytes() counts it, and brings what all tiles read of the table.
+  __device__ __forceinline__ TileWalk(const DeviceWalk<T> &job, bool backward, int list)
       : job(job), view(job.view), rows(1 << job.log_rows), ld(rows + vector), thread(threadIdx.x) {
-    T *at = reinterpret_cast<T *>(shared_program());
+    even_record = shared_program(), odd_record = even_record + view.record;
+    int2 *const table = reinterpret_cast<int2 *>(odd_record + view.record);
+    const TableList panels = view.lists[list];
+    const int2 *const from_records = reinterpret_cast<const int2 *>(job.table + view.records);
+    const int2 *const from_panels = reinterpret_cast<const int2 *>(job.table + view.panels) + panels.first;
+    for (int i = thread; i < view.layer_count; i += program_threads)
+      table[i] = from_records[i];
+    for (int i = thread; i < panels.count; i += program_threads)
+      table[view.layer_count + i] = from_panels[i];
+    records = reinterpret_cast<const TableRecord *>(table);
+    stream.panels = reinterpret_cast<const TablePanel *>(table + view.layer_count);
+    stream.count = panels.count, stream.packed = job.packed;
+    T *at = reinterpret_cast<T *>(odd_record + view.record + (8 * (view.layer_count + view.list) + 15) / 16 * 16);
     const auto take = [&](int count) {
       T *const piece = at;
       at += count;
@@ -142,31 +157,46 @@ template <class T> struct TileWalk {
     logdet = take(ld), lost = take(ld);
     if (backward) {
       g = take(view.dim * ld), next_g = take(view.dim * ld);
-      value_gradients = take(view.values * ld);
+      value_gradients = take(view.gradients * ld);
       grad_logdet = take(ld);
     }
-    stream.packed = job.packed;
+    __syncthreads();
   }
 
-  template <class Part> __device__ __forceinline__ const Part *part(int64_t at) const {
-    return reinterpret_cast<const Part *>(job.table + at);
+  __device__ __forceinline__ unsigned char *record(int position) const {
+    return position & 1 ? odd_record : even_record;
   }
-  __device__ __forceinline__ const TableLayer &layer_at(int position) const {
-    return part<TableLayer>(view.layers)[job.inverse ? view.layer_count - 1 - position : position];
+  // Begins to copy the record of a layer.
+  __device__ __forceinline__ void bring(int position) const {
+    if (position >= 0 && position < view.layer_count) {
+      const TableRecord from = records[job.inverse ? view.layer_count - 1 - position : position];
+      unsigned char *const to = record(position);
+      for (int i = thread * 16; i < from.size; i += program_threads * 16)
+        copy_async_16(to + i, job.table + from.at + i, 16);
+    }
+    commit_copies();
+  }
+  // The layer at a position, and `next` on its way. All threads have left the layer before.
+  __device__ __forceinline__ const TableLayer &layer_at(int position, int next) const {
+    wait_copies<0>();
+    __syncthreads();
+    bring(next);
+    return *reinterpret_cast<const TableLayer *>(record(position));
   }
   __device__ __forceinline__ bool inverse_of(const TableLayer &l) const { return (l.inverted != 0) != job.inverse; }
-  __device__ __forceinline__ const int *index(int at) const { return part<int>(view.indices) + at; }
+  __device__ __forceinline__ const int *index(const TableLayer &l, int at) const {
+    return reinterpret_cast<const int *>(reinterpret_cast<const unsigned char *>(&l) + l.indices) + at;
+  }
   __device__ __forceinline__ const TableStep &step(const TableLayer &l, int k) const {
-    return part<TableStep>(view.steps)[l.first_step + k];
+    return reinterpret_cast<const TableStep *>(&l + 1)[k];
   }
 
-  __device__ __forceinline__ void begin_tile(int tile, int list) {
+  __device__ __forceinline__ void begin_tile(int tile, int position) {
     first = static_cast<int64_t>(tile) << job.log_rows;
     const int64_t left = job.batch - first;
     valid = static_cast<int>(left < rows ? left : rows);
-    const TableList &l = view.lists[list];
-    stream.panels = part<TablePanel>(view.panels) + l.first;
-    stream.count = l.count, stream.taken = 0;
+    bring(position);
+    stream.taken = 0;
     stream.issue(0);
   }
 
@@ -207,7 +237,7 @@ template <class T> struct TileWalk {
   // ---- forward
 
   __device__ __forceinline__ void forward(int tile) {
-    begin_tile(tile, job.inverse ? list_inverse : list_forward);
+    begin_tile(tile, 0);
     read(job.x, view.dim, x);
     if (view.context)
       read(job.context, view.context, values);
@@ -215,7 +245,7 @@ template <class T> struct TileWalk {
       logdet[thread] = lost[thread] = T(0);
     __syncthreads();
     for (int position = 0; position < view.layer_count; ++position) {
-      const TableLayer &l = layer_at(position);
+      const TableLayer &l = layer_at(position, position + 1);
       layer_forward(l, inverse_of(l));
       if (job.inputs != nullptr)
         write(y, view.dim, job.inputs + position * job.batch * view.dim);
@@ -251,7 +281,7 @@ template <class T> struct TileWalk {
   }
 
   __device__ __forceinline__ void permute(const TableLayer &l, bool inverse, const T *from, T *to) const {
-    const int *const index = this->index(l.index);
+    const int *const index = this->index(l, l.index);
     const int64_t *const packed = reinterpret_cast<const int64_t *>(job.packed + l.packed);
     each(view.dim, [&](int j, int r) {
       const int other = l.index >= 0 ? index[j] : static_cast<int>(packed[j]);
@@ -339,14 +369,22 @@ template <class T> struct TileWalk {
   // ---- nets
 
   // out[o][rows] (+)= sum over i of w[i][o] a[i][rows] + bias[o], for the columns of each panel; a thread has 4 rows
-  // (2 in float64) of `columns` neighbouring columns. f(o, vector) takes the sums.
+  // (2 in float64) of `columns` neighbouring columns. The bias is the row behind the last. f(o, vector) takes the sums.
   template <int columns, class F>
-  __device__ __forceinline__ void panel_product(const T *w, int in, int width, int across, const T *a, int item,
+  __device__ __forceinline__ void panel_product(const T *w, const TableMatrix &m, int across, const T *a, int item,
                                                 const F &f) const {
+    const int in = m.in, width = m.width;
     const int o = item % across * columns, r = item / across * vector;
-    T sums[columns][vector] = {};
+    T sums[columns][vector];
     const T *from = a + r;
     w += o;
+#pragma unroll
+    for (int c = 0; c < columns; ++c) {
+      const T start = m.bias ? w[in * width + c] : T(0);
+#pragma unroll
+      for (int k = 0; k < vector; ++k)
+        sums[c][k] = start;
+    }
 #pragma unroll 8
     for (int i = 0; i < in; ++i, from += ld, w += width) {
       const Vector<T> v = load_shared(from);
@@ -389,15 +427,15 @@ template <class T> struct TileWalk {
       const int all = m.width * groups; // items of one column
       if (all <= program_threads) {
         if (thread < all)
-          panel_product<1>(w, m.in, m.width, m.width, a, thread, put);
+          panel_product<1>(w, m, m.width, a, thread, put);
       } else {
         constexpr int most = vector; // columns of a 16-byte access
         const int columns = all <= 2 * program_threads ? 2 : most;
         for (int item = thread; item < all / columns; item += program_threads)
           if (columns == 2)
-            panel_product<2>(w, m.in, m.width, m.width / 2, a, item, put);
+            panel_product<2>(w, m, m.width / 2, a, item, put);
           else
-            panel_product<most>(w, m.in, m.width, m.width / most, a, item, put);
+            panel_product<most>(w, m, m.width / most, a, item, put);
       }
     }
     __syncthreads();
@@ -405,14 +443,12 @@ template <class T> struct TileWalk {
 
   __device__ __forceinline__ void dense_forward(const TableStep &s) {
     T *const out = values + s.out * ld;
-    const T *const bias = job.packed + s.bias;
     with_activation(static_cast<Activation>(s.fused), [&](auto activation) {
       const T slope = static_cast<T>(s.slope);
       product(s.forward, values + s.a * ld, [&](int o, Vector<T> sum, int r) {
-        const T b = s.bias < 0 ? T(0) : bias[o];
 #pragma unroll
         for (int k = 0; k < vector; ++k)
-          sum.at[k] = activated<decltype(activation)::value>(sum.at[k] + b, slope);
+          sum.at[k] = activated<decltype(activation)::value>(sum.at[k], slope);
         store_shared(sum, out + o * ld + r);
       });
     });
@@ -420,7 +456,7 @@ template <class T> struct TileWalk {
 
   // The net of a coupling; leaves its values, the raw sizes of a spline multiplied by their gain.
   __device__ __forceinline__ void evaluate(const TableLayer &l, const T *from) {
-    const int *const conditioning = index(l.index);
+    const int *const conditioning = index(l, l.index);
     each(l.index_count, [&](int i, int r) { values[(l.input + i) * ld + r] = from[conditioning[i] * ld + r]; });
     __syncthreads();
     for (int k = 0; k < l.step_count; ++k) {
@@ -476,7 +512,7 @@ template <class T> struct TileWalk {
   // ---- transformers
 
   __device__ __forceinline__ void couple_forward(const TableLayer &l, bool inverse) {
-    const int *const passed = index(l.passed), *const transformed = index(l.transformed);
+    const int *const passed = index(l, l.passed), *const transformed = index(l, l.transformed);
     each(l.passed_count, [&](int i, int r) { y[passed[i] * ld + r] = x[passed[i] * ld + r]; });
     each(l.transformed_count, [&](int i, int r) {
       const int at = transformed[i] * ld + r;
@@ -542,7 +578,7 @@ template <class T> struct TileWalk {
       const TableAffine &t = l.affine;
       const T gain = static_cast<T>(l.gain), clamp = static_cast<T>(t.clamp);
       const int shift_at = (t.shift_at + i * t.shift_step) * ld, scale_at = (t.scale_at + i * t.scale_step) * ld;
-      T *const gradients = value_gradients + l.output * ld + r;
+      T *const gradients = value_gradients + l.output_gradient * ld + r;
       T result = T(0);
       with_constants(static_cast<Squash>(t.squash), inverse, [&](auto squash, auto backwards) {
         constexpr Squash kind = decltype(squash)::value;
@@ -558,7 +594,7 @@ template <class T> struct TileWalk {
     }
     const SplineOf spline(l.spline);
     const T v = l.wrap && !inverse ? wrapped_value(in, spline.limits.right) : in;
-    const int own = (l.raw + i * l.spline.count) * ld + r;
+    const int own = (l.raw_gradient + i * l.spline.count) * ld + r;
     T result = T(0);
     with_spline(static_cast<Parameterization>(l.spline.form), inverse, [&](auto form, auto backwards) {
       constexpr Parameterization f = decltype(form)::value;
@@ -588,7 +624,7 @@ template <class T> struct TileWalk {
         to_slopes[d] = (d == b.first ? slope0 : T(0)) + (d == b.second ? slope1 : T(0));
     });
     if (l.raw != l.output) {
-      T *const gradients = value_gradients + (l.output + i * l.spline.count) * ld + r;
+      T *const gradients = value_gradients + (l.output_gradient + i * l.spline.count) * ld + r;
       for (int k = 0; k < l.spline.count; ++k)
         gradients[k * ld] += value_gradients[own + k * ld];
     }
@@ -624,9 +660,9 @@ template <class T> struct TileWalk {
             return elementwise(s, i, r);
           const TableMatrix &m = s.forward;
           const int panel = i / m.width;
-          const T *w = job.packed + m.at + static_cast<int64_t>(panel) * m.in * m.width + (i - panel * m.width);
+          const T *w = job.packed + m.at + panel * (m.in + m.bias) * m.width + (i - panel * m.width);
           const T *a = values + s.a * ld + r;
-          T sum = s.bias < 0 ? T(0) : job.packed[s.bias + i];
+          T sum = m.bias ? w[m.in * m.width] : T(0);
           for (int j = 0; j < m.in; ++j, w += m.width, a += ld)
             if (const T weight = *w; weight != T(0)) // what is masked is not known yet
               sum += weight * *a;
@@ -652,7 +688,7 @@ template <class T> struct TileWalk {
 
   __device__ __forceinline__ void backward(const DeviceWalkBack<T> &back, int tile, T *accumulator, bool add) {
     const bool context_grad = back.grad_context != nullptr;
-    begin_tile(tile, list_backward + (job.inverse ? 1 : 0) + (context_grad ? 2 : 0));
+    begin_tile(tile, view.layer_count - 1);
     const int dim = view.dim;
     const auto made = [&](int position) { return job.inputs + position * job.batch * dim; };
     read(view.layer_count == 0 ? job.x : made(view.layer_count - 1), dim, y);
@@ -671,7 +707,7 @@ template <class T> struct TileWalk {
       __syncthreads();
     }
     for (int position = view.layer_count - 1; position >= 0; --position) {
-      const TableLayer &l = layer_at(position);
+      const TableLayer &l = layer_at(position, position - 1);
       read(position == 0 ? job.x : made(position - 1), dim, x);
       layer_backward(l, inverse_of(l), accumulator, add, context_grad);
       T *const other = g, *const before = y;
@@ -703,9 +739,9 @@ template <class T> struct TileWalk {
     }
     case LayerKind::coupling: {
       evaluate(l, x);
-      each(l.raw_rows, [&](int i, int r) { value_gradients[(l.output + i) * ld + r] = T(0); });
+      each(l.raw_rows, [&](int i, int r) { value_gradients[(l.output_gradient + i) * ld + r] = T(0); });
       __syncthreads();
-      const int *const passed = index(l.passed), *const transformed = index(l.transformed);
+      const int *const passed = index(l, l.passed), *const transformed = index(l, l.transformed);
       each(l.passed_count, [&](int i, int r) { next_g[passed[i] * ld + r] = g[passed[i] * ld + r]; });
       each(l.transformed_count, [&](int i, int r) {
         const int at = transformed[i] * ld + r;
@@ -755,12 +791,27 @@ template <class T> struct TileWalk {
             for (int k = 0; k < vector; ++k)
               sums[p][q] += left[p].at[k] * right[q].at[k];
       }
+      const auto inside = [&](int p, int q) { return o + p * down < out && i + q * across < in; };
+      const auto place = [&](int p, int q) { return to + (o + p * down) * in + i + q * across; };
+      if (add) { // all loads under way before the first store, which nobody knows to be elsewhere
+        T before[by][by];
+#pragma unroll
+        for (int p = 0; p < by; ++p)
+#pragma unroll
+          for (int q = 0; q < by; ++q)
+            before[p][q] = inside(p, q) ? *place(p, q) : T(0);
+#pragma unroll
+        for (int p = 0; p < by; ++p)
+#pragma unroll
+          for (int q = 0; q < by; ++q)
+            sums[p][q] += before[p][q];
+      }
 #pragma unroll
       for (int p = 0; p < by; ++p)
 #pragma unroll
         for (int q = 0; q < by; ++q)
-          if (o + p * down < out && i + q * across < in)
-            put(to + static_cast<int64_t>(o + p * down) * in + i + q * across, sums[p][q], add);
+          if (inside(p, q))
+            *place(p, q) = sums[p][q];
     }
   }
 
@@ -816,8 +867,8 @@ template <class T> struct TileWalk {
   __device__ __forceinline__ void net_backward(const TableLayer &l, T *accumulator, bool add, bool context_grad) {
     for (int k = l.step_count - 1; k >= 0; --k) {
       const TableStep &s = step(l, k);
-      T *const d = value_gradients + s.out * ld, *const ga = value_gradients + s.a * ld;
-      T *const gb = value_gradients + s.b * ld;
+      T *const d = value_gradients + s.dout * ld, *const ga = value_gradients + s.da * ld;
+      T *const gb = value_gradients + s.db * ld;
       const bool to_a = s.a >= view.context || context_grad, to_b = s.b >= view.context || context_grad;
       if (s.unread) {
         each(s.rows, [&](int i, int r) { d[i * ld + r] = T(0); });
@@ -827,8 +878,9 @@ template <class T> struct TileWalk {
       switch (static_cast<StepKind>(s.kind)) {
       case StepKind::dense:
         outer(d, s.rows, values + s.a * ld, s.forward.in, accumulator + s.weight_gradient, add);
-        if (s.bias >= 0)
-          sum_rows(s.rows, accumulator + s.bias_gradient, add, [&](int o, int r) { return d[o * ld + r]; });
+        if (s.forward.bias)
+          sum_rows(s.rows, accumulator + s.weight_gradient + s.rows * s.forward.in, add,
+                   [&](int o, int r) { return d[o * ld + r]; });
         if (to_a)
           product(s.backward, d, [&](int i, Vector<T> sum, int r) {
             T *const to = ga + i * ld + r;
@@ -854,7 +906,7 @@ template <class T> struct TileWalk {
             const T *const at = values + (derivative_reads_input(kind) ? s.a : s.out) * ld;
             each(s.rows, [&](int i, int r) {
               const int e = i * ld + r;
-              pass(ga, e, activated_backward<kind>(at[e], d[e], static_cast<T>(s.slope)), s.add_a && s.a != s.out);
+              pass(ga, e, activated_backward<kind>(at[e], d[e], static_cast<T>(s.slope)), s.add_a && s.da != s.dout);
             });
           });
         break;
@@ -890,9 +942,9 @@ template <class T> struct TileWalk {
         __syncthreads();
     }
     if (l.input_has_gradient) {
-      const int *const conditioning = index(l.index);
+      const int *const conditioning = index(l, l.index);
       each(l.index_count,
-           [&](int i, int r) { next_g[conditioning[i] * ld + r] += value_gradients[(l.input + i) * ld + r]; });
+           [&](int i, int r) { next_g[conditioning[i] * ld + r] += value_gradients[(l.input_gradient + i) * ld + r]; });
       __syncthreads();
     }
   }
@@ -901,7 +953,7 @@ template <class T> struct TileWalk {
 template <class T>
 __global__ void __launch_bounds__(program_threads, 1)
     program_forward_kernel(const __grid_constant__ DeviceWalk<T> job) {
-  TileWalk<T> walk(job, false);
+  TileWalk<T> walk(job, false, job.inverse ? list_inverse : list_forward);
   for (int tile = blockIdx.x; tile < job.tiles; tile += gridDim.x)
     walk.forward(tile);
 }
@@ -909,8 +961,9 @@ __global__ void __launch_bounds__(program_threads, 1)
 template <class T>
 __global__ void __launch_bounds__(program_threads, 1)
     program_backward_kernel(const __grid_constant__ DeviceWalkBack<T> job) {
-  TileWalk<T> walk(job.walk, true);
-  T *const accumulator = job.accumulators + blockIdx.x * job.walk.view.accumulator;
+  const int list = list_backward + (job.walk.inverse ? 1 : 0) + (job.grad_context != nullptr ? 2 : 0);
+  TileWalk<T> walk(job.walk, true, list);
+  T *const accumulator = job.accumulators + static_cast<int64_t>(blockIdx.x) * job.walk.view.accumulator;
   for (int tile = blockIdx.x; tile < job.walk.tiles; tile += gridDim.x)
     walk.backward(job, tile, accumulator, tile != static_cast<int>(blockIdx.x));
 }
@@ -945,12 +998,15 @@ void each_parts(const Table &table, const Data &data, const Gradient &gradient, 
   };
   for (const TablePart &p : table.parts) {
     const bool dense = p.kind == TablePart::dense;
-    parts.parts[count++] = {
-        p.kind,        p.in,          p.out,      p.panels,        dense && p.b.present() && is_bool(p.b),
-        p.storage,     p.form,        p.inverted, p.forward.width, p.backward.width,
-        data(p.a),     data(p.b),     data(p.c),  data(p.d),       p.packed,
-        p.forward.at,  p.backward.at, p.gradient, gradient(p.a),   dense ? nullptr : gradient(p.b),
-        gradient(p.c), gradient(p.d), p.eps};
+    DevicePart<T> &part = parts.parts[count++];
+    part.kind = p.kind, part.in = p.in, part.out = p.out, part.panels = p.panels, part.inverted = p.inverted;
+    part.bool_mask = dense && p.b.present() && is_bool(p.b), part.storage = p.storage, part.form = p.form;
+    part.width = p.forward.width, part.back_width = p.backward.width;
+    part.gain = p.gain, part.gain_rows = p.gain_rows, part.gain_count = p.gain_count, part.eps = p.eps;
+    part.a = data(p.a), part.b = data(p.b), part.c = data(p.c), part.d = data(p.d);
+    part.packed = p.packed, part.forward = p.forward.at, part.backward = p.backward.at, part.gradient = p.gradient;
+    part.to_a = gradient(p.a), part.to_b = dense ? nullptr : gradient(p.b);
+    part.to_c = gradient(p.c), part.to_d = gradient(p.d);
     const int64_t elements = dense                         ? static_cast<int64_t>(p.in) * p.out
                              : p.kind == TablePart::linear ? static_cast<int64_t>(p.out) * p.out
                                                            : p.out;
@@ -959,14 +1015,6 @@ void each_parts(const Table &table, const Data &data, const Gradient &gradient, 
       flush();
   }
   flush();
-}
-
-inline bool runs_sequentially(const Table &table, bool inverse) {
-  const TableLayer *const layers = reinterpret_cast<const TableLayer *>(table.bytes.data() + table.view.layers);
-  for (int l = 0; l < table.view.layer_count; ++l)
-    if (layers[l].autoregressive && (layers[l].inverted != 0) != inverse)
-      return true;
-  return false;
 }
 
 // Parameters to `packed`, table.packed elements.
@@ -991,18 +1039,16 @@ void launch_program_sum(const Table &table, const DeviceWalkBack<T> &back, const
 
 // `blocks`: of the walk.
 template <class T, class Launch>
-void launch_program_forward(const Table &table, const DeviceWalk<T> &walk, int *orders, unsigned blocks,
-                            Launch &&launch) {
+void launch_program_forward(const DeviceWalk<T> &walk, int *orders, unsigned blocks, Launch &&launch) {
   if (orders != nullptr)
     launch(program_order_kernel<T>, dim3(walk.view.layer_count), dim3(program_threads), walk.table, walk.view,
            static_cast<const T *>(walk.packed), orders, walk.inverse);
-  const size_t bytes = shared_elements(table.view, 1 << walk.log_rows, sizeof(T), false) * sizeof(T);
+  const size_t bytes = shared_bytes(walk.view, 1 << walk.log_rows, sizeof(T), false);
   launch.with_shared(bytes)(program_forward_kernel<T>, dim3(blocks), dim3(program_threads), walk);
 }
 
-template <class T, class Launch>
-void launch_program_backward(const Table &table, const DeviceWalkBack<T> &back, Launch &&launch) {
-  const size_t bytes = shared_elements(table.view, 1 << back.walk.log_rows, sizeof(T), true) * sizeof(T);
+template <class T, class Launch> void launch_program_backward(const DeviceWalkBack<T> &back, Launch &&launch) {
+  const size_t bytes = shared_bytes(back.walk.view, 1 << back.walk.log_rows, sizeof(T), true);
   launch.with_shared(bytes)(program_backward_kernel<T>, dim3(program_accumulators(back.walk.tiles)),
                             dim3(program_threads), back);
 }

@@ -13,11 +13,12 @@ namespace iin_fast {
 template <class T> struct DevicePart {
   int kind, in, out, panels, bool_mask, storage, form, inverted;
   int width, back_width;             // dense, of panels
+  int gain_rows, gain_count;         // see TablePart
   const void *a, *b, *c, *d;         // see TablePart; null: absent
   int64_t packed, forward, backward; // dense: where both ways' panels begin
   int64_t gradient;
   T *to_a, *to_b, *to_c, *to_d; // gradients; null: not wanted
-  double eps;
+  double eps, gain;
 };
 
 constexpr int most_parts = 24; // of a launch: arguments of a kernel have 4 KiB
@@ -39,6 +40,10 @@ template <class T> __device__ __forceinline__ T mask_at(const DevicePart<T> &p, 
   if (p.bool_mask)
     return T(static_cast<const uint8_t *>(p.b)[at] != 0);
   return static_cast<const T *>(p.b)[at];
+}
+
+template <class T> __device__ __forceinline__ T gain_of(const DevicePart<T> &p, int o) {
+  return o % p.gain_count < p.gain_rows ? static_cast<T>(p.gain) : T(1);
 }
 
 // Sum of log |v(j)| over j below count, in order, by one thread.
@@ -64,12 +69,13 @@ __global__ void __launch_bounds__(program_threads, 1)
   const ScaleForm form = static_cast<ScaleForm>(p.form);
   switch (p.kind) {
   case TablePart::dense: {
-    const auto weight = [&](int o, int i) {
+    const auto weight = [&](int o, int i) { // or the bias, behind the last column
       const int64_t at = weight_at(p, o, i);
-      return a[at] * mask_at(p, at);
+      return gain_of(p, o) * (i < p.in ? a[at] * mask_at(p, at) : c[o]);
     };
-    const int64_t columns = (p.out + p.width - 1) / p.width * p.width, panel = static_cast<int64_t>(p.width) * p.in;
-    for (int64_t e = first; e < columns * p.in; e += step) {
+    const int rows = p.in + (c != nullptr ? 1 : 0);
+    const int64_t columns = (p.out + p.width - 1) / p.width * p.width, panel = static_cast<int64_t>(p.width) * rows;
+    for (int64_t e = first; e < columns * rows; e += step) {
       const int o = static_cast<int>(e / panel) * p.width + static_cast<int>(e % p.width);
       const int i = static_cast<int>(e % panel) / p.width;
       packed[p.forward + e] = o < p.out ? weight(o, i) : T(0);
@@ -81,8 +87,6 @@ __global__ void __launch_bounds__(program_threads, 1)
       const int o = static_cast<int>(e % back_panel) / p.back_width;
       packed[p.backward + e] = i < p.in ? weight(o, i) : T(0);
     }
-    for (int64_t o = first; c != nullptr && o < p.out; o += step)
-      to[o] = c[o];
     break;
   }
   case TablePart::index:
@@ -141,10 +145,10 @@ __global__ void __launch_bounds__(program_threads, 1)
     for (int64_t e = first; p.to_a != nullptr && e < static_cast<int64_t>(p.in) * p.out; e += step) {
       const int64_t at = weight_at(p, static_cast<int>(e / p.in), static_cast<int>(e % p.in));
       const T mask = mask_at(p, at);
-      p.to_a[at] = mask == T(0) ? T(0) : mask * total(e);
+      p.to_a[at] = mask == T(0) ? T(0) : gain_of(p, static_cast<int>(e / p.in)) * mask * total(e);
     }
     for (int64_t o = first; p.to_c != nullptr && o < p.out; o += step)
-      p.to_c[o] = total(static_cast<int64_t>(p.in) * p.out + o);
+      p.to_c[o] = gain_of(p, static_cast<int>(o)) * total(static_cast<int64_t>(p.in) * p.out + o);
     break;
   case TablePart::affine: {
     const T *const scale = packed + p.packed, *const raw = static_cast<const T *>(p.b);
@@ -185,10 +189,11 @@ __global__ void __launch_bounds__(program_threads)
     program_order_kernel(const unsigned char *table, const __grid_constant__ TableView view, const T *packed,
                          int *orders, bool inverse) {
   constexpr int unknown = 1 << 30;
-  const TableLayer &l = reinterpret_cast<const TableLayer *>(table + view.layers)[blockIdx.x];
+  const TableRecord record = reinterpret_cast<const TableRecord *>(table + view.records)[blockIdx.x];
+  const TableLayer &l = *reinterpret_cast<const TableLayer *>(table + record.at);
   if (static_cast<LayerKind>(l.kind) != LayerKind::coupling || !l.autoregressive || (l.inverted != 0) == inverse)
     return;
-  const TableStep *const steps = reinterpret_cast<const TableStep *>(table + view.steps) + l.first_step;
+  const TableStep *const steps = reinterpret_cast<const TableStep *>(&l + 1);
   const int thread = threadIdx.x, dim = view.dim;
   int *const features = orders + l.orders, *const rows = features + dim;
   for (int i = thread; i < dim; i += program_threads)
@@ -210,7 +215,7 @@ __global__ void __launch_bounds__(program_threads)
         if (kind == StepKind::dense) {
           const TableMatrix &m = s.forward;
           const int panel = i / m.width;
-          const T *w = packed + m.at + static_cast<int64_t>(panel) * m.in * m.width + (i - panel * m.width);
+          const T *w = packed + m.at + panel * (m.in + m.bias) * m.width + (i - panel * m.width);
           for (int j = 0; j < m.in && known; ++j, w += m.width)
             known = rows[s.a + j] <= now || *w == T(0);
         } else if (kind == StepKind::concat) {

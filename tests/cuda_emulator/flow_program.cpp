@@ -20,18 +20,18 @@ struct ProgramCall {
   void *grad_x, *grad_context;
   void *const *grads;
   bool fits; // found out
-  int64_t log_rows, log_rows_back, launches, launches_back, bytes;
+  int64_t log_rows, log_rows_back, launches, launches_back, bytes, tape_bytes;
 };
 
 template <class T> void run(ProgramCall &call) {
   const auto plan = plan_of(call.text);
-  const Table table = table_of(plan->view, sizeof(T));
+  const Table table = table_of(plan->view, sizeof(T), false), tape = table_of(plan->view, sizeof(T), true);
   call.log_rows = choose_tile(table.view, call.batch, sizeof(T), call.room, false);
-  call.log_rows_back = choose_tile(table.view, call.batch, sizeof(T), call.room, true);
+  call.log_rows_back = choose_tile(tape.view, call.batch, sizeof(T), call.room, true);
   for (int64_t rows = 8, log_rows = 3; rows <= call.tile; rows *= 2, ++log_rows)
     call.log_rows = call.log_rows_back = log_rows;
-  call.bytes = table.bytes.size();
-  const bool backward = call.grad_x != nullptr, sequential = runs_sequentially(table, call.inverse);
+  call.bytes = table.bytes.size(), call.tape_bytes = tape.bytes.size();
+  const bool backward = call.grad_x != nullptr, sequential = table.sequential[call.inverse];
   call.fits = table.fits && call.log_rows >= 0 && (!backward || (call.log_rows_back >= 0 && !sequential));
   if (!call.fits || call.batch == 0)
     return;
@@ -42,7 +42,7 @@ template <class T> void run(ProgramCall &call) {
     return std::vector<T>(count > 0 ? count : 1, std::numeric_limits<T>::quiet_NaN());
   };
   std::vector<T> packed = memory(table.packed), inputs = memory(plan->view.layer_count * call.batch * plan->view.dim);
-  std::vector<unsigned char> bytes(table.bytes.size() + 16);
+  std::vector<unsigned char> bytes(table.bytes.size() + 16), tape_bytes(tape.bytes.size() + 16);
   std::vector<int> orders(table.view.orders + 1, -7);
   DeviceWalk<T> walk{};
   walk.table = bytes.data(), walk.view = table.view, walk.packed = packed.data(), walk.orders = orders.data();
@@ -64,19 +64,21 @@ template <class T> void run(ProgramCall &call) {
   launch_program_table(table, bytes.data(), launch);
   launch_program_pack<T>(table, data, is_bool, packed.data(), launch);
   tile(call.log_rows);
-  launch_program_forward(table, walk, sequential ? orders.data() : nullptr, 3u < unsigned(walk.tiles) ? 3 : walk.tiles,
+  launch_program_forward(walk, sequential ? orders.data() : nullptr, 3u < unsigned(walk.tiles) ? 3 : walk.tiles,
                          launch);
   call.launches = launches, launches = 0;
   if (!backward)
     return;
   DeviceWalkBack<T> back{};
+  launch_program_table(tape, tape_bytes.data(), launch);
+  walk.table = tape_bytes.data(), walk.view = tape.view;
   tile(call.log_rows_back);
   back.walk = walk;
-  std::vector<T> accumulators = memory(program_accumulators(walk.tiles) * table.view.accumulator);
+  std::vector<T> accumulators = memory(program_accumulators(walk.tiles) * tape.view.accumulator);
   back.grad_y = static_cast<const T *>(call.grad_y), back.grad_logdet = static_cast<const T *>(call.grad_logdet);
   back.grad_x = static_cast<T *>(call.grad_x), back.grad_context = static_cast<T *>(call.grad_context);
   back.accumulators = accumulators.data();
-  launch_program_backward(table, back, launch);
+  launch_program_backward(back, launch);
   const auto gradient = [&](const ParameterRef &r) -> T * {
     return r.present() && call.grads[r.tensor] != nullptr ? static_cast<T *>(call.grads[r.tensor]) + r.offset : nullptr;
   };

@@ -33,7 +33,7 @@ class ProgramCall(ctypes.Structure):
         *((n, ctypes.c_void_p) for n in "x context parameters bool_mask y logdet".split()),
         *((n, ctypes.c_void_p) for n in "grad_y grad_logdet grad_x grad_context grads".split()),
         ("fits", ctypes.c_bool),
-        *((n, ctypes.c_int64) for n in "log_rows log_rows_back launches launches_back bytes".split()),
+        *((n, ctypes.c_int64) for n in "log_rows log_rows_back launches launches_back bytes tape_bytes".split()),
     ]
 
 
@@ -151,8 +151,8 @@ def test_more_tiles_than_accumulators() -> None:
 def test_launches() -> None:
     """The table where the program is new; packing and the walk; and packing once more for the sums of gradients."""
     job = walk(small(40))
-    tables = -(-job.bytes // 3968)
-    assert (job.launches, job.launches_back) == (tables + 2, 2)
+    tables, tapes = (-(-size // 3968) for size in (job.bytes, job.tape_bytes))
+    assert (job.launches, job.launches_back) == (tables + 2, tapes + 2)
 
 
 def test_the_same_bits_every_time() -> None:
