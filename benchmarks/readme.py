@@ -246,70 +246,170 @@ def backend_table() -> str:
     return "\n".join(lines)
 
 
+GPU_RESULT = "gpu_h100.json"  # a gpu.json of `make gpu`
+COMPILED = ["compile", "compile, reduce-overhead", "compile, max-autotune"]
 GPU_SYSTEMS = {
     "eager": ["eager"],
     "eager, CUDA graph": ["eager, CUDA graph"],
-    "torch.compile, best mode": ["compile", "compile, reduce-overhead", "compile, max-autotune"],
+    "torch.compile, best mode": COMPILED,
     "FrEIA": ["FrEIA"],
     "nflows": ["nflows"],
     "normflows": ["normflows"],
     "**iin-fast**": ["iin-fast"],
-    "**iin-fast, CUDA graph**": ["iin-fast, cpp, CUDA graph", "iin-fast, triton, CUDA graph"],
+    "**iin-fast, CUDA graph**": ["iin-fast, CUDA graph"],
+    "iin-fast, Triton": ["iin-fast, triton"],
 }
+# What the README shows: stage, case, label, the library that is replaced there.
+GPU_SUMMARY = (
+    ("engine", "NSF, step, batch 256", "neural spline flow, training step, 256 rows", "nflows"),
+    ("engine", "NSF, step, batch 4096", "the same, 4096 rows", "nflows"),
+    ("engine", "NSF, log_prob, batch 65536", "the same, density, 65,536 rows", "nflows"),
+    ("engine", "MAF, step, batch 256", "masked autoregressive flow, training step, 256 rows", "nflows"),
+    ("engine", "MAF, sample, batch 4096", "the same, 4096 samples", "nflows"),
+    ("engine", "RealNVP, step, batch 256", "RealNVP, training step, 256 rows", "normflows"),
+    ("flow", "forward, batch 25, float32", "IIN of the published size, forward, 25 rows", "eager"),
+    ("flow", "step, 25 pairs, float32", "the same, training step, 25 pairs", "eager"),
+    ("flow", "forward, batch 16384, tf32", "the same, forward, 16,384 rows in TF32", "eager"),
+    ("flow", "forward, batch 16384, bfloat16", "the same in bfloat16", "eager"),
+)
 
 
-def gpu_table() -> str:
-    """The run of `make gpu` that is committed as gpu.json: the flow, and the small ops beside a copy. "" without one."""
-    path = RESULTS / "gpu.json"
+def gpu_result() -> dict[str, Any] | None:
+    """The committed run on a GPU, if there is one."""
+    path = RESULTS / GPU_RESULT
     if not path.exists():
-        return ""
-    result = json.loads(path.read_text())
+        return None
+    result: dict[str, Any] = json.loads(path.read_text())
     if result["dry_run"]:
         raise SystemExit(f"{path} is from a dry run on a CPU: it says nothing of a GPU")
-    machine, peaks = result["environment"], result["peaks"]
+    return result
+
+
+def gpu_machine(result: dict[str, Any]) -> str:
+    machine, peaks = result["environment"], result.get("peaks", {})
     driver = machine.get("smi", {}).get("driver_version", "unknown")
-    products = ", ".join(
-        f"{peaks[f'{kind}_tflops']:.0f} in {kind}"
-        for kind in ("bfloat16", "tf32", "float32")
-        if f"{kind}_tflops" in peaks
+    libraries = ", ".join(
+        f"{name} {machine['versions'][name]}"
+        for name in ("jax", "flowjax", "nflows", "zuko", "normflows", "FrEIA")
+        if name in machine.get("versions", {})
     )
-    lines = [
-        "### Speed on a GPU",
-        "",
-        f"{machine['gpu']}, driver {driver}, torch {machine['torch']} (CUDA {machine['cuda']}), commit {machine['commit']}; in "
-        f"the same run a copy moves {peaks['copy_gbytes']:.0f} GB/s and products of matrices reach, in TFLOP/s, {products}.",
-    ]
+    text = f"{machine['gpu']}, driver {driver}, torch {machine['torch']} (CUDA {machine['cuda']})"
+    text += f"{', ' if libraries else ''}{libraries}, commit {machine.get('commit', 'unknown')}."
+    products = [f"{peaks[f'{k}_tflops']:.0f} in {k}" for k in ("bfloat16", "tf32", "float32") if f"{k}_tflops" in peaks]
+    if products and "copy_gbytes" in peaks:
+        text += f" A copy moves {peaks['copy_gbytes']:.0f} GB/s there, and products of matrices reach {', '.join(products)} TFLOP/s."
     if "summary" in result.get("tests", {}):
-        lines[-1] += f" Its tests: {result['tests']['summary'].strip('= ')}."
-    lines += [
+        text += f" Tests of the CUDA kernels: {result['tests']['summary'].strip('= ')}."
+    return text
+
+
+def gpu_state() -> str:
+    """What ran on a GPU, in the README's words on the state of things."""
+    result = gpu_result()
+    if result is None:
+        return (
+            "Every speed here was measured on CPUs. The GPU kernels are compiled, and tested in an emulator; they\n"
+            "have never run on a GPU."
+        )
+    return f"Speeds were measured on CPUs and on one {result['environment']['gpu']}, where the tests of the CUDA kernels ran too."
+
+
+def gpu_cases(result: dict[str, Any], stage: str) -> dict[str, dict[str, Any]]:
+    """The cases of a stage that have times: the systems' rows with "warm"."""
+    cases = result.get(stage, {}).get("cases", {})
+    return {name: case for name, case in cases.items() if case.get("systems")}
+
+
+def gpu_summary() -> str:
+    """A few cases, each beside the library it replaces and the fastest other side. "" without a run."""
+    result = gpu_result()
+    if result is None:
+        return ""
+    lines = [
+        "### On a GPU",
         "",
-        "Medians in milliseconds of calls in a row, launches included; all systems in one run, in turn. Minimum, maximum and "
-        "calls after the L2 cache was emptied are in the result file.",
+        f"{gpu_machine(result)} Medians in milliseconds of calls in a row, launches included. The library's own code is compared "
+        "with a plain call of ours, the fastest other side, which may be a CUDA graph or compiled, with the faster of our two columns. "
+        "All cases are in [docs/speed.md](docs/speed.md#on-a-gpu).",
+        "",
+        "| case | iin-fast | iin-fast, CUDA graph | the library's own code | fastest other side |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for stage, case, label, replaced in GPU_SUMMARY:
+        systems = {name: row["warm"] for name, row in gpu_cases(result, stage).get(case, {}).get("systems", {}).items()}
+        if "iin-fast" not in systems:
+            continue
+        plain, graph = systems["iin-fast"], systems.get("iin-fast, CUDA graph")
+        fastest = min(row["median"] for row in (plain, graph) if row)
+        others = {name: row for name, row in systems.items() if not name.startswith("iin-fast")}
+        best = min(others, key=lambda name: others[name]["median"])
+        cells = [
+            f"{'published code' if name == 'eager' else name}: {others[name]['median'] / ours:.1f} ×"
+            if name in others
+            else ""
+            for name, ours in ((replaced, plain["median"]), (best, fastest))
+        ]
+        lines.append(f"| {label} | {milliseconds(plain)} | {milliseconds(graph)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def gpu_tables() -> str:
+    """All of the run: the published flow, flows of others' sizes, the small ops beside a copy."""
+    result = gpu_result()
+    if result is None:
+        return "No GPU was at hand: there are no figures yet. `make gpu` takes them."
+    lines = [
+        f"{gpu_machine(result)} Medians in milliseconds of calls in a row, launches included; all systems of a case in turn, but "
+        "flowjax after the others. Minimum, maximum and calls after the L2 cache was emptied are in the result file.",
+        "",
+        "The IIN's flow of the published size; torch.compile and Triton in a turn of their own:",
         "",
         f"| case | {' | '.join(GPU_SYSTEMS)} | × eager (range) | × compile | × floor |",
         f"|---|{'---:|' * (len(GPU_SYSTEMS) + 3)}",
     ]
-    for case, found in result["flow"]["cases"].items():
-        systems = {name: row["warm"] for name, row in found.get("systems", {}).items()}
+    for case, found in gpu_cases(result, "flow").items():
+        systems = found["systems"]
         best = {
             shown: min(
-                (systems[name] for name in names if name in systems), key=lambda row: row["median"], default=None
+                (systems[name] for name in names if name in systems),
+                key=lambda row: row["warm"]["median"],
+                default=None,
             )
             for shown, names in GPU_SYSTEMS.items()
         }
         ours, eager, compiled = best["**iin-fast**"], best["eager"], best["torch.compile, best mode"]
         ratios = ["", "", ""]
         if ours and eager:
-            least, most = eager["min"] / ours["max"], eager["max"] / ours["min"]
-            ratios[0] = f"{eager['median'] / ours['median']:.1f} ({least:.1f}–{most:.1f})"
+            least, most = eager["warm"]["min"] / ours["warm"]["max"], eager["warm"]["max"] / ours["warm"]["min"]
+            ratios[0] = f"{eager['warm']['median'] / ours['warm']['median']:.1f} ({least:.1f}–{most:.1f})"
         if ours and compiled:
-            ratios[1] = f"{compiled['median'] / ours['median']:.1f}"
+            beside = compiled.get("beside", {}).get("iin-fast", ours)
+            ratios[1] = f"{compiled['warm']['median'] / beside['warm']['median']:.1f}"
         if ours and "floor" in found:
-            ratios[2] = f"{ours['median'] / found['floor']:.2f}"
-        lines.append(f"| {case} | {' | '.join([*map(milliseconds, best.values()), *ratios])} |")
-    names = sorted(
-        {name for rows in result["ops"]["cases"].values() for name in rows}, key=["cpp", "triton", "reference"].index
-    )
+            ratios[2] = f"{ours['warm']['median'] / found['floor']:.2f}"
+        cells = [milliseconds(row and row["warm"]) for row in best.values()]
+        lines.append(f"| {case} | {' | '.join([*cells, *ratios])} |")
+    flows = gpu_cases(result, "engine")
+    names = list(dict.fromkeys(name for case in flows.values() for name in case["systems"]))
+    names.sort(key=lambda name: not name.startswith("iin-fast"))
+    lines += [
+        "",
+        "Flows as others train them, in float32; steps are loss, backward and fused Adam. In brackets how many times as long as iin-fast:",
+        "",
+        f"| case | {' | '.join(f'**{name}**' if name == 'iin-fast' else name for name in names)} |",
+        f"|---|{'---:|' * len(names)}",
+    ]
+    for case, found in flows.items():
+        cells = []
+        for name in names:
+            row = found["systems"].get(name)
+            cells.append(milliseconds(row and row["warm"]))
+            ours = (row or {}).get("beside", found["systems"]).get("iin-fast")
+            if row and ours and name != "iin-fast":
+                cells[-1] += f" ({row['warm']['median'] / ours['warm']['median']:.1f} ×)"
+        lines.append(f"| {case} | {' | '.join(cells)} |")
+    small = result.get("ops", {}).get("cases", {})
+    names = sorted({name for rows in small.values() for name in rows}, key=["cpp", "triton", "reference"].index)
     lines += [
         "",
         "The other ops, in GB/s of the bytes that must move, and in percent of a copy measured in turn with them:",
@@ -317,12 +417,51 @@ def gpu_table() -> str:
         f"| case | {' | '.join(names)} |",
         f"|---|{'---:|' * len(names)}",
     ]
-    for case, rows in result["ops"]["cases"].items():
+    for case, rows in small.items():
         cells = [
             f"{rows[name]['gbytes']:.0f} ({100 * rows[name]['of_copy']:.0f} %)" if name in rows else ""
             for name in names
         ]
         lines.append(f"| {case} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def gpu_micro_table() -> str:
+    """What benchmarks/gpu_micro.cu found."""
+    result = gpu_result()
+    micro = (result or {}).get("micro", {})
+    if "barrier_us" not in micro:
+        return "Not measured yet: no GPU was at hand."
+
+    def range_of(row: dict[str, float]) -> str:
+        return f"{row['median']:.4g} ({row['min']:.4g} to {row['max']:.4g})"
+
+    errors = micro["product_error"]
+    kinds = list(next(iter(errors["signed"].values())))
+    lines = [
+        f"{gpu_machine(result)}",
+        "",
+        "| | median (min to max) |",
+        "|---|---:|",
+        *(f"| barrier of {blocks} blocks, µs | {range_of(row)} |" for blocks, row in micro["barrier_us"].items()),
+        *(f"| fence with {what} in flight, cycles | {range_of(row)} |" for what, row in micro["fence_cycles"].items()),
+        *(
+            f"| tiles of 64 × 64 of {rows} rows, GB/s | {range_of(row)} |"
+            for rows, row in micro["tile_l2_gbytes"].items()
+        ),
+        f"| float32 FMA, TFLOP/s | {range_of(micro['fma_tflops'])} |",
+        f"| a copy, GB/s | {range_of(micro['copy_gbytes'])} |",
+        "",
+        "Error of products, relative to float64 in the norm:",
+        "",
+        f"| factors, depth | {' | '.join(kinds)} |",
+        f"|---|{'---:|' * len(kinds)}",
+        *(
+            f"| {sign}, {depth} | {' | '.join('' if row[kind] is None else f'{row[kind]:.1e}' for kind in kinds)} |"
+            for sign, rows in errors.items()
+            for depth, row in rows.items()
+        ),
+    ]
     return "\n".join(lines)
 
 
@@ -490,7 +629,7 @@ PAGES = {
     "docs/composition.md": {"overhead": overhead_line},
     "docs/dropin.md": {"speed": dropin_table, "pairs": pairs_table, "peers": peers_list},
     "docs/backends.md": {"backends": backend_table},
-    "README.md": {"summary": summary_table, "demo": demo_table, "gpu": gpu_table},
+    "README.md": {"summary": summary_table, "demo": demo_table, "gpu": gpu_summary, "gpu state": gpu_state},
     "docs/speed.md": {
         "engine": engine_table,
         "engine avx2": partial(engine_table, "engine_cpu_avx2.json"),
@@ -499,8 +638,9 @@ PAGES = {
         "speed": speed_table,
         "splines": spline_table,
         "splines avx2": partial(spline_table, "spline_cpu_avx2.json"),
+        "gpu": gpu_tables,
     },
-    "docs/performance.md": {"spline accuracy": accuracy_table},
+    "docs/performance.md": {"spline accuracy": accuracy_table, "gpu micro": gpu_micro_table},
 }
 
 

@@ -71,37 +71,73 @@ def test_the_readme_has_a_table_of_a_gpu_once_there_is_one(
     """On a dry run's numbers, made to look like a GPU's."""
     readme = benchmark_scripts.load("readme")
     monkeypatch.setattr(readme, "RESULTS", tmp_path)
-    assert readme.gpu_table() == ""  # no file, no word
+    assert readme.gpu_summary() == "" and "never run on a GPU" in " ".join(readme.gpu_state().split())
+    assert "no figures yet" in readme.gpu_tables() and "Not measured yet" in readme.gpu_micro_table()
 
     result = copy.deepcopy(dry_run[1])
-    (tmp_path / "gpu.json").write_text(json.dumps(result))
+    committed = tmp_path / "gpu_h100.json"
+    committed.write_text(json.dumps(result))
     with pytest.raises(SystemExit, match="dry run"):
-        readme.gpu_table()
+        readme.gpu_tables()
 
     result["dry_run"] = False
     result["environment"] |= {"gpu": "Imagined 9000", "cuda": "13.0", "smi": {"driver_version": "580.1"}}
     result["tests"] = {"summary": "123 passed in 4.00s"}
-    case = result["flow"]["cases"]["forward, batch 4, float32"]
     times = {"min": 0.9e-3, "median": 1e-3, "max": 1.1e-3}
-    slower = {key: 3 * value for key, value in times.items()}
-    case["systems"]["iin-fast"] |= {"warm": times}
-    case["systems"]["eager"] |= {"warm": slower}
-    case["systems"]["compile"] = {"warm": slower}
-    case["systems"]["compile, max-autotune"] = {"warm": {key: 2 * value for key, value in times.items()}}
-    case["systems"]["iin-fast, cpp, CUDA graph"] = {"warm": {key: value / 4 for key, value in times.items()}}
+
+    def row(factor: float) -> dict[str, dict[str, float]]:
+        return {"warm": {key: factor * value for key, value in times.items()}}
+
+    case = result["flow"]["cases"]["forward, batch 4, float32"]
+    case["systems"] = {
+        "iin-fast": row(1),
+        "iin-fast, CUDA graph": row(0.25),
+        "eager": row(3),
+        "compile": row(3) | {"beside": {"iin-fast": row(0.5)}},
+        "compile, max-autotune": row(2) | {"beside": {"iin-fast": row(0.8)}},
+    }
     case["floor"] = 0.5e-3
-    (tmp_path / "gpu.json").write_text(json.dumps(result))
-    table = readme.gpu_table()
+    result["flow"]["cases"]["forward, batch 25, float32"] = case
+    result["flow"]["cases"]["step, 25 pairs, float32"] = {"failed": {"iin-fast": "no"}}  # a case without times
+    flow = result["engine"]["cases"]["NSF, step, batch 256"]
+    flow["systems"] = {"nflows": row(20), "iin-fast": row(1), "iin-fast, CUDA graph": row(0.5), "flowjax": row(3)}
+    result["micro"] = {
+        "barrier_us": {"64": {"min": 1.0, "median": 1.5, "max": 2.0}},
+        "fence_cycles": {"0 copies": {"min": 100, "median": 200, "max": 300}},
+        "product_error": {"signed": {"32": {"Tf32x3, leaving it": 1.25e-7, "Tf32": None}}},
+        "tile_l2_gbytes": {"4096": times},
+        "fma_tflops": times,
+        "copy_gbytes": times,
+    }
+    committed.write_text(json.dumps(result))
+
+    def cells(table: str, case: str) -> dict[str, str]:
+        lines = table.splitlines()
+        (at,) = (i for i, line in enumerate(lines) if line.startswith(f"| {case} |"))
+        head = next(line for line in reversed(lines[:at]) if line.startswith("| case"))
+        heads, found = ([c.strip() for c in line.strip("|").split("|")] for line in (head, lines[at]))
+        return dict(zip(heads, found, strict=True))
+
+    table = readme.gpu_tables()
     assert "Imagined 9000" in table and "driver 580.1" in table and "123 passed" in table
-    (row,) = (line for line in table.splitlines() if line.startswith("| forward, batch 4, float32 |"))
-    cells = [cell.strip() for cell in row.strip("|").split("|")]
-    heads = [c.strip() for c in next(x for x in table.splitlines() if x.startswith("| case")).strip("|").split("|")]
-    assert len(cells) == len(heads)
-    found = dict(zip(heads, cells, strict=True))
+    found = cells(table, "forward, batch 4, float32")
     assert found["eager"] == "3" and found["torch.compile, best mode"] == "2" and found["**iin-fast**"] == "1"
     assert found["**iin-fast, CUDA graph**"] == "0.25"
-    assert found["× eager (range)"] == "3.0 (2.5–3.7)" and found["× compile"] == "2.0" and found["× floor"] == "2.00"
-    assert "| affine_coupling forward, float32 |" in table
+    assert found["× eager (range)"] == "3.0 (2.5–3.7)" and found["× floor"] == "2.00"
+    assert found["× compile"] == "2.5"  # of our time in the same turn
+    found = cells(table, "NSF, step, batch 256")
+    assert found["**iin-fast**"] == "1" and found["nflows"] == "20 (20.0 ×)"
+    assert "| affine_coupling forward, float32 |" in table and "25 pairs" not in table
+
+    summary = readme.gpu_summary()
+    found = cells(summary, "neural spline flow, training step, 256 rows")
+    assert found["the library's own code"] == "nflows: 20.0 ×" and found["fastest other side"] == "flowjax: 6.0 ×"
+    found = cells(summary, "IIN of the published size, forward, 25 rows")
+    assert found["the library's own code"] == "published code: 3.0 ×"
+    assert found["fastest other side"] == "compile, max-autotune: 8.0 ×"
+    assert "one Imagined 9000" in readme.gpu_state()
+    assert "| barrier of 64 blocks, µs | 1.5 (1 to 2) |" in readme.gpu_micro_table()
+    assert "| signed, 32 | 1.2e-07 |  |" in readme.gpu_micro_table()
 
 
 LOG = """========= COMPUTE-SANITIZER
