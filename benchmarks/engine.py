@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -228,10 +227,12 @@ class Jax:
         command = [python, str(Path(__file__).with_name(script))]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **options)
 
-    @cached_property
-    def versions(self) -> dict[str, str]:
+        self._versions: dict[str, str] = {}
+
+    def versions(self, limit: float | None = None) -> dict[str, str]:
         """What it says first, once it has loaded its libraries."""
-        return self._read(None)  # type: ignore[no-any-return]
+        self._versions = self._versions or self._read(limit)
+        return self._versions
 
     def _read(self, limit: float | None) -> Any:
         assert self._process.stdout is not None
@@ -244,7 +245,7 @@ class Jax:
 
     def measure(self, case: dict[str, Any], seconds: float, limit: float | None = None) -> dict[str, Any]:
         """``limit``: seconds that an answer may take."""
-        assert self._process.stdin is not None and self.versions
+        assert self._process.stdin is not None and self.versions(limit)
         print(json.dumps(case | {"seconds": seconds}), file=self._process.stdin, flush=True)
         return self._read(limit)  # type: ignore[no-any-return]
 
@@ -388,7 +389,7 @@ def main() -> None:
     result = {
         "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": collect(),
-        "versions": libraries | (jax.versions if jax else {}),
+        "versions": libraries | (jax.versions() if jax else {}),
         "peaks": peaks,
         "cases": {},
     }

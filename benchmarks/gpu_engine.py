@@ -138,11 +138,10 @@ class Jax:
             self._process.kill()
             self._process = None
 
-    def time(self, run: Run, case: Case, seconds: float, limit: float = 30.0) -> dict[str, Any]:
-        """Waits for `limit` seconds at most, or for what is left of the run."""
+    def time(self, seconds: float, case: Case, limit: float) -> dict[str, Any]:
+        """For ``seconds``; an answer may take ``limit``."""
         try:
-            request = case | {"in_a_row": 1 if run.dry else 10}
-            answer = self.start().measure(request, seconds, min(limit, run.left))
+            answer = self.start().measure(case | {"in_a_row": 10}, seconds, limit)
         except BaseException:
             self.stop()
             raise
@@ -164,12 +163,13 @@ def time_torch(run: Run, clock: Clock, case: Case, seconds: float, rest: float) 
     run.say(f"{case['name']}: " + ", ".join(f"{k} {1e3 * s['warm']['median']:.3f}" for k, s in row["systems"].items()))
 
 
-def time_jax(run: Run, jax: Jax, case: Case) -> None:
+def time_jax(run: Run, jax: Jax, case: Case, rest: float) -> None:
+    """flowjax, likewise."""
     row = run.result["cases"].get(case["name"])
-    if row is None or not jax.here or run.left < 5 or case.get("lu"):  # flowjax has no LU layers
+    if row is None or not jax.here or run.left < rest + 2 or case.get("lu"):  # flowjax has no LU layers
         return
     with run.recorded("flowjax", row["failed"]):
-        row["systems"]["flowjax"] = jax.time(run, case, 0.3)
+        row["systems"]["flowjax"] = jax.time(0.3, case, min(30.0, run.left - rest))
         run.say(f"{case['name']}: flowjax {1e3 * row['systems']['flowjax']['warm']['median']:.3f}")
 
 
@@ -206,14 +206,14 @@ def engine_stage(run: Run) -> None:
             seconds = 0.3 if run.dry else 1.5 if number < COUNTED else 1.0
             time_torch(run, clock, case, seconds, 20 if jax.here and number >= COUNTED else 0)
         for case in cases[:first]:
-            time_jax(run, jax, case)
+            time_jax(run, jax, case, 0 if run.dry else 10)
         with run.recorded("launches"):
             for case in [] if run.dry else cases[:COUNTED]:
                 count_launches(run, case)
         time_compiled(run, clock, cases[0])
         for case in cases[first:]:
             time_torch(run, clock, case, 0.7, 0)
-            time_jax(run, jax, case)
+            time_jax(run, jax, case, 2)
     finally:
         jax.stop()
     run.save()
@@ -231,6 +231,6 @@ def compile_jax(run: Run, number: int) -> None:
     """What flowjax will find in JAX's cache."""
     jax = Jax()
     try:
-        jax.time(run, cases_of(run)[number], 0.0, limit=run.left)
+        jax.time(0.0, cases_of(run)[number], run.left)
     finally:
         jax.stop()

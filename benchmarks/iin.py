@@ -75,7 +75,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "when": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": collect(),
-        "versions": versions("torch") | (jax.versions if jax else {}),
+        "versions": versions("torch") | (jax.versions() if jax else {}),
         "peaks": peaks,
         "cases": {},
     }

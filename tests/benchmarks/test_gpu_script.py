@@ -187,6 +187,22 @@ def test_a_part_that_takes_too_long_is_recorded_and_the_next_one_runs(tmp_path: 
     assert json.loads((tmp_path / "stage.json").read_text()) == run.result
 
 
+@pytest.mark.parametrize(("script", "error"), [("exec sleep 60", TimeoutError), ("exit 1", RuntimeError)])
+def test_a_jax_that_ends_or_does_not_answer_is_left(
+    script: str, error: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu_engine = benchmark_scripts.load("gpu_engine")
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{script}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(gpu_engine.sys, "executable", str(python))
+    monkeypatch.setattr(gpu_engine, "PARTS", tmp_path)
+    jax = gpu_engine.Jax()
+    with pytest.raises(error):
+        jax.time(0.1, gpu_engine.case_of("NSF", "step", 256), 0.5)
+    assert jax._process is None  # the next case gets a new one
+
+
 def test_make_gpu_takes_the_python_of_the_caller(tmp_path: Path) -> None:
     """Not that of the environment in .venv, whose torch is for the CPU."""
     make = shutil.which("make")
