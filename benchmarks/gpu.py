@@ -1,6 +1,6 @@
 """One run on a machine with a GPU: builds from source, tests, sanitizer, benchmarks. `make gpu`, or
 
-    python3 benchmarks/gpu.py [--out FOLDER] [--minutes 9.5] [--stages build,tests,…] [--dry-run]
+    python3 benchmarks/gpu.py [--out FOLDER] [--minutes 9.5] [--stages build,tests,…] [--limits flow=90,…] [--dry-run]
 
 It takes the python3 it is started with (torch >= 2.10 with CUDA, triton, pytest, cmake, ninja, nvcc on PATH) and needs no
 network; with a torch that has no CUDA it ends at once, with 2. Every stage is a process of its own with a time limit: one that
@@ -418,6 +418,9 @@ def main(arguments: list[str] | None = None) -> int:
         default=",".join(s for s in STAGES if s not in OPTIONAL),
         help=f"comma-separated; default: all but {', '.join(OPTIONAL)}",
     )
+    parser.add_argument(
+        "--limits", default="", help="seconds of stages, as flow=90,tests=60, in place of the usual ones"
+    )
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, tiny: shows that the script works")
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     parser.add_argument("--deadline", type=float, default=0.0, help=argparse.SUPPRESS)
@@ -428,6 +431,11 @@ def main(arguments: list[str] | None = None) -> int:
     unknown = [stage for stage in wanted if stage not in STAGES]
     if unknown:
         parser.error(f"unknown stage {', '.join(unknown)}; there are {', '.join(STAGES)}")
+    for limit in filter(None, options.limits.split(",")):
+        stage, _, seconds = limit.partition("=")
+        if stage not in STAGES or not seconds.isdigit():
+            parser.error(f"--limits has {limit!r}, expected a stage and seconds, as flow=90")
+        LIMITS[stage] = int(seconds)
     if not options.dry_run and (reason := refusal()):
         print(f"gpu: {reason}", file=sys.stderr)
         return 2

@@ -244,6 +244,8 @@ def test_a_stage_that_fails_or_hangs_is_recorded_and_the_next_one_runs(tmp_path:
 def test_an_unknown_stage_is_refused(tmp_path: Path) -> None:
     done, result = run(tmp_path, "--stages", "peaks,paint")
     assert done.returncode == 2 and "unknown stage paint" in done.stderr and not result
+    done, result = run(tmp_path, "--limits", "peaks=soon")
+    assert done.returncode == 2 and "expected a stage and seconds" in done.stderr and not result
 
 
 def test_the_tests_for_a_gpu_run_on_the_cpu_as_far_as_they_go() -> None:
