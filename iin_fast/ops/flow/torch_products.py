@@ -3,7 +3,7 @@
 There our tiles lose to a library that is made for such sizes (docs/performance.md). So each layer is one ``addmm``: cuBLAS adds a
 bias of one row as it writes the result. A batched product of S and T would first fill the result with the bias, and read it again.
 The nets run one after the other, so that the L2 cache still has what LeakyReLU reads: the activations of one net, 33 MB in
-float32 at 16384 rows of the published size. Couplings are our op. All of it are torch ops, so the tests run on a CPU.
+float32 at 16384 rows of the published size. Couplings are our op. All of it is ops of torch, so a CPU can test it.
 
 A pass reads or writes the activations of one layer of one net, ``batch × hidden`` elements. A net makes 4 (depth + 1) of them forward: a product
 reads its input and writes its result, LeakyReLU reads and writes. Backward makes 8 (depth + 1): behind each LeakyReLU its derivative reads two and
@@ -89,9 +89,9 @@ class _Flow:
     def __init__(
         self, x: Tensor, context: Tensor | None, loc: Tensor, scale: Tensor, weight_in: Tensor, bias_in: Tensor,
         weight_hidden: Tensor, bias_hidden: Tensor, weight_out: Tensor, bias_out: Tensor, permutation: Tensor,
-        leaky_slope: float, activation_slope: float, inverse: bool, saved: Tensor | None,
+        leaky_slope: float, inverse: bool, saved: Tensor | None,
     ) -> None:  # fmt: skip
-        self.context, self.leaky, self.slope, self.inverse = context, leaky_slope, activation_slope, inverse
+        self.context, self.leaky, self.inverse = context, leaky_slope, inverse
         (batch, self.dim), self.n, self.out = x.shape, loc.shape[0], x.shape[1] // 2
         self.conditioning = self.dim - self.out
         hidden, self.depth = bias_in.shape[3], bias_hidden.shape[3]
@@ -184,7 +184,7 @@ def flow(
     size = saved_bytes(x, hidden, depth, loc.shape[0], inverse) if keep else 0
     saved = x.new_empty(size, dtype=torch.uint8)
     parameters = (loc, scale, weight_in, bias_in, weight_hidden, bias_hidden, weight_out, bias_out, permutation)
-    f = _Flow(x, context, *parameters, leaky_slope, activation_slope, inverse, saved if keep else None)
+    f = _Flow(x, context, *parameters, leaky_slope, inverse, saved if keep else None)
     h = x.to(f.scale.dtype)
     c, out, logdets = f.conditioning, f.out, []
 
@@ -241,7 +241,7 @@ def flow_backward(
 ) -> tuple[Tensor | None, ...]:
     """As torch.ops.iin_fast.flow_backward, from what ``flow`` saved."""
     parameters = (loc, scale, weight_in, bias_in, weight_hidden, bias_hidden, weight_out, bias_out, permutation)
-    f = _Flow(y, context, *parameters, leaky_slope, activation_slope, inverse, saved)
+    f = _Flow(y, context, *parameters, leaky_slope, inverse, saved)
     back = _Backward(f, grad_logdet, context_grad, weight_grads)
     g = grad_y.to(f.scale.dtype)
     c, out, slope = f.conditioning, f.out, activation_slope
