@@ -229,4 +229,8 @@ def graphed(call: Call) -> Call:
         generator = torch.cuda.default_generators[current.device.index]
         generator.graphsafe_set_state(generator.clone_state())
         raise
-    return graph.replay
+
+    def replay(reads: Call = call) -> object:  # the tensors that the graph reads live as long as this
+        return graph.replay()
+
+    return replay

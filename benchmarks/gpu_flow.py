@@ -156,6 +156,7 @@ MODES = {"compile": None, "compile, reduce-overhead": "reduce-overhead", "compil
 COMPILED = FLOW_CASES[:2]  # each of these takes torch.compile most of a minute per mode with an empty cache
 COUNTED = FLOW_CASES[:4]  # whose launches are counted: the profiler takes a while for each call
 SMALL_BATCH = 512  # up to which the other libraries are timed
+LARGE_BATCH = 4096  # both ways of large batches are timed
 
 Case = tuple[str, int, str]
 
@@ -175,6 +176,16 @@ def set_precision(precision: str) -> None:
 def name_of(case: Case) -> str:
     kind, batch, precision = case
     return f"{kind}, {f'{batch // 2} pairs' if kind == 'step' else f'batch {batch}'}, {precision}"
+
+
+def within_context(context: Callable[[], contextlib.AbstractContextManager[None]], call: Call) -> Call:
+    """The same call in a context that it opens each time."""
+
+    def inside() -> object:
+        with context():
+            return call()
+
+    return inside
 
 
 class Flows:
@@ -225,6 +236,16 @@ class Flows:
         yield "iin-fast", lambda: self.prepare("iin-fast", case)
         if not self.run.dry:
             yield "iin-fast, CUDA graph", lambda: graphed(self.prepare("iin-fast, graph", case, capturable=True))
+        if batch >= LARGE_BATCH and not self.run.dry:
+            from iin_fast.ops.flow.torch_products import forced
+
+            for products, name in ((True, "products of torch"), (False, "own tiles")):
+                yield (
+                    f"iin-fast, {name}, CUDA graph",
+                    lambda p=products: graphed(  # type: ignore[misc]
+                        within_context(lambda: forced(p), self.prepare("iin-fast, graph", case, capturable=True))
+                    ),
+                )
 
     def compiled_later(self, case: Case) -> Iterator[tuple[str, Callable[[], Call]]]:
         """The others: torch.compile in the modes that stage `compile` was done with, and our Triton kernels."""
@@ -238,11 +259,7 @@ class Flows:
             return
 
         def on_triton(call: Call) -> Call:
-            def forced() -> object:
-                with backend("triton"):
-                    return call()
-
-            return forced
+            return within_context(lambda: backend("triton"), call)
 
         yield "iin-fast, triton", lambda: on_triton(self.prepare("iin-fast", case))
         if not self.run.dry:

@@ -16,6 +16,8 @@
 // between them; a block begins to fetch its weights of the next layer before that barrier.
 #pragma once
 
+#include <utility>
+
 #include <cooperative_groups.h>
 
 #include "affine_coupling/affine_coupling.h"
@@ -452,8 +454,8 @@ __device__ __forceinline__ void persistent_tile(const FlowWalk<typename Precisio
 }
 
 // Phases whose tiles the blocks share, and after each of which they meet: part(phase, tile, what) for tiles(phase) of
-// them, then other(phase, tile) for more(phase, tiles) that fetch nothing. A block begins to fetch its first tile's
-// weights before the barrier in front of a phase. part() is called in one place, for all tiles' code is compiled into
+// them, then other(phase, tile) for more(phase, tiles) that fetch nothing. A block fetches its first tile's weights while
+// it waits for the others in front of a phase. part() is called in one place, for all tiles' code is compiled into
 // it.
 template <class Tiles, class More, class Part, class Other>
 __device__ __forceinline__ void share_phases(const cooperative_groups::grid_group &grid, int phases, Tiles &&tiles,
@@ -463,16 +465,23 @@ __device__ __forceinline__ void share_phases(const cooperative_groups::grid_grou
     const int count = phase < 0 ? 0 : tiles(phase), all = phase < 0 ? 0 : count + more(phase, count);
     const bool goes_on = phase + 1 < phases && mine < tiles(phase + 1);
     const int rounds = mine < all ? (all - mine + blocks - 1) / blocks : 0;
-    for (int round = 0; round < rounds + goes_on; ++round) {
+    cooperative_groups::grid_group::arrival_token token = 0;
+    for (int round = 0; round <= rounds; ++round) {
       const int tile = mine + round * blocks;
       const bool fetch = round == rounds;
+      if (fetch) {
+        token = grid.barrier_arrive(); // behind a barrier of the block; a fetch under way would hold it up
+        if (!goes_on)
+          break;
+      }
       if (fetch || tile < count)
         part(fetch ? phase + 1 : phase, fetch ? mine : tile, fetch ? Do::fetch : round == 0 ? Do::rest : Do::all);
       else
         other(phase, tile - count);
-      __syncthreads(); // the result is read before new tiles come in its place
+      if (!fetch)
+        __syncthreads(); // the result is read before new tiles come in its place
     }
-    grid.sync();
+    grid.barrier_wait(std::move(token));
   }
 }
 

@@ -187,7 +187,7 @@ flow_program_backward(const std::optional<Tensor> &grad_y, // [batch, dim], none
     }
     call.choose(true);
     back.walk = call.walk;
-    Tensor accumulators = new_empty(x, {program_accumulators(call.walk.tiles) * call.walk.view.accumulator});
+    Tensor accumulators = new_empty(x, {program_accumulators(call.walk) * call.walk.view.accumulator});
     back.grad_y = gy.has_value() ? const_data<T>(*gy) : nullptr, back.grad_logdet = const_data<T>(gl);
     back.grad_x = mutable_data<T>(grad_x);
     back.grad_context = with_context ? mutable_data<T>(grad_context) : nullptr;

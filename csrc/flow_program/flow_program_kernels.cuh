@@ -970,16 +970,21 @@ __global__ void __launch_bounds__(program_threads, 1)
 
 // ---- launches
 
-// Accumulators, and blocks, of a backward walk.
-inline unsigned program_accumulators(int tiles) { return static_cast<unsigned>(tiles < 128 ? tiles : 128); }
+// Accumulators, and blocks, of a walk back: one for each multiprocessor of an H100, or two where two blocks fit one.
+template <class T> unsigned program_accumulators(const DeviceWalk<T> &walk) {
+  const int most = shared_bytes(walk.view, 1 << walk.log_rows, sizeof(T), true) <= 110 * 1024 ? 256 : 128;
+  return static_cast<unsigned>(walk.tiles < most ? walk.tiles : most);
+}
 
+// `to`: aligned to 16 bytes, with room for 16 more than the table has.
 template <class Launch> void launch_program_table(const Table &table, unsigned char *to, Launch &&launch) {
-  const int64_t all = table.bytes.size();
-  for (int64_t at = 0; at < all; at += TableChunk::size) {
-    TableChunk chunk;
-    const int count = static_cast<int>(all - at < TableChunk::size ? all - at : TableChunk::size);
-    std::memcpy(chunk.bytes, table.bytes.data() + at, count);
-    launch(program_table_kernel<>, dim3(1), dim3(program_threads), chunk, to + at, count);
+  const int all = static_cast<int>((table.bytes.size() + 3) / 4); // words
+  for (int at = 0; at < all; at += TableChunk::size) {
+    TableChunk chunk{};
+    const int count = all - at < TableChunk::size ? all - at : TableChunk::size;
+    const size_t first = size_t(at) * 4, left = table.bytes.size() - first;
+    std::memcpy(chunk.words, table.bytes.data() + first, left < sizeof(chunk.words) ? left : sizeof(chunk.words));
+    launch(program_table_kernel<>, dim3(1), dim3(program_threads), chunk, reinterpret_cast<unsigned *>(to) + at, count);
   }
 }
 
@@ -1033,7 +1038,7 @@ void launch_program_sum(const Table &table, const DeviceWalkBack<T> &back, const
   each_parts<T>(table, data, gradient, is_bool, [&](const DeviceParts<T> &parts, int count, unsigned blocks) {
     launch(program_sum_kernel<T>, dim3(blocks, count), dim3(program_threads), parts,
            static_cast<const T *>(back.walk.packed), static_cast<const T *>(back.accumulators), table.view.accumulator,
-           static_cast<int>(program_accumulators(back.walk.tiles)), back.walk.inverse);
+           static_cast<int>(program_accumulators(back.walk)), back.walk.inverse);
   });
 }
 
@@ -1049,8 +1054,8 @@ void launch_program_forward(const DeviceWalk<T> &walk, int *orders, unsigned blo
 
 template <class T, class Launch> void launch_program_backward(const DeviceWalkBack<T> &back, Launch &&launch) {
   const size_t bytes = shared_bytes(back.walk.view, 1 << back.walk.log_rows, sizeof(T), true);
-  launch.with_shared(bytes)(program_backward_kernel<T>, dim3(program_accumulators(back.walk.tiles)),
-                            dim3(program_threads), back);
+  launch.with_shared(bytes)(program_backward_kernel<T>, dim3(program_accumulators(back.walk)), dim3(program_threads),
+                            back);
 }
 
 } // namespace iin_fast

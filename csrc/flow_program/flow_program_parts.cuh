@@ -90,8 +90,10 @@ __global__ void __launch_bounds__(program_threads, 1)
     break;
   }
   case TablePart::index:
-    for (int64_t e = first; e < p.out; e += step)
-      reinterpret_cast<int64_t *>(to)[e] = static_cast<const int64_t *>(p.a)[e];
+    for (int64_t e = first; e < p.out; e += step) { // what is no index would lead out of shared memory
+      const int64_t index = static_cast<const int64_t *>(p.a)[e];
+      reinterpret_cast<int64_t *>(to)[e] = index >= 0 && index < p.out ? index : 0;
+    }
     break;
   case TablePart::affine: {
     const auto scale = [&](int j) { return b == nullptr ? T(1) : scale_of(form, b[j], eps); };
@@ -249,14 +251,14 @@ __global__ void __launch_bounds__(program_threads)
 
 // A table to where the walk reads it, as an argument of a launch: a copy that a CUDA graph can hold.
 struct TableChunk {
-  static constexpr int size = 3968;
-  unsigned char bytes[size];
+  static constexpr int size = 992;
+  unsigned words[size];
 };
 template <int = 0> // a kernel of a header
 __global__ void __launch_bounds__(program_threads)
-    program_table_kernel(const __grid_constant__ TableChunk chunk, unsigned char *to, int count) {
+    program_table_kernel(const __grid_constant__ TableChunk chunk, unsigned *to, int count) {
   for (int i = threadIdx.x; i < count; i += program_threads)
-    to[i] = chunk.bytes[i];
+    to[i] = chunk.words[i];
 }
 
 } // namespace iin_fast

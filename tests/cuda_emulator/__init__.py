@@ -34,8 +34,9 @@ FLAGS = [
     *(f"-I{Path(__file__).parent / 'include'}", f"-I{ROOT / 'csrc'}"),  # first what stands in for csrc's own
     *("-isystem", str(Path(torch.__file__).parent / "include")),  # for its headers without a library
 ]
-# each library with shared memory of its own, not that of the first one which a process loads
-RACE_FLAGS = ["-DEMULATOR_RACES", "-fno-gnu-unique"]
+# each library with shared memory of its own, not that of the first one which a process loads; no guards of statics, which are
+# atomic
+RACE_FLAGS = ["-DEMULATOR_RACES", "-fno-gnu-unique", "-fno-threadsafe-statics"]
 SANITIZER_FLAGS = ["-fsanitize=address,alignment,bounds", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
 
 RACES = os.environ.get("IIN_FAST_TEST_RACES") == "1"

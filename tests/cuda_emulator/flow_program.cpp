@@ -74,7 +74,7 @@ template <class T> void run(ProgramCall &call) {
   walk.table = tape_bytes.data(), walk.view = tape.view;
   tile(call.log_rows_back);
   back.walk = walk;
-  std::vector<T> accumulators = memory(program_accumulators(walk.tiles) * tape.view.accumulator);
+  std::vector<T> accumulators = memory(program_accumulators(walk) * tape.view.accumulator);
   back.grad_y = static_cast<const T *>(call.grad_y), back.grad_logdet = static_cast<const T *>(call.grad_logdet);
   back.grad_x = static_cast<T *>(call.grad_x), back.grad_context = static_cast<T *>(call.grad_context);
   back.accumulators = accumulators.data();

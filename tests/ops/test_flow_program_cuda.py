@@ -141,9 +141,9 @@ def small(batch: int, hidden: int = 12, dim: int = 4) -> Drawn:
 
 
 def test_more_tiles_than_accumulators() -> None:
-    drawn = small(1030)
-    job = walk(drawn)
-    assert 1030 > 128 << job.log_rows_back
+    drawn = small(2100)
+    job = walk(drawn, tile=8)
+    assert 2100 > 256 << job.log_rows_back
     for found, want in zip(job.results, definition(drawn, "reference"), strict=True):
         assert_close(found, want, rtol=1e-9, atol=1e-11)
 

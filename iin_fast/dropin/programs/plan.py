@@ -15,8 +15,9 @@ from ...backends import chosen_compiled
 from ...flow import ABSENT, FlowProgram, ProgramBuilder, Ref, Weights
 from ...flow import layers as L
 from ...ops.autograd import followed
-from ...ops.flow_program import engine, walks
+from ...ops.flow_program import engine
 from ...ops.flow_program.checks import KEEP, check_data, check_parameters
+from ...ops.flow_program.walk import walks
 from ...ops.types import FULL
 from ..class_factory import original
 from ..registry import qualified, unknown_functions

@@ -25,8 +25,10 @@ from ...checks import (
     checked_flag,
     checked_number,
 )
+from ...flow import FlowProgram
 from ..autograd import followed, has_values
 from ..flow_program import engine
+from ..flow_program.walk import walks
 from ..inversion import check_inverse
 from ..registry import OPS, Op, eager_call, register
 from ..types import FLOATING, FULL, accumulator_type
@@ -130,8 +132,10 @@ def flow(
         and (memory in ("auto", "save") or not learns)
         and torch_products.takes_products(x, bias_in.shape[3], tf32)
     )
-    if backend == "cpp" and x.device.type == "cpu" and not products:
-        return _by_program(tensors, (leaky_slope, activation_slope, exact_logdet), inverse, memory, learns)
+    slopes = leaky_slope, activation_slope, exact_logdet
+    if backend == "cpp" and not products:
+        if x.device.type == "cpu" or _walked(tensors, slopes, inverse, memory, learns, tf32):
+            return _by_program(tensors, slopes, inverse, memory, learns)
     if memory == "checkpoint":
         raise ValueError(
             f"flow: memory is 'checkpoint' for {backend} on {x.device.type}, expected 'auto', 'save' or 'invert': only the "
@@ -143,10 +147,28 @@ def flow(
     return y, logdet
 
 
-def _by_program(
-    tensors: Sequence[Tensor | None], slopes: tuple[float, float, bool], inverse: bool, memory: str, learns: bool
-) -> tuple[Tensor, Tensor]:
-    """The flow as a program of the engine."""
+WALKED = 64
+"""On a GPU, flows of nets up to this width run as programs, a block for some rows, in plain float32 or float64: layers of wider
+ones are shared by blocks (benchmarks/gpu_flow.py)."""
+
+
+Slopes = tuple[float, float, bool]  # leaky_slope, activation_slope, exact_logdet
+
+
+def _walked(
+    tensors: Sequence[Tensor | None], slopes: Slopes, inverse: bool, memory: str, learns: bool, tf32: bool
+) -> bool:
+    """Whether a GPU takes this call as a program."""
+    hidden = tensors[5].shape[3]  # type: ignore[union-attr]
+    if tf32 or hidden > WALKED or followed() or (learns and memory not in ("auto", "save")):
+        return False
+    x, context, parameters, program = _as_program(tensors, slopes)
+    return not autocast_enabled(x) and walks(x, context, parameters, program, inverse)
+
+
+def _as_program(
+    tensors: Sequence[Tensor | None], slopes: Slopes
+) -> tuple[Tensor, Tensor | None, list[Tensor], FlowProgram]:
     x, context, *rest = tensors
     assert x is not None
     parameters = [t for t in rest if t is not None]
@@ -155,14 +177,22 @@ def _by_program(
     sizes: tuple[int, ...] = x.shape[1], loc.shape[0], bias_in.shape[3], bias_hidden.shape[3], context_dim, contexts
     if followed():  # a graph holds for these numbers; writing them down makes them constants to torch.compile
         sizes, slopes = tuple(int(f"{n}") for n in sizes), (float(f"{slopes[0]}"), float(f"{slopes[1]}"), slopes[2])
-    program = flow_as_program(*sizes, *slopes)
     if context is not None:
         context = context[0] if contexts == 1 else context.transpose(0, 1).flatten(1)
         context = context if context_dim else None
+    return x, context, parameters, flow_as_program(*sizes, *slopes)
+
+
+def _by_program(
+    tensors: Sequence[Tensor | None], slopes: Slopes, inverse: bool, memory: str, learns: bool
+) -> tuple[Tensor, Tensor]:
+    """The flow as a program of the engine."""
+    x, context, parameters, program = _as_program(tensors, slopes)
     if autocast_enabled(x):
         x, context, *parameters = (engine.in_float32(t) for t in (x, context, *parameters))
     if memory == "auto" and learns and followed():  # a compiled graph has to know
-        saved = 4 * sizes[1] * (sizes[3] + 1) * sizes[2] * x.shape[0] * x.element_size()
+        blocks, hidden, depth = (tensors[place].shape[at] for place, at in ((2, 0), (5, 3), (7, 3)))  # type: ignore[union-attr]
+        saved = 4 * int(f"{blocks}") * (int(f"{depth}") + 1) * int(f"{hidden}") * x.shape[0] * x.element_size()
         memory = "checkpoint" if saved > AUTO_SAVE_BYTES else "save"
     keep = engine.INVERT if memory == "invert" else engine.KEEP[memory]
     try:
@@ -175,7 +205,7 @@ def _by_program(
 
 def _check_permutation(permutation: Tensor) -> None:
     for block, index in enumerate(permutation):
-        if index.sort().values.ne(torch.arange(len(index))).any():
+        if index.sort().values.ne(torch.arange(len(index), device=index.device)).any():
             raise RuntimeError(f"flow: permutation[{block}] is not a permutation of 0 .. {len(index) - 1}")
 
 

@@ -1,12 +1,11 @@
 """The op ``flow_program``: any flow, given as a program, in one call. Argument checks, choice of the backend, autograd.
 
-Files: reference.py (plain torch, the definition), checks.py, engine.py (autograd and fake kernels of the compiled op), and
+Files: reference.py (plain torch, the definition), checks.py, walk.py (what GPUs take whole), engine.py (autograd and fake kernels of the compiled op), and
 csrc/flow_program (CPU, CUDA). What a GPU cannot walk as a whole, and Triton, run layer by layer through the ops of couplings and
 splines.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from ..spline_coupling import spline_coupling as fused_spline
 from ..types import FLOATING, FULL
 from . import engine, reference
 from .checks import KEEP, check_data, check_parameters, check_rows
+from .walk import walks
 
 __all__ = ["flow_program"]
 
@@ -95,26 +95,6 @@ def flow_program(
     return reference.flow_program(
         x, context, parameters, program, inverse, base, reference.DEFINITION if plain else LAYER_BY_LAYER
     )
-
-
-def walks(x: Tensor, context: Tensor | None, parameters: Sequence[Tensor], program: FlowProgram, inverse: bool) -> bool:
-    """Whether a GPU takes the whole program in one launch: nets that fit a block's memory, float32 or float64, no backward
-    through the sampling direction of an autoregressive layer."""
-    if x.device.type != "cuda" or x.dtype not in FULL:
-        return False
-    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, context, *parameters))
-    needed = (5 if learns else 1) << inverse
-    return _walks(program.text, x.dtype.itemsize, x.device.index) & needed == needed
-
-
-@lru_cache(maxsize=1024)
-def _walks(text: str, item: int, index: int) -> int:
-    """The bits of the op ``flow_program_walks`` for a GPU."""
-    return torch.ops.iin_fast.flow_program_walks.default(text, item, index)  # type: ignore[no-any-return]
-
-
-# torch.compile cannot trace the questions. This is torch.compiler.assume_constant_result without an import of the compiler.
-_walks._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 # Programs and parameters that were checked: a repeated call pays for one look at the identities of its parameters. What
