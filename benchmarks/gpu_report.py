@@ -49,6 +49,7 @@ EXPECTED = {
     r"^flow_((last_)?layer|(layer|first)_backward|weight_gradient|persistent(_backward)?)_kernel<(?!Exact)": (
         "tensor cores",
     ),
+    r"^program_(forward|backward)_kernel<": ("async copy",),
     r"^spline_forward_kernel<\w+, (true|1)>": ("load 16",),
     r"^spline_backward_kernel<\w+, (true|1)>": ("load 16", "store 16"),
 }

@@ -15,7 +15,7 @@ from iin_fast.testing.backends import CASES, _run, dtypes_of
 def main(device: str, names: list[str]) -> None:
     ran: Counter[str] = Counter()
     flows = sys.modules["iin_fast.ops.flow"]
-    flows.WALKED = 0  # type: ignore[attr-defined]  # the op's own kernels; programs are an op of their own
+    flows.WALKED = {}  # type: ignore[attr-defined]  # the op's own kernels; programs are an op of their own
     for op, (cases, _) in CASES.items():
         for name in names:
             if name not in available(op, device):

@@ -147,9 +147,9 @@ def flow(
     return y, logdet
 
 
-WALKED = 64
-"""On a GPU, flows of nets up to this width run as programs, a block for some rows, in plain float32 or float64: layers of wider
-ones are shared by blocks (benchmarks/gpu_flow.py)."""
+WALKED = {64: 0, 128: 512}
+"""Flows that a GPU runs as programs, a block for some rows, in plain float32 or float64: width of the nets, at most, and rows of the
+batch, at least. Blocks share the layers of wider nets. Measured on an H100 (docs/performance.md)."""
 
 
 Slopes = tuple[float, float, bool]  # leaky_slope, activation_slope, exact_logdet
@@ -159,8 +159,9 @@ def _walked(
     tensors: Sequence[Tensor | None], slopes: Slopes, inverse: bool, memory: str, learns: bool, tf32: bool
 ) -> bool:
     """Whether a GPU takes this call as a program."""
-    hidden = tensors[5].shape[3]  # type: ignore[union-attr]
-    if tf32 or hidden > WALKED or followed() or (learns and memory not in ("auto", "save")):
+    hidden, batch = tensors[5].shape[3], tensors[0].shape[0]  # type: ignore[union-attr]
+    fits = any(hidden <= most and batch >= least for most, least in WALKED.items())
+    if tf32 or not fits or followed() or (learns and memory not in ("auto", "save")):
         return False
     x, context, parameters, program = _as_program(tensors, slopes)
     return not autocast_enabled(x) and walks(x, context, parameters, program, inverse)
