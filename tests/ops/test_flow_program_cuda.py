@@ -85,7 +85,7 @@ def sequential(drawn: Drawn, inverse: bool) -> bool:
     return any(isinstance(layer, L.Autoregressive) and t != inverse for layer, t in zip(inner, turned, strict=True))
 
 
-@settings(max_examples=int(os.environ.get("IIN_FAST_EXAMPLES", 60)), deadline=None, suppress_health_check=SLOW)
+@settings(max_examples=int(os.environ.get("IIN_FAST_EXAMPLES", 40)), deadline=None, suppress_health_check=SLOW)
 @given(programs(batches=(1, 70)), st.booleans(), st.booleans())
 def test_equals_the_definition(drawn: Drawn, inverse: bool, base: bool) -> None:
     assume(not sequential(drawn, inverse))
@@ -99,7 +99,7 @@ def test_tiles_of_every_size(drawn: Drawn, tile: int) -> None:
     check(drawn, ours=partial(results, tile=tile))
 
 
-@settings(max_examples=int(os.environ.get("IIN_FAST_EXAMPLES", 30)), deadline=None, suppress_health_check=SLOW)
+@settings(max_examples=int(os.environ.get("IIN_FAST_EXAMPLES", 20)), deadline=None, suppress_health_check=SLOW)
 @given(
     programs(
         kinds=("autoregressive", "autoregressive", "affine", "permute"), batches=(1, 40), dims=(1, 9), layers=(1, 3)
@@ -140,6 +140,7 @@ def small(batch: int, hidden: int = 12, dim: int = 4) -> Drawn:
     return Drawn(build.build(), list(build.tensors), x, context)
 
 
+@pytest.mark.values
 def test_more_tiles_than_accumulators() -> None:
     drawn = small(2100)
     job = walk(drawn, tile=8)

@@ -19,7 +19,7 @@ from ..affine_coupling import SQUASHES
 from ..affine_coupling import affine_coupling as fused_affine
 from ..autograd import has_values
 from ..spline_coupling import spline_coupling as fused_spline
-from ..types import FLOATING, FULL
+from ..types import FLOATING, FULL, HALF
 from . import engine, reference
 from .checks import KEEP, check_data, check_parameters, check_rows
 from .walk import walks
@@ -91,6 +91,11 @@ def flow_program(
     check_parameters(x, parameters, program)
     if has_values(x):
         _check_once(x, parameters, program)
+    if backend == "cpp" and x.dtype in HALF:  # what computes them in float32 is the walk, where there is one
+        wide, around, *values = map(engine.in_float32, (x, context, *parameters))
+        if walks(wide, around, values, program, inverse):
+            y, logdet = engine.call(wide, around, values, program, inverse, base, KEEP[memory])
+            return y.to(x.dtype), logdet
     plain = backend == "reference" and (backends.needs_definition() or backends._forced == "reference")
     return reference.flow_program(
         x, context, parameters, program, inverse, base, reference.DEFINITION if plain else LAYER_BY_LAYER

@@ -5,7 +5,7 @@ The same walk runs programs layer by layer where there is no engine: ``maps`` th
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 from ...flow import FlowProgram
 from ...flow import layers as L
 from ..affine_coupling.reference import affine_coupling
+from ..autograd import has_values
 from ..flow.layout import unpack
 from ..spline_coupling.reference import spline_coupling
 
@@ -75,6 +76,17 @@ def _parameter(parameters: Sequence[Tensor], ref: L.Ref, *shape: int) -> Tensor:
     return flat[ref.offset : ref.offset + math.prod(shape)].reshape(shape)
 
 
+def _index(places: tuple[int, ...], x: Tensor) -> Tensor:
+    """Places as a tensor beside x. Those on a GPU are kept: a copy from the host would make the GPU wait, and no CUDA graph holds it."""
+    return _kept(places, x.device) if x.is_cuda and has_values(x) else torch.tensor(places, device=x.device).long()
+
+
+@lru_cache(maxsize=1024)
+def _kept(places: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(places, device=device).long()
+
+
 def _layer(layer: L.Layer, x: Tensor, context: Tensor | None, read: Read, maps: Maps, inverse: bool) -> Result:
     if isinstance(layer, L.Inverse):
         return _layer(layer.layer, x, context, read, maps, not inverse)
@@ -82,7 +94,7 @@ def _layer(layer: L.Layer, x: Tensor, context: Tensor | None, read: Read, maps: 
         return _affine(layer, x, read, inverse)
     if isinstance(layer, (L.Permute, L.Shuffle)):
         given = isinstance(layer, L.Shuffle)
-        index = read(layer.index, x.shape[1]) if given else torch.tensor(layer.index, device=x.device)
+        index = read(layer.index, x.shape[1]) if given else _index(layer.index, x)
         return x[:, index.argsort() if inverse else index], x.new_zeros(x.shape[0])
     if isinstance(layer, L.Linear):
         return _linear(layer, x, read, inverse)
@@ -91,8 +103,8 @@ def _layer(layer: L.Layer, x: Tensor, context: Tensor | None, read: Read, maps: 
         logdet = slopes.log().sum(1) if layer.exact else x.new_zeros(x.shape[0])
         return (x / slopes, -logdet) if inverse else (x * slopes, logdet)
     if isinstance(layer, L.Coupling):
-        transformed = torch.tensor(layer.transformed, device=x.device)
-        raw = _net(layer.net, x[:, list(layer.conditioning)], context, read, maps.dropout)
+        transformed = _index(layer.transformed, x)
+        raw = _net(layer.net, x[:, _index(layer.conditioning, x)], context, read, maps.dropout)
         part, logdet = _transform(layer.transformer, x[:, transformed], raw, maps, inverse)
         return x.index_copy(1, transformed, part), logdet
     if inverse:
@@ -266,7 +278,7 @@ def _sequential(layer: L.Autoregressive, y: Tensor, context: Tensor | None, read
         order = feature_order(layer, dim, 0 if context is None else context.shape[1], read, y.detach())
     traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch._C._is_tracing()
     last = dim - 1 if traced else min(int(order.max()), dim - 1)
-    owners = torch.tensor(_owners(layer.transformer, dim), device=y.device)
+    owners = _index(tuple(_owners(layer.transformer, dim)), y)
     x = torch.zeros_like(y)
     for step in range(last):
         now = order == step
