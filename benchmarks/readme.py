@@ -375,27 +375,37 @@ def gpu_tables() -> str:
     result = gpu_result()
     if result is None:
         return "No GPU was at hand: there are no figures yet. `make gpu` takes them."
+    flow = gpu_cases(result, "flow")
+    timed = {name for case in flow.values() for name in case["systems"]}
+    shown = {name: members for name, members in GPU_SYSTEMS.items() if timed & set(members)}
+    compiles = bool(timed & set(COMPILED))
+    ratio_names = ["× eager (range)", *(["× compile"] if compiles else []), "× floor"]
     lines = [
-        f"{gpu_machine(result)} Medians in milliseconds of calls in a row, launches included; all systems of a case in turn, but "
-        "flowjax after the others. Minimum, maximum and calls after the L2 cache was emptied are in the result file.",
+        f"{gpu_machine(result)} {gpu_host(result)}Medians in milliseconds of calls in a row, launches included; all systems of a case in "
+        "turn, but flowjax after the others. Minimum, maximum and calls after the L2 cache was emptied are in the result file.",
         "",
-        "The IIN's flow of the published size; torch.compile and Triton in a turn of their own:",
+        "The IIN's flow of the published size"
+        + (
+            "; torch.compile and Triton in a turn of their own:"
+            if compiles
+            else ". torch.compile had not compiled it in 90 s:"
+        ),
         "",
-        f"| case | {' | '.join(GPU_SYSTEMS)} | × eager (range) | × compile | × floor |",
-        f"|---|{'---:|' * (len(GPU_SYSTEMS) + 3)}",
+        f"| case | {' | '.join([*shown, *ratio_names])} |",
+        f"|---|{'---:|' * (len(shown) + len(ratio_names))}",
     ]
-    for case, found in gpu_cases(result, "flow").items():
+    for case, found in flow.items():
         systems = found["systems"]
         best = {
-            shown: min(
-                (systems[name] for name in names if name in systems),
+            name: min(
+                (systems[member] for member in members if member in systems),
                 key=lambda row: row["warm"]["median"],
                 default=None,
             )
-            for shown, names in GPU_SYSTEMS.items()
+            for name, members in shown.items()
         }
-        ours, eager, compiled = best["**iin-fast**"], best["eager"], best["torch.compile, best mode"]
-        ratios = ["", "", ""]
+        ours, eager, compiled = (best.get(name) for name in ("**iin-fast**", "eager", "torch.compile, best mode"))
+        ratios = [""] * len(ratio_names)
         if ours and eager:
             least, most = eager["warm"]["min"] / ours["warm"]["max"], eager["warm"]["max"] / ours["warm"]["min"]
             ratios[0] = f"{eager['warm']['median'] / ours['warm']['median']:.1f} ({least:.1f}–{most:.1f})"
@@ -403,7 +413,7 @@ def gpu_tables() -> str:
             beside = compiled.get("beside", {}).get("iin-fast", ours)
             ratios[1] = f"{compiled['warm']['median'] / beside['warm']['median']:.1f}"
         if ours and "floor" in found:
-            ratios[2] = f"{ours['warm']['median'] / found['floor']:.2f}"
+            ratios[-1] = f"{ours['warm']['median'] / found['floor']:.2f}"
         cells = [milliseconds(row and row["warm"]) for row in best.values()]
         lines.append(f"| {case} | {' | '.join([*cells, *ratios])} |")
     flows = gpu_cases(result, "engine")
