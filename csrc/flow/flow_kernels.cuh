@@ -454,9 +454,9 @@ __device__ __forceinline__ void persistent_tile(const FlowWalk<typename Precisio
 }
 
 // Phases whose tiles the blocks share, and after each of which they meet: part(phase, tile, what) for tiles(phase) of
-// them, then other(phase, tile) for more(phase, tiles) that fetch nothing. A block fetches its first tile's weights while
-// it waits for the others in front of a phase. part() is called in one place, for all tiles' code is compiled into
-// it.
+// them, then other(phase, tile) for more(phase, tiles) that fetch nothing. A block fetches its first tile's weights
+// while it waits for the others in front of a phase. part() is called in one place, for all tiles' code is compiled
+// into it.
 template <class Tiles, class More, class Part, class Other>
 __device__ __forceinline__ void share_phases(const cooperative_groups::grid_group &grid, int phases, Tiles &&tiles,
                                              More &&more, Part &&part, Other &&other) {

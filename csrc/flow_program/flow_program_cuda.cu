@@ -28,7 +28,7 @@ std::shared_ptr<KeptTable> kept_table(const std::string &text, int item) {
   if (last != nullptr && item == last_item && text == last_text)
     return last;
   static std::mutex mutex;
-  static std::unordered_map<std::string, std::shared_ptr<KeptTable>> tables;
+  static auto &tables = *new std::unordered_map<std::string, std::shared_ptr<KeptTable>>; // outlives torch's CUDA
   const std::lock_guard<std::mutex> lock(mutex);
   std::shared_ptr<KeptTable> &kept = tables[text + (item == 8 ? " double" : " float")];
   if (kept == nullptr) {

@@ -32,7 +32,11 @@ template <class T> void run(ProgramCall &call) {
     call.log_rows = call.log_rows_back = log_rows;
   call.bytes = table.bytes.size(), call.tape_bytes = tape.bytes.size();
   const bool backward = call.grad_x != nullptr, sequential = table.sequential[call.inverse];
-  call.fits = table.fits && call.log_rows >= 0 && (!backward || (call.log_rows_back >= 0 && !sequential));
+  const auto room_for = [&](const Table &t, int64_t log_rows, bool back) {
+    return log_rows >= 0 && shared_bytes(t.view, 1 << log_rows, sizeof(T), back) <= call.room;
+  };
+  call.fits = table.fits && room_for(table, call.log_rows, false) &&
+              (!backward || (room_for(tape, call.log_rows_back, true) && !sequential));
   if (!call.fits || call.batch == 0)
     return;
   int launches = 0;

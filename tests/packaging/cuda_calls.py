@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 import iin_fast._library  # noqa: F401 (loads the ops)
+from iin_fast.flow import NetBuilder, ProgramBuilder, Weights, affine
+from iin_fast.flow.layers import Net
 
 KEY = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -57,7 +59,32 @@ def others(rows: int, features: int, dtype: torch.dtype) -> None:
             call("spline_coupling_backward", x, row, x, raw, None, None, *spline, inverse)
 
 
+def program(rows: int, dtype: torch.dtype) -> None:
+    """A coupling and an autoregressive layer, forward and back, and the sampling direction."""
+    build = ProgramBuilder(4, 0)
+
+    def ones(*shape: int) -> Tensor:
+        return torch.ones(*shape, dtype=dtype)
+
+    def dense(out: int, inputs: int, mask: Tensor | None = None) -> Net:
+        net = NetBuilder()
+        refs = build.ref(ones(out, inputs)), build.ref(ones(out))
+        weights = Weights(out, *refs) if mask is None else Weights(out, *refs, build.ref(mask))
+        return net.build(net.dense(0, weights))
+
+    build.affine(build.ref(ones(4)), build.ref(ones(4)))
+    build.coupling((0, 1), (2, 3), dense(4, 2), affine(2, "tanh"))
+    build.autoregressive(dense(8, 4, torch.ones(4, 4, dtype=dtype).tril(-1).repeat(2, 1)), affine(4, "tanh"))
+    text, tensors, x = build.build().text, list(build.tensors), torch.randn(rows, 4, dtype=dtype)
+    y, logdet, saved = call("flow_program", x, None, tensors, text, False, True, 2)
+    wanted = "1" * len(tensors)
+    call("flow_program_backward", y, logdet, x, saved, None, tensors, text, False, True, 2, False, wanted)
+    call("flow_program", x, None, tensors, text, True, False, 0)
+
+
 def everything() -> None:
+    for rows, dtype in itertools.product((5, 3000), (torch.float32, torch.float64)):
+        program(rows, dtype)
     for dtype in DTYPES:
         for rows, tf32, inverse, context in itertools.product((5, 300), (False, True), (False, True), (0, 3)):
             flow(rows, dtype, tf32, inverse, context)
