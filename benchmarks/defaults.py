@@ -12,7 +12,8 @@ PCA and raw z. To try new settings, add them to TRIES; a cell whose settings cha
 rule that is no setting is not seen: take its lines away.)
 
 Every system swaps the same held-out rows with the same donors, and the same judge (one small network a concept, trained on the
-training rows) reads them. The score is the share of swaps that give the donor's class and keep all other concepts.
+training rows) reads them. The score is the share of swaps that give the donor's class and keep all other concepts. A second score
+reads them by the labels of the nearest latents, of all rows; it says nothing of swaps whose combination of classes no row has.
 
 ``--quick``: at most 300 rows and 30 steps, to see that everything works. Its cells stand apart.
 """
@@ -38,6 +39,7 @@ from iin_fast.evaluate import LinearFactors, MeanShift, judge_accuracy, latent_j
 from iin_fast.evaluate.baselines import LinearRival
 from iin_fast.info import collect
 from iin_fast.train import Settings, train
+from iin_fast.train.nearest import NearestLatents
 from iin_fast.train.settings import CONTRAST, Facts
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -50,6 +52,9 @@ QUICK_ROWS, QUICK_STEPS = 300, 30
 MOST_SWAPS = 2000
 
 Array = NDArray[Any]
+Scores = dict[
+    tuple[str, bool], dict[str, dict[int, float]]
+]  # data set and whether quick to rule or system to seed to score
 
 
 class Data(NamedTuple):
@@ -236,9 +241,9 @@ def default(data: str) -> Settings | None:
 # What the default has to keep up with: settings beside those that it chooses itself. Each is a rule of its name. The rule "tuned" is the
 # best of them at seed 0 on the data set in question, run at the other seeds, too.
 TRIES: dict[str, dict[str, Any]] = {
-    "contrast": {"contrast": CONTRAST},
-    "soft": {"noise_end": 0.2},
-    "little_noise": {"noise": 0.05, "noise_end": 0.05, "steps": 2000, "patience": 0},
+    "contrast": {"contrast": CONTRAST, "variance": 1.0},
+    "soft": {"noise_end": 0.2, "variance": 1.0},
+    "little_noise": {"variance": 1.0, "noise": 0.05, "noise_end": 0.05, "steps": 2000, "patience": 0},
     # One set of settings, tuned by hand on embeddings of sentences.
     "hand": {
         "preset": "paper",
@@ -284,6 +289,9 @@ def run_cell(data: Data, settings: Settings | None, seed: int) -> dict[str, Any]
     swaps: dict[str, Callable[[str, Array, Array], Array]] = {}
     seconds: dict[str, float] = {}
     sizes: dict[str, dict[str, int]] = {}
+    everything = np.concatenate([learned.z, held.z]), np.concatenate([learned.labels, held.labels])
+    rows = np.arange(len(learned.z), len(everything[0]))
+    nearest = NearestLatents(*map(torch.from_numpy, everything), rows, seed)
     begin = time.perf_counter()
     if settings is None:
         rival = LinearRival.of(learned.z, learned.labels, names, names)
@@ -312,12 +320,23 @@ def run_cell(data: Data, settings: Settings | None, seed: int) -> dict[str, Any]
             return found
 
         swaps["iin"] = by_model
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for who, way in swaps.items():
+        near: dict[str, float] = {}
+
+        def read(name: str, keep: Array, give: Array, way: Any = way, near: dict[str, float] = near) -> Array:
+            z, wanted, k = way(name, keep, give), held.labels[keep].copy(), names.index(name)
+            wanted[:, k] = held.labels[give, k]
+            right, said = nearest(torch.from_numpy(z), torch.from_numpy(wanted))
+            near[name] = right[said].double().mean().item()
+            return np.asarray(z)
+
+        found[who] = swap_success(read, held.labels, names, judge, max_swaps=MOST_SWAPS, seed=seed)
+        for name, share in near.items():
+            found[who][name]["nearest"] = share
     return {
         "judge": judge_accuracy(judge, held.z, held.labels, names),
-        "scores": {
-            who: swap_success(way, held.labels, names, judge, max_swaps=MOST_SWAPS, seed=seed)
-            for who, way in swaps.items()
-        },
+        "scores": found,
         "sizes": sizes,
         "seconds": seconds,
     }
@@ -401,18 +420,18 @@ def named(file: Path, data: str, rules: Sequence[str], seed: int, quick: bool) -
     return found
 
 
-def scores(file: Path) -> dict[tuple[str, bool], dict[str, dict[int, float]]]:
+def scores(file: Path, by: str = "both") -> Scores:
     """Data set and whether quick to rule or system to seed to score; the last of a cell counts."""
-    found: dict[tuple[str, bool], dict[str, dict[int, float]]] = {}
+    found: Scores = {}
     for cell in cells(file):
         if cell["data"] not in OTHERS:
             row = found.setdefault((cell["data"], cell["quick"]), {})
-            for who, score in ({"iin": 0.0} if "failed" in cell else means(cell)).items():
+            for who, score in ({"iin": 0.0} if "failed" in cell else means(cell, by)).items():
                 row.setdefault(who if cell["rule"] == "none" else cell["rule"], {})[cell["seed"]] = score
     return found
 
 
-def best_try(found: dict[tuple[str, bool], dict[str, dict[int, float]]], data: str, quick: bool = False) -> str:
+def best_try(found: Scores, data: str, quick: bool = False) -> str:
     """The try with the best score at seed 0; empty where none was run."""
     row = found.get((data, quick), {})
     return max((name for name in TRIES if 0 in row.get(name, {})), key=lambda name: row[name][0], default="")
@@ -427,13 +446,18 @@ def machine() -> str:
 def summary(cell: dict[str, Any]) -> str:
     if "failed" in cell:
         return f"failed: {cell['failed']}"
-    parts = [f"{who} {mean:.3f}" for who, mean in means(cell).items()]
+    near = means(cell, "nearest")
+    parts = [f"{who} {mean:.3f} (nearest {near[who]:.3f})" for who, mean in means(cell).items()]
     return f"{', '.join(parts)}; {cell['wall']:.0f} s"
 
 
-def means(cell: dict[str, Any]) -> dict[str, float]:
-    """System to its score, the mean over concepts."""
-    return {who: float(np.mean([found["both"] for found in scores.values()])) for who, scores in cell["scores"].items()}
+def means(cell: dict[str, Any], by: str = "both") -> dict[str, float]:
+    """System to its score, the mean over concepts, as networks (``"both"``) or the nearest latents (``"nearest"``) read it."""
+    return {
+        who: float(np.mean([found[by] for found in scores.values()]))
+        for who, scores in cell["scores"].items()
+        if all(by in found for found in scores.values())
+    }
 
 
 SHOWN = {
@@ -448,8 +472,7 @@ SHOWN = {
 
 
 def as_table(file: Path) -> str:
-    """Markdown: a row for each data set, a column for each rule and system, mean and range over seeds."""
-    found = scores(file)
+    """Markdown: what networks read of swaps, and what the nearest latents say."""
     about: dict[tuple[str, bool], str] = {}
     seconds: dict[tuple[str, bool], dict[int, float]] = {}
     machines: dict[str, None] = {}
@@ -463,18 +486,42 @@ def as_table(file: Path) -> str:
             seconds.setdefault(key, {})[cell["seed"]] = cell["cpu"]
         if "machine" in cell:
             machines[cell["machine"]] = None
+    found = scores(file)
     chosen = {key: best_try(found, *key) for key in found}
+    took = {key: f"{np.mean(list(values.values())):.0f}" for key, values in seconds.items()}
+    text = table_of(found, chosen, {"rows × dims | concepts": about, "processor seconds": took})
+    if machines:
+        text += f"\n\nProcessors: {'; '.join(machines)}."
+    text += losses(found, chosen)
+    near = scores(file, "nearest")
+    if any(near.values()):
+        text += (
+            "\n\nThe same swaps, read by the nearest latents:\n\n" + table_of(near, chosen, {}) + losses(near, chosen)
+        )
+    return text
+
+
+def table_of(found: Scores, chosen: dict[tuple[str, bool], str], beside: dict[str, dict[tuple[str, bool], str]]) -> str:
+    """A row for each data set, a column for each rule and system, mean and range over seeds.
+
+    Args:
+        chosen: the try that is the rule "tuned", of each data set.
+        beside: heads of other columns, the first of them before the scores, to what stands there.
+    """
     for key, row in found.items():
-        if chosen[key]:
+        if chosen.get(key) in row:
             row[TUNED] = row[chosen[key]]
     columns = [column for column in SHOWN if any(column in row for row in found.values())]
-    heads = " | ".join(SHOWN[column] for column in columns)
+    first, rest = list(beside)[:1], list(beside)[1:]
+    heads = ["data", *first, *(SHOWN[column] for column in columns), *rest]
     lines = [
-        f"| data | rows × dims | concepts | {heads} | processor seconds |",
-        "|---|---|---:|" + "---:|" * (len(columns) + 1),
+        f"| {' | '.join(heads)} |",
+        f"|---|{'---|---:|' * len(first)}{'---:|' * (len(columns) + len(rest))}",
     ]
     for (data, quick), row in found.items():
-        shown = []
+        if not row:
+            continue
+        shown = [data + " (quick)" * quick, *(beside[head].get((data, quick), "– | –") for head in first)]
         for column in columns:
             seeds = row.get(column, {})
             values = list(seeds.values())
@@ -488,23 +535,26 @@ def as_table(file: Path) -> str:
                     ours = np.mean([row["default"][seed] for seed in both])
                     text += f"; default {ours:.3f} at seed {', '.join(map(str, sorted(both)))}"
             shown.append(text)
-        took = f"{np.mean(list(seconds[data, quick].values())):.0f}" if (data, quick) in seconds else "–"
-        name = data + " (quick)" * quick
-        lines.append(f"| {name} | {about.get((data, quick), '– | –')} | {' | '.join(shown)} | {took} |")
-    losses = []
-    for (data, _), row in found.items():
+        lines.append(f"| {' | '.join([*shown, *(beside[head].get((data, quick), '–') for head in rest)])} |")
+    return "\n".join(lines)
+
+
+def losses(found: Scores, chosen: dict[tuple[str, bool], str]) -> str:
+    """Where the default is worse than another column of the same seeds."""
+    lines = []
+    for key, row in found.items():
         ours = row.get("default", {})
         for rival in ("linear_iin", "mean_shift", TUNED):
-            both = sorted(set(ours) & set(row.get(rival, {})))
-            gap = float(np.mean([row[rival][seed] - ours[seed] for seed in both])) if both else 0.0
+            theirs = row.get(chosen.get(key, "") if rival == TUNED else rival, {})
+            both = sorted(set(ours) & set(theirs))
+            gap = float(np.mean([theirs[seed] - ours[seed] for seed in both])) if both else 0.0
             if gap > CLOSE:
-                losses.append(f"- {data}: {gap:.3f} less than {SHOWN[rival]}.")
-    lines += ["", f"Processors: {'; '.join(machines)}."] if machines else []
-    if losses:
-        lines += ["", f"Where the default is worse than another column by more than {CLOSE}:", "", *losses]
-    elif any("default" in row for row in found.values()):
-        lines += ["", f"Nowhere is the default worse than another column by more than {CLOSE}."]
-    return "\n".join(lines)
+                lines.append(f"- {key[0]}: {gap:.3f} less than {SHOWN[rival]}.")
+    if lines:
+        return "\n\n" + "\n".join([f"Where the default is worse than another column by more than {CLOSE}:", "", *lines])
+    if any("default" in row for row in found.values()):
+        return f"\n\nNowhere is the default worse than another column by more than {CLOSE}."
+    return ""
 
 
 def page(file: Path) -> str:

@@ -71,7 +71,7 @@ class LinearIIN(IIN):
         self._sizes = factor_sizes(self.dim, sizes, where="LinearIIN")
         self._set_inputs("LinearIIN", inputs, None, dtype)
         self.flow = LinearMap(matrix, dtype)  # type: ignore[assignment]
-        self._flat = 0  # columns of the matrix, the last ones, that give what does not vary; known after a fit
+        self._flat = 0  # columns of the matrix, the last ones, that give what varies little or not; known after a fit
 
     @classmethod
     def fit(
@@ -154,6 +154,7 @@ class LinearIIN(IIN):
         shared: Tensor,  # [n, names]
         names: Sequence[str],
         sizes: Mapping[str, int] | None,
+        variance: float = 1.0,
     ) -> LinearIIN:
         a, b, shared = (part.to(z.device) for part in (a, b, shared))
         dim = z.shape[1]
@@ -172,7 +173,7 @@ class LinearIIN(IIN):
 
         inputs = Inputs.of(z)
         x = inputs(z.double())[0]
-        whitening = _Whitening(x)
+        whitening = _Whitening(x, variance)
         w = whitening.rows(x)  # [rows, rank]
         weights = _contrast(shared)[:, [list(names).index(name) for name in wanted]]
         common = _in_common(w, a, b, weights)
@@ -188,7 +189,7 @@ class LinearIIN(IIN):
     def start(self) -> Inputs:
         """This map as what stands before a flow: an IIN with it whose flow is the identity has the factors of this model.
 
-        What does not vary bypasses the flow, as far as no factor wants it.
+        What varies little or not bypasses the flow, as far as no factor wants it.
         """
         assert self.inputs is not None
         return self.inputs.turned(self.flow.matrix, self._flat)  # type: ignore[arg-type]
@@ -225,24 +226,37 @@ class LinearIIN(IIN):
 
 
 @torch.no_grad()
-def white_inputs(z: Tensor) -> Inputs:
+def white_inputs(z: Tensor, variance: float = 1.0) -> Inputs:
     """Inputs that make latents ``[n, dim]`` white: the linear start where there are no pairs to learn factors from."""
     inputs = Inputs.of(z)
-    whitening = _Whitening(inputs(z.double())[0])
+    whitening = _Whitening(inputs(z.double())[0], variance)
     rank = len(whitening.gain)
     varying = torch.eye(rank, dtype=torch.float64, device=z.device)
     return inputs.turned(whitening.matrix(varying, [], []), inputs.live - rank)
 
 
-class _Whitening:
-    """What makes standardised latents ``x`` ``[n, dim]`` white: a turn, and a scale of each direction that varies."""
+def leading_directions(x: Tensor, share: float) -> tuple[Tensor, Tensor, int]:
+    """Variances ``[dim]`` of standardised rows ``[n, dim]``, rising; their directions; and where those begin that hold ``share``."""
+    variance, directions = torch.linalg.eigh(x.T @ x / len(x))
+    least = int((variance <= NULL_VARIANCE).sum())
+    if share < 1:
+        spare = variance.clamp(min=0).cumsum(0) <= (1 - share) * variance.sum()
+        least = max(least, min(int(spare.sum()), len(variance) - 1))
+    return variance, directions, least
 
-    def __init__(self, x: Tensor) -> None:
+
+class _Whitening:
+    """What makes standardised latents ``x`` ``[n, dim]`` white: a turn, and a scale of each direction that varies.
+
+    ``rows`` gives the leading directions alone, which hold ``share`` of the variance.
+    """
+
+    def __init__(self, x: Tensor, share: float = 1.0) -> None:
         shrinkage = _shrinkage(x)
-        variance, directions = torch.linalg.eigh(x.T @ x / len(x))
-        null = variance <= NULL_VARIANCE
-        self.directions, self.null = directions[:, ~null], directions[:, null]
-        self.gain = ((1 - shrinkage) * variance[~null] + shrinkage).rsqrt()
+        variance, directions, least = leading_directions(x, share)
+        gain = torch.where(variance > NULL_VARIANCE, (1 - shrinkage) * variance + shrinkage, 1.0).rsqrt()
+        self.directions, self.gain = directions[:, least:], gain[least:]
+        self.rest = (directions * gain)[:, :least].flip(1)
 
     def rows(self, x: Tensor) -> Tensor:
         """w of latents, ``[n, rank]``."""
@@ -254,9 +268,9 @@ class _Whitening:
         Args:
             basis: of w, ``[rank, rank]``: for each factor ``fitted`` columns, then the residual.
             fitted, wanted: dimensions that each factor has in ``basis``, and in all. It gets the others from the directions
-                in which nothing varies; the residual gets what is left of these.
+                in which little varies; the residual gets what is left of these.
         """
-        columns = torch.cat([self.directions * self.gain @ basis, self.null], 1)
+        columns = torch.cat([self.directions * self.gain @ basis, self.rest], 1)
         dim, rank = columns.shape[1], len(basis)
         largest = columns.gather(0, columns.abs().argmax(0, keepdim=True))
         columns = columns * largest.sign()  # a direction has no sign of its own

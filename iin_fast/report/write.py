@@ -38,6 +38,7 @@ WORDS = {
     "settings/others": "concepts that a pair does not share",
     "settings/unlabelled": "share of pairs without labels",
     "settings/standardise": "features standardised",
+    "settings/variance": "share of the variance whose directions the flow learns on",
     "settings/rho": "correlation of a shared factor (ρ)",
     "settings/coupling": "coupling",
     "settings/batch": "pairs in a step",

@@ -135,8 +135,12 @@ def fit_linear(
     concepts: tuple[str, ...],
     sizes: Mapping[str, int] | None = None,
     seed: int = 0,
+    variance: float = 1.0,
 ) -> LinearIIN:
-    """The linear IIN of the rows ``train`` of ``latents.z``; ``sizes`` of some concepts, the others estimated."""
+    """The linear IIN of the rows ``train`` of ``latents.z``; ``sizes`` of some concepts, the others estimated.
+
+    It finds concepts in the leading directions alone that hold the share ``variance`` of what standardised features vary.
+    """
     batches = Batches(latents, units(latents, train), concepts, seed=seed, others="any", unlabelled=0.0)
     if batches._shared is not None:  # every ready pair once
         half = len(train) // 2
@@ -146,7 +150,7 @@ def fit_linear(
         drawn = batches.draw(max(LEAST_PAIRS, PAIRS_PER_ROW * len(train)), 0)
         a, b = (torch.from_numpy(np.searchsorted(train, rows.numpy())) for rows in (drawn.a, drawn.b))
         pairs = a, b, drawn.shared
-    return LinearIIN._fit("train", latents.z[torch.from_numpy(train)], *pairs, concepts, sizes or {})
+    return LinearIIN._fit("train", latents.z[torch.from_numpy(train)], *pairs, concepts, sizes or {}, variance)
 
 
 def estimate_sizes(

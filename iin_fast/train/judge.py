@@ -1,4 +1,4 @@
-"""Which model's swaps of held-out latents are best: small networks read what they give."""
+"""Which model's swaps of held-out latents are best: small networks and the nearest latents say what they give."""
 
 from __future__ import annotations
 
@@ -9,21 +9,27 @@ from torch import Tensor, nn
 
 from ..data import MISSING, Latents
 from ..iin import IIN, Inputs
+from ..iin.linear import leading_directions
+from .nearest import NearestLatents
 
 __all__ = ["SwapJudge"]
 
 HIDDEN, STEPS, BATCH, RATE, DECAY, NOISE = 64, 400, 256, 3e-3, 1e-2, 0.2
 SWAPS = 2000  # of each concept
+NETWORKS = 5 / 6  # of the score
 MARGIN = 1.2
 READ, NOT_READ = 0.5, 0.2
 RIDGE = 0.01  # of the covariance of standardised features
+VARIANCES = 0.975, 0.99, 0.999  # shares
+LESS = 0.005  # that may be read of a concept in the directions that hold such a share
 MOST_REPEATS = 8  # of a row that keeps the rest, with another donor each time
 
 
 class SwapJudge:
     """Says of a model how often swaps of held-out latents change one concept and keep the others.
 
-    One network for each concept learns it on the training rows. What is swapped with what is drawn once, so that models can be
+    One network for each concept learns it on the training rows. Networks read anything into a point off the data, so the nearest
+    latents have a say, too: see :class:`NearestLatents`. What is swapped with what is drawn once, so that models can be
     compared swap by swap. The class of a donor is drawn evenly among the other classes, as :func:`iin_fast.evaluate.swap_success`
     does.
 
@@ -64,6 +70,9 @@ class SwapJudge:
             donor = np.array([random.choice(groups[k]) for k in given])
             self.keepers[name], self.donors[name] = torch.from_numpy(rows[order]), torch.from_numpy(rows[donor])
         self.networks = {name: self._learned(name, seed) for name in self.labels}
+        if self.keepers:
+            labels = torch.stack(list(self.labels.values()), 1)
+            self.nearest = NearestLatents(self.z, labels, held_out, seed)
 
     @property
     def rows(self) -> int:
@@ -92,6 +101,25 @@ class SwapJudge:
             if linear < NOT_READ and network > READ:
                 found.append(name)
         return tuple(found)
+
+    def enough_variance(self) -> float:
+        """The least of some shares of the variance whose leading directions hold every concept, as networks read held-out rows."""
+        x = self._seen(self.z[self.train]).double()
+        for share in VARIANCES:
+            directions, least = leading_directions(x, share)[1:]
+            leading = directions[:, least:].float()
+            enough = True
+            for name, keepers in self.keepers.items():
+                unseen, truth = self._known(name, keepers.unique())
+                classes = int(self.labels[name].max()) + 1
+                whole, part = (
+                    _balanced(self.networks[name](seen).argmax(1), truth, classes)
+                    for seen in (unseen, unseen @ leading @ leading.T)
+                )
+                enough &= part >= whole - LESS
+            if enough:
+                return share
+        return 1.0
 
     def _known(self, name: str, rows: Tensor) -> tuple[Tensor, Tensor]:
         """What networks see of those rows that have a label, and the labels."""
@@ -124,7 +152,10 @@ class SwapJudge:
 
     @torch.no_grad()
     def __call__(self, model: IIN) -> Tensor:
-        """Success of each swap, 0 or 1, those of all concepts one after the other: ``[swaps]`` float32."""
+        """Success of each swap, 0 to 1, those of all concepts one after the other: ``[swaps]`` float32.
+
+        Five sixths are what the networks say, one sixth what the nearest latents do.
+        """
         found = []
         for name, keepers in self.keepers.items():
             donors = self.donors[name]
@@ -136,11 +167,14 @@ class SwapJudge:
             swapped = model.swap(z, donor, name, context=own, donor_context=other).cpu().to(self.z.dtype)  # type: ignore[arg-type]
             x = self._seen(swapped)
             good = torch.ones(len(x), dtype=torch.bool)
-            for other_name, column in self.labels.items():
-                expected = column[donors if other_name == name else keepers]
-                good &= (self.networks[other_name](x).argmax(1) == expected) | (expected == MISSING)
-            found.append(good)
-        return torch.cat(found).float()
+            wanted = torch.stack(
+                [column[donors if other == name else keepers] for other, column in self.labels.items()], 1
+            )
+            for network, expected in zip(self.networks.values(), wanted.T, strict=True):
+                good &= (network(x).argmax(1) == expected) | (expected == MISSING)
+            near, said = self.nearest(swapped, wanted)
+            found.append(torch.where(said, NETWORKS * good + (1 - NETWORKS) * near, good.float()))
+        return torch.cat(found)
 
     def better(self, ours: Tensor, theirs: Tensor) -> bool:
         """Whether swaps succeed more often than others do, by more than ``MARGIN`` standard errors of the difference.

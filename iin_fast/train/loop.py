@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from ..data import MISSING, Latents, class_context, load_latents
 from ..data.rows import training_rows
 from ..files import npz_bytes, read_json, safetensors_library, write_file
-from ..iin import IIN, FactorLoss, Factors, Inputs, checkpoint
+from ..iin import IIN, FactorLoss, Factors, Inputs, LinearIIN, checkpoint
 from ..iin.factors import RESIDUAL
 from ..iin.inputs import copied_features
-from ..iin.linear import white_inputs
+from ..iin.linear import leading_directions, white_inputs
 from . import state
 from .batches import Batch, Batches, estimate_sizes, fit_linear, split_rows, units
 from .judge import SwapJudge
@@ -336,18 +336,22 @@ class _Training:
             sizes = self._hidden_sizes(concepts, train_rows, hidden) | sizes
         sizes = {name: sizes[name] for name in concepts if name in sizes}
         if concepts and (settings.start == "linear" or len(sizes) < len(concepts)):
-            linear = fit_linear(replace(self.data, z=self.z), train_rows, concepts, sizes, settings.seed)
+            linear = self._linear(train_rows, concepts, sizes)
             sizes = {name: linear.sizes[name] for name in concepts}
             if settings.start != "random":
                 inputs = linear.start()
         elif settings.start != "random":
-            inputs = white_inputs(rows)
+            inputs = white_inputs(rows, settings.variance)
         model = self._drawn(sizes if concepts else None, inputs, settings.seed)
         if settings.start == "random":
             self._initialize(model)
         else:
             model.start_as_identity()
         return model
+
+    def _linear(self, train_rows: np.ndarray[Any, Any], concepts: tuple[str, ...], sizes: dict[str, int]) -> LinearIIN:
+        data, settings = replace(self.data, z=self.z), self.settings
+        return fit_linear(data, train_rows, concepts, sizes, settings.seed, settings.variance)
 
     def _hidden_sizes(
         self, concepts: tuple[str, ...], train_rows: np.ndarray[Any, Any], hidden: tuple[str, ...]
@@ -356,11 +360,10 @@ class _Training:
 
         The others are estimated without them. What two concepts decide together would count as a part of both.
         """
-        data = replace(self.data, z=self.z)
-        visible = tuple(name for name in concepts if name not in hidden)
-        found = fit_linear(data, train_rows, visible, {}, self.settings.seed).sizes if visible else {}
+        data, visible = self.data, tuple(name for name in concepts if name not in hidden)
+        found = self._linear(train_rows, visible, {}).sizes if visible else {}
         sizes = {name: found[name] for name in visible}
-        room = Inputs.of(data.z[torch.from_numpy(train_rows)]).live - sum(sizes.values())
+        room = Inputs.of(self.z[torch.from_numpy(train_rows)]).live - sum(sizes.values())
         assert data.labels is not None
         for name in hidden:
             labels = data.labels[:, data.names.index(name)]
@@ -686,12 +689,17 @@ def _facts(data: Latents, settings: Settings) -> Facts:
     held = 0
     if len(held_rows) and not Batches(data, units(data, held_rows), _concepts(data, settings), **options).empty:
         held = len(held_rows)
-    live = Inputs.of(data.z[torch.from_numpy(train_rows)]).live
+    rows = data.z[torch.from_numpy(train_rows)]
+    inputs = Inputs.of(rows)
     hidden: tuple[str, ...] = ()
-    if settings.start in (None, "redrawn") and data.labels is not None and held:
-        hidden = SwapJudge(data, train_rows, held_rows, _concepts(data, settings), seed=settings.seed).hidden()
+    variance = 1.0
+    if settings.start != "random" and data.labels is not None and held:
+        judge = SwapJudge(data, train_rows, held_rows, _concepts(data, settings), seed=settings.seed)
+        hidden = judge.hidden() if settings.start != "linear" else ()
+        variance = judge.enough_variance()
+    least = leading_directions(inputs(rows.double())[0], settings.variance or variance)[2]
     whole = data.labels is None or not bool((data.labels == MISSING).any())
-    return Facts(len(train_rows), held, min(live, len(train_rows) - 1), data.kind, hidden, whole)
+    return Facts(len(train_rows), held, inputs.live - least, data.kind, hidden, whole, variance)
 
 
 def _fabric(accelerator: str, devices: int, nodes: int, strategy: str, settings: Any, device: str | None = None) -> Any:

@@ -63,7 +63,7 @@ def dims(
     ``method="linear"``, which is recommended: as many directions as pairs that share the concept have in common beyond chance
     (:meth:`iin_fast.LinearIIN.fit`). ``"published"`` and ``"paper"``: those of :func:`iin_fast.estimate_factor_dims`, which divide
     all dimensions; the paper's formula often gives a concept none. They are the sizes that :func:`iin_fast.train.train` takes
-    without ``factors``: ``others``, ``unlabelled``, ``context``, ``held_out`` and ``seed`` are those of
+    without ``factors`` (the linear ones where it learns on all directions): ``others``, ``unlabelled``, ``context``, ``held_out`` and ``seed`` are those of
     :class:`iin_fast.train.Settings`, and what is held out has no say.
 
     Raises:

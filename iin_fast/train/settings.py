@@ -16,6 +16,7 @@ BASE_RATE = 4.5e-6  # per pair of a batch, as published
 RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "minutes": (lambda x: 0 < x < math.inf, "more than 0"),
     "rho": (lambda x: 0 < x < 1, "between 0 and 1, both excluded"),
+    "variance": (lambda x: 0 < x <= 1, "above 0 to 1"),
     "learning_rate": (lambda x: 0 < x < math.inf, "more than 0"),
     "weight_decay": (lambda x: 0 <= x < math.inf, "a finite number from 0"),
     "clip": (lambda x: 0 <= x < math.inf, "a finite number from 0"),
@@ -43,6 +44,7 @@ PAPER: dict[str, Any] = {
     "others": "differ",
     "start": "random",
     "standardise": False,
+    "variance": 1.0,
     "rho": 0.975,
     "n_flows": 12,
     "hidden_dim": 512,
@@ -79,6 +81,7 @@ class Facts(NamedTuple):
     kind: str  # labels, pairs or unlabelled
     hidden: tuple[str, ...] = ()  # concepts that small networks read, and no linear map
     whole: bool = True  # no label is missing
+    variance: float = 1.0  # share whose directions hold all concepts
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,9 @@ class Settings:
             that no linear map reads; or ``"random"``.
         standardise: features of mean 0 and deviation 1 before the flow, as a part of the model; constant ones and copies of
             others are set aside and come back as they were. See :class:`iin_fast.iin.Inputs`. A linear start does so too.
+        variance: share of the variance of standardised features whose leading directions the flow learns on after a linear or redrawn
+            start. Directions of less variance are a part of the residual as they are, and no swap of a factor moves them. By default
+            0.975 to 1: the least share in which networks read every concept as well as in all.
         rho: correlation of a shared factor, between 0 and 1 exclusive.
         n_flows: blocks of the flow; see :class:`iin_fast.IIN`.
         hidden_dim: width of its networks.
@@ -129,8 +135,8 @@ class Settings:
         held_out: share of the latents that is never trained on, from 0 to below 1.
         keep: which model a run leaves: ``"last"``, that of the last step, as published; ``"best"``, the one with the
             lowest held-out loss of all evaluations; or ``"swaps"``, the one whose swaps of held-out latents change one concept and keep
-            the others most often, as small networks read them that learned on the other rows. Where that takes labels which
-            are not there, it is ``"best"``.
+            the others most often, as small networks read them that learned on the other rows, and the nearest latents. Where that
+            takes labels which are not there, it is ``"best"``.
         patience: evaluations in a row without a lower held-out loss or a better model, after which the training stops, counted from three
             tenths of ``steps`` on; 0 for no such end.
         precision: ``"32-true"``, ``"64-true"``, or ``"bf16-mixed"`` (autocast; parameters stay float32).
@@ -152,6 +158,7 @@ class Settings:
     unlabelled: float | None = None
     start: str | None = None
     standardise: bool | None = None
+    variance: float | None = None
     rho: float | None = None
     n_flows: int | None = None
     hidden_dim: int | None = None
@@ -229,6 +236,7 @@ class Settings:
             "others": "any",
             "start": start,
             "standardise": True,
+            "variance": facts.variance,
             "rho": 0.975,
             "n_flows": 8,
             "hidden_dim": 128,
@@ -264,6 +272,8 @@ class Settings:
     def text(self, facts: Facts) -> str:
         """What a training with these settings does, in a few words."""
         rows = f"{facts.rows} latents ({facts.held_out} more held out) that vary in {facts.dim} directions"
+        if self.variance is not None and self.variance < 1 and self.start != "random":
+            rows += f", but for {1 - self.variance:.1%} of the variance"
         if facts.hidden:
             rows += f"; no linear map reads {', '.join(facts.hidden)}"
         noise = f"{self.noise:g}" if self.noise_end is None else f"{self.noise:g} to {self.noise_end:g}"

@@ -74,7 +74,12 @@ def test_a_campaign_runs_what_is_not_there(defaults, tmp_path, monkeypatch):
         == "| data | rows × dims | concepts | IIN, tuned | linear IIN | mean shift | PCA | raw z | processor seconds |"
     )
     assert table[2].startswith("| tiny (quick) | 300 × 64 | 2 | ") and table[2].endswith("| – |")
-    assert table[4].startswith("Processors: ") and len(table) == 5
+    assert table[4].startswith("Processors: ")
+    assert table[6] == "The same swaps, read by the nearest latents:"
+    assert table[8] == "| data | IIN, tuned | linear IIN | mean shift | PCA | raw z |" and len(table) == 11
+    near = defaults.means(baselines, "nearest")
+    assert table[10].startswith("| tiny (quick) | ") and f"contrast | {near['linear_iin']:.3f} | " in table[10]
+    assert near["linear_iin"] > 0.9 > 0.3 > near["raw"]
 
 
 def test_the_page_says_where_the_default_is_worse(defaults, tmp_path, monkeypatch):

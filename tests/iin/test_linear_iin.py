@@ -281,6 +281,26 @@ def test_a_flow_starts_at_the_linear_solution(coupling, features):
     assert torch.allclose(model.decode(found), z, atol=1e-4)
 
 
+def test_directions_of_little_variance_bypass_the_flow():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 3, (500, 1), generator=generator)
+    turn = torch.linalg.qr(torch.randn(12, 12, generator=generator)).Q
+    parts = torch.cat([torch.randn(3, 4, generator=generator)[labels[:, 0]], torch.zeros(500, 8)], 1)
+    z = (parts + 0.02 * torch.randn(500, 12, generator=generator)) @ turn + 5
+    pairs = PairSampler(labels, names=("a",), others="any").sample(5000)
+    linear = LinearIIN._fit("test", z, pairs.a, pairs.b, pairs.shared, ("a",), None, 0.99)
+    inputs = linear.start()
+    assert inputs.live == 2 and linear.sizes == {"a": 2, "residual": 10}  # three means lie in a plane
+    model = IIN(12, linear.sizes, 3, 16, inputs=inputs, generator=generator)
+    x = model.encode(z).tensor
+    assert torch.allclose(x[:, 2:], linear.encode(z).tensor[:, 2:], atol=1e-4)  # whatever the flow is
+    assert torch.allclose(x[:, 2:].T @ x[:, 2:] / len(z), torch.eye(10), atol=0.1)  # white, too
+    assert torch.allclose(model.decode(model.encode(z)), z, atol=1e-4)
+    swapped = linear.swap(z, z.flip(0), "a")
+    assert torch.allclose(linear.encode(swapped)["residual"], linear.encode(z)["residual"], atol=1e-3)
+    assert inputs.turned(torch.eye(12)).live == 12 and white_inputs(z, 0.99).live == 2 and white_inputs(z).live == 12
+
+
 def test_a_linear_start_is_saved(tmp_path):
     pytest.importorskip("safetensors")
     generator = torch.Generator().manual_seed(0)

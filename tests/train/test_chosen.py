@@ -72,6 +72,7 @@ def test_every_setting_is_chosen_and_fits_the_time(rows, dim):
         assert chosen.contrast == (CONTRAST if kind == "labels" and rows == 100_000 else 0.0)
         assert Settings().chosen(facts._replace(whole=False)).contrast == 0.0
         assert Settings(minutes=0.5).chosen(facts).steps <= chosen.steps
+        assert (chosen.variance, Settings().chosen(facts._replace(variance=0.99)).variance) == (1.0, 0.99)
         assert str(chosen.steps) in chosen.text(facts)
     assert NOISE_FALLS[1] <= PATIENT < 1  # much noise hides what sharp bends gain
     assert Settings().chosen(facts._replace(held_out=0)).keep == "last"
@@ -93,7 +94,7 @@ def test_noise_keeps_copies_equal(tmp_path):
 def test_training_starts_at_the_linear_solution(kind, tmp_path):
     data = additive()
     data = {"labels": data, "pairs": paired(data), "unlabelled": Latents.of(data.z)}[kind]
-    settings = Settings(steps=1, learning_rate=1e-12, n_flows=2, hidden_dim=16)
+    settings = Settings(steps=1, learning_rate=1e-12, n_flows=2, hidden_dim=16, variance=1.0)
     model = train(data, tmp_path / "run", settings, accelerator="cpu")
     found = record(tmp_path / "run")
     assert found["settings"]["start"] == "linear" and found["settings"]["n_flows"] == 2
