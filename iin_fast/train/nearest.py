@@ -35,23 +35,25 @@ class NearestLatents:
         known = (labels != MISSING).all(1).nonzero()[:, 0]
         rows = known[torch.from_numpy(np.random.default_rng([seed, 4]).permutation(len(known))[:MOST_ROWS])]
         z, self.labels = z[rows].double(), labels[rows]
+        if not len(rows):
+            return
         self.mean, deviation = z.mean(0), z.std(0, correction=0)
-        scales = deviation.square().mean().sqrt().expand_as(deviation), deviation
+        common = deviation.square().mean().sqrt().expand_as(deviation)
         unseen = torch.from_numpy(np.isin(rows.numpy(), held_out))
-        read = []
-        for scale in scales:
-            self.scale = torch.where(scale > 0, scale, torch.inf)
-            self.x = self._seen(z)
-            distance = torch.cdist(self.x[unseen], self.x)
+
+        def reads(scale: Tensor) -> float:
+            x = self._seen(z, scale)
+            distance = torch.cdist(x[unseen], x)
             distance[:, unseen] = torch.inf
             votes = self._votes(distance, torch.full((len(distance),), MOST_NEAR))
-            read.append((votes == self.labels[unseen]).double().mean().nan_to_num().item())
-        if read[0] >= read[1]:
-            self.scale = torch.where(scales[0] > 0, scales[0], torch.inf)
-            self.x = self._seen(z)
+            return (votes == self.labels[unseen]).double().mean().nan_to_num().item()
 
-    def _seen(self, z: Tensor) -> Tensor:
-        return ((z.double() - self.mean) / self.scale).float().nan_to_num().clamp(-1e6, 1e6)
+        scales = common, torch.where(deviation > 0, deviation, torch.inf)
+        self.scale = max(scales, key=reads) if unseen.any() else scales[1]
+        self.x = self._seen(z, self.scale)
+
+    def _seen(self, z: Tensor, scale: Tensor) -> Tensor:
+        return ((z.double() - self.mean) / scale).float().nan_to_num().clamp(-1e6, 1e6)
 
     def _votes(self, distance: Tensor, count: Tensor) -> Tensor:
         """The class that most of the ``count`` nearest latents have, ``[n, concepts]``; of a tie that of the nearer ones."""
@@ -66,8 +68,10 @@ class NearestLatents:
 
     def __call__(self, z: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """Whether ``z`` ``[n, dim]`` is read as the classes ``wanted`` ``[n, concepts]``, and whether anything is said: bool ``[n]``."""
+        if not len(self.labels):
+            return (nothing := torch.zeros(len(z), dtype=torch.bool)), nothing
         place = torch.cat([self.labels, wanted]).unique(dim=0, return_inverse=True)[1]
         rows, swaps = place.split([len(self.labels), len(wanted)])
         count = rows.bincount(minlength=int(place.max()) + 1)[swaps]
-        right = self._votes(torch.cdist(self._seen(z), self.x), count) == wanted
+        right = self._votes(torch.cdist(self._seen(z, self.scale), self.x), count) == wanted
         return right.all(1) & (count > 0), count > 0

@@ -91,6 +91,8 @@ def test_as_many_latents_decide_as_there_are_of_a_kind():
     assert not nearest(corners[:1], kinds[1:2])[0].any()
     assert not nearest(corners[:1], torch.tensor([[0, -1]]))[1].any()
     assert len(nearest.labels) == 8 and MOST_NEAR > 1
+    unknown = NearestLatents(z, torch.tensor([[0, -1]] * 9), np.arange(3))
+    assert not torch.stack(unknown(corners, kinds)).any()
 
 
 @pytest.mark.parametrize("scaled", [False, True])
