@@ -17,7 +17,7 @@ __all__ = ["SwapJudge"]
 HIDDEN, STEPS, BATCH, RATE, DECAY, NOISE = 64, 400, 256, 3e-3, 1e-2, 0.2
 SWAPS = 2000  # of each concept
 NETWORKS = 5 / 6  # of the score
-MARGIN = 1.2
+MARGIN, GAIN = 1.2, 0.005
 READ, NOT_READ = 0.5, 0.2
 RIDGE = 0.01  # of the covariance of standardised features
 VARIANCES = 0.975, 0.99, 0.999  # shares
@@ -177,7 +177,7 @@ class SwapJudge:
         return torch.cat(found)
 
     def better(self, ours: Tensor, theirs: Tensor) -> bool:
-        """Whether swaps succeed more often than others do, by more than ``MARGIN`` standard errors of the difference.
+        """Whether swaps succeed more often than others do, by more than ``GAIN``, and ``MARGIN`` standard errors of the difference.
 
         Swaps that keep the rest of one row count as one observation: they are not independent.
         """
@@ -188,7 +188,7 @@ class SwapJudge:
         error = (
             (sums - difference * count).square().sum().sqrt() / len(rows) * (len(count) / max(1, len(count) - 1)) ** 0.5
         )
-        return bool(difference > MARGIN * error)
+        return bool(difference > max(GAIN, MARGIN * error))
 
 
 def _balanced(answer: Tensor, truth: Tensor, classes: int) -> float:
