@@ -389,7 +389,9 @@ def campaign(
                 if quick:
                     data, settings = quickened(data, settings)
                 facts = Facts(round(0.63 * len(data.z)), 1, data.z.shape[1], "labels")  # what is left of both splits
-                record = None if settings is None else settings.chosen(facts).record()
+                record = None
+                if settings is not None:  # how many directions are learned on the latents decide
+                    record = settings.chosen(facts).record() | {"variance": settings.variance}
                 key = dict(zip(keys, (name, seed, quick, record), strict=True))
                 same = done.setdefault(json.dumps(list(key.values())), {})
                 if rule in same:

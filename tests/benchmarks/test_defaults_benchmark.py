@@ -82,6 +82,16 @@ def test_a_campaign_runs_what_is_not_there(defaults, tmp_path, monkeypatch):
     assert near["linear_iin"] > 0.9 > 0.3 > near["raw"]
 
 
+def test_the_default_is_not_what_learns_on_all_directions(defaults, tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(
+        defaults, "run_cell", lambda data, settings, seed: ran.append(settings.variance) or {"failed": "not run"}
+    )
+    monkeypatch.setitem(defaults.RULES, "whole", lambda data: defaults.Settings(variance=1.0))
+    defaults.campaign(tmp_path / "results.jsonl", ["tiny"], ["default", "whole"], [0], quick=True)
+    assert ran == [None, 1.0]
+
+
 def test_the_page_says_where_the_default_is_worse(defaults, tmp_path, monkeypatch):
     def cell(data, rule, score, who):
         scores = {name: {"a": {"both": score + 0.1 * k}} for k, name in enumerate(who)}
