@@ -205,7 +205,7 @@ flow_program_backward(const std::optional<Tensor> &grad_y, // [batch, dim], none
 
 // What a GPU can do with a program of elements of `item` bytes: the sum of 1, the walk in the forward direction; 2, in
 // the inverse one; 4 and 8, backward of these.
-int64_t flow_program_walks(StringHandle program, int64_t item, int64_t device) {
+int64_t cuda_program_walks(StringHandle program, int64_t item, int64_t device) {
   const std::string text = text_of(program);
   const CudaDriver *const driver = cuda_driver();
   CUdevice handle = 0;
@@ -224,10 +224,10 @@ int64_t flow_program_walks(StringHandle program, int64_t item, int64_t device) {
 
 } // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(iin_fast, m) { m.def("flow_program_walks(str program, int item, int device) -> int"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(iin_fast, m) { m.def("cuda_program_walks(str program, int item, int device) -> int"); }
 
 STABLE_TORCH_LIBRARY_IMPL(iin_fast, CompositeExplicitAutograd, m) {
-  m.impl("flow_program_walks", TORCH_BOX(&flow_program_walks));
+  m.impl("cuda_program_walks", TORCH_BOX(&cuda_program_walks));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(iin_fast, CUDA, m) {

@@ -24,8 +24,8 @@ def walks(x: Tensor, context: Tensor | None, parameters: Sequence[Tensor], progr
 
 @lru_cache(maxsize=1024)
 def _walks(text: str, item: int, index: int) -> int:
-    """The bits of the op ``flow_program_walks`` for a GPU."""
-    return torch.ops.iin_fast.flow_program_walks.default(text, item, index)  # type: ignore[no-any-return]
+    """The bits of the op ``cuda_program_walks`` for a GPU."""
+    return torch.ops.iin_fast.cuda_program_walks.default(text, item, index)  # type: ignore[no-any-return]
 
 
 # torch.compile cannot trace the questions. This is torch.compiler.assume_constant_result without an import of the compiler.
