@@ -101,6 +101,10 @@ def environment(run: Run) -> None:
         command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
         found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         run.result["commit"] = found.stdout.strip() if found.returncode == 0 else "unknown (no git)"
+    with run.recorded("host"):
+        from iin_fast.info import collect
+
+        run.result["host"] = {name: value for name, value in collect().items() if name.startswith("CPU")}
     nvcc = shutil.which("nvcc")
     if nvcc:
         text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout

@@ -12,8 +12,8 @@
 // Tiles are 8 to 64 rows (choose_tile). Values lie [feature][ld] in shared memory, ld rows and one vector more, so that
 // neighbouring features hit different banks. Rows beyond the batch repeat its last one; their gradients are 0.
 // Backward keeps weight gradients of its tiles in an accumulator of each block, in global memory; a last launch adds
-// the accumulators in order. Their number depends on the batch and the program alone, and there are no atomics, so
-// results are the same in every run.
+// the accumulators in order. Their number depends on the batch, the program and the shared memory of the GPU, and there
+// are no atomics, so results are the same in every run.
 //
 // The text of a program becomes a table (flow_program_table.h) that all threads read alike.
 #pragma once

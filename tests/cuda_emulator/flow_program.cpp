@@ -11,7 +11,7 @@ using namespace iin_fast;
 struct ProgramCall {
   const char *text;
   int64_t batch, room, tile; // room: bytes of shared memory of a block; tile: rows, 0 for the choice of the library
-  bool inverse, base, save;
+  bool inverse, base;
   const void *x, *context;
   const void *const *parameters;
   const uint8_t *bool_mask;

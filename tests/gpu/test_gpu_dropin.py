@@ -41,7 +41,7 @@ def splines() -> flows.Flow:
 
 def scores(flow: flows.Flow, x: torch.Tensor, context: torch.Tensor) -> list[torch.Tensor]:
     log_prob = flow.log_prob(x, context)
-    return [log_prob, *torch.autograd.grad(log_prob.sum(), [*flow.parameters()])]
+    return [log_prob.detach(), *torch.autograd.grad(log_prob.sum(), [*flow.parameters()])]
 
 
 @pytest.mark.parametrize("make", [maf, splines])

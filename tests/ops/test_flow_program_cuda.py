@@ -29,7 +29,7 @@ class ProgramCall(ctypes.Structure):
     _fields_ = [
         ("text", ctypes.c_char_p),
         *((n, ctypes.c_int64) for n in ("batch", "room", "tile")),
-        *((n, ctypes.c_bool) for n in ("inverse", "base", "save")),
+        *((n, ctypes.c_bool) for n in ("inverse", "base")),
         *((n, ctypes.c_void_p) for n in "x context parameters bool_mask y logdet".split()),
         *((n, ctypes.c_void_p) for n in "grad_y grad_logdet grad_x grad_context grads".split()),
         ("fits", ctypes.c_bool),
@@ -55,7 +55,7 @@ def walk(
     grads = [torch.zeros_like(p) if p.requires_grad else None for p in drawn.parameters]
     given = pointers(parameters), kinds, pointers(grads)
     job = ProgramCall(
-        drawn.program.text.encode(), len(x), room, tile, inverse, base, backward, data(x), data(context),
+        drawn.program.text.encode(), len(x), room, tile, inverse, base, data(x), data(context),
         ctypes.cast(given[0], ctypes.c_void_p), ctypes.cast(ctypes.c_char_p(given[1]), ctypes.c_void_p), data(y), data(logdet),
     )  # fmt: skip
     if backward:

@@ -17,6 +17,7 @@ results of products are of the type of x.
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -87,10 +88,15 @@ class _Flow:
     """Sizes, parameters and buffers of a call; without ``saved``, memory of one step serves all."""
 
     def __init__(
-        self, x: Tensor, context: Tensor | None, loc: Tensor, scale: Tensor, weight_in: Tensor, bias_in: Tensor,
-        weight_hidden: Tensor, bias_hidden: Tensor, weight_out: Tensor, bias_out: Tensor, permutation: Tensor,
-        leaky_slope: float, inverse: bool, saved: Tensor | None,
-    ) -> None:  # fmt: skip
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        parameters: Sequence[Tensor],  # from loc to permutation, in the order of the op
+        leaky_slope: float,
+        inverse: bool,
+        saved: Tensor | None,
+    ) -> None:
+        loc, scale, weight_in, bias_in, weight_hidden, bias_hidden, weight_out, bias_out, permutation = parameters
         self.context, self.leaky, self.inverse = context, leaky_slope, inverse
         (batch, self.dim), self.n, self.out = x.shape, loc.shape[0], x.shape[1] // 2
         self.conditioning = self.dim - self.out
@@ -160,31 +166,13 @@ class _Flow:
         return found, logdet
 
 
-def flow(
-    x: Tensor,
-    context: Tensor | None,
-    loc: Tensor,
-    scale: Tensor,
-    weight_in: Tensor,
-    bias_in: Tensor,
-    weight_hidden: Tensor,
-    bias_hidden: Tensor,
-    weight_out: Tensor,
-    bias_out: Tensor,
-    permutation: Tensor,
-    leaky_slope: float,
-    activation_slope: float,
-    exact_logdet: bool,
-    inverse: bool,
-    keep: int,
-    tf32: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As torch.ops.iin_fast.flow: y, logdet, and what is saved for backward. torch's own switch decides about TF32."""
-    hidden, depth = bias_in.shape[3], bias_hidden.shape[3]
-    size = saved_bytes(x, hidden, depth, loc.shape[0], inverse) if keep else 0
+def flow(x: Tensor, context: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """torch.ops.iin_fast.flow with its arguments: y, logdet, and what is saved for backward. torch's own switch decides about TF32."""
+    parameters, (leaky_slope, activation_slope, exact_logdet, inverse, keep, *_) = rest[:9], rest[9:]
+    loc, bias_in, bias_hidden = parameters[0], parameters[3], parameters[5]
+    size = saved_bytes(x, bias_in.shape[3], bias_hidden.shape[3], loc.shape[0], inverse) if keep else 0
     saved = x.new_empty(size, dtype=torch.uint8)
-    parameters = (loc, scale, weight_in, bias_in, weight_hidden, bias_hidden, weight_out, bias_out, permutation)
-    f = _Flow(x, context, *parameters, leaky_slope, inverse, saved if keep else None)
+    f = _Flow(x, context, parameters, leaky_slope, inverse, saved if keep else None)
     h = x.to(f.scale.dtype)
     c, out, logdets = f.conditioning, f.out, []
 
@@ -217,31 +205,11 @@ def flow(
 
 
 def flow_backward(
-    grad_y: Tensor,
-    grad_logdet: Tensor,
-    y: Tensor,
-    saved: Tensor,
-    context: Tensor | None,
-    loc: Tensor,
-    scale: Tensor,
-    weight_in: Tensor,
-    bias_in: Tensor,
-    weight_hidden: Tensor,
-    bias_hidden: Tensor,
-    weight_out: Tensor,
-    bias_out: Tensor,
-    permutation: Tensor,
-    leaky_slope: float,
-    activation_slope: float,
-    inverse: bool,
-    keep: int,
-    context_grad: bool,
-    weight_grads: bool,
-    tf32: bool = False,
+    grad_y: Tensor, grad_logdet: Tensor, y: Tensor, saved: Tensor, context: Tensor | None, *rest: Any
 ) -> tuple[Tensor | None, ...]:
-    """As torch.ops.iin_fast.flow_backward, from what ``flow`` saved."""
-    parameters = (loc, scale, weight_in, bias_in, weight_hidden, bias_hidden, weight_out, bias_out, permutation)
-    f = _Flow(y, context, *parameters, leaky_slope, inverse, saved)
+    """torch.ops.iin_fast.flow_backward with its arguments, from what ``flow`` saved."""
+    parameters, (leaky_slope, activation_slope, inverse, _, context_grad, weight_grads, *_) = rest[:9], rest[9:]
+    f = _Flow(y, context, parameters, leaky_slope, inverse, saved)
     back = _Backward(f, grad_logdet, context_grad, weight_grads)
     g = grad_y.to(f.scale.dtype)
     c, out, slope = f.conditioning, f.out, activation_slope
