@@ -21,7 +21,7 @@ ISAS = os.environ.get("IIN_FAST_TEST_ISAS", "baseline").split()
 ON_THREADS = (
     ROOT / "tests/ops/on_threads.cpp",
     *(ROOT / f"csrc/{op}/{op}_loops.cpp" for op in OPS if op != "flow"),
-    *(ROOT / f"csrc/flow_program/{name}.cpp" for name in ("conditioner_loops", "flow_program_plan")),
+    *(ROOT / f"csrc/flow_program/{name}.cpp" for name in ("wide_net_loops", "flow_program_plan")),
 )
 """The sources of the program that runs the CPU loops of all ops on threads."""
 

@@ -81,14 +81,14 @@ void check_keep(const Plan &plan, int64_t keep) {
                   "flow_program: backward cannot invert an autoregressive layer");
 }
 
-template <class T> int64_t chosen(const Plan &plan, int64_t batch, int64_t keep) {
+template <class T> int64_t chosen(const Plan &plan, int64_t batch, bool inverse, int64_t keep) {
   if (keep != automatic)
     return keep;
-  const bool wide = IIN_FAST_LOOP(program_is_wide<T>)(plan.view, batch);
+  const bool wide = IIN_FAST_LOOP(program_is_wide<T>)(plan.view, batch, inverse);
   const int64_t bytes = wide ? automatic_wide_bytes : automatic_bytes;
   for (const Keep most : {Keep::all, Keep::inputs})
     if (batch == 0 || (wide && most == Keep::inputs) ||
-        IIN_FAST_LOOP(program_saved_size<T>)(plan.view, batch, most) <= bytes / int64_t(sizeof(T)))
+        IIN_FAST_LOOP(program_saved_size<T>)(plan.view, batch, inverse, most) <= bytes / int64_t(sizeof(T)))
       return static_cast<int64_t>(most);
   return static_cast<int64_t>(Keep::nothing);
 }
@@ -103,8 +103,9 @@ std::tuple<Tensor, Tensor, Tensor> flow_program(const Tensor &x,                
   Tensor y = cpu_empty(in.x, in.x.sizes()), logdet = cpu_empty(in.x, {in.x.size(0)}), saved = y;
   with_type(in.x.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    ProgramJob<T> job = job_of<T>(*plan, in, inverse, base, chosen<T>(*plan, in.x.size(0), keep));
-    const int64_t size = job.batch == 0 ? 0 : IIN_FAST_LOOP(program_saved_size<T>)(plan->view, job.batch, job.keep);
+    ProgramJob<T> job = job_of<T>(*plan, in, inverse, base, chosen<T>(*plan, in.x.size(0), inverse, keep));
+    const int64_t size =
+        job.batch == 0 ? 0 : IIN_FAST_LOOP(program_saved_size<T>)(plan->view, job.batch, inverse, job.keep);
     // Freeing a mapped block of this size raises what glibc keeps at the end of its heap; else `saved` may be given
     // back to the system at every step, and its pages cleared anew.
     static const bool freed = [&] { return cpu_empty(in.x, {1 << 21}).numel() > 0; }();
@@ -117,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor> flow_program(const Tensor &x,                
     job.saved = size > 0 ? static_cast<T *>(saved.mutable_data_ptr()) : nullptr;
     job.workspace = workspace.as<T>();
     int64_t unordered = -1;
-    with_team(IIN_FAST_LOOP(program_sharing<T>)(plan->view, job.batch, job.threads),
+    with_team(IIN_FAST_LOOP(program_sharing<T>)(plan->view, job.batch, inverse, job.threads),
               [&] { unordered = IIN_FAST_LOOP(program_forward<T>)(job); });
     STD_TORCH_CHECK(unordered < 0, "flow_program: layer ", unordered,
                     ": its masks leave no order in which features can be found one after the other");
@@ -158,8 +159,8 @@ flow_program_backward(const std::optional<Tensor> &grad_y, // [batch, dim], none
     if (batch == 0)
       return;
     ProgramBackwardJob<T> job{};
-    job.forward = job_of<T>(*plan, in, inverse, base, chosen<T>(*plan, batch, keep));
-    STD_TORCH_CHECK(saved.numel() == IIN_FAST_LOOP(program_saved_size<T>)(plan->view, batch, job.forward.keep),
+    job.forward = job_of<T>(*plan, in, inverse, base, chosen<T>(*plan, batch, inverse, keep));
+    STD_TORCH_CHECK(saved.numel() == IIN_FAST_LOOP(program_saved_size<T>)(plan->view, batch, inverse, job.forward.keep),
                     "flow_program: saved is not of this program and batch");
     const Tensor kept = contiguous(saved);
     const Workspace workspace(IIN_FAST_LOOP(program_workspace<T>)(job.forward, true) * int64_t(sizeof(T)));
@@ -173,7 +174,7 @@ flow_program_backward(const std::optional<Tensor> &grad_y, // [batch, dim], none
     job.grad_x = static_cast<T *>(grad_x.mutable_data_ptr());
     job.grad_context = context_grad ? static_cast<T *>(grad_context.mutable_data_ptr()) : nullptr;
     job.grads = pointers.data();
-    with_team(IIN_FAST_LOOP(program_sharing<T>)(plan->view, batch, job.forward.threads),
+    with_team(IIN_FAST_LOOP(program_sharing<T>)(plan->view, batch, inverse, job.forward.threads),
               [&] { IIN_FAST_LOOP(program_backward<T>)(job); });
   });
   return {grad_x, grad_context, grads};

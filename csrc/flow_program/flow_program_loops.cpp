@@ -1,9 +1,8 @@
 // Any flow on the CPU, in one of two walks over its layers:
 //
 //   tile   a thread takes a tile of rows and walks it through all layers.
-//   wide   where nets are large or rows few: threads share each net, for all rows at once (conditioner.h), so that
-//   weights stream
-//          from memory once a call. Between two nets each tile takes the same steps as in the tile walk.
+//   wide   where nets are large or rows few: threads share each net, for all rows at once (wide_net.h), so that weights
+//          stream from memory once a call. Between two nets each tile takes the same steps as in the tile walk.
 //
 // A tile is 16 to 64 rows. Its rows lie in lanes: every value is [features, ld], ld the rows of the tile up to a whole
 // cache line, so that features need no padding, weights are read as torch keeps them, and the raw values of a spline
@@ -21,10 +20,10 @@
 #include "affine_coupling/affine_coupling.h"
 #include "common/affine.h"
 #include "flow/flow.h"
-#include "flow_program/conditioner.h"
 #include "flow_program/products.h"
 #include "flow_program/steps.h"
 #include "flow_program/transformers.h"
+#include "flow_program/wide_net.h"
 
 namespace iin_fast {
 namespace IIN_FAST_ISA {
@@ -123,13 +122,13 @@ template <class T> class Program {
 public:
   explicit Program(const ProgramJob<T> &job) : job_(job), p_(job.program), ld_(leading<T>(job.batch)) {}
 
-  // Masked weights, triangular matrices, scales: once a call. `packed` has packed_size elements.
-  void pack(T *packed) {
-    packed_ = packed;
+  // Triangular matrices, scales, and masked weights where there is memory for them: once a call.
+  void pack(T *packed, T *masked) {
+    packed_ = packed, masked_ = masked;
     for (int64_t l = 0; l < p_.layer_count; ++l) {
       const ProgramLayer &layer = p_.layers[l];
       if (layer.kind == LayerKind::coupling)
-        for (int64_t k = 0; k < layer.step_count; ++k)
+        for (int64_t k = 0; k < layer.step_count && masked != nullptr; ++k)
           pack_mask(layer.steps[k]);
       else if (layer.kind == LayerKind::affine)
         pack_affine(layer);
@@ -228,7 +227,7 @@ private:
   const T *parameter(const ParameterRef &r) const {
     return r.present() ? static_cast<const T *>(job_.parameters[r.tensor]) + r.offset : nullptr;
   }
-  const T *weight(const ProgramStep &s) const { return s.packed >= 0 ? packed_ + s.packed : parameter(s.weight); }
+  const T *weight(const ProgramStep &s) const { return s.packed >= 0 ? masked_ + s.packed : parameter(s.weight); }
   bool mask_at(const ParameterRef &r, int64_t i) const {
     const void *data = job_.parameters[r.tensor];
     return job_.bool_mask[r.tensor] ? static_cast<const uint8_t *>(data)[r.offset + i] != 0
@@ -250,7 +249,7 @@ private:
     if (s.packed < 0)
       return;
     const T *const w = parameter(s.weight);
-    T *const to = packed_ + s.packed;
+    T *const to = masked_ + s.packed;
     const void *const data = job_.parameters[s.mask.tensor];
     const int64_t count = s.in * s.out;
     if (job_.bool_mask[s.mask.tensor]) {
@@ -1017,17 +1016,9 @@ private:
   const ProgramJob<T> &job_;
   const ProgramView &p_;
   int64_t ld_;
-  T *packed_ = nullptr;
+  T *packed_ = nullptr, *masked_ = nullptr;
   const int32_t *orders_ = nullptr;
 };
-
-// Elements of a row of raw values and activations of a layer's nets in the wide walk.
-template <class T> int64_t net_stride(const ProgramLayer &l) {
-  int64_t stride = 0;
-  for (int64_t i = 0; i < l.chain_layers; ++i)
-    stride += row_stride<T>(l.steps[l.chain + 2 * i].out);
-  return l.chains * stride;
-}
 
 // Sum over accumulators in order.
 template <class T> T total(const T *accumulators, int64_t stride, int64_t count) {
@@ -1178,7 +1169,7 @@ constexpr int64_t chunk_rows = 256;
 template <class T> int64_t saved_of_nets(const ProgramView &program, int64_t batch) {
   int64_t stride = 0;
   for (int64_t i = 0; i < program.layer_count; ++i)
-    stride += net_stride<T>(program.layers[i]);
+    stride += program.layers[i].kept_stride[row_type<T>];
   return stride * batch;
 }
 
@@ -1189,7 +1180,8 @@ public:
   WideWalk(const ProgramJob<T> &job, Program<T> &program, bool backward)
       : job_(job), p_(job.program), program_(program), backward_(backward), ld_(program.ld()),
         tiles_(tile_count(job.batch)), parts_(smaller(tiles_, most_parts)),
-        team_{program_sharing<T>(job.program, job.batch, job.threads), job.parallel}, pieces_{job.workspace} {
+        team_{program_sharing<T>(job.program, job.batch, job.inverse, job.threads), job.parallel},
+        pieces_{job.workspace} {
     const Keep keep = job.keep;
     const bool kept = keep == Keep::all, again = backward && keep == Keep::nothing;
     Widths most;
@@ -1197,12 +1189,10 @@ public:
       most.add(p_.layers[i]);
     const int64_t chunk = smaller(job.batch, chunk_rows);
     packed_ = pieces_.take(p_.packed_size);
-    dense_ = reinterpret_cast<PanelLayer<T> *>(
-        pieces_.take(most.dense * static_cast<int64_t>(sizeof(PanelLayer<T>) / sizeof(T))));
-    for (T *&u : u_)
-      u = pieces_.take(job.batch * most.in);
-    raw_ = pieces_.take(kept ? 0 : chunk * most.raw);
-    activations_ = pieces_.take(kept ? 0 : chunk * (backward ? larger(most.hidden, most.two) : most.two));
+    for (T *&f : features_)
+      f = pieces_.take(job.batch * row_stride<T>(p_.dim));
+    context_ = pieces_.take(p_.reads_context ? job.batch * row_stride<T>(p_.context) : 0);
+    net_values_ = pieces_.take(kept ? 0 : chunk * (backward ? most.kept : most.work));
     values_ = pieces_.take(keeps_tape(keep) ? 0 : tiles_ * (again ? p_.layer_count + 1 : 2) * p_.dim * ld_);
     logdets_ = pieces_.take(2 * tiles_ * ld_);
     for (int64_t part = 0; part < parts_; ++part)
@@ -1211,23 +1201,23 @@ public:
       return;
     gradients_ = pieces_.take(2 * tiles_ * p_.dim * ld_);
     grad_logdets_ = pieces_.take(tiles_ * ld_);
-    d_ = pieces_.take(chunk * most.wide), other_ = pieces_.take(chunk * most.wide);
+    net_gradients_ = pieces_.take(chunk * most.gradient);
     accumulators_ = pieces_.take(parts_ * padded(p_.layer_gradients));
   }
 
   int64_t size() const { return pieces_.used; }
 
   void forward() {
-    program_.pack(packed_);
-    pack(nullptr);
+    program_.pack(packed_, nullptr);
+    fill_context();
     const bool tape = keeps_tape(job_.keep);
     walk(tape ? job_.saved : values_, tape, true);
   }
 
   void backward(const ProgramBackwardJob<T> &whole) {
     whole_ = &whole;
-    program_.pack(packed_);
-    pack(whole.grads);
+    program_.pack(packed_, nullptr);
+    fill_context();
     if (job_.keep == Keep::nothing)
       walk(values_, true, false);
     else
@@ -1248,58 +1238,22 @@ private:
   static constexpr int64_t most_parts = 8;
   using Space = Workspace<T>;
 
-  // Elements of a row, the most of any net.
+  // Elements of a row, the most of any net; `tile`: rows of what tiles read and write of a net.
   struct Widths {
-    int64_t dense = 0, in = 0, raw = 0, hidden = 0, two = 0, wide = 0, tile = 0;
+    int64_t kept = 0, work = 0, gradient = 0, tile = 0;
     void add(const ProgramLayer &l) {
-      dense += l.chains * l.chain_layers;
-      if (l.chains == 0)
-        return;
-      int64_t all = 0, widest = 0;
-      for (int64_t i = 0; i < l.chain_layers; ++i) {
-        const ProgramStep &s = l.steps[l.chain + 2 * i];
-        const int64_t out = row_stride<T>(s.out);
-        wide = larger(wide, l.chains * larger(out, row_stride<T>(s.in)));
-        if (i == 0)
-          in = larger(in, row_stride<T>(s.in));
-        if (i + 1 < l.chain_layers)
-          all += out, widest = larger(widest, out);
-        else
-          raw = larger(raw, l.chains * out);
-      }
-      hidden = larger(hidden, l.chains * all), two = larger(two, l.chains * 2 * widest);
-      tile = larger(tile, l.output_at + l.raw_rows);
+      constexpr int type = row_type<T>;
+      kept = larger(kept, l.kept_stride[type]), work = larger(work, l.work_stride[type]);
+      gradient = larger(gradient, l.gradient_stride[type]),
+      tile = larger(tile, larger(l.output_at, l.raw_at) + l.raw_rows);
     }
   };
 
   bool has_net(int64_t position) const { return program_.layer_at(position).kind == LayerKind::coupling; }
 
-  // Where the layers of all nets lie.
-  void pack(T *const *grads) {
-    PanelLayer<T> *to = dense_;
-    for (int64_t i = 0; i < p_.layer_count; ++i) {
-      const ProgramLayer &l = p_.layers[i];
-      for (int64_t n = 0; n < l.chains; ++n)
-        for (int64_t k = 0; k < l.chain_layers; ++k) {
-          const ProgramStep &s = l.steps[l.chain + n * (2 * l.chain_layers - 1) + 2 * k];
-          const auto gradient = [&](const ParameterRef &r) -> T * {
-            return r.present() && grads != nullptr && grads[r.tensor] != nullptr ? grads[r.tensor] + r.offset : nullptr;
-          };
-          *to++ = {program_.parameter(s.weight),
-                   program_.parameter(s.bias),
-                   gradient(s.weight),
-                   gradient(s.bias),
-                   s.in,
-                   s.out};
-        }
-    }
-  }
-  Conditioner<T> conditioner(const ProgramLayer &layer) const {
-    const PanelLayer<T> *dense = dense_;
-    for (const ProgramLayer *l = p_.layers; l != &layer; ++l)
-      dense += l->chains * l->chain_layers;
+  WideNet<T> net_of(const ProgramLayer &layer) const {
     const bool past = p_.net_gradients * static_cast<int64_t>(sizeof(T)) > cached_gradients;
-    return {dense, layer.chains, layer.chain_layers, static_cast<T>(layer.chain_slope), past};
+    return {layer, job_.parameters, job_.bool_mask, whole_ == nullptr ? nullptr : whole_->grads, past};
   }
 
   // f(tile, workspace) for some tiles. The tiles of a part come in order and share its accumulator, whoever runs it.
@@ -1332,32 +1286,31 @@ private:
   T *gradient(int64_t tile, int64_t position) const { return gradients_ + (tile * 2 + (position & 1)) * p_.dim * ld_; }
   int64_t rows_of(int64_t tile) const { return program_.first_row(tile + 1) - program_.first_row(tile); }
 
-  // What the net at `position` reads, all rows. Those of two nets in turn lie apart: rows may have other widths.
-  T *input_of_net(int64_t position) const {
+  // The features that the net at `position` reads, all rows. Those of two nets in turn lie apart: one is filled while
+  // the other is read.
+  T *features_of_net(int64_t position) const {
     int64_t before = 0;
     for (int64_t i = 0; i < position; ++i)
       before += has_net(i);
-    return u_[before & 1];
+    return features_[before & 1];
   }
 
-  // Rows of a net: those of the tiles [tile, end).
-  ConditionerRows<T> rows_at(int64_t position, int64_t tile, int64_t end, bool keep) const {
+  // Rows of a net: those of the tiles [tile, end). `again`: all values are wanted, by backward.
+  NetRows<T> rows_at(int64_t position, int64_t tile, int64_t end, bool again) const {
     const ProgramLayer &layer = program_.layer_at(position);
-    const Conditioner<T> nets = conditioner(layer);
-    const int64_t first = program_.first_row(tile), out = row_stride<T>(nets.dense[nets.layers - 1].out);
-    ConditionerRows<T> at{};
+    const int64_t first = program_.first_row(tile);
+    NetRows<T> at{};
     at.rows = program_.first_row(end) - first;
-    at.u = input_of_net(position) + first * row_stride<T>(nets.dense[0].in);
-    if (job_.keep != Keep::all) {
-      at.activations = activations_, at.capacity = smaller(job_.batch, chunk_rows), at.keep = keep;
-      at.raw = raw_, at.raw_stride = at.capacity * out;
-      return at;
+    at.features = features_of_net(position) + first * row_place<T>(layer, 0).stride;
+    at.context = context_ + first * row_stride<T>(p_.context);
+    at.gradients = net_gradients_;
+    at.values = net_values_, at.capacity = at.rows, at.kept = again;
+    if (job_.keep == Keep::all) {
+      at.values = job_.saved + tiles_ * (p_.layer_count + 1) * p_.dim * ld_;
+      for (const ProgramLayer *l = p_.layers; l != &layer; ++l)
+        at.values += l->kept_stride[row_type<T>] * job_.batch;
+      at.capacity = job_.batch, at.first = first, at.kept = true;
     }
-    T *saved = job_.saved + tiles_ * (p_.layer_count + 1) * p_.dim * ld_;
-    for (const ProgramLayer *l = p_.layers; l != &layer; ++l)
-      saved += net_stride<T>(*l) * job_.batch;
-    at.raw = saved + first * out, at.raw_stride = job_.batch * out;
-    at.activations = saved + nets.nets * at.raw_stride, at.capacity = job_.batch, at.first = first, at.keep = true;
     return at;
   }
 
@@ -1365,32 +1318,40 @@ private:
   // same.
   void fill(int64_t tile, int64_t position, const T *from) const {
     const ProgramLayer &l = program_.layer_at(position);
-    const int64_t first = program_.first_row(tile), rows = rows_of(tile);
-    const int64_t stride = row_stride<T>(l.index_count + l.context_count);
-    T *const u = input_of_net(position);
-    for (int64_t r = 0; r < rows; ++r) {
-      T *const to = u + (first + r) * stride;
-      for (int64_t i = 0; i < l.index_count; ++i)
-        to[i] = from[l.index[i] * ld_ + r];
-      for (int64_t i = 0; i < l.context_count; ++i)
-        to[l.index_count + i] = job_.context[(first + r) * p_.context + l.context_first + i];
+    const int64_t first = program_.first_row(tile), rows = rows_of(tile), stride = row_place<T>(l, 0).stride;
+    T *const features = features_of_net(position);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t i = 0; i < stride; ++i)
+        features[(first + r) * stride + i] = i < l.index_count ? from[l.index[i] * ld_ + r] : T(0);
+  }
+  void fill_context() const {
+    const int64_t stride = row_stride<T>(p_.context);
+    for (int64_t r = 0; p_.reads_context && r < job_.batch; ++r)
+      for (int64_t i = 0; i < stride; ++i)
+        context_[r * stride + i] = i < p_.context ? job_.context[r * p_.context + i] : T(0);
+  }
+
+  // f(matrix of an output or its gradient, stride, features, their rows in a tile)
+  template <class F> static void each_output(const ProgramLayer &l, const F &f) {
+    for (int64_t i = 0; i < l.output_count; ++i) {
+      const ProgramValue &v = l.values[l.outputs[i]];
+      f(l.outputs[i], row_place<T>(l, l.outputs[i]).stride, v.rows, v.at);
     }
   }
 
   // The raw values of a tile, from rows to lanes. Lanes beyond the batch get 0.
-  void take_raw(const ConditionerRows<T> &at, const ProgramLayer &l, int64_t tile, int64_t first_tile,
-                const Space &w) const {
-    const int64_t out = l.raw_rows / l.chains, stride = row_stride<T>(out), rows = rows_of(tile);
-    const int64_t row = program_.first_row(tile) - program_.first_row(first_tile);
-    for (int64_t n = 0; n < l.chains; ++n)
-      for (int64_t j = 0; j < out; ++j) {
-        const T *const from = at.raw + n * at.raw_stride + row * stride + j;
-        T *const to = w.net + (l.output_at + n * out + j) * ld_;
+  void take_raw(const NetRows<T> &at, const ProgramLayer &l, int64_t tile, int64_t first_tile, const Space &w) const {
+    const int64_t rows = rows_of(tile), row = program_.first_row(tile) - program_.first_row(first_tile);
+    each_output(l, [&](int64_t id, int64_t stride, int64_t count, int64_t to_row) {
+      for (int64_t j = 0; j < count; ++j) {
+        const T *const from = value_at(l, at, id) + row * stride + j;
+        T *const to = w.net + (to_row + j) * ld_;
         for (int64_t r = 0; r < rows; ++r)
           to[r] = from[r * stride];
         for (int64_t r = rows; r < ld_; ++r)
           to[r] = T(0);
       }
+    });
     for (int64_t i = 0; i < l.transformed_count; ++i)
       program_.scale_raw(l, i, w.net);
   }
@@ -1406,8 +1367,8 @@ private:
       if (has_net(position))
         each_chunk([&](int64_t first, int64_t end) {
           const ProgramLayer &layer = program_.layer_at(position);
-          const ConditionerRows<T> at = rows_at(position, first, end, false);
-          conditioner_forward(team_, conditioner(layer), at);
+          const NetRows<T> at = rows_at(position, first, end, false);
+          wide_net_forward(team_, net_of(layer), at);
           over_tiles(first, end, [&](int64_t tile, const Space &w) {
             take_raw(at, layer, tile, first, w);
             program_.couple(layer, program_.inverse_of(layer), w.net, value(tile, position), value(tile, position + 1),
@@ -1455,15 +1416,11 @@ private:
 
   void net_backward(int64_t position, int64_t first, int64_t end) const {
     const ProgramLayer &l = program_.layer_at(position);
-    const Conditioner<T> nets = conditioner(l);
-    const ConditionerRows<T> at = rows_at(position, first, end, true);
-    const int64_t out = l.raw_rows / l.chains, ld_out = row_stride<T>(out), ld_in = row_stride<T>(nets.dense[0].in);
-    int64_t widest = 0;
-    for (int64_t i = 0; i < nets.layers; ++i)
-      widest = larger(widest, larger(row_stride<T>(nets.dense[i].in), row_stride<T>(nets.dense[i].out)));
-    const int64_t d_stride = smaller(job_.batch, chunk_rows) * widest;
+    const WideNet<T> net = net_of(l);
+    const NetRows<T> at = rows_at(position, first, end, true);
+    const bool of_context = whole_->grad_context != nullptr && l.reads_context;
     if (job_.keep != Keep::all)
-      conditioner_forward(team_, nets, at);
+      wide_net_forward(team_, net, at);
     over_tiles(first, end, [&](int64_t tile, const Space &w) {
       T *const x = value(tile, position), *const y = value(tile, position + 1);
       take_raw(at, l, tile, first, w);
@@ -1471,24 +1428,26 @@ private:
         program_.couple(l, !program_.inverse_of(l), w.net, y, x, w);
       program_.couple_backward(l, w.net, x, y, gradient(tile, position + 1), gradient(tile, position), w);
       const int64_t row = program_.first_row(tile) - program_.first_row(first);
-      for (int64_t n = 0; n < l.chains; ++n)
+      each_output(l, [&](int64_t id, int64_t stride, int64_t count, int64_t from_row) {
+        T *const to = gradient_at(l, at, id) + row * stride;
         for (int64_t r = 0; r < rows_of(tile); ++r)
-          for (int64_t j = 0; j < out; ++j)
-            d_[n * d_stride + (row + r) * ld_out + j] = w.net_gradients[(l.output_at + n * out + j) * ld_ + r];
+          for (int64_t j = 0; j < stride; ++j)
+            to[r * stride + j] = j < count ? w.net_gradients[(from_row + j) * ld_ + r] : T(0);
+      });
     });
-    const T *const d_u = conditioner_backward(team_, nets, at, d_, other_, d_stride, p_.shared || first > 0);
+    wide_net_backward(team_, net, at, p_.shared || first > 0, of_context);
     over_tiles(first, end, [&](int64_t tile, const Space &w) {
       T *const g = gradient(tile, position);
       const int64_t begin = program_.first_row(tile), row = begin - program_.first_row(first);
-      for (int64_t n = 0; n < l.chains; ++n)
-        for (int64_t r = 0; r < rows_of(tile); ++r) {
-          const T *const from = d_u + n * d_stride + (row + r) * ld_in;
-          for (int64_t i = 0; i < l.index_count; ++i)
-            g[l.index[i] * ld_ + r] += from[i];
-          if (whole_->grad_context != nullptr)
-            for (int64_t i = 0; i < l.context_count; ++i)
-              whole_->grad_context[(begin + r) * p_.context + l.context_first + i] += from[l.index_count + i];
-        }
+      const int64_t stride = row_place<T>(l, 0).stride, context_stride = row_place<T>(l, 1).stride;
+      for (int64_t r = 0; r < rows_of(tile); ++r) {
+        const T *const from = gradient_at(l, at, 0) + (row + r) * stride;
+        for (int64_t i = 0; l.reads_features && i < l.index_count; ++i)
+          g[l.index[i] * ld_ + r] += from[i];
+        const T *const from_context = gradient_at(l, at, 1) + (row + r) * context_stride;
+        for (int64_t i = 0; of_context && i < p_.context; ++i)
+          whole_->grad_context[(begin + r) * p_.context + i] += from_context[i];
+      }
       retreat(tile, position - 1, w);
     });
   }
@@ -1501,23 +1460,22 @@ private:
   int64_t ld_, tiles_, parts_;
   Team team_;
   Pieces<T> pieces_;
-  PanelLayer<T> *dense_;
   Space workspaces_[most_parts];
-  T *packed_, *u_[2], *raw_, *activations_, *values_, *logdets_, *values_at_ = nullptr;
-  T *gradients_ = nullptr, *grad_logdets_ = nullptr, *d_ = nullptr, *other_ = nullptr, *accumulators_ = nullptr;
+  T *packed_, *features_[2], *context_, *net_values_, *values_, *logdets_, *values_at_ = nullptr;
+  T *gradients_ = nullptr, *grad_logdets_ = nullptr, *net_gradients_ = nullptr, *accumulators_ = nullptr;
 };
 
 // ---- the tile walk
 
 // How the workspace of a call is cut.
 template <class T> struct Memory {
-  T *packed, *orders, *accumulators, *threads;
+  T *packed, *masked, *orders, *accumulators, *threads;
   int64_t thread_size, pieces, stride;
 
   Memory(const ProgramJob<T> &job, bool backward, int64_t &size) {
     Pieces<T> pieces_of{job.workspace};
     const ProgramView &p = job.program;
-    packed = pieces_of.take(p.packed_size);
+    packed = pieces_of.take(p.packed_size), masked = pieces_of.take(p.masked_size);
     orders = pieces_of.take(ceil_div(Program<T>(job).order_size() * (int64_t)sizeof(int32_t), sizeof(T)));
     pieces = backward ? accumulator_count(p, job.batch) : smaller(tile_count(job.batch), larger(job.threads, 1));
     stride = padded(p.layer_gradients + p.net_gradients);
@@ -1545,7 +1503,7 @@ template <class T> int64_t tile_forward(const ProgramJob<T> &job) {
   int64_t size = 0;
   const Memory<T> memory(job, false, size);
   Program<T> program(job);
-  program.pack(memory.packed);
+  program.pack(memory.packed, memory.masked);
   if (const int64_t unordered = program.order(reinterpret_cast<int32_t *>(memory.orders)); unordered >= 0)
     return unordered;
   struct Data {
@@ -1573,7 +1531,7 @@ template <class T> void tile_backward(const ProgramBackwardJob<T> &whole) {
   int64_t size = 0;
   const Memory<T> memory(job, true, size);
   Program<T> program(job);
-  program.pack(memory.packed);
+  program.pack(memory.packed, memory.masked);
   program.order(reinterpret_cast<int32_t *>(memory.orders));
   struct Data {
     const ProgramBackwardJob<T> &whole;
@@ -1611,34 +1569,35 @@ template <class T> void tile_backward(const ProgramBackwardJob<T> &whole) {
 
 } // namespace
 
-template <class T> bool program_is_wide(const ProgramView &program, int64_t batch) {
-  return program.chains && (batch < wide_rows || program.chain_weights * static_cast<int64_t>(sizeof(T)) > wide_bytes);
+template <class T> bool program_is_wide(const ProgramView &program, int64_t batch, bool inverse) {
+  return program.net_weights > 0 && !program.sequential[inverse] &&
+         (batch < wide_rows || program.net_weights * static_cast<int64_t>(sizeof(T)) > wide_bytes);
 }
 
-template <class T> int64_t program_sharing(const ProgramView &program, int64_t batch, int64_t threads) {
-  if (!program_is_wide<T>(program, batch))
+template <class T> int64_t program_sharing(const ProgramView &program, int64_t batch, bool inverse, int64_t threads) {
+  if (!program_is_wide<T>(program, batch, inverse))
     return 1;
   // A step costs a few microseconds to start (and far more on a machine that is busy with something else), so a step
   // that is worth less than `step` on one core is not shared. Costs are what one AVX-512 core takes for the widest
   // layer of all nets, bound by arithmetic or by reading the weights, in nanoseconds.
   constexpr double step = 10e3, flops = 200, bytes = 30; // the latter two per nanosecond
   const double arithmetic = 2.0 * batch / flops, reading = sizeof(T) / bytes;
-  const double layer = program.chain_layer * (arithmetic > reading ? arithmetic : reading);
+  const double layer = program.wave_weights * (arithmetic > reading ? arithmetic : reading);
   return layer < step ? 1 : smaller(threads, larger(2, static_cast<int64_t>(layer / step * 4)));
 }
 
-template <class T> int64_t program_saved_size(const ProgramView &program, int64_t batch, Keep keep) {
+template <class T> int64_t program_saved_size(const ProgramView &program, int64_t batch, bool inverse, Keep keep) {
   if (keep == Keep::output)
     return batch * program.dim;
   if (!keeps_tape(keep))
     return 0;
-  const bool wide = program_is_wide<T>(program, batch);
+  const bool wide = program_is_wide<T>(program, batch, inverse);
   const int64_t tapes = tile_count(batch) * TapeLayout{program, wide ? Keep::inputs : keep}.rows() * leading<T>(batch);
   return tapes + (wide && keep == Keep::all ? saved_of_nets<T>(program, batch) : 0);
 }
 
 template <class T> int64_t program_workspace(const ProgramJob<T> &job, bool backward) {
-  if (program_is_wide<T>(job.program, job.batch)) {
+  if (program_is_wide<T>(job.program, job.batch, job.inverse)) {
     Program<T> program(job);
     return WideWalk<T>(job, program, backward).size();
   }
@@ -1648,7 +1607,7 @@ template <class T> int64_t program_workspace(const ProgramJob<T> &job, bool back
 }
 
 template <class T> int64_t program_forward(const ProgramJob<T> &job) {
-  if (!program_is_wide<T>(job.program, job.batch))
+  if (!program_is_wide<T>(job.program, job.batch, job.inverse))
     return tile_forward(job);
   Program<T> program(job);
   WideWalk<T>(job, program, false).forward();
@@ -1656,16 +1615,16 @@ template <class T> int64_t program_forward(const ProgramJob<T> &job) {
 }
 
 template <class T> void program_backward(const ProgramBackwardJob<T> &job) {
-  if (!program_is_wide<T>(job.forward.program, job.forward.batch))
+  if (!program_is_wide<T>(job.forward.program, job.forward.batch, job.forward.inverse))
     return tile_backward(job);
   Program<T> program(job.forward);
   WideWalk<T>(job.forward, program, true).backward(job);
 }
 
 #define IIN_FAST_INSTANTIATE(T)                                                                                        \
-  template bool program_is_wide<T>(const ProgramView &, int64_t);                                                      \
-  template int64_t program_sharing<T>(const ProgramView &, int64_t, int64_t);                                          \
-  template int64_t program_saved_size<T>(const ProgramView &, int64_t, Keep);                                          \
+  template bool program_is_wide<T>(const ProgramView &, int64_t, bool);                                                \
+  template int64_t program_sharing<T>(const ProgramView &, int64_t, bool, int64_t);                                    \
+  template int64_t program_saved_size<T>(const ProgramView &, int64_t, bool, Keep);                                    \
   template int64_t program_workspace<T>(const ProgramJob<T> &, bool);                                                  \
   template int64_t program_forward<T>(const ProgramJob<T> &);                                                          \
   template void program_backward<T>(const ProgramBackwardJob<T> &);

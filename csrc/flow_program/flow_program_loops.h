@@ -44,11 +44,11 @@ template <class T> struct ProgramBackwardJob {
 };
 
 // program_is_wide: whether threads share each net. program_sharing: how many of `threads` do then, else 1.
-IIN_FAST_DECLARE_LOOPS(template <class T> bool program_is_wide(const ProgramView &program, int64_t batch);
+IIN_FAST_DECLARE_LOOPS(template <class T> bool program_is_wide(const ProgramView &program, int64_t batch, bool inverse);
+                       template <class T> int64_t program_sharing(const ProgramView &program, int64_t batch,
+                                                                  bool inverse, int64_t threads);
                        template <class T>
-                       int64_t program_sharing(const ProgramView &program, int64_t batch, int64_t threads);
-                       template <class T>
-                       int64_t program_saved_size(const ProgramView &program, int64_t batch, Keep keep);
+                       int64_t program_saved_size(const ProgramView &program, int64_t batch, bool inverse, Keep keep);
                        template <class T> int64_t program_workspace(const ProgramJob<T> &job, bool backward);
                        // the first layer whose masks are not autoregressive, or -1
                        template <class T> int64_t program_forward(const ProgramJob<T> &job);

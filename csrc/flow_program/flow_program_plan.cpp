@@ -19,6 +19,211 @@ constexpr int64_t most = int64_t(1) << 24; // of any size in a text: products of
 // Rows of an accumulator begin on whole vectors of every instruction set.
 int64_t padded(int64_t count) { return (count + 15) / 16 * 16; }
 
+// Waves, and where values lie, of a net in the wide walk.
+class RowPlanner {
+public:
+  RowPlanner(std::vector<ProgramStep> &steps, std::vector<ProgramValue> &values, const std::vector<int64_t> &outputs,
+             const std::vector<int64_t> &readers)
+      : steps_(steps), values_(values), outputs_(outputs), readers_(readers), is_output_(values.size()),
+        undone_(steps.size()) {
+    for (int64_t id : outputs)
+      is_output_[id] = true;
+  }
+
+  void plan(ProgramLayer &l, Plan &plan) {
+    find_waves(l, plan);
+    find_gradients(l);
+    place_kept(l);
+    place_work(l);
+    place_gradients(l);
+  }
+
+private:
+  struct Slot {
+    int64_t width;
+    int64_t chain;
+    bool free;
+  };
+
+  int64_t count() const { return steps_.size(); }
+  static bool two(const ProgramStep &s) {
+    return s.kind == StepKind::add || s.kind == StepKind::glu || s.kind == StepKind::concat;
+  }
+  // The first step's value is 2.
+  ProgramStep &maker(int64_t id) { return steps_[id - 2]; }
+
+  void find_waves(ProgramLayer &l, Plan &plan) {
+    std::vector<int64_t> level(values_.size()); // features and context are there from the start
+    for (int64_t k = 0; k < count(); ++k) {
+      ProgramStep &s = steps_[k];
+      const bool simple = s.activation == Activation::relu || s.activation == Activation::leaky_relu;
+      const bool joined = s.kind == StepKind::act && s.in_place && simple && maker(s.a).kind == StepKind::dense;
+      if (joined)
+        maker(s.a).act = k;
+      level[2 + k] = std::max(level[s.a], two(s) ? level[s.b] : 0) + (joined ? 0 : 1);
+      s.wave = level[2 + k] - 1;
+      last_ = std::max(last_, s.wave);
+    }
+    std::vector<int64_t> order;
+    std::vector<ProgramWave> waves;
+    for (int64_t wave = 0; wave <= last_; ++wave) {
+      ProgramWave w{};
+      w.first = order.size();
+      for (int64_t k = 0; k < count(); ++k)
+        if (steps_[k].wave == wave && steps_[k].kind != StepKind::dense && !joined(k))
+          order.push_back(k);
+      w.dense = order.size();
+      for (int64_t k = 0; k < count(); ++k)
+        if (steps_[k].wave == wave && steps_[k].kind == StepKind::dense)
+          order.push_back(k);
+      w.end = order.size();
+      waves.push_back(w);
+    }
+    order_ = order, waves_ = waves;
+    plan.indices.push_back(std::move(order)), plan.waves.push_back(std::move(waves));
+    l.by_wave = plan.indices.back().data(), l.waves = plan.waves.back().data(), l.wave_count = last_ + 1;
+  }
+  bool joined(int64_t k) { return steps_[k].kind == StepKind::act && steps_[k].a >= 2 && maker(steps_[k].a).act == k; }
+
+  // In the order in which backward takes the steps: who comes first to a gradient.
+  void find_gradients(ProgramLayer &l) {
+    std::vector<bool> seen = is_output_; // these come with theirs
+    const auto visit = [&](int64_t id) {
+      const bool before = seen[id];
+      seen[id] = true;
+      return before;
+    };
+    for (int64_t wave = last_; wave >= 0; --wave)
+      for (int64_t i = waves_[wave].first; i < waves_[wave].end; ++i) {
+        ProgramStep &s = steps_[order_[i]];
+        const int64_t made = s.act >= 0 ? 2 + s.act : 2 + order_[i];
+        s.unread = !seen[made];
+        if (s.act >= 0)
+          s.act_first = !undone_[s.act];
+        if (s.kind == StepKind::act && s.in_place) {
+          seen[s.a] = true;
+          continue;
+        }
+        s.add_a = visit(s.a);
+        if (two(s))
+          s.add_b = visit(s.b);
+        if (s.kind == StepKind::dense && s.a >= 2 && joined(s.a - 2) && readers_[s.a] == 1 && !is_output_[s.a])
+          s.undo = s.a - 2, undone_[s.a - 2] = true;
+      }
+    l.reads_features = seen[0], l.reads_context = seen[1];
+  }
+
+  static int64_t stride_of(int64_t width, int type) { // row_stride of wide_net.h
+    const int64_t line = type == 0 ? 16 : 8;
+    return ((std::max<int64_t>(width, 1) + line - 1) / line | 1) * line;
+  }
+
+  void place_kept(ProgramLayer &l) {
+    for (int type = 0; type < 2; ++type) {
+      for (ProgramValue &v : values_)
+        v.row[type].stride = stride_of(v.rows, type);
+      for (int64_t id = 2; id < 2 + count(); ++id) {
+        RowPlace &place = values_[id].row[type];
+        if (maker(id).in_place)
+          place.kept = values_[maker(id).a].row[type].kept;
+        else
+          place.kept = l.kept_stride[type], l.kept_stride[type] += place.stride;
+      }
+    }
+  }
+
+  // Slots that values take one after the other. Chains may run without waiting for each other, so each has its own.
+  int64_t take(int64_t width, int64_t chain) {
+    for (size_t i = 0; i < slots_.size(); ++i)
+      if (slots_[i].free && slots_[i].chain == chain) {
+        slots_[i].free = false, slots_[i].width = std::max(slots_[i].width, width);
+        return i;
+      }
+    slots_.push_back({width, chain, false});
+    return slots_.size() - 1;
+  }
+  template <class F> void finish_slots(int64_t *total, const std::vector<int64_t> &slot, const F &put) {
+    for (int type = 0; type < 2; ++type) {
+      std::vector<int64_t> at;
+      for (const Slot &s : slots_)
+        at.push_back(total[type]), total[type] += stride_of(s.width, type);
+      for (size_t id = 0; id < slot.size(); ++id)
+        if (slot[id] >= 0)
+          put(values_[id].row[type], at[slot[id]]);
+    }
+    slots_.clear();
+  }
+
+  void place_work(ProgramLayer &l) {
+    const int64_t each = l.chains ? (count() - l.chain) / l.chains : 1;
+    std::vector<int64_t> slot(values_.size(), -1), until(values_.size(), -1);
+    for (int64_t k = 0; k < count(); ++k) {
+      until[2 + k] = std::max(until[2 + k], steps_[k].wave);
+      for (int64_t id : {steps_[k].a, two(steps_[k]) ? steps_[k].b : 0})
+        until[id] = std::max(until[id], steps_[k].wave);
+    }
+    for (int64_t wave = 0; wave <= last_; ++wave) {
+      for (int64_t k = 0; k < count(); ++k)
+        if (steps_[k].wave == wave)
+          slot[2 + k] = steps_[k].in_place
+                            ? slot[steps_[k].a]
+                            : take(values_[2 + k].rows, l.chains && k >= l.chain ? (k - l.chain) / each : -1);
+      for (int64_t id = 2; id < 2 + count(); ++id)
+        if (until[id] == wave && !is_output_[id] && !passed_on(id))
+          slots_[slot[id]].free = true;
+    }
+    finish_slots(l.work_stride, slot, [](RowPlace &place, int64_t at) { place.work = at; });
+  }
+  // Whether an activation has taken its place.
+  bool passed_on(int64_t id) {
+    for (int64_t k = id - 1; k < count(); ++k)
+      if (steps_[k].in_place && steps_[k].a == id)
+        return true;
+    return false;
+  }
+
+  void place_gradients(ProgramLayer &l) {
+    std::vector<int64_t> slot(values_.size(), -1);
+    const auto need = [&](int64_t id) {
+      if (slot[id] < 0)
+        slot[id] = take(values_[id].rows, 0);
+    };
+    for (int64_t id : outputs_)
+      need(id);
+    need(0), need(1);
+    for (int64_t wave = last_; wave >= 0; --wave) {
+      for (int64_t k = count() - 1; k >= 0; --k) {
+        const ProgramStep &s = steps_[k];
+        if (s.wave != wave)
+          continue;
+        need(2 + k);
+        if (s.in_place)
+          slot[s.a] = slot[2 + k];
+      }
+      for (int64_t k = 0; k < count(); ++k)
+        if (steps_[k].wave == wave) {
+          need(steps_[k].a);
+          if (two(steps_[k]))
+            need(steps_[k].b);
+        }
+      for (int64_t k = 0; k < count(); ++k)
+        if (steps_[k].wave == wave && !steps_[k].in_place)
+          slots_[slot[2 + k]].free = true;
+    }
+    finish_slots(l.gradient_stride, slot, [](RowPlace &place, int64_t at) { place.gradient = at; });
+  }
+
+  std::vector<ProgramStep> &steps_;
+  std::vector<ProgramValue> &values_;
+  const std::vector<int64_t> &outputs_, &readers_;
+  std::vector<bool> is_output_;
+  std::vector<int64_t> order_;
+  std::vector<ProgramWave> waves_;
+  std::vector<Slot> slots_;
+  int64_t last_ = -1;
+  std::vector<bool> undone_; // by step: a reader has applied its derivative
+};
+
 class Parser {
 public:
   Parser(const std::string &text, Plan &plan) : at_(text.c_str()), end_(at_ + text.size()), plan_(plan) {}
@@ -39,7 +244,7 @@ public:
     for (const ProgramLayer &l : plan_.layers)
       view.net_rows = std::max(view.net_rows, l.net_rows);
     find_overlaps();
-    find_chains();
+    find_sizes();
     view.widest = std::max({view.widest, view.dim, view.context});
     view.layers = plan_.layers.data();
   }
@@ -116,11 +321,7 @@ private:
     return r;
   }
 
-  int64_t take_packed(int64_t count) {
-    const int64_t at = plan_.view.packed_size;
-    plan_.view.packed_size += padded(count);
-    return at;
-  }
+  int64_t take_packed(int64_t count) { return take(plan_.view.packed_size, count); }
 
   static int64_t take(int64_t &size, int64_t count) {
     const int64_t at = size;
@@ -235,7 +436,7 @@ private:
         check(!s.panels || (!s.mask.present() && !l.autoregressive),
               "panels with a mask, or in an autoregressive layer");
         if (s.mask.present())
-          s.packed = take_packed(s.in * s.out);
+          s.packed = take(plan_.view.masked_size, s.in * s.out);
         const int64_t rest = s.out % panel_width;
         s.weight_gradient = take_net_gradient(s.panels ? s.in * (s.out - rest + padded(rest)) : s.out * padded(s.in));
         s.bias_gradient = take_net_gradient(s.out * 16);
@@ -274,8 +475,8 @@ private:
     // Where the values lie: outputs side by side, an activation in the place of what it reads where nobody else needs
     // that and its derivative can be had from its result.
     std::vector<ProgramValue> values(rows.size());
-    const auto place = [&](int64_t id) { values[id] = {rows[id], l.net_rows}, l.net_rows += rows[id]; };
-    place(0);
+    const auto place = [&](int64_t id) { values[id] = {rows[id], l.net_rows, {}}, l.net_rows += rows[id]; };
+    place(0), values[1].rows = plan_.view.context;
     l.output_at = l.raw_at = l.net_rows;
     for (int64_t id : outputs) {
       place(id);
@@ -290,65 +491,55 @@ private:
       const bool from_result = s.kind == StepKind::act && s.activation != Activation::silu &&
                                s.activation != Activation::gelu && s.activation != Activation::atan;
       if (from_result && s.a >= 2 && readers[s.a] == 1 && !is_output[s.a] && steps[s.a - 2].kind != StepKind::act)
-        values[id] = values[s.a];
+        values[id] = values[s.a], steps[k].in_place = true;
       else
         place(id);
     }
-    find_chain(l, steps, outputs, rows);
+    find_chains(l, steps, outputs);
+    RowPlanner(steps, values, outputs, readers).plan(l, plan_);
     plan_.steps.push_back(std::move(steps)), plan_.values.push_back(std::move(values));
     l.steps = plan_.steps.back().data(), l.values = plan_.values.back().data(), l.step_count = count;
+    l.output_count = outputs.size(), l.outputs = keep(std::move(outputs));
   }
 
-  // Whether the steps are chains, see ProgramLayer.
-  void find_chain(ProgramLayer &l, const std::vector<ProgramStep> &steps, const std::vector<int64_t> &outputs,
-                  const std::vector<int64_t> &rows) const {
+  // Whether the steps are nets of equal length side by side, see ProgramLayer.
+  static void find_chains(ProgramLayer &l, const std::vector<ProgramStep> &steps, const std::vector<int64_t> &outputs) {
     const int64_t count = steps.size(), chains = outputs.size();
-    int64_t at = 0, first = 0;
-    if (at < count && steps[at].kind == StepKind::context)
-      l.context_first = steps[at].first, l.context_count = rows[2 + at], ++at;
-    if (at < count && steps[at].kind == StepKind::concat) {
-      if (steps[at].a != 0 || steps[at].b != (at == 1 ? 2 : 1))
-        return;
-      l.context_count = rows[steps[at].b], first = 2 + at++;
-    } else if (at > 0) {
+    int64_t at = 0;
+    while (at < count && steps[at].kind != StepKind::dense)
+      ++at;
+    const int64_t each = (count - at) / chains, first = at < count ? steps[at].a : 0;
+    if (each == 0 || each * chains != count - at)
       return;
-    }
-    const int64_t each = (count - at) / chains, layers = (each + 1) / 2;
-    if (l.autoregressive || l.index_count == 0 || count == at || each * chains != count - at || each % 2 == 0)
-      return;
-    for (int64_t n = 0; n < chains; ++n) {
-      if (outputs[n] != 2 + at + n * each + each - 1)
-        return;
-      for (int64_t i = 0; i < each; ++i) {
-        const int64_t k = at + n * each + i;
-        const ProgramStep &s = steps[k], &same = steps[at + i], &act = steps[at + (each > 1)];
-        if (s.a != (i == 0 ? first : 1 + k))
-          return;
-        if (i % 2 == 0 ? !s.panels || s.out != same.out
-                       : s.kind != StepKind::act || s.activation != Activation::leaky_relu || s.slope != act.slope)
+    for (int64_t n = 0; n < chains; ++n)
+      for (int64_t k = at + n * each; k < at + (n + 1) * each; ++k) {
+        const bool begins = k == at + n * each, ends = k + 1 == at + (n + 1) * each;
+        const bool dense = steps[k].kind == StepKind::dense;
+        if ((!dense && steps[k].kind != StepKind::act) || steps[k].a != (begins ? first : 1 + k) ||
+            (begins && !dense) || (ends && outputs[n] != 2 + k))
           return;
       }
-    }
-    l.chain = at, l.chains = chains, l.chain_layers = layers, l.chain_slope = each > 1 ? steps[at + 1].slope : 0;
+    l.chain = at, l.chains = chains;
   }
 
-  void find_chains() {
+  void find_sizes() {
     ProgramView &view = plan_.view;
-    bool all = true;
-    int64_t couplings = 0;
     for (const ProgramLayer &l : plan_.layers) {
       if (l.kind != LayerKind::coupling)
         continue;
-      ++couplings, all = all && l.chains > 0;
+      if (l.autoregressive)
+        view.sequential[l.inverted ? 0 : 1] = true;
       int64_t weights = 0;
-      for (int64_t i = 0; i < l.chain_layers; ++i) {
-        const ProgramStep &s = l.steps[l.chain + 2 * i];
-        weights += s.in * s.out;
-        view.chain_layer = std::max(view.chain_layer, l.chains * s.in * s.out);
+      std::vector<int64_t> waves(l.wave_count);
+      for (int64_t k = 0; k < l.step_count; ++k) {
+        const ProgramStep &s = l.steps[k];
+        weights += s.in * s.out, waves[s.wave] += s.in * s.out;
       }
-      view.chain_weights = std::max(view.chain_weights, weights);
+      view.reads_context = view.reads_context || l.reads_context;
+      view.net_weights = std::max(view.net_weights, weights / std::max<int64_t>(l.chains, 1));
+      for (int64_t wave : waves)
+        view.wave_weights = std::max(view.wave_weights, wave);
     }
-    view.chains = all && couplings > 0;
   }
 
   void transformer(ProgramLayer &l) {

@@ -24,6 +24,7 @@ struct Plan {
   std::vector<std::vector<int64_t>> indices;
   std::vector<std::vector<ProgramStep>> steps;
   std::vector<std::vector<ProgramValue>> values;
+  std::vector<std::vector<ProgramWave>> waves;
   std::vector<ParameterUse> uses;
   std::vector<int64_t> needed; // elements that each tensor must have at least
   std::vector<int64_t> read;   // elements of each tensor that layers read

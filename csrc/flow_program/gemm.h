@@ -1,4 +1,4 @@
-// The matrix products of a conditioner on weights in panels (iin_fast/ops/flow/layout.py).
+// The matrix products of a net on weights in panels (iin_fast/ops/flow/layout.py), or in blocks of a panel's width.
 //
 //   multiply_panel   C[rows, panel] = act(A[rows, k] W[k, panel] + bias), or C = mask' * (A W), see Finish
 //   outer_product    dW[k, panel] (+)= A[rows, k]^T dC[rows, panel]
@@ -19,9 +19,11 @@ namespace {
 
 // What happens to a sum when it is complete.
 enum class Finish {
-  store, // c = sum
-  leaky, // c = sum > 0 ? sum : slope * sum
-  mask,  // c = mask > 0 ? sum : slope * sum, the derivative of the above at the activation `mask`
+  store,     // c = sum
+  leaky,     // c = sum > 0 ? sum : slope * sum
+  mask,      // c = mask > 0 ? sum : slope * sum, the derivative of the above at the activation `mask`
+  relu,      // c = sum < 0 ? 0 : sum
+  relu_mask, // c = mask <= 0 ? 0 : sum, its derivative
 };
 
 template <class T> struct Product {
@@ -84,6 +86,10 @@ template <class T, int R, int C, int Lines> void multiply_tile(const Product<T> 
         v = v > zero ? v : slope * v;
       else if (p.finish == Finish::mask)
         v = load(p.mask + r * p.ldmask + c * n) > zero ? v : slope * v;
+      else if (p.finish == Finish::relu)
+        v = v < zero ? zero : v;
+      else if (p.finish == Finish::relu_mask)
+        v = load(p.mask + r * p.ldmask + c * n) <= zero ? zero : v;
       store(p.c + r * p.ldc + c * n, v);
     }
 }

@@ -95,9 +95,15 @@ class _Draw:
     """Draws one program; parameters are stacked in one tensor with offsets, or tensors of their own."""
 
     def __init__(
-        self, draw: Callable[[st.SearchStrategy], object], dim: int, context: int, seed: int, wraps: bool
+        self,
+        draw: Callable[[st.SearchStrategy], object],
+        dim: int,
+        context: int,
+        seed: int,
+        wraps: bool,
+        hidden: tuple[int, int],
     ) -> None:
-        self.draw, self.dim, self.context, self.wraps = draw, dim, context, wraps
+        self.draw, self.dim, self.context, self.wraps, self.hidden = draw, dim, context, wraps, hidden
         self.builder = ProgramBuilder(dim, context)
         self.random = torch.Generator().manual_seed(seed)
         self.stacked: list[Tensor] = []
@@ -169,7 +175,7 @@ class _Draw:
     def net(self, features: int, outputs: int) -> Net:
         """A net of any steps: an MLP, a residual net with context by concatenation, sum or gate, or free steps."""
         activation, slope = self.activation()
-        hidden = self.draw(st.integers(1, 9))
+        hidden = self.draw(st.integers(*self.hidden))
         context = self.context > 0 and (features == 0 or self.flag())
         inputs = features + (self.context if context else 0)
         if features == 0:  # the context alone conditions
@@ -243,7 +249,7 @@ class _Draw:
     def masked_net(self, transformer: Transformer, outputs: int) -> Net:
         """Dense layers with masks, as MADE has them; the context comes by concatenation or by a sum."""
         order = self.draw(st.permutations(range(self.dim)))
-        hidden = [self.draw(st.integers(1, 9)) for _ in range(self.draw(st.integers(0, 2)))]
+        hidden = [self.draw(st.integers(*self.hidden)) for _ in range(self.draw(st.integers(0, 2)))]
         if isinstance(transformer, SplineTransformer):
             owners = [j for j in range(self.dim) for _ in range(transformer.count)]
         else:
@@ -343,10 +349,11 @@ def programs(
     batches: tuple[int, int] = (0, 70),
     layers: tuple[int, int] = (1, 6),
     wraps: bool = True,
+    hidden: tuple[int, int] = (1, 9),
 ) -> Drawn:
     """Programs of 1 to 6 layers, with or without a context; without ``wraps`` all have an inverse everywhere."""
-    context, seed = draw(st.sampled_from((0, 0, 1, 3))), draw(st.integers(0, 2**20))
-    random = _Draw(draw, draw(st.integers(*dims)), context, seed, wraps)
+    context, seed = draw(st.sampled_from((0, 0, 1, 3, 20))), draw(st.integers(0, 2**20))
+    random = _Draw(draw, draw(st.integers(*dims)), context, seed, wraps, hidden)
     for _ in range(draw(st.integers(*layers))):
         random.layer(draw(st.sampled_from(kinds)))
     return random.finish(draw(st.integers(*batches)))

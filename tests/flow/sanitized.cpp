@@ -57,7 +57,7 @@ bool walk(const Plan &plan, int64_t batch, bool inverse, Keep keep) {
     }
   const std::vector<uint8_t> bool_mask(p.tensors);
   const Memory x(batch * p.dim), context(batch * p.context), y(batch * p.dim), logdet(batch);
-  const Memory saved(loops::program_saved_size<float>(p, batch, keep));
+  const Memory saved(loops::program_saved_size<float>(p, batch, inverse, keep));
   ProgramJob<float> job{};
   job.program = p, job.inverse = inverse, job.base = true, job.keep = keep, job.batch = batch;
   job.x = x.data, job.context = context.data, job.parameters = data.data(), job.bool_mask = bool_mask.data();

@@ -226,7 +226,7 @@ template <class T> void program(const Plan &plan, int64_t batch, Keep keep, bool
   const auto context = numbers<T>(batch * p.context, 1);
   compare([&](int64_t threads) {
     std::vector<T> y(x.size()), logdet(batch), grad_x(x.size()), grad_context(context.size());
-    std::vector<T> saved(loops::program_saved_size<T>(p, batch, keep));
+    std::vector<T> saved(loops::program_saved_size<T>(p, batch, inverse, keep));
     std::vector<std::vector<T>> grads;
     std::vector<T *> pointers;
     for (const int64_t needed : plan.needed) {
@@ -237,7 +237,7 @@ template <class T> void program(const Plan &plan, int64_t batch, Keep keep, bool
     job.program = p, job.inverse = inverse, job.keep = keep, job.batch = batch, job.threads = threads;
     job.x = x.data(), job.context = context.data(), job.y = y.data(), job.logdet = logdet.data();
     job.parameters = data.data(), job.bool_mask = bool_mask.data(), job.saved = saved.data(), job.parallel = parallel;
-    const int64_t sharing = loops::program_sharing<T>(p, batch, threads);
+    const int64_t sharing = loops::program_sharing<T>(p, batch, inverse, threads);
     std::vector<T> forward(loops::program_workspace<T>(job, false) + 64);
     std::vector<T> backward(loops::program_workspace<T>(job, true) + 64);
     const auto aligned = [](T *p) { return reinterpret_cast<T *>((reinterpret_cast<uintptr_t>(p) + 63) / 64 * 64); };
