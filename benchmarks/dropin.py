@@ -4,8 +4,8 @@
     python benchmarks/readme.py                                                        # writes the table of docs/dropin.md
 
 Whole models of 6 features, most of them under a context of 7: a training step (loss, backward, torch's fused Adam on both
-sides), the density, and 10,000 samples; at batches from 1 to 65536. Then layers that are in no program, sbi's own ``train``,
-and what else a step costs. FOLDER holds clones of CompVis/iin, net2net, invariances and FrEIA (benchmarks/peers.py).
+sides), the density, and 10,000 samples; at batches from 1 to 65536. Then models of 256 and 512 units, layers that are in no
+program, sbi's own ``train``, and what else a step costs. FOLDER holds clones of CompVis/iin, net2net, invariances and FrEIA (benchmarks/peers.py).
 """
 
 import argparse
@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "dropin_cpu.json"
 DIM, CONTEXT, LAYERS, SAMPLES = 6, 7, 5, 10_000
 BATCHES = (1, 16, 100, 300, 1024, 4096, 16384, 65536)
+WIDTHS, BATCHES_OF_WIDE = (256, 512), (16, 100, 1024, 4096)
 
 
 @dataclass(frozen=True)
@@ -97,31 +98,31 @@ def sbi_models() -> Iterator[tuple[str, Model]]:
         )
 
 
-def zuko_models() -> Iterator[tuple[str, Model]]:
+def zuko_models(width: int = 64) -> Iterator[tuple[str, Model]]:
     from zuko.flows import MAF, NSF
 
     def draw(m: Any, n: int, c: Tensor) -> Tensor:
         return m(c[:1].squeeze(0)).sample((n,))  # type: ignore[no-any-return]
 
     for cls in (NSF, MAF):
-        build = lambda cls=cls: cls(DIM, CONTEXT, transforms=LAYERS, hidden_features=(64, 64))  # noqa: E731
+        build = lambda cls=cls: cls(DIM, CONTEXT, transforms=LAYERS, hidden_features=(width, width))  # noqa: E731
         yield f"zuko {cls.__name__}", Model(build, density, draw)
 
 
-def normflows_models() -> Iterator[tuple[str, Model]]:
+def normflows_models(width: int = 64) -> Iterator[tuple[str, Model]]:
     import normflows as nf
 
     def spline() -> nn.Module:
         layers: list[nn.Module] = []
         for _ in range(LAYERS):
-            spline = nf.flows.CoupledRationalQuadraticSpline(DIM, 2, 64, num_context_channels=CONTEXT)
+            spline = nf.flows.CoupledRationalQuadraticSpline(DIM, 2, width, num_context_channels=CONTEXT)
             layers += [spline, nf.flows.LULinearPermute(DIM)]
         return nf.ConditionalNormalizingFlow(nf.distributions.DiagGaussian(DIM, trainable=False), layers)
 
     def real_nvp() -> nn.Module:
         layers: list[nn.Module] = []
         for _ in range(8):
-            net = nf.nets.MLP([DIM // 2, 64, 64, DIM], init_zeros=True)
+            net = nf.nets.MLP([DIM // 2, width, width, DIM], init_zeros=True)
             layers += [nf.flows.AffineCouplingBlock(net), nf.flows.Permute(DIM, mode="swap")]
         return nf.NormalizingFlow(nf.distributions.DiagGaussian(DIM), layers)
 
@@ -129,12 +130,14 @@ def normflows_models() -> Iterator[tuple[str, Model]]:
     yield "normflows RealNVP", Model(real_nvp, lambda m, x, c: m.forward_kld(x), lambda m, n, c: m.sample(n))
 
 
-def freia_models() -> Iterator[tuple[str, Model]]:
+def freia_models(width: int = 72) -> Iterator[tuple[str, Model]]:
     import FrEIA.framework as Ff
     import FrEIA.modules as Fm
 
     def net(inputs: int, outputs: int) -> nn.Module:
-        return nn.Sequential(nn.Linear(inputs, 72), nn.ReLU(), nn.Linear(72, 72), nn.ReLU(), nn.Linear(72, outputs))
+        return nn.Sequential(
+            nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, outputs)
+        )
 
     def sequence() -> nn.Module:
         made = Ff.SequenceINN(DIM)
@@ -152,6 +155,33 @@ def freia_models() -> Iterator[tuple[str, Model]]:
 
     for name, build in (("AllInOne", sequence), ("GLOW graph", graph)):
         yield f"FrEIA {name}", Model(build, lambda m, x, c: gaussian(*m(x, [c])))
+
+
+def nflows_models(width: int) -> Iterator[tuple[str, Model]]:
+    from nflows import distributions, flows
+    from nflows import transforms as T
+
+    def build() -> nn.Module:
+        made: list[nn.Module] = []
+        for _ in range(LAYERS):
+            made.append(T.MaskedAffineAutoregressiveTransform(DIM, width, context_features=CONTEXT))
+            made.append(T.RandomPermutation(DIM))
+        return flows.Flow(T.CompositeTransform(made), distributions.StandardNormal([DIM]))  # type: ignore[no-any-return]
+
+    yield "nflows MAF", Model(build, lambda m, x, c: -m.log_prob(x, c).mean())
+
+
+def wide_models() -> Iterator[tuple[str, Model]]:
+    """Models whose nets threads share."""
+    for package, make in (
+        ("nflows", nflows_models),
+        ("zuko", zuko_models),
+        ("normflows", normflows_models),
+        ("FrEIA", freia_models),
+    ):
+        for width in WIDTHS if has(package) else ():
+            for name, model in make(width):
+                yield f"{name}, {width} units", replace(model, batches=BATCHES_OF_WIDE, sample=None)
 
 
 def layers() -> Iterator[tuple[str, Model]]:
@@ -362,7 +392,7 @@ def run(arguments: argparse.Namespace) -> None:
         "libraries": versions("sbi", "nflows", "normflows", "FrEIA", "zuko"),
         "peers": commits(arguments.peers),
     }
-    groups = {"models": models, "layers": layers, "stacks": stacks}
+    groups = {"models": models, "wide models": wide_models, "layers": layers, "stacks": stacks}
     for group, make in groups.items():
         results[group] = {}
         for name, model in make():

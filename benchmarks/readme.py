@@ -513,10 +513,11 @@ def dropin_table() -> str:
     ]
     for group, title in (
         ("models", "model: step at batch"),
+        ("wide models", "larger nets: step at batch"),
         ("layers", "layer outside of a program: step at batch"),
         ("stacks", "published stack: step at batch"),
     ):
-        found = {name: by_batch for name, by_batch in result[group].items() if by_batch}
+        found = {name: by_batch for name, by_batch in result.get(group, {}).items() if by_batch}
         if not found:
             continue
         batches = sorted({int(batch) for by_batch in found.values() for batch in by_batch})

@@ -12,6 +12,7 @@ from .ops.types import FLOATING
 
 __all__ = [
     "autocast_enabled",
+    "broadcast_shapes",
     "check_device",
     "check_dtype",
     "check_features",
@@ -39,6 +40,13 @@ def _short(dtype: torch.dtype) -> str:
 def autocast_enabled(x: Tensor) -> bool:
     """Whether autocast is on where ``x`` is; torch can't be asked for tensors without data."""
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+def broadcast_shapes(*shapes: torch.Size) -> torch.Size:
+    """As torch.broadcast_shapes, whose first call loads sympy: half a second."""
+    if torch.compiler.is_compiling():
+        return torch.broadcast_shapes(*shapes)
+    return torch.broadcast_tensors(*(torch.empty(shape, device="meta") for shape in shapes))[0].shape  # type: ignore[no-untyped-call, no-any-return]
 
 
 def readable(tensor: Tensor) -> bool:

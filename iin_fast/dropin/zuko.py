@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checks import broadcast_shapes
 from ..functional import affine_coupling, rational_quadratic_spline
 from .base import Library
 from .programs import zuko as programs
@@ -109,7 +110,7 @@ def _spline(self: Any, x: Tensor, inverse: bool) -> tuple[Tensor, Tensor] | None
     if raw is None or not eligible(x, raw[1]):
         return None
     _, widths, heights, derivatives, bound, slope = raw
-    shape = torch.broadcast_shapes(x.shape, widths.shape[:-1])
+    shape = broadcast_shapes(x.shape, widths.shape[:-1])
     return rational_quadratic_spline(
         x.expand(shape),
         *(value.expand(*shape, value.shape[-1]) for value in (widths, heights, derivatives)),

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..checks import check_features, checked_dtype, checked_int, checked_number, readable
 from ..flow import ProgramBuilder
+from ..ops.autograd import has_values
 
 __all__ = ["MIN_SPREAD", "ActNorm", "DataDependentStart", "start_values"]
 
@@ -34,12 +35,10 @@ def start_values(where: str, x: Tensor, min_spread: float = MIN_SPREAD) -> tuple
     Raises:
         ValueError: NaN or Inf in the batch, or values whose spread overflows.
     """
-    loc, scale = _start_values(x.detach(), min_spread, where)
+    loc, scale = (_start_values if has_values(x) else _start_op)(x.detach(), min_spread, where)
     return loc, scale
 
 
-# An op, so that a compiled first call also raises and warns, and fake tensors pass.
-@torch.library.custom_op("iin_fast::start_values", mutates_args=())
 def _start_values(x: Tensor, min_spread: float, where: str) -> tuple[Tensor, Tensor]:
     finite = x.isfinite()
     if not finite.all():
@@ -73,7 +72,11 @@ def _start_values(x: Tensor, min_spread: float, where: str) -> tuple[Tensor, Ten
     return -mean, 1 / (std + 1e-6)
 
 
-@_start_values.register_fake
+# So that a compiled first call also raises and warns, and fake tensors pass. Its plain call would import the compiler, for a second.
+_start_op = torch.library.custom_op("iin_fast::start_values", _start_values, mutates_args=())
+
+
+@_start_op.register_fake
 def _(x: Tensor, min_spread: float, where: str) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape[1]), x.new_empty(x.shape[1])
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, Transform, TransformedDistribution, constraints
 
-from ..checks import check_floating, checked_int, checked_ints
+from ..checks import broadcast_shapes, check_floating, checked_int, checked_ints
 
 __all__ = ["Density", "FlowDistribution", "FlowTransform", "checked_shape", "distribution_of"]
 
@@ -99,7 +99,7 @@ class FlowTransform(Transform):
     def _batch_shape(self, shape: Any) -> torch.Size:
         if self.context is None:
             return torch.Size(shape[:-1])
-        return torch.broadcast_shapes(shape[:-1], self.context.shape[:-1])
+        return broadcast_shapes(shape[:-1], self.context.shape[:-1])
 
     def _run(self, x: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
         shape = self.forward_shape(x.shape)
@@ -117,7 +117,7 @@ class FlowDistribution(TransformedDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-densities ``[...]`` in nats of data ``[..., dim]``; the batch may be empty."""
-        if 0 not in torch.broadcast_shapes(value.shape[:-1], self.batch_shape):
+        if 0 not in (*value.shape[:-1], *self.batch_shape):
             log_prob: Tensor = super().log_prob(value)  # type: ignore[no-untyped-call]
             return log_prob
         total = torch.zeros((), dtype=value.dtype, device=value.device)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import autocast_enabled, check_device, check_dtype, check_features, check_floating
+from ..checks import autocast_enabled, broadcast_shapes, check_device, check_dtype, check_features, check_floating
 from .distribution import Density, checked_shape
 from .state_dict_layout import is_sharded
 
@@ -57,7 +57,7 @@ class RowFlow(Density):
         """
         if x.dim() == 2 and (context is None or (context.dim() == 2 and context.shape[0] == x.shape[0])):
             return self._run("x", x, context, base=True)[1]
-        shape = x.shape[:-1] if context is None else torch.broadcast_shapes(x.shape[:-1], context.shape[:-1])
+        shape = x.shape[:-1] if context is None else broadcast_shapes(x.shape[:-1], context.shape[:-1])
         return self._run("x", _rows(x, shape), _rows(context, shape), base=True)[1].reshape(shape)  # type: ignore[arg-type]
 
     def rsample(self, sample_shape: Any = (), context: Tensor | None = None) -> Tensor:
