@@ -1214,8 +1214,9 @@ public:
     walk(tape ? job_.saved : values_, tape, true);
   }
 
-  void backward(const ProgramBackwardJob<T> &whole) {
-    whole_ = &whole;
+  // `add`: to what the gradients of parameters hold.
+  void backward(const ProgramBackwardJob<T> &whole, bool add) {
+    whole_ = &whole, add_ = add || p_.shared;
     program_.pack(packed_, nullptr);
     fill_context();
     if (job_.keep == Keep::nothing)
@@ -1231,7 +1232,7 @@ public:
         each_chunk([&](int64_t tile, int64_t end) { net_backward(position, tile, end); });
     for (int64_t l = 0; l < p_.layer_count; ++l)
       if (p_.layers[l].kind != LayerKind::coupling)
-        program_.reduce(whole, l, accumulators_, padded(p_.layer_gradients), parts_, p_.shared);
+        program_.reduce(whole, l, accumulators_, padded(p_.layer_gradients), parts_, add_);
   }
 
 private:
@@ -1435,7 +1436,7 @@ private:
             to[r * stride + j] = j < count ? w.net_gradients[(from_row + j) * ld_ + r] : T(0);
       });
     });
-    wide_net_backward(team_, net, at, p_.shared || first > 0, of_context);
+    wide_net_backward(team_, net, at, add_ || first > 0, of_context);
     over_tiles(first, end, [&](int64_t tile, const Space &w) {
       T *const g = gradient(tile, position);
       const int64_t begin = program_.first_row(tile), row = begin - program_.first_row(first);
@@ -1456,7 +1457,7 @@ private:
   const ProgramView &p_;
   Program<T> &program_;
   const ProgramBackwardJob<T> *whole_ = nullptr;
-  bool backward_, tape_ = false;
+  bool backward_, tape_ = false, add_ = false;
   int64_t ld_, tiles_, parts_;
   Team team_;
   Pieces<T> pieces_;
@@ -1569,6 +1570,28 @@ template <class T> void tile_backward(const ProgramBackwardJob<T> &whole) {
 
 } // namespace
 
+// Rows that pass a wide walk together: what it needs beside its results does not grow with the batch.
+constexpr int64_t slice_rows = 1 << 14;
+
+// f(first row, rows) for each slice of a batch; else for all of it.
+template <class F> void each_slice(int64_t batch, bool wide, const F &f) {
+  const int64_t most = wide ? slice_rows : larger(batch, 1);
+  for (int64_t first = 0; first < batch; first += most)
+    f(first, smaller(most, batch - first));
+}
+
+template <class P> P *part(P *data, int64_t offset) { return data == nullptr ? nullptr : data + offset; }
+
+template <class T> ProgramJob<T> slice_of(const ProgramJob<T> &job, int64_t first, int64_t rows) {
+  ProgramJob<T> slice = job;
+  const int64_t dim = job.program.dim;
+  slice.batch = rows;
+  slice.x = part(job.x, first * dim), slice.context = part(job.context, first * job.program.context);
+  slice.y = part(job.y, first * dim), slice.logdet = part(job.logdet, first);
+  slice.saved = part(job.saved, program_saved_size<T>(job.program, first, job.inverse, job.keep));
+  return slice;
+}
+
 template <class T> bool program_is_wide(const ProgramView &program, int64_t batch, bool inverse) {
   return program.net_weights > 0 && !program.sequential[inverse] &&
          (batch < wide_rows || program.net_weights * static_cast<int64_t>(sizeof(T)) > wide_bytes);
@@ -1592,33 +1615,52 @@ template <class T> int64_t program_saved_size(const ProgramView &program, int64_
   if (!keeps_tape(keep))
     return 0;
   const bool wide = program_is_wide<T>(program, batch, inverse);
-  const int64_t tapes = tile_count(batch) * TapeLayout{program, wide ? Keep::inputs : keep}.rows() * leading<T>(batch);
-  return tapes + (wide && keep == Keep::all ? saved_of_nets<T>(program, batch) : 0);
+  int64_t size = 0;
+  each_slice(batch, wide, [&](int64_t, int64_t rows) {
+    size += tile_count(rows) * TapeLayout{program, wide ? Keep::inputs : keep}.rows() * leading<T>(rows);
+    size += wide && keep == Keep::all ? saved_of_nets<T>(program, rows) : 0;
+  });
+  return size;
 }
 
 template <class T> int64_t program_workspace(const ProgramJob<T> &job, bool backward) {
-  if (program_is_wide<T>(job.program, job.batch, job.inverse)) {
-    Program<T> program(job);
-    return WideWalk<T>(job, program, backward).size();
-  }
   int64_t size = 0;
-  Memory<T>(job, backward, size);
+  if (!program_is_wide<T>(job.program, job.batch, job.inverse)) {
+    Memory<T>(job, backward, size);
+    return size;
+  }
+  each_slice(job.batch, true, [&](int64_t first, int64_t rows) {
+    const ProgramJob<T> slice = slice_of(job, first, rows);
+    Program<T> program(slice);
+    size = larger(size, WideWalk<T>(slice, program, backward).size());
+  });
   return size;
 }
 
 template <class T> int64_t program_forward(const ProgramJob<T> &job) {
   if (!program_is_wide<T>(job.program, job.batch, job.inverse))
     return tile_forward(job);
-  Program<T> program(job);
-  WideWalk<T>(job, program, false).forward();
+  each_slice(job.batch, true, [&](int64_t first, int64_t rows) {
+    const ProgramJob<T> slice = slice_of(job, first, rows);
+    Program<T> program(slice);
+    WideWalk<T>(slice, program, false).forward();
+  });
   return -1;
 }
 
 template <class T> void program_backward(const ProgramBackwardJob<T> &job) {
-  if (!program_is_wide<T>(job.forward.program, job.forward.batch, job.forward.inverse))
+  const ProgramJob<T> &whole = job.forward;
+  if (!program_is_wide<T>(whole.program, whole.batch, whole.inverse))
     return tile_backward(job);
-  Program<T> program(job.forward);
-  WideWalk<T>(job.forward, program, true).backward(job);
+  each_slice(whole.batch, true, [&](int64_t first, int64_t rows) {
+    ProgramBackwardJob<T> slice = job;
+    slice.forward = slice_of(whole, first, rows);
+    slice.grad_y = part(job.grad_y, first * whole.program.dim);
+    slice.grad_logdet += first, slice.grad_x += first * whole.program.dim;
+    slice.grad_context = part(job.grad_context, first * whole.program.context);
+    Program<T> program(slice.forward);
+    WideWalk<T>(slice.forward, program, true).backward(slice, first > 0);
+  });
 }
 
 #define IIN_FAST_INSTANTIATE(T)                                                                                        \

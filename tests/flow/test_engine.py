@@ -166,6 +166,28 @@ def test_nets_that_threads_share(batch: int, memory: str, inverse: bool) -> None
     check(wide(batch), insist, inverse=inverse, base=True, memory=memory)
 
 
+@pytest.mark.parametrize("memory", sorted(KEEP))
+def test_many_rows_are_the_sum_of_their_slices(memory: str) -> None:
+    """A wide walk takes 2^14 rows at once."""
+    most, drawn = 1 << 14, wide((1 << 14) + 40)
+    options = dict(base=True, memory=memory)
+
+    def run(rows: slice) -> tuple[list[Tensor], list[Tensor]]:
+        x, context = (t.detach()[rows].requires_grad_() for t in (drawn.x, drawn.context))
+        outputs = flow_program(x, context, drawn.parameters, drawn.program, **options)
+        learned = [p for p in drawn.parameters if p.requires_grad]
+        of_x, of_context, *of_parameters = torch.autograd.grad(
+            sum(t.sin().sum() for t in outputs), [x, context, *learned]
+        )
+        return [t.detach() for t in outputs] + [of_x, of_context], of_parameters
+
+    whole, first, last = (run(rows) for rows in (slice(None), slice(most), slice(most, None)))
+    for all_rows, parts in zip(whole[0], zip(first[0], last[0], strict=True), strict=True):
+        assert torch.equal(all_rows, torch.cat(parts))
+    for total, parts in zip(whole[1], zip(first[1], last[1], strict=True), strict=True):
+        assert relative_error(total, sum(parts)) < 1e-12
+
+
 @settings(max_examples=45, deadline=None)
 @given(
     st.one_of(programs(batches=(65, 300)), LARGE(batches=(16, 300)), st.builds(wide, st.just(300))),
