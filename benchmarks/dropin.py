@@ -31,7 +31,7 @@ from iin_fast.info import collect, versions
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "dropin_cpu.json"
-DIM, CONTEXT, LAYERS, SAMPLES = 6, 7, 5, 10_000
+DIM, CONTEXT, LAYERS, SAMPLES, TURNS = 6, 7, 5, 10_000, 5
 BATCHES = (1, 16, 100, 300, 1024, 4096, 16384, 65536)
 WIDTHS, BATCHES_OF_WIDE = (256, 512), (16, 100, 1024, 4096)
 
@@ -265,18 +265,25 @@ def models() -> Iterator[tuple[str, Model]]:
 
 
 def in_turn(sides: dict[str, Callable[[], Any]], seconds: float) -> dict[str, Any]:
-    """Seconds per call of all sides, in turn, until ``seconds`` have gone by; at least three rounds, at most 200."""
+    """Seconds per call of all sides in five turns, in three where a call is long; in a turn a side runs alone, as in training."""
     times: dict[str, list[float]] = {side: [] for side in sides}
     for run in sides.values():  # warm up
         run()
-    end = time.perf_counter() + seconds
-    while len(times["own"]) < 3 or (time.perf_counter() < end and len(times["own"]) < 200):
+    begin = time.perf_counter()
+    for turn in range(TURNS):
+        if turn >= 3 and time.perf_counter() - begin > seconds:
+            break
         for side, run in sides.items():
-            start = time.perf_counter()
-            run()
-            times[side].append(time.perf_counter() - start)
+            until = time.perf_counter() + seconds / TURNS / len(sides)
+            while True:
+                start = time.perf_counter()
+                run()
+                now = time.perf_counter()
+                times[side].append(now - start)
+                if now >= until:
+                    break
     found: dict[str, Any] = {
-        side: {"min": min(s), "median": statistics.median(s), "max": max(s), "rounds": len(s)}
+        side: {"min": min(s), "median": statistics.median(s), "max": max(s), "calls": len(s)}
         for side, s in times.items()
     }
     found["speedup"] = found["own"]["median"] / found["accelerated"]["median"]
