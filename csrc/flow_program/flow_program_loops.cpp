@@ -49,9 +49,21 @@ template <class T> int64_t leading(int64_t batch) { // ld of all tiles
 
 int64_t padded(int64_t count) { return ceil_div(count, 16) * 16; }
 
-// Nets of more bytes take the wide walk, and batches of fewer rows, which would leave lanes of a tile empty
-// (docs/performance.md has what was tried).
-constexpr int64_t wide_bytes = 48 * 1024, wide_rows = 16;
+// Which walk (docs/performance.md has what was tried). Batches of fewer rows would leave lanes of a tile empty. Nets of
+// more bytes take the wide walk, those in panels at once; others, which it has to turn, where its steps are long enough
+// to be shared.
+constexpr int64_t wide_rows = 16, panel_bytes = 48 * 1024, wide_bytes = 128 * 1024;
+
+// A step costs a few microseconds to start (and far more on a machine that is busy with something else), so a step
+// that is worth less than this on one core is not shared. In nanoseconds.
+constexpr double shared_step = 10e3;
+
+// What one AVX-512 core takes for the widest step of all nets, bound by arithmetic or by reading the weights.
+template <class T> double widest_step(const ProgramView &program, int64_t batch) {
+  constexpr double flops = 200, bytes = 30; // per nanosecond
+  const double arithmetic = 2.0 * batch / flops, reading = sizeof(T) / bytes;
+  return program.wave_weights * (arithmetic > reading ? arithmetic : reading);
+}
 
 // Whether `saved` is the tape of every tile.
 bool keeps_tape(Keep keep) { return keep == Keep::inputs || keep == Keep::all; }
@@ -1593,20 +1605,18 @@ template <class T> ProgramJob<T> slice_of(const ProgramJob<T> &job, int64_t firs
 }
 
 template <class T> bool program_is_wide(const ProgramView &program, int64_t batch, bool inverse) {
-  return program.net_weights > 0 && !program.sequential[inverse] &&
-         (batch < wide_rows || program.net_weights * static_cast<int64_t>(sizeof(T)) > wide_bytes);
+  if (program.net_weights == 0 || program.sequential[inverse])
+    return false;
+  const int64_t bytes = program.net_weights * static_cast<int64_t>(sizeof(T));
+  return batch < wide_rows ||
+         (program.panels ? bytes > panel_bytes : bytes > wide_bytes && widest_step<T>(program, batch) >= shared_step);
 }
 
 template <class T> int64_t program_sharing(const ProgramView &program, int64_t batch, bool inverse, int64_t threads) {
-  if (!program_is_wide<T>(program, batch, inverse))
+  const double step = widest_step<T>(program, batch);
+  if (!program_is_wide<T>(program, batch, inverse) || step < shared_step)
     return 1;
-  // A step costs a few microseconds to start (and far more on a machine that is busy with something else), so a step
-  // that is worth less than `step` on one core is not shared. Costs are what one AVX-512 core takes for the widest
-  // layer of all nets, bound by arithmetic or by reading the weights, in nanoseconds.
-  constexpr double step = 10e3, flops = 200, bytes = 30; // the latter two per nanosecond
-  const double arithmetic = 2.0 * batch / flops, reading = sizeof(T) / bytes;
-  const double layer = program.wave_weights * (arithmetic > reading ? arithmetic : reading);
-  return layer < step ? 1 : smaller(threads, larger(2, static_cast<int64_t>(layer / step * 4)));
+  return smaller(threads, larger(2, static_cast<int64_t>(step / shared_step * 4)));
 }
 
 template <class T> int64_t program_saved_size(const ProgramView &program, int64_t batch, bool inverse, Keep keep) {

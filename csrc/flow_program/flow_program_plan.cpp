@@ -534,6 +534,7 @@ private:
       for (int64_t k = 0; k < l.step_count; ++k) {
         const ProgramStep &s = l.steps[k];
         weights += s.in * s.out, waves[s.wave] += s.in * s.out;
+        view.panels = view.panels || s.panels;
       }
       view.reads_context = view.reads_context || l.reads_context;
       view.net_weights = std::max(view.net_weights, weights / std::max<int64_t>(l.chains, 1));

@@ -99,11 +99,11 @@ def test_edges_of_tiles(data: st.DataObject, batch: int, inverse: bool, memory: 
     check(data.draw(programs(batches=(batch, batch), dims=(1, 8))), inverse=inverse, memory=memory)
 
 
-LARGE = partial(programs, kinds=("coupling", "autoregressive", "linear"), dims=(2, 6), layers=(1, 3), hidden=(90, 150))
+LARGE = partial(programs, kinds=("coupling", "autoregressive", "linear"), dims=(2, 6), layers=(1, 3), hidden=(185, 240))
 
 
 @settings(max_examples=int(os.environ.get("IIN_FAST_EXAMPLES", 40)), deadline=None)
-@given(LARGE(batches=(16, 300)), st.booleans(), MEMORY)
+@given(LARGE(batches=(40, 300)), st.booleans(), MEMORY)
 def test_large_nets(drawn: Drawn, inverse: bool, memory: str) -> None:
     """Their nets are wide enough that threads share them, for 256 rows at a time."""
     check(drawn, inverse=inverse, memory=memory)
@@ -190,7 +190,7 @@ def test_many_rows_are_the_sum_of_their_slices(memory: str) -> None:
 
 @settings(max_examples=45, deadline=None)
 @given(
-    st.one_of(programs(batches=(65, 300)), LARGE(batches=(16, 300)), st.builds(wide, st.just(300))),
+    st.one_of(programs(batches=(65, 300)), LARGE(batches=(40, 300)), st.builds(wide, st.just(300))),
     st.booleans(),
     MEMORY,
 )

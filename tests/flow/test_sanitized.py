@@ -27,7 +27,7 @@ def texts(changes: int) -> list[str]:
         NeuralSplineFlow(3, 2, n_flows=1, bins=3, hidden_dim=5, hidden_depth=1, mixing="lu"),
         MaskedAutoregressiveFlow(3, 1, n_flows=2, hidden_dim=5, hidden_depth=1),
         RealNVP(4, 0, n_flows=2, hidden_dim=3, hidden_depth=0),
-        MaskedAutoregressiveFlow(3, 1, n_flows=1, hidden_dim=120, hidden_depth=1),  # a wide walk, as 200 below
+        MaskedAutoregressiveFlow(3, 1, n_flows=1, hidden_dim=185, hidden_depth=1),  # a wide walk, as 200 below
     ]
     right = [example().program.text, *(flow.program().text for flow in flows)]
     right += [flow_as_program(3, 2, hidden, 1, 2, 2, 0.1, 0.9, True).text for hidden in (5, 200)]  # 200: a wide walk
