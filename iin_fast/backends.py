@@ -187,7 +187,7 @@ def chosen(op: str, x: Tensor) -> str:
 
 def chosen_compiled(op: str, x: Tensor) -> bool:
     """Whether the compiled library runs ``op`` on ``x``, where nothing differentiates or traces the call."""
-    contexts, device = _thread.contexts, x.device.type
+    contexts, device = _thread.contexts, "cpu" if x.is_cpu else x.device.type
     forced = contexts[-1].name if contexts else _forced
     if forced not in (None, "cpp") or ("cpp", device) not in _implemented.get(op, ()):
         return False

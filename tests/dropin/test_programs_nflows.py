@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import iin_fast
 from iin_fast.dropin import registry
+from iin_fast.dropin.programs import plan
 
 transforms = pytest.importorskip("nflows.transforms")
 flows = pytest.importorskip("nflows.flows")
@@ -233,6 +234,36 @@ def test_what_cuts_a_program(name: str, calls: list[int]) -> None:
             wanted = results_of
     torch.testing.assert_close(results_of, wanted, **TOLERANCE)
     assert calls == [4, 4]
+
+
+def test_what_a_gpu_has_no_room_for_cuts_a_program(calls: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Report and calls agree, where one net is too large and where the whole is."""
+
+    def narrow(x: Tensor, context: Tensor | None, parameters: list[Tensor], program: Any, inverse: bool) -> bool:
+        return all(max(p.shape) < 40 for p in parameters)
+
+    def few(x: Tensor, context: Tensor | None, parameters: list[Tensor], program: Any, inverse: bool) -> bool:
+        return len(program.layers) < 4
+
+    for has_room, some, found in ((narrow, "8 of 9", [4, 4]), (few, "1 of 1", [1])):  # of few a layer on its own
+        monkeypatch.setattr(plan, "runs", has_room)
+        large = T.AffineCouplingTransform(MASK, lambda i, o: ResidualNet(i, o, hidden_features=40))
+        made = flow(*layered("affine", None), large, *layered("masked affine", None))
+        own, (x, _) = copy.deepcopy(made), data(None)
+        report = iin_fast.accelerate(made)
+        (line,) = (line for line in report.replaced if "run in programs" in line.why)
+        assert line.why.startswith(f"{some} layers run in programs"), line
+        assert "too large for a block of this GPU" in str(report)
+        calls.clear()
+        torch.testing.assert_close(made.log_prob(x), own.log_prob(x), **TOLERANCE)
+        assert calls == found
+
+
+def test_the_report_knows_which_backend_runs() -> None:
+    made = flow(*layered("affine", None))
+    with iin_fast.backend("reference"), pytest.warns(UserWarning, match="nothing of nflows was replaced"):
+        (line,) = (line for line in iin_fast.accelerate(made).lines if line.path == "_transform")
+    assert not line.replaced and "the compiled library does not run on cpu here" in line.why
 
 
 def test_a_change_of_the_model_is_seen(calls: list[int]) -> None:

@@ -17,7 +17,7 @@ from ...flow import layers as L
 from ...ops.autograd import followed
 from ...ops.flow_program import engine
 from ...ops.flow_program.checks import KEEP, check_data, check_parameters
-from ...ops.flow_program.walk import walks
+from ...ops.flow_program.walk import runs
 from ...ops.types import FULL
 from ..class_factory import original
 from ..registry import qualified, unknown_functions
@@ -201,8 +201,12 @@ class Maker(ProgramBuilder):
 
         Raises:
             TypeError, ValueError: it does not fit together.
+            Unsupported: the device of its parameters can't run it.
         """
-        return Piece(self.build(), self.spaces, self.names, self.tensors, self.dtype, self.computed)
+        made = Piece(self.build(), self.spaces, self.names, self.tensors, self.dtype, self.computed)
+        if not made.has_room():
+            raise Unsupported("too large for a block of this GPU")
+        return made
 
     @property
     def worth(self) -> bool:
@@ -251,6 +255,12 @@ class Piece:
         check_data(self._compute(tensors), self.program)
         self.tensors = tensors
 
+    def has_room(self) -> bool:
+        """Whether the device of the parameters runs it, forward and, where a parameter learns, back."""
+        x = self.tensors[0].new_empty(0, self.program.dim, dtype=self.dtype) if self.tensors else torch.empty(0)
+        with torch.enable_grad():
+            return runs(x, None, self.tensors, self.program, False)
+
     def _compute(self, tensors: list[Any]) -> list[Any]:
         if self.computed:
             tensors = tensors.copy()
@@ -272,7 +282,7 @@ class Piece:
                 self.tensors, self.moved = tensors, False
             tensors = self._compute(self.tensors)
             context = context if self.program.context else None
-            if not x.is_cpu and not walks(x, context, tensors, self.program, inverse):
+            if not runs(x, context, tensors, self.program, inverse):
                 return None
             return engine.call(x, context, tensors, self.program, inverse, base, KEEP["auto"])
         except (TypeError, ValueError, RuntimeError):
@@ -339,12 +349,17 @@ def _make(
 
     def close() -> None:
         nonlocal maker, held
-        if maker.worth:
-            parts.append(maker.piece())
-            inside.extend(module for module, _ in held)
-        else:
+        why = "alone it gains nothing"
+        try:
+            piece = maker.piece() if maker.worth else None
+        except Unsupported as error:  # its layers have room one by one, not together
+            piece, why = None, str(error)
+        if piece is None:
             parts.extend(held)
-            cuts.extend(Cut(module, "alone it gains nothing", True) for module, _ in held)
+            cuts.extend(Cut(module, why, not maker.worth) for module, _ in held)
+        else:
+            parts.append(piece)
+            inside.extend(module for module, _ in held)
         maker, held = maker.twin(), []
 
     bases: list[Atom] = []
@@ -408,7 +423,8 @@ def run(
     kind = _kind(x, context)
     if kind is None:
         return None
-    key = *kind, base and programs.base is not None
+    wanted = *kind, base and programs.base is not None
+    key = *wanted, None if x.is_cpu else x.device  # a GPU has no room for some layers
     plans = _plans.get(root)
     if plans is None:
         plans = _plans[root] = {}
@@ -420,7 +436,7 @@ def run(
             return plan.run(x, context, inverse, base)
         except KeyError:  # a parameter is gone, as where a parametrization computes it
             pass
-    plan = plans[key] = _make(programs, root, *key)[0]
+    plan = plans[key] = _make(programs, root, *wanted)[0]
     return plan.run(x, context, inverse, base) if plan.parts else None
 
 
@@ -456,6 +472,8 @@ def summary(programs: Programs, root: nn.Module) -> Summary:
             raise Unsupported(
                 f"programs run on the CPU and on NVIDIA GPUs in float32 and float64; this is {dtype} on {device}"
             )
+        if not chosen_compiled("flow_program", first):
+            raise Unsupported(f"the compiled library does not run on {device} here")
         _, inside, cuts = _make(programs, root, *programs.sizes(root), dtype)
     except (AttributeError, KeyError, Unsupported) as error:  # a module that was never started
         inside, cuts = [], [Cut(root, str(error), False)]

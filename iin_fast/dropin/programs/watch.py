@@ -1,7 +1,6 @@
 """What a plan has read from a model, so that a change of the model is seen before the plan runs again."""
 
 from collections.abc import Iterator
-from contextlib import suppress
 from operator import attrgetter, getitem
 from typing import Any
 
@@ -126,9 +125,11 @@ class Watch:
 
     def moved(self) -> bool:
         """Whether a parameter is another object than before."""
-        with suppress(Exception):  # the comparison of two tensors is no bool
+        try:
             if self._parameters == self._parameters_then:
                 return False
+        except Exception:  # the comparison of two tensors is no bool
+            pass
         if self._parameters_then is not None:
             self._parameters_then = list(map(dict, self._parameters))
         return True

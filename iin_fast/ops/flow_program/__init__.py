@@ -22,7 +22,7 @@ from ..spline_coupling import spline_coupling as fused_spline
 from ..types import FLOATING, FULL, HALF
 from . import engine, reference
 from .checks import KEEP, check_data, check_parameters, check_rows
-from .walk import walks
+from .walk import runs, walks
 
 __all__ = ["flow_program"]
 
@@ -84,7 +84,7 @@ def flow_program(
         with torch.autocast(x.device.type, enabled=False):
             return flow_program(x, context, parameters, program, inverse=inverse, base=base, memory=memory)
     backend = chosen("flow_program", x)
-    if backend == "cpp" and (x.device.type == "cpu" or walks(x, context, parameters, program, inverse)):
+    if backend == "cpp" and runs(x, context, parameters, program, inverse):
         check_rows(x, context, program, FULL)
         return _run(x, context, parameters, program, inverse, base, KEEP[memory])
     check_rows(x, context, program, FLOATING)

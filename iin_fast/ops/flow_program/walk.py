@@ -9,7 +9,12 @@ from torch import Tensor
 from ...flow import FlowProgram
 from ..types import FULL
 
-__all__ = ["walks"]
+__all__ = ["runs", "walks"]
+
+
+def runs(x: Tensor, context: Tensor | None, parameters: Sequence[Tensor], program: FlowProgram, inverse: bool) -> bool:
+    """Whether the compiled library runs the whole program as one op: on the CPU any."""
+    return x.is_cpu or walks(x, context, parameters, program, inverse)
 
 
 def walks(x: Tensor, context: Tensor | None, parameters: Sequence[Tensor], program: FlowProgram, inverse: bool) -> bool:
