@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active, _is_any_autocast_enabled, _is_tracing
 from torch._subclasses.fake_tensor import is_fake
+from torch.compiler import is_compiling
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 __all__ = [
@@ -23,12 +25,7 @@ _BATCHED: Any = torch._C._parse_dispatch_key("Batched")
 
 def followed() -> bool:
     """Whether something looks at every op of this call, as the compiler does: only the registered op will do."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._is_tracing()
-        or torch._C._is_any_autocast_enabled()
-    )
+    return is_compiling() or _are_functorch_transforms_active() or _is_tracing() or _is_any_autocast_enabled()
 
 
 def saved_tensors(ctx: Any, where: str) -> Any:

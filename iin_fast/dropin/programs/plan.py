@@ -392,15 +392,17 @@ def _make(
 _plans: "WeakKeyDictionary[nn.Module, dict[Any, Plan]]" = WeakKeyDictionary()
 
 
-def _kind(x: Any, context: Any) -> tuple[int, int, torch.dtype] | None:
-    """Features, context and type of an input that programs take; what they don't, the library's own code takes or refuses."""
+def _kind(x: Any, context: Any) -> tuple[int, int, torch.dtype, torch.device | None] | None:
+    """Features, context, type and GPU of an input that programs take; what they don't, the library's own code takes or refuses."""
     if followed() or type(x) not in PLAIN:
         return None
-    shape, dtype, wide = x.shape, x.dtype, 0
+    shape, dtype, device, wide = x.shape, x.dtype, None if x.is_cpu else x.device, 0
     if len(shape) != 2 or shape[0] == 0 or dtype not in FULL:
         return None
     if context is not None:
-        if type(context) not in PLAIN or context.dtype is not dtype or context.device != x.device:
+        if type(context) not in PLAIN or context.dtype is not dtype:
+            return None
+        if not context.is_cpu if device is None else context.device != device:
             return None
         given = context.shape
         if len(given) != 2 or given[0] != shape[0] or given[1] == 0:
@@ -408,7 +410,7 @@ def _kind(x: Any, context: Any) -> tuple[int, int, torch.dtype] | None:
         wide = given[1]
     if forward_ad._current_level >= 0 or any(GLOBAL_HOOKS) or not chosen_compiled("flow_program", x):
         return None
-    return shape[1], wide, dtype
+    return shape[1], wide, dtype, device
 
 
 def run(
@@ -423,8 +425,7 @@ def run(
     kind = _kind(x, context)
     if kind is None:
         return None
-    wanted = *kind, base and programs.base is not None
-    key = *wanted, None if x.is_cpu else x.device  # a GPU has no room for some layers
+    key = *kind, base and programs.base is not None
     plans = _plans.get(root)
     if plans is None:
         plans = _plans[root] = {}
@@ -436,7 +437,7 @@ def run(
             return plan.run(x, context, inverse, base)
         except KeyError:  # a parameter is gone, as where a parametrization computes it
             pass
-    plan = plans[key] = _make(programs, root, *wanted)[0]
+    plan = plans[key] = _make(programs, root, *kind[:3], key[-1])[0]
     return plan.run(x, context, inverse, base) if plan.parts else None
 
 
