@@ -40,7 +40,8 @@ assert all(file.exists() for file in SLOW_FILES), "SLOW names a file that is no 
 
 
 # Files that take a process for minutes come first, so that none runs alone at the end.
-LONG = ["cuda_emulator/test_emulator", "packaging/test_aarch64", "backends/test_triton", "packaging/test_gpu_report"]
+LONG = """cuda_emulator/test_emulator backends/test_triton packaging/test_distribution packaging/test_aarch64
+    composition/test_compile composition/test_export train/test_chosen train/test_commands""".split()
 LONG_FILES = [Path(__file__).parent / f"{name}.py" for name in LONG]
 
 

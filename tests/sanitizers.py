@@ -27,14 +27,14 @@ ON_THREADS = (
 
 PROGRAMS = "\n".join(
     f"{rows} {flow_as_program(*sizes, 0.1, 1.0, False).text}"
-    for rows, sizes in ((50, (64, 2, 150, 2, 3, 1)), (400, (9, 2, 70, 1, 2, 2)))
+    for rows, sizes in ((50, (24, 1, 150, 2, 3, 1)), (140, (9, 2, 36, 1, 2, 2)))
 )
 """What it reads, with the rows of a batch: a program whose steps a team shares, and one whose rows are shared."""
 
 LIBRARIES = {"address,undefined": "libasan.so", "thread": "libtsan.so"}
 
 
-def compiled(program: Path, *sources: Path, sanitizer: str = "", isa: str = "baseline") -> Path:
+def compiled(program: Path, *sources: Path, sanitizer: str = "", isa: str = "baseline", optimized: str = "-O1") -> Path:
     """The program, compiled of its sources, or the test is skipped where g++ can't."""
     if shutil.which("g++") is None:
         pytest.skip("no g++")
@@ -45,7 +45,7 @@ def compiled(program: Path, *sources: Path, sanitizer: str = "", isa: str = "bas
             pytest.skip(f"g++ has no {library}")
     known = re.search(rf"^  set\(ISA_FLAGS_{isa} (.*)\)$", (ROOT / "CMakeLists.txt").read_text(), re.M)
     assert known, f"CMakeLists.txt has no flags of {isa}"
-    flags = ["-std=c++17", "-O1", "-g1", "-w", "-pthread", "-fopenmp-simd", f"-I{ROOT / 'csrc'}"]
+    flags = ["-std=c++17", optimized, "-g1", "-w", "-pthread", "-fopenmp-simd", f"-I{ROOT / 'csrc'}"]
     flags += ["-isystem", str(Path(torch.__file__).parent / "include"), f"-DIIN_FAST_ISA={isa}"]
     flags += known[1].replace('"', "").split()
     flags += [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"] if sanitizer else []
