@@ -52,3 +52,10 @@ def test_what_they_name_exists(file: Path) -> None:
         used = set(re.findall(r"matrix\.(\w+)", str(job)))
         matrix = job.get("strategy", {}).get("matrix", {})
         assert used <= set(matrix), (name, used)
+
+
+@pytest.mark.parametrize("file", WORKFLOWS, ids=lambda path: path.stem)
+def test_actions_are_pinned_to_a_commit(file: Path) -> None:
+    """A tag can be moved to other code. The index's own action is meant to be used by its branch of releases."""
+    for action in re.findall(r"uses: (\S+)", file.read_text()):
+        assert re.search(r"@[0-9a-f]{40}$", action) or action == "pypa/gh-action-pypi-publish@release/v1"
