@@ -69,8 +69,9 @@ class CMakeBuild(build_ext):
         if torch is None or not torch.submodule_search_locations:
             raise SystemExit("building iin-fast needs torch for its headers: pip install torch")
         isas = os.environ.get("IIN_FAST_ISAS", "all")
+        toolchain = Path(os.environ.get("CMAKE_TOOLCHAIN_FILE", "")).stem
         # kept between builds, so that a second build compiles what changed
-        work = ROOT / "build" / ("cmake" if isas == "all" else f"cmake-{isas}")
+        work = ROOT / "build" / "-".join(filter(None, ["cmake", toolchain, "" if isas == "all" else isas]))
         cmake, ninja = shutil.which("cmake"), shutil.which("ninja")
         if cmake is None or ninja is None:
             raise SystemExit("building iin-fast needs cmake and ninja: pip install cmake ninja")

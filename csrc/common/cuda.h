@@ -51,7 +51,7 @@ public:
                     ": no usable NVIDIA driver (libcuda.so.1) was found; this build needs one "
                     "for CUDA 12 (525) or later. Update it, or use iin_fast.backend(\"triton\")");
     check(use_device(*driver_, device_), "the choice of the device");
-    STABLE_TORCH_ERROR_CODE_CHECK(current_stream(device_, &stream_));
+    TORCH_ERROR_CODE_CHECK(current_stream(device_, &stream_));
   }
 
   void check_device(const char *name, const Tensor &t) const {

@@ -3,7 +3,13 @@
 // tests/packaging/test_symbols.py reads what the built library needs.
 #include <features.h>
 
-#if defined(__x86_64__) && defined(__GLIBC__)
+#if defined(__GLIBC__) && (defined(__x86_64__) || defined(__aarch64__))
+
+#ifdef __x86_64__
+#define IIN_FAST_FIRST_GLIBC "GLIBC_2.2.5"
+#else
+#define IIN_FAST_FIRST_GLIBC "GLIBC_2.17"
+#endif
 
 extern "C" {
 
@@ -14,10 +20,10 @@ double iin_fast_exp(double x);
 double iin_fast_log(double x);
 void *iin_fast_dlopen(const char *name, int mode);
 void *iin_fast_dlsym(void *library, const char *name);
-__asm__(".symver iin_fast_exp, exp@GLIBC_2.2.5");
-__asm__(".symver iin_fast_log, log@GLIBC_2.2.5");
-__asm__(".symver iin_fast_dlopen, dlopen@GLIBC_2.2.5");
-__asm__(".symver iin_fast_dlsym, dlsym@GLIBC_2.2.5");
+__asm__(".symver iin_fast_exp, exp@" IIN_FAST_FIRST_GLIBC);
+__asm__(".symver iin_fast_log, log@" IIN_FAST_FIRST_GLIBC);
+__asm__(".symver iin_fast_dlopen, dlopen@" IIN_FAST_FIRST_GLIBC);
+__asm__(".symver iin_fast_dlsym, dlsym@" IIN_FAST_FIRST_GLIBC);
 
 double __wrap_exp(double x) { return iin_fast_exp(x); }
 double __wrap_log(double x) { return iin_fast_log(x); }

@@ -31,10 +31,10 @@ using torch::stable::Tensor;
 inline std::string text_of(StringHandle argument) {
   size_t length = 0;
   const char *data = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(argument, &length));
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(argument, &data));
+  TORCH_ERROR_CODE_CHECK(torch_string_length(argument, &length));
+  TORCH_ERROR_CODE_CHECK(torch_string_c_str(argument, &data));
   std::string text(data, length);
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(argument));
+  TORCH_ERROR_CODE_CHECK(torch_delete_string(argument));
   return text;
 }
 
@@ -109,9 +109,9 @@ inline Tensor cpu_empty(const Tensor &like, torch::headeronly::IntHeaderOnlyArra
     if (error != AOTI_TORCH_SUCCESS && is_held_twice(block)) // it failed before anything would free the block
       give_back(block);
     give_back(block);
-    STABLE_TORCH_ERROR_CODE_CHECK(error);
+    TORCH_ERROR_CODE_CHECK(error);
   } else {
-    STABLE_TORCH_ERROR_CODE_CHECK(
+    TORCH_ERROR_CODE_CHECK(
         aoti_torch_empty_strided(dim, sizes.data(), strides.data(), dtype, aoti_torch_device_type_cpu(), 0, &made));
   }
   return Tensor(made);

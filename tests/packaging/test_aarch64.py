@@ -1,6 +1,7 @@
 """The CPU library's sources compile for aarch64 too, from the same files; its elementary functions and the loops of its ops
 give there what they give here."""
 
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from sanitizers import ON_THREADS, PROGRAMS, compiled
+from test_symbols import assert_loads_beside_glibc_2_28
 
 from iin_fast.ops.registry import OPS
 
@@ -49,6 +51,30 @@ def compiled_there(source: Path, objects: Path) -> Path:
 )
 def test_compiles(source: Path, objects: Path) -> None:
     compiled_there(ROOT / "csrc" / source, objects)
+
+
+def test_newer_functions_of_glibc_are_left_alone(tmp_path: Path) -> None:
+    """What the sources call that glibc has changed since 2.28, linked as CMake links the library."""
+    library = tmp_path / "calls.so"
+    (tmp_path / "calls.cpp").write_text(
+        """
+#include <cmath>
+#include <dlfcn.h>
+#include <memory>
+#include <stdexcept>
+double calls(double x, std::shared_ptr<std::runtime_error> error) {
+  auto more = error;
+  if (void *library = dlopen(more->what(), RTLD_LAZY)) return dlsym(library, "x") ? 1. : 0.;
+  if (x < 0.) throw std::runtime_error(*more);
+  return std::exp(x) + std::log(x);
+}
+"""
+    )
+    wrapped = re.search(r"-Wl,--wrap[^)]+", (ROOT / "CMakeLists.txt").read_text())
+    assert wrapped
+    sources = [str(tmp_path / "calls.cpp"), str(ROOT / "csrc/common/old_glibc.cpp")]
+    assert_compiles("-O1", "-shared", "-fPIC", wrapped[0], *sources, "-o", str(library))
+    assert_loads_beside_glibc_2_28("aarch64-linux-gnu-objdump", library)
 
 
 @needs_emulator
