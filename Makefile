@@ -1,7 +1,7 @@
 # make demo   the main job: environment, wheel, training, swaps, report in runs/demo (QUICK=1: a training of a minute)
 # make test   the whole suite; make test-fast: two minutes of it
 # make docs   the documentation site in build/site
-.PHONY: demo test test-fast docs wheel sdist build lint bench peers gpu-report cuda-load-check matrix coverage gpu clean
+.PHONY: demo test test-fast docs wheel wheel-aarch64 sdist build lint bench peers gpu-report cuda-load-check matrix coverage gpu clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -32,6 +32,14 @@ dist/.built: $(VENV)/.ready $(SOURCES)
 wheel: dist/.built
 	@ls dist/*.whl
 
+# The wheel for aarch64, by the cross compiler g++-aarch64-linux-gnu. Of torch's builds for it 2.10.0 is for the CPU, and small.
+wheel-aarch64: $(VENV)/.ready
+	$(PIP) install --quiet --no-deps --no-compile --upgrade --target build/torch-aarch64 --platform manylinux_2_28_aarch64 --only-binary=:all: torch==2.10.0
+	@rm -rf build/lib* build/bdist* build/wheel-aarch64
+	CMAKE_TOOLCHAIN_FILE=$(CURDIR)/csrc/aarch64.cmake _PYTHON_HOST_PLATFORM=linux-aarch64 PYTHONPATH=$(CURDIR)/build/torch-aarch64 \
+	  IIN_FAST_CUDA=off $(BIN)/python setup.py --quiet bdist_wheel --dist-dir build/wheel-aarch64
+	$(BIN)/auditwheel show build/wheel-aarch64/*.whl
+
 sdist: $(VENV)/.ready
 	$(BIN)/python setup.py --quiet sdist
 
@@ -45,13 +53,12 @@ build/demo/.built: $(VENV)/.ready $(SOURCES)
 	IIN_FAST_ISAS=native IIN_FAST_CUDA=$$cuda $(BIN)/python setup.py --quiet bdist_wheel --dist-dir build/demo
 	@touch $@
 
-# The main job, run from the installed wheel in an environment of its own, away from the source tree.
+# The main job, run from the installed wheel in an environment of its own: the command does not see the source tree.
 demo: build/demo/.built
 	@echo "== install the wheel"
 	$(PIP) install --quiet --no-deps --force-reinstall build/demo/*.whl
 	@rm -rf runs/demo
-	@mkdir -p runs
-	cd runs && ../$(BIN)/iin-fast demo --out demo $(if $(QUICK),--quick)
+	$(BIN)/iin-fast demo $(if $(QUICK),--quick)
 
 # An editable install for developers; run it again after a change in csrc/ and only that is compiled. Without a GPU the code of
 # one kind of GPU is enough, and compiles in a third of the time.
