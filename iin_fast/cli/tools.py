@@ -47,8 +47,11 @@ def check(
         numbers = (str(len(rows)), f"{worst.error:.1e}", f"{worst.tolerance:.1e}")
         table.add_row(f"{op} {label}".strip(), dtype, name, *numbers, verdict)
     console.print(table)
+    left_out: dict[str, list[str]] = {}
     for name, reason in comparison.skipped.items():
-        console.print(f"not run: {name}: {reason}", style="dim", highlight=False)
+        left_out.setdefault(reason.partition(" is forced, but ")[2] or reason, []).append(name)
+    for reason, names in left_out.items():
+        console.print(f"not run: {', '.join(names)}: {reason}", style="dim", highlight=False)
     wrong = sum(not row.ok for row in comparison.rows)
     console.print(f"{len(comparison.rows)} tensors compared, {wrong} differ")
     if wrong:
