@@ -42,8 +42,9 @@ from .summary import summary
 __all__ = ["train"]
 
 HELD_OUT_PAIRS = 1024
-# What the loss may rise by, in nats per dimension of either latent, and over how many steps its median is taken.
+# What the loss may rise by, in nats per dimension of either latent, if that doubles it; and over how many steps its median is taken.
 MOST_RISE, RECENT_STEPS = 10.0, 10
+MOST_GAIN = 30.0  # of whitening, times which noise is let through
 REDRAW_EVERY = 5  # evaluations
 FOUND = 0.5  # of the swaps that the linear solution misses
 CONTRAST_RHO = 0.9  # less than that of the loss: odds less steep
@@ -105,7 +106,7 @@ def train(
     Raises:
         FileExistsError: ``out`` holds a run, and ``resume`` and ``force`` are False.
         FloatingPointError: the loss, a gradient or a parameter is not finite, with the block and layer where that begins, or
-            the loss rose by 10 nats per dimension; the last checkpoint stays.
+            the loss rose by 10 nats per dimension and more than it was; the last checkpoint stays.
         ImportError: lightning-fabric, tensorboard or safetensors is missing.
         KeyboardInterrupt: after Ctrl-C, SIGTERM or SIGHUP; a checkpoint of the last step is written before.
         RuntimeError: another training is at work in ``out``.
@@ -284,6 +285,7 @@ class _Training:
                 with suppress(NotImplementedError):  # Fabric's own CSVLogger has none
                     logger.log_hyperparams(asdict(settings))
         self.model = model
+        self.narrow = None if self.noise is None or model.inputs is None else _narrow_directions(model.inputs)
         self.objective = _Objective(model, settings.rho, settings.contrast)
         matrices = [p for name, p in model.named_parameters() if "weight" in name]
         others = [p for name, p in model.named_parameters() if "weight" not in name]
@@ -401,11 +403,12 @@ class _Training:
         za, zb, *rest = self._rows(Batch(*(part[own] for part in batch)))
         if self.noise is not None:
             random = np.random.default_rng([settings.seed, step, 1])
-            drawn = torch.from_numpy(random.standard_normal((2, settings.batch, self.data.dim)))[:, own][
-                ..., self.noisy
-            ]
+            drawn = torch.from_numpy(random.standard_normal((2, settings.batch, self.data.dim)))[:, own]
+            if self.narrow is not None:
+                drawn = drawn - (drawn @ self.narrow) @ self.narrow.T
             za, zb = (
-                z + (settings.noise_at(step) * self.noise * part).to(z) for z, part in zip((za, zb), drawn, strict=True)
+                z + (settings.noise_at(step) * self.noise * part[:, self.noisy]).to(z)
+                for z, part in zip((za, zb), drawn, strict=True)
             )
         return [za, zb, *rest]
 
@@ -617,7 +620,7 @@ class _Training:
 
     def _check_risen(self, before: float, loss: float) -> None:
         """Whether a loss is so far above another that the training has diverged."""
-        if loss > before + MOST_RISE * 2 * self.data.dim:
+        if loss > before + max(MOST_RISE * 2 * self.data.dim, abs(before)):  # a large loss varies by much, too
             raise self._failure(f"the loss rose from {before:.4g} to {loss:.4g} nats per pair")
 
     def _failure(self, what: str) -> FloatingPointError:
@@ -666,6 +669,25 @@ class _Training:
         }
         write_file(self.folder / "run.json", (json.dumps(record, indent=2) + "\n").encode())
         write_file(self.folder / "split.npz", npz_bytes({"train": train_rows, "held_out": held_rows}))
+
+
+@torch.no_grad()
+def _narrow_directions(inputs: Inputs) -> Tensor | None:
+    """Directions ``[dim, n]`` of standardised features that noise would bury: n with ``x - (x @ n) @ n.T`` is without most of it.
+
+    Whitening makes what hardly varies as large as all else, and with it noise of the deviation of the features. In such a direction noise has the
+    deviation of the direction in place of that.
+    """
+    if inputs.linear is None:
+        return None
+    matrix = inputs.linear.matrix.double()
+    square, turn = torch.linalg.eigh(matrix @ matrix.T)
+    narrow = square > MOST_GAIN**2
+    if not narrow.any():
+        return None
+    found = torch.zeros(inputs.dim, int(narrow.sum()), dtype=torch.float64)
+    found[inputs.keep] = turn[:, narrow] * (1 - square[narrow].rsqrt()).sqrt()
+    return found
 
 
 def _concepts(data: Latents, settings: Settings) -> tuple[str, ...]:

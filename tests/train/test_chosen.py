@@ -174,6 +174,32 @@ def test_no_scale_and_no_outlier_makes_a_default_training_diverge(tmp_path):
     assert torch.equal(model.decode(model.encode(z))[:, 12:14], z[:, 12:14])
 
 
+@pytest.mark.parametrize("kind", ["labels", "unlabelled"])
+def test_noise_does_not_bury_directions_that_hardly_vary(kind, tmp_path):
+    data = additive(n=300)
+    generator = torch.Generator().manual_seed(1)
+    z = torch.cat([data.z, data.z[:, :4] + 1e-4 * torch.randn(300, 4, generator=generator)], 1)
+    labels = (data.labels, data.names) if kind == "labels" else ()
+    for seed in range(3):
+        settings = Settings(**SHORT, seed=seed, held_out_every=2, patience=0)
+        train(Latents.of(z, *labels), tmp_path / str(seed), settings, accelerator="cpu")
+        lines = metrics(tmp_path / str(seed))
+        assert (
+            max(abs(float(line["loss"])) for line in lines if line["loss"]) < 500
+        )  # buried they would make it a million
+
+
+def test_a_large_loss_that_varies_is_no_divergence(tmp_path, monkeypatch):
+    loss, random = loop._Training._loss, np.random.default_rng(0)
+
+    def varying(self, pairs):
+        value, nats = loss(self, pairs)
+        return value + 1e5 * random.uniform(0.9, 1.2), nats
+
+    monkeypatch.setattr(loop._Training, "_loss", varying)
+    train(additive(), tmp_path / "run", Settings(**SHORT, patience=0, held_out_every=1), accelerator="cpu")
+
+
 def test_a_batch_with_an_outlier_is_no_divergence(tmp_path, monkeypatch):
     loss = loop._Training._loss
 
