@@ -7,7 +7,9 @@ from torch import Tensor, nn
 
 from ..checks import check_floating, check_rank, checked_int
 
-__all__ = ["Inputs", "LinearMap", "constant_features", "copied_features"]
+__all__ = ["Inputs", "LinearMap", "constant_features", "copied_features", "mostly", "usual_values"]
+
+OUTLYING, USUAL, RANGE_ROWS = 10.0, 0.95, 10_000
 
 
 def constant_features(z: Tensor) -> Tensor:
@@ -22,6 +24,30 @@ def copied_features(z: Tensor) -> Tensor:
     order = torch.arange(len(kind), device=z.device)
     first = torch.full_like(kind, len(kind)).scatter_reduce(0, kind, order, "amin")
     return first[kind]
+
+
+def usual_values(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Latents ``[n, dim]`` with the farthest usual value in place of outliers, and which values are outliers, bool ``[n, dim]``.
+
+    An outlier is ten times as far from the median as are 19 of 20 values that differ from it. So a feature that is mostly 0 keeps what is
+    not. Where most rows have one, such values are how the latents are, and stay.
+    """
+    some = torch.randperm(len(z), generator=torch.Generator().manual_seed(0))[:RANGE_ROWS].to(z.device)
+    rows = z[some].double()
+    middle = rows.median(0).values
+    distance = (rows - middle).abs().sort(0).values
+    same = (distance == 0).sum(0)
+    place = (same + USUAL * (len(rows) - 1 - same)).long().clamp(max=len(rows) - 1)
+    usual = distance.gather(0, place[None])[0]
+    most = torch.where(usual > 0, OUTLYING * usual, torch.inf)
+    found = torch.minimum(torch.maximum(z, (middle - most).to(z.dtype)), (middle + most).to(z.dtype))
+    outliers = found != z
+    return z if mostly(outliers) else found, outliers
+
+
+def mostly(outliers: Tensor) -> bool:
+    """Whether most rows have an outlier, of bool ``[n, dim]``."""
+    return bool(outliers.any(1).double().mean() > 0.5)
 
 
 class LinearMap(nn.Module):

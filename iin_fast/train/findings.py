@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from ..data import MISSING, Latents
-from ..iin.inputs import Inputs, constant_features, copied_features
+from ..iin.inputs import OUTLYING, USUAL, Inputs, constant_features, copied_features, mostly, usual_values
 from ..iin.linear import NULL_VARIANCE
 
-__all__ = ["Findings", "inspect_latents"]
+__all__ = ["Findings", "inspect_latents", "outlier_line"]
 
 ALMOST = 0.99  # share of the rows with one value
 SCALES = 100.0  # times the median deviation, or that part of it
@@ -31,6 +31,7 @@ class Findings:
         copies: feature to the first one with the same values; without the constant ones.
         almost_constant: features with one value in 99 % of the rows or more.
         badly_scaled: features whose deviation is more than 100 times the median of all, or less than a hundredth of it.
+        outliers: a sentence on values far off the usual ones, with their rows and features; empty where there are none.
         rank: directions that vary, of ``live`` features that are neither constant nor copies.
         few: concept to class to rows, of classes with fewer than 10.
         examples: concept to the different latents that say what it is, where these are fewer than 50: rows with a label, or rows of
@@ -43,6 +44,7 @@ class Findings:
     copies: dict[int, int]
     almost_constant: list[int]
     badly_scaled: list[int]
+    outliers: str
     rank: int
     few: dict[str, dict[int, int]]
     examples: dict[str, int]
@@ -66,6 +68,8 @@ class Findings:
                 f"{_features(self.badly_scaled, self.dim)} {SCALES:.0f} times wider or narrower than most; "
                 "standardised inputs, the default, give all one scale"
             )
+        if self.outliers:
+            found.append(self.outliers)
         if self.rank < self.live:
             why = "fewer rows than features" if self.n <= self.live else "some features are combinations of others"
             found.append(
@@ -97,7 +101,7 @@ def inspect_latents(latents: Latents) -> Findings:
         >>> inspect_latents(Latents.of(z)).lines()
         ['1 of 4 features (3) is constant; standardised inputs, the default, set such features aside']
     """
-    z = latents.z
+    z, outliers = usual_values(latents.z)
     constant = constant_features(z)
     first = copied_features(z)
     own = torch.arange(latents.dim)
@@ -131,9 +135,26 @@ def inspect_latents(latents: Latents) -> Findings:
         copies={j: int(first[j]) for j in _places(copies)},
         almost_constant=_places(almost),
         badly_scaled=_places(badly),
+        outliers=outlier_line(outliers),
         rank=rank,
         few=few,
         examples={name: rows for name, rows in examples.items() if rows < FEW_EXAMPLES},
+    )
+
+
+def outlier_line(outliers: torch.Tensor) -> str:
+    """What a training with standardised inputs does with outliers, bool ``[n, dim]``, and where they are; empty where there are none."""
+    if not outliers.any():
+        return ""
+    n, dim = outliers.shape
+    learned = "the farthest usual value is learned in their place"
+    if mostly(outliers):
+        learned = (
+            "as most rows have some, they are learned as they are; try the arcsinh of such features"
+        )
+    return (
+        f"outliers in {_some(_places(outliers.any(1)), n, 'rows')} and {_some(_places(outliers.any(0)), dim, 'features')}, over "
+        f"{OUTLYING:.0f} times as far from the median as {USUAL:.0%} of the values: {learned}"
     )
 
 
@@ -143,5 +164,9 @@ def _places(mask: torch.Tensor) -> list[int]:
 
 
 def _features(which: Sequence[int], dim: int) -> str:
+    return f"{_some(which, dim, 'features')} {'is' if len(which) == 1 else 'are'}"
+
+
+def _some(which: Sequence[int], of: int, what: str) -> str:
     shown = ", ".join(map(str, which[:SHOWN])) + (", …" if len(which) > SHOWN else "")
-    return f"{len(which)} of {dim} features ({shown}) {'is' if len(which) == 1 else 'are'}"
+    return f"{len(which)} of {of} {what} ({shown})"

@@ -28,10 +28,11 @@ from ..data.rows import training_rows
 from ..files import npz_bytes, read_json, safetensors_library, write_file
 from ..iin import IIN, FactorLoss, Factors, Inputs, LinearIIN, checkpoint
 from ..iin.factors import RESIDUAL
-from ..iin.inputs import copied_features
+from ..iin.inputs import copied_features, usual_values
 from ..iin.linear import leading_directions, white_inputs
 from . import state
 from .batches import Batch, Batches, estimate_sizes, fit_linear, split_rows, units
+from .findings import outlier_line
 from .judge import SwapJudge
 from .lock import lock
 from .logs import Bar, Log, event_writer, held_out_rise, loss_rise
@@ -101,7 +102,8 @@ def train(
         the trained model, on its device: the one in the run folder.
 
     Warns:
-        UserWarning: the loss, or the held-out one, rose in the course of the training; see :func:`loss_rise`, :func:`held_out_rise`.
+        UserWarning: latents with outliers, which were not learned as they are; or the loss, or the held-out one, rose in the course
+            of the training; see :func:`loss_rise`, :func:`held_out_rise`.
 
     Raises:
         FileExistsError: ``out`` holds a run, and ``resume`` and ``force`` are False.
@@ -144,6 +146,10 @@ def train(
             latents, sample=before.get("latents", {}).get("rows") or rows or training_rows(Path(latents))
         )
     settings = _resumed(settings, before, run)
+    fingerprint, outliers = data.fingerprint(), ""
+    if settings.standardise is not False or settings.start != "random":
+        usual, far = usual_values(data.z)
+        data, outliers = replace(data, z=usual), outlier_line(far)
     known = _facts(data, settings)
     if epochs is not None:
         if settings.steps is not None:
@@ -158,20 +164,20 @@ def train(
         if fabric.is_global_zero:
             if force:
                 _clear(run)
-            _check_folder(run, data, settings, resume)
+            _check_folder(run, fingerprint, resume)
         fabric.barrier()
         found = state.latest(run) if resume else None
         fabric.barrier()  # nothing is written before all have looked
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            training = _Training(fabric, data, run, settings, found, progress, known.hidden, loggers)
+            training = _Training(fabric, data, fingerprint, run, settings, found, progress, known.hidden, loggers)
             if progress and fabric.is_global_zero:
                 print("\n".join([*training.summary(), settings.text(known)]), flush=True)
             model = training.run()
         fabric.barrier()
     if settings.keep != "last":
         model.load_state_dict(checkpoint.load(run)[0])
-    for advice in (held_out_rise(run), loss_rise(run)) if fabric.is_global_zero else ():
+    for advice in (outliers, held_out_rise(run), loss_rise(run)) if fabric.is_global_zero else ():
         if advice:
             warnings.warn(f"train: {advice}", stacklevel=2)
     return model
@@ -222,6 +228,7 @@ class _Training:
         self,
         fabric: Any,
         data: Latents,
+        fingerprint: str,
         run: Path,
         settings: Any,
         found: Path | None,
@@ -230,7 +237,7 @@ class _Training:
         loggers: Sequence[Any] = (),
     ) -> None:
         self.fabric, self.data, self.folder, self.settings, self.show = fabric, data, run, settings, progress
-        self.loggers = loggers
+        self.loggers, self.fingerprint = loggers, fingerprint
         train_rows, held_rows = split_rows(data, settings.held_out, settings.seed)
         self.rows = len(train_rows), len(held_rows)
         self.context: Tensor | None = None  # [n, classes]
@@ -266,7 +273,6 @@ class _Training:
         self.dtype = torch.float64 if settings.precision == "64-true" else torch.float32
         self.z = data.z.to(self.dtype)
 
-        self.fingerprint = data.fingerprint()
         if found is None:
             model = self._fresh(concepts, train_rows, hidden)
             self.progress = state.Progress(0, {}, torch.zeros(fabric.world_size, 3, dtype=torch.float64), {}, {})
@@ -767,7 +773,7 @@ def _fabric(accelerator: str, devices: int, nodes: int, strategy: str, settings:
     return fabric
 
 
-def _check_folder(run: Path, data: Latents, settings: Settings, resume: bool) -> None:
+def _check_folder(run: Path, fingerprint: str, resume: bool) -> None:
     """Refuse a folder with another run in it."""
     if not resume:
         for name in ("state", "config.json", "run.json"):
@@ -777,9 +783,9 @@ def _check_folder(run: Path, data: Latents, settings: Settings, resume: bool) ->
                 )
         return
     before = _record(run).get("latents", {})
-    if before and before.get("sha256") != data.fingerprint():
+    if before and before.get("sha256") != fingerprint:
         raise ValueError(
-            f"train: latents is {data.fingerprint()!r}, but the run in {run} has {before.get('sha256')!r}; resume takes the same latents"
+            f"train: latents is {fingerprint!r}, but the run in {run} has {before.get('sha256')!r}; resume takes the same latents"
         )
 
 

@@ -5,6 +5,7 @@ import torch
 
 from iin_fast import IIN, FactorLoss
 from iin_fast.iin import Inputs
+from iin_fast.iin.inputs import usual_values
 
 
 def draw(n=200, dtype=torch.float32, seed=0):
@@ -104,3 +105,24 @@ def test_saved_and_loaded(tmp_path, coupling):
     empty = meta.to_empty(device="cpu")
     empty.load_state_dict(model.state_dict())
     assert torch.equal(empty.log_prob(z), model.log_prob(z))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_few_outliers_become_the_farthest_usual_value(dtype):
+    z = torch.randn(400, 5, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    z[:, 3] = (torch.arange(400) % 50 == 0) * torch.linspace(1, 3, 400, dtype=dtype)  # mostly 0
+    z[:, 4] = 2.0
+    assert torch.equal(usual_values(z)[0], z)
+    spoilt = z.clone()
+    spoilt[7, 0], spoilt[9, 1], spoilt[9, 2] = torch.finfo(dtype).max, -1e6, 1e6
+    found, outliers = usual_values(spoilt)
+    assert outliers.nonzero().tolist() == [[7, 0], [9, 1], [9, 2]]
+    assert torch.equal(found[~outliers], z[~outliers])
+    assert (found[outliers].abs() - 20).abs().max() < 3  # 19 of 20 of a Gaussian are within two deviations
+    assert (found[outliers] > 0).tolist() == [True, False, True]
+    # Like the probabilities of a hundred classes: each row has a large one.
+    spoilt = torch.where(torch.eye(100, dtype=torch.bool).repeat(4, 1), 1, 1e-6 * z[:, :1].abs() + 1e-8)
+    found, outliers = usual_values(spoilt)
+    assert torch.equal(found, spoilt) and outliers.sum() == 400
+    for few in (z[:1], z[:2]):
+        assert torch.equal(usual_values(few)[0], few)

@@ -14,7 +14,7 @@ from iin_fast import IIN, LinearIIN, PairSampler
 from iin_fast.data import Latents
 from iin_fast.evaluate import gaussian_nats_per_dim
 from iin_fast.iin import Factors
-from iin_fast.train import Settings, early_end, split_rows, train
+from iin_fast.train import Settings, early_end, inspect_latents, split_rows, train
 from iin_fast.train.judge import SwapJudge
 from iin_fast.train.loop import CONTRAST_RHO, contrast
 from iin_fast.train.settings import CONTRAST, NOISE_FALLS, PAPER, PATIENT, Facts
@@ -39,6 +39,11 @@ def signs(n=1500, seed=0):
     parts = [x[:, :1], x[:, :1] * x[:, 1:], 0.5 * torch.randn(n, 4, generator=generator)]
     z = torch.cat(parts, 1) @ torch.randn(6, 8, generator=generator)
     return Latents.of(z + 0.1 * torch.randn(n, 8, generator=generator), labels, ["a", "product"])
+
+
+def highest(lines):
+    """The largest loss of a log, of either sign and with the held-out ones."""
+    return max(abs(float(line[name])) for line in lines for name in ("loss", "held_out_loss") if line[name])
 
 
 def paired(data):
@@ -187,6 +192,51 @@ def test_noise_does_not_bury_directions_that_hardly_vary(kind, tmp_path):
         assert (
             max(abs(float(line["loss"])) for line in lines if line["loss"]) < 500
         )  # buried they would make it a million
+
+
+OUTLIERS = {
+    "a row": lambda z: z[7].mul_(1e3),
+    "a far row": lambda z: z[7].mul_(1e30),
+    "rows of both sides": lambda z: z[5:25].mul_(1e6),
+    "a column": lambda z: z[::50, 3].mul_(1e6),
+    "cells": lambda z: z[:24].view(-1)[::13].mul_(-1e4),
+    "the ends of float16": lambda z: z[::40, 2:5].fill_(torch.finfo(torch.float16).max),
+}
+
+
+@pytest.mark.parametrize("spoil", OUTLIERS)
+def test_outliers_do_not_hide_the_rest(spoil, tmp_path):
+    data = additive()
+    z = data.z.clone()
+    OUTLIERS[spoil](z)
+    if "float16" in spoil:
+        z = z.half()
+    spoilt = Latents.of(z, data.labels, data.names)
+    with pytest.warns(UserWarning, match=r"train: outliers in \d+ of 600 rows \([057]\b.*\) and \d+ of 12 features"):
+        model = train(spoilt, tmp_path / "run", Settings(**SHORT), accelerator="cpu")
+    assert highest(metrics(tmp_path / "run")) < 500
+    assert judged(data, tmp_path / "run", model) > 0.9
+    train(spoilt, tmp_path / "run", Settings(**SHORT), accelerator="cpu", resume=True)  # the same latents
+
+
+@pytest.mark.parametrize("kind", ["pairs", "unlabelled"])
+def test_outliers_without_labels(kind, tmp_path):
+    data = additive()
+    data.z[::50] *= 1e6
+    data = paired(data) if kind == "pairs" else Latents.of(data.z)
+    train(data, tmp_path / "run", Settings(**SHORT), accelerator="cpu")
+    assert highest(metrics(tmp_path / "run")) < 500
+
+
+def test_heavy_tails_do_not_hide_the_rest(tmp_path):
+    data = additive(dim=24)
+    generator = torch.Generator().manual_seed(1)
+    cauchy = torch.randn(600, 24, generator=generator) / torch.randn(600, 24, generator=generator)
+    heavy = Latents.of(data.z + 0.1 * cauchy, data.labels, data.names)
+    assert " of 600 rows " in inspect_latents(heavy).outliers
+    model = train(heavy, tmp_path / "run", Settings(**SHORT), accelerator="cpu")
+    assert highest(metrics(tmp_path / "run")) < 500
+    assert judged(data, tmp_path / "run", model) > 0.9
 
 
 def test_a_large_loss_that_varies_is_no_divergence(tmp_path, monkeypatch):

@@ -44,6 +44,15 @@ def test_features_are_named():
     assert "vary in 8 of 9 directions (some features are combinations of others)" in rank
 
 
+def test_outliers_are_named():
+    z = draw()
+    z[[3, 70], 5], z[3, 8] = torch.tensor([1e4, -1e4]), 1e30
+    (line,) = inspect_latents(Latents.of(z)).lines()
+    assert line.startswith(
+        "outliers in 2 of 500 rows (3, 70) and 2 of 12 features (5, 8), over 10 times as far from the "
+    )
+
+
 def test_few_rows_and_small_classes_are_named():
     labels = np.zeros((40, 2), dtype=np.int64)
     labels[:, 0] = np.arange(40) % 2
