@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from op_cases import DTYPES
 from torch import Tensor
 
 __all__ = [
+    "DTYPES",
+    "FEW_TYPES",
     "RACES",
     "SANITIZE",
     "LaunchPlan",
@@ -44,6 +47,14 @@ RACES = os.environ.get("IIN_FAST_TEST_RACES") == "1"
 
 SANITIZE = os.environ.get("IIN_FAST_TEST_SANITIZE") == "1"
 """Whether this process runs the kernels under AddressSanitizer; it must then run in sanitizer_environment()."""
+
+FEW_TYPES = os.environ.get("IIN_FAST_TEST_FEW_TYPES") == "1"
+"""Whether kernels compile without the types that touch the same places of memory as others: float16 has the tiles of bfloat16,
+TF32 those of float32."""
+
+if FEW_TYPES:
+    FLAGS.append("-DFEW_TYPES")
+    DTYPES = [t for t in DTYPES if t != torch.float16 and not (RACES and t == torch.float64)]
 
 
 @functools.cache

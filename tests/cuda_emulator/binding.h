@@ -25,8 +25,10 @@ template <class F> void with_type(const char *name, F &&f) {
     f(double());
   else if (!std::strcmp(name, "bfloat16"))
     f(__nv_bfloat16());
+#if !defined(FEW_TYPES)
   else if (!std::strcmp(name, "float16"))
     f(__half());
+#endif
   else
     throw emulator::Fault(std::string("no type ") + name);
 }

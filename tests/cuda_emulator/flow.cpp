@@ -60,6 +60,16 @@ template <class F> Buffer arranged(F &&arrange) {
   return buffer;
 }
 
+// f(Precision()) as the library has it; of few types without TF32.
+template <class Storage, class F> void with_tested_precision(bool tf32, F &&f) {
+#if defined(FEW_TYPES)
+  if constexpr (std::is_same_v<Storage, float>)
+    f(Tf32x3());
+  else
+#endif
+    with_precision<Storage>(tf32, f);
+}
+
 extern "C" const char *flow_forward(const char *type, FlowCall *call) {
   return report([&] {
     with_type(type, [&](auto storage) {
@@ -77,7 +87,7 @@ extern "C" const char *flow_forward(const char *type, FlowCall *call) {
       }
       const Buffer scratch = arranged([&](Arena &arena) { arrange_forward(walk, arena); });
       int launches = 0;
-      with_precision<Storage>(call->tf32, [&](auto precision) {
+      with_tested_precision<Storage>(call->tf32, [&](auto precision) {
         launch_flow_forward<decltype(precision)>(
             walk, emulator::Launch{0, false, &launches, static_cast<int>(call->resident)});
       });
@@ -113,7 +123,7 @@ extern "C" const char *flow_backward(const char *type, FlowCall *call) {
       const Buffer scratch = arranged(
           [&](Arena &arena) { arrange_backward(back, call->grad_weight_in != nullptr, arena, call->pending); });
       int launches = 0;
-      with_precision<Storage>(call->tf32, [&](auto precision) {
+      with_tested_precision<Storage>(call->tf32, [&](auto precision) {
         launch_flow_backward<decltype(precision)>(
             back, emulator::Launch{0, false, &launches, static_cast<int>(call->resident)});
       });

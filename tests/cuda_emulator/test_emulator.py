@@ -243,7 +243,7 @@ def check_the_ops(environment: dict[str, str], without: str = "") -> None:
     wanted = " and ".join(f"not {name}" for name in [*others, without] if name)
     options = ["-q", "-x", "-n", "0", "-p", "no:cacheprovider", "-k", wanted, "-m", "not values"]
     command = [sys.executable, "-m", "pytest", *options, *files]
-    environment = environment | {"IIN_FAST_EXAMPLES": "8"}  # of random programs
+    environment = environment | {"IIN_FAST_TEST_FEW_TYPES": "1", "IIN_FAST_EXAMPLES": "8"}  # of random programs
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout + done.stderr
 

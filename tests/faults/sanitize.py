@@ -77,17 +77,19 @@ def main() -> None:
     tests(library(BUILD, FLAGS), given.isa)
     print("== ThreadSanitizer, emulated CUDA kernels", flush=True)
     rest = ["tests/flow/test_sanitized.py", "tests/ops/test_sanitized_loops.py", "tests/common/test_thread_team.py"]
-    environment = os.environ | {"IIN_FAST_TEST_ISAS": " ".join(given.isa)}
+    environment = os.environ | {"IIN_FAST_TEST_ISAS": " ".join(given.isa), "IIN_FAST_TEXTS": "500"}
     subprocess.run(
         [sys.executable, "-m", "pytest", "-n", "0", "-q", *rest, "tests/cuda_emulator"],
         env=environment,
         cwd=ROOT,
         check=True,
     )
-    print("== races of emulated CUDA kernels, all tests", flush=True)
+    print("== races and bounds of emulated CUDA kernels, all tests", flush=True)
     rest = [f"tests/ops/test_{op}_cuda.py" for op in registry.OPS]
-    environment = os.environ | {"IIN_FAST_TEST_RACES": "1"}
-    subprocess.run([sys.executable, "-m", "pytest", "-n", "0", "-q", *rest], cwd=ROOT, env=environment, check=True)
+    bounds = {"IIN_FAST_TEST_SANITIZE": "1", "LD_PRELOAD": runtime("libasan.so"), "ASAN_OPTIONS": "detect_leaks=0"}
+    for chosen in ({"IIN_FAST_TEST_RACES": "1"}, bounds):
+        command = [sys.executable, "-m", "pytest", "-n", "0", "-q", *rest]
+        subprocess.run(command, cwd=ROOT, env=os.environ | chosen, check=True)
     print("sanitize: nothing found")
 
 

@@ -4,9 +4,9 @@ import ctypes
 
 import pytest
 import torch
-from cuda_emulator import LaunchPlan, call, data, load, matrix, type_name
+from cuda_emulator import DTYPES, LaunchPlan, call, data, load, matrix, type_name
 from numerics import at_the_edge_of_overflow, check_not_finite, check_sums, long_terms, of_gradients, spoiled
-from op_cases import AFFINE_COUPLING, DTYPES, LONG_ROWS, cases, coupling_inputs
+from op_cases import AFFINE_COUPLING, LONG_ROWS, cases, coupling_inputs
 from torch import Tensor
 from torch.testing import assert_close
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_emulator import RACES, SANITIZE, call, data, load, type_name
+from cuda_emulator import FEW_TYPES, RACES, SANITIZE, call, data, load, type_name
 from numerics import check_not_finite, spoiled
 from op_cases import ALIGNED_FLOW, FLOW, FLOW_BOUNDS, SMALL_FLOW, FlowShape, cases, flow_inputs, rows_apart
 from torch import Tensor
@@ -113,11 +113,13 @@ def backward(
     return grads, c
 
 
-# Types, and whether TF32 multiplies; with AddressSanitizer or the race checker one of each size. float16 has the tiles of bfloat16, TF32 those of
-# float32: they touch the same places of memory.
+# Types, and whether TF32 multiplies.
 TYPES = [(torch.float32, False), (torch.bfloat16, False)]
-if not (SANITIZE or RACES):
+if not FEW_TYPES:
     TYPES += [(torch.float32, True), (torch.float16, False)]
+
+# With the direction; of few types each in one.
+DIRECTED = [(*t, inverse) for inverse in (False, True) for t in TYPES if not FEW_TYPES or inverse == (t == TYPES[1])]
 
 
 def bounds(dtype: torch.dtype, tf32: bool) -> tuple[float, float]:
@@ -144,8 +146,7 @@ def test_equals_the_definition_in_float64(shape: FlowShape, inverse: bool) -> No
             assert c.saved_bytes == saved_bytes(given[0], shape.hidden, shape.depth, shape.n_flows, inverse)
 
 
-@pytest.mark.parametrize(("dtype", "tf32"), TYPES)
-@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize(("dtype", "tf32", "inverse"), DIRECTED)
 def test_other_types_judged_by_float64(dtype: torch.dtype, tf32: bool, inverse: bool) -> None:
     for shape in (ALIGNED_FLOW, *SHAPES[2:6]):
         given = arguments(shape, dtype)
@@ -198,8 +199,8 @@ def test_more_rows_than_one_kernel_takes() -> None:
     [(torch.float64, 64, 209), (torch.float32, 5, 400), (torch.bfloat16, 5, 784)],
 )
 def test_weights_that_go_round_the_buffers_of_one_kernel(dtype: torch.dtype, batch: int, hidden: int) -> None:
-    if SANITIZE and dtype != torch.float64:
-        pytest.skip("takes long with AddressSanitizer; float64 touches the same places of the buffers")
+    if dtype == torch.float32 and FEW_TYPES or dtype != torch.float64 and SANITIZE:
+        pytest.skip("takes long under a checker; float64 touches the same places of the buffers")
     given = arguments((batch, 6, 1, hidden, 1), dtype)
     options = (0.8, True, False, True, True)
     y, logdet, saved, _ = forward(given, *options)
@@ -261,8 +262,7 @@ def test_gradients_equal_the_definition_in_float64(shape: FlowShape, inverse: bo
                 assert got is None or torch.equal(got, same), (save, resident, name)  # the same sums in the same order
 
 
-@pytest.mark.parametrize(("dtype", "tf32"), TYPES)
-@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize(("dtype", "tf32", "inverse"), DIRECTED)
 def test_one_kernel_for_all_gradients(dtype: torch.dtype, tf32: bool, inverse: bool) -> None:
     given = arguments((9, 6, 2, 24, 1, 3, 2), dtype)
     for save in (True, False):
@@ -274,8 +274,7 @@ def test_one_kernel_for_all_gradients(dtype: torch.dtype, tf32: bool, inverse: b
             assert a is None or torch.equal(a, b), (save, name)
 
 
-@pytest.mark.parametrize(("dtype", "tf32"), TYPES)
-@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize(("dtype", "tf32", "inverse"), DIRECTED)
 def test_gradients_of_other_types_judged_by_float64(dtype: torch.dtype, tf32: bool, inverse: bool) -> None:
     for shape in (ALIGNED_FLOW, *SHAPES[2:6]):
         given = arguments(shape, dtype)

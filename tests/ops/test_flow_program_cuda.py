@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from cuda_emulator import call, data, load, type_name
+from cuda_emulator import FEW_TYPES, call, data, load, type_name
 from flow.programs import Drawn, programs, tame
 from flow.test_engine import check, insist, weights_of, wide
 from flow.test_engine import results as definition
@@ -115,8 +115,10 @@ def test_sampling_from_autoregressive_layers(drawn: Drawn, inverse: bool) -> Non
         assert_close(found, want, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("inverse", [False, True])
-@pytest.mark.parametrize("batch", [1, 15, 70])
+@pytest.mark.parametrize(
+    ("batch", "inverse"),
+    [(1, True), (70, False), *([] if FEW_TYPES else [(1, False), (15, True), (15, False), (70, True)])],
+)
 def test_nets_of_several_panels(batch: int, inverse: bool) -> None:
     check(wide(batch), insist, ours=results, inverse=inverse, base=True)
 

@@ -4,9 +4,9 @@ import ctypes
 
 import pytest
 import torch
-from cuda_emulator import LaunchPlan, call, data, load, matrix, type_name
+from cuda_emulator import DTYPES, LaunchPlan, call, data, load, matrix, type_name
 from numerics import RHOS, SIZES, check_near_one, check_not_finite, check_sums, long_terms, pairs_near_one, spoiled
-from op_cases import DTYPES, PAIR_NLL, cases, pair_inputs
+from op_cases import PAIR_NLL, cases, pair_inputs
 from torch import Tensor
 from torch.testing import assert_close
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import spline_cases
 import torch
-from cuda_emulator import call, data, load, matrix, type_name
+from cuda_emulator import DTYPES, call, data, load, matrix, type_name
 from numerics import check_sums
-from op_cases import DTYPES, FORMS, SPLINE_COUPLING, TAILS, cases, spline_inputs
+from op_cases import FORMS, SPLINE_COUPLING, TAILS, cases, spline_inputs
 from torch import Tensor
 from torch.testing import assert_close
 
