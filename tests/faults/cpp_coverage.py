@@ -23,9 +23,8 @@ def counted(build: Path) -> dict[str, dict[int, int]]:
         for file in json.loads(told.stdout)["files"]:
             name = Path(file["file"])
             if name.is_relative_to(ROOT / "csrc"):
-                lines = files[str(name.relative_to(ROOT))]
-                for line in file["lines"]:
-                    at = line["line_number"]
+                for line in file["lines"]:  # a header may have none
+                    lines, at = files[str(name.relative_to(ROOT))], line["line_number"]
                     lines[at] = max(lines.get(at, 0), line["count"])
     return files
 
