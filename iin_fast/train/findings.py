@@ -149,9 +149,7 @@ def outlier_line(outliers: torch.Tensor) -> str:
     n, dim = outliers.shape
     learned = "the farthest usual value is learned in their place"
     if mostly(outliers):
-        learned = (
-            "as most rows have some, they are learned as they are; try the arcsinh of such features"
-        )
+        learned = "as most rows have some, they are learned as they are; try the arcsinh of such features"
     return (
         f"outliers in {_some(_places(outliers.any(1)), n, 'rows')} and {_some(_places(outliers.any(0)), dim, 'features')}, over "
         f"{OUTLYING:.0f} times as far from the median as {USUAL:.0%} of the values: {learned}"
