@@ -147,12 +147,12 @@ def outlier_line(outliers: torch.Tensor) -> str:
     if not outliers.any():
         return ""
     n, dim = outliers.shape
-    learned = "the farthest usual value is learned in their place"
+    taken = "the farthest usual value is taken in their place"
     if mostly(outliers):
-        learned = "as most rows have some, they are learned as they are; try the arcsinh of such features"
+        taken = "as most rows have some, they are taken as they are; try the arcsinh of such features"
     return (
         f"outliers in {_some(_places(outliers.any(1)), n, 'rows')} and {_some(_places(outliers.any(0)), dim, 'features')}, over "
-        f"{OUTLYING:.0f} times as far from the median as {USUAL:.0%} of the values: {learned}"
+        f"{OUTLYING:.0f} times as far from the median as {USUAL:.0%} of the values: {taken}"
     )
 
 

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ..data.latents import read_arrays, read_split
 from ..evaluate.likelihood import in_parts
 from ..files import read_json, write_file
 from ..iin import IIN, Factors
+from ..iin.inputs import usual_values
 from ..iin.model import outlier_share
 
 __all__ = [
@@ -79,6 +81,7 @@ def dims(
         concepts = [name for name in data.names if name != context]
     train = split_rows(data, held_out, seed)[0]
     if method == "linear":
+        data = replace(data, z=usual_values(data.z)[0])
         return fit_linear(data, train, tuple(concepts), seed=seed).sizes
     batches = Batches(data, units(data, train), concepts, seed=seed, others=others, unlabelled=unlabelled)
     return estimate_sizes(data, batches, method=method)
@@ -340,6 +343,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Takes all metrics of the model in ``run`` on held-out latents, and writes them to ``evaluation.json`` there.
 
+    As in a training with standardised inputs, the farthest usual value of a feature is taken in place of outliers.
+
     Args:
         run: the run folder.
         latents: by default those it was trained on: the held-out rows are scored, and judge, probes and baselines learn
@@ -367,6 +372,8 @@ def evaluate(
     model = IIN.load(folder, device=device)
     data, train_rows, held_rows = _held_out(folder, latents)
     _, context = _z(folder, model, data)
+    usual = (lambda z: z) if model.inputs is None else (lambda z: usual_values(z)[0])
+    data = replace(data, z=usual(data.z))
     if decoder is not None and judge is None and features is None:
         raise ValueError(
             "evaluate: decoder is given without judge, expected both: a judge reads what it makes; or features, without labels"
@@ -399,7 +406,7 @@ def evaluate(
     if train_rows is not None:
         settings["train_values"] = {name: learned.values[name][train_rows] for name in chosen}
         assert learned.labels is not None
-        settings |= {"train_z": learned.z[train_rows], "train_labels": learned.labels[train_rows]}
+        settings |= {"train_z": usual(learned.z)[train_rows], "train_labels": learned.labels[train_rows]}
     if context is not None:
         settings |= {"context": context[held_rows]}
         if train_rows is not None and learned_context is not None:

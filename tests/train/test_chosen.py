@@ -15,6 +15,7 @@ from iin_fast.data import Latents
 from iin_fast.evaluate import gaussian_nats_per_dim
 from iin_fast.iin import Factors
 from iin_fast.train import Settings, early_end, inspect_latents, split_rows, train
+from iin_fast.train import run_folder as commands
 from iin_fast.train.judge import SwapJudge
 from iin_fast.train.loop import CONTRAST_RHO, contrast
 from iin_fast.train.settings import CONTRAST, NOISE_FALLS, PAPER, PATIENT, Facts
@@ -217,6 +218,18 @@ def test_outliers_do_not_hide_the_rest(spoil, tmp_path):
     assert highest(metrics(tmp_path / "run")) < 500
     assert judged(data, tmp_path / "run", model) > 0.9
     train(spoilt, tmp_path / "run", Settings(**SHORT), accelerator="cpu", resume=True)  # the same latents
+
+
+def test_outliers_decide_neither_sizes_nor_scores(tmp_path):
+    pytest.importorskip("sklearn")
+    data = additive()
+    z = data.z.clone()
+    z[::40] *= 1e6
+    spoilt = Latents.of(z, data.labels, data.names)
+    model = train(spoilt, tmp_path / "run", Settings(**SHORT, variance=1.0), accelerator="cpu")
+    assert commands.dims(spoilt) == commands.dims(data) == model.sizes
+    swaps = commands.evaluate(tmp_path / "run", spoilt)["swap"]
+    assert min(found["both"] for found in swaps["iin"].values()) > 0.5 and min(swaps["judge"].values()) > 0.7
 
 
 @pytest.mark.parametrize("kind", ["pairs", "unlabelled"])
