@@ -135,7 +135,7 @@ struct ProgramView {
   int64_t widest = 0;                             // rows of the widest value
   bool shared = false;                            // two layers read the same element of a parameter
   int64_t net_weights = 0, wave_weights = 0;      // of the largest net, and of the largest wave of all nets
-  bool panels = false; // some of their weights lie in panels
+  bool panels = false;                            // some of their weights lie in panels
   bool reads_context = false;
   bool autoregressive = false; // has such a layer: its input cannot be had from its output in one pass
   bool sequential[2] = {};     // has one that runs feature by feature, in the forward and in the inverse direction
