@@ -108,7 +108,7 @@ class Settings:
             that no linear map reads; or ``"random"``.
         standardise: features of mean 0 and deviation 1 before the flow, as a part of the model; constant ones and copies of
             others are set aside and come back as they were. See :class:`iin_fast.iin.Inputs`. A linear start does so too. Of outliers, far
-            off the usual values of a feature, the farthest usual value is learned; the model takes any latent as it is.
+            off the usual values of a feature, the farthest usual value is learned.
         variance: share of the variance of standardised features whose leading directions the flow learns on after a linear or redrawn
             start. Directions of less variance are a part of the residual as they are, and no swap of a factor moves them. By default
             0.975 to 1: the least share in which networks read every concept as well as in all.
