@@ -66,6 +66,11 @@ CASES: list[dict[str, Any]] = [
         for measure in ("step", "log_prob")
     ),
     *({**NVP, "flow": "RealNVP", "batch": 128, "measure": measure} for measure in ("step", "log_prob")),
+    *(
+        {**sizes, "hidden": 256, "flow": f"{flow}, 256 units", "batch": 256, "measure": measure}
+        for flow, sizes in (("NSF", NSF), ("MAF", MAF))
+        for measure in ("step", "log_prob")
+    ),
     {**SAMPLED, "flow": "MAF, dim 10", "batch": 10_000, "measure": "sample"},
 ]
 for case in CASES:
