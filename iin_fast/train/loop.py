@@ -273,6 +273,7 @@ class _Training:
         self.dtype = torch.float64 if settings.precision == "64-true" else torch.float32
         self.z = data.z.to(self.dtype)
 
+        self.narrow: Tensor | None = None  # of the inputs that the model then has
         if found is None:
             model = self._fresh(concepts, train_rows, hidden)
             self.progress = state.Progress(0, {}, torch.zeros(fabric.world_size, 3, dtype=torch.float64), {}, {})
