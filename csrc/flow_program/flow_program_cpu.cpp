@@ -118,7 +118,7 @@ std::tuple<Tensor, Tensor, Tensor> flow_program(const Tensor &x,                
     job.saved = size > 0 ? static_cast<T *>(saved.mutable_data_ptr()) : nullptr;
     job.workspace = workspace.as<T>();
     int64_t unordered = -1;
-    with_team(IIN_FAST_LOOP(program_sharing<T>)(plan->view, job.batch, inverse, job.threads),
+    with_team(IIN_FAST_LOOP(program_sharing<T>)(job, false),
               [&] { unordered = IIN_FAST_LOOP(program_forward<T>)(job); });
     STD_TORCH_CHECK(unordered < 0, "flow_program: layer ", unordered,
                     ": its masks leave no order in which features can be found one after the other");
@@ -174,8 +174,7 @@ flow_program_backward(const std::optional<Tensor> &grad_y, // [batch, dim], none
     job.grad_x = static_cast<T *>(grad_x.mutable_data_ptr());
     job.grad_context = context_grad ? static_cast<T *>(grad_context.mutable_data_ptr()) : nullptr;
     job.grads = pointers.data();
-    with_team(IIN_FAST_LOOP(program_sharing<T>)(plan->view, batch, inverse, job.forward.threads),
-              [&] { IIN_FAST_LOOP(program_backward<T>)(job); });
+    with_team(IIN_FAST_LOOP(program_sharing<T>)(job.forward, true), [&] { IIN_FAST_LOOP(program_backward<T>)(job); });
   });
   return {grad_x, grad_context, grads};
 }

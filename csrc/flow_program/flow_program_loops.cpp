@@ -1192,8 +1192,7 @@ public:
   WideWalk(const ProgramJob<T> &job, Program<T> &program, bool backward)
       : job_(job), p_(job.program), program_(program), backward_(backward), ld_(program.ld()),
         tiles_(tile_count(job.batch)), parts_(smaller(tiles_, most_parts)),
-        team_{program_sharing<T>(job.program, job.batch, job.inverse, job.threads), job.parallel},
-        pieces_{job.workspace} {
+        team_{program_sharing<T>(job, backward), job.parallel}, pieces_{job.workspace} {
     const Keep keep = job.keep;
     const bool kept = keep == Keep::all, again = backward && keep == Keep::nothing;
     Widths most;
@@ -1266,7 +1265,7 @@ private:
 
   WideNet<T> net_of(const ProgramLayer &layer) const {
     const bool past = p_.net_gradients * static_cast<int64_t>(sizeof(T)) > cached_gradients;
-    return {layer, job_.parameters, job_.bool_mask, whole_ == nullptr ? nullptr : whole_->grads, past};
+    return {layer, job_.parameters, job_.bool_mask, whole_ == nullptr ? nullptr : whole_->grads, p_.shared, past};
   }
 
   // f(tile, workspace) for some tiles. The tiles of a part come in order and share its accumulator, whoever runs it.
@@ -1612,13 +1611,6 @@ template <class T> bool program_is_wide(const ProgramView &program, int64_t batc
          (program.panels ? bytes > panel_bytes : bytes > wide_bytes && widest_step<T>(program, batch) >= shared_step);
 }
 
-template <class T> int64_t program_sharing(const ProgramView &program, int64_t batch, bool inverse, int64_t threads) {
-  const double step = widest_step<T>(program, batch);
-  if (!program_is_wide<T>(program, batch, inverse) || step < shared_step)
-    return 1;
-  return smaller(threads, larger(2, static_cast<int64_t>(step / shared_step * 4)));
-}
-
 template <class T> int64_t program_saved_size(const ProgramView &program, int64_t batch, bool inverse, Keep keep) {
   if (keep == Keep::output)
     return batch * program.dim;
@@ -1633,28 +1625,60 @@ template <class T> int64_t program_saved_size(const ProgramView &program, int64_
   return size;
 }
 
+// How many threads take chunks of rows of their own, each through the whole program: where backward is not to come,
+// and the weights of all nets stay in the caches. Else 0: they share each step.
+template <class T> int64_t chunk_pieces(const ProgramJob<T> &job, bool backward) {
+  const bool alone = !backward && job.keep == Keep::nothing &&
+                     job.program.net_gradients * static_cast<int64_t>(sizeof(T)) <= cached_gradients;
+  const int64_t chunks = ceil_div(job.batch, chunk_rows);
+  return alone && chunks >= job.threads ? job.threads : 0;
+}
+
+template <class T> int64_t program_sharing(const ProgramJob<T> &job, bool backward) {
+  const double step = widest_step<T>(job.program, job.batch);
+  const bool wide = program_is_wide<T>(job.program, job.batch, job.inverse);
+  if (!wide || step < shared_step || chunk_pieces(job, backward) > 0)
+    return 1;
+  return smaller(job.threads, larger(2, static_cast<int64_t>(step / shared_step * 4)));
+}
+
 template <class T> int64_t program_workspace(const ProgramJob<T> &job, bool backward) {
   int64_t size = 0;
   if (!program_is_wide<T>(job.program, job.batch, job.inverse)) {
     Memory<T>(job, backward, size);
     return size;
   }
-  each_slice(job.batch, true, [&](int64_t first, int64_t rows) {
-    const ProgramJob<T> slice = slice_of(job, first, rows);
+  const int64_t pieces = chunk_pieces(job, backward);
+  each_slice(pieces > 0 ? smaller(job.batch, chunk_rows) : job.batch, true, [&](int64_t first, int64_t rows) {
+    ProgramJob<T> slice = slice_of(job, first, rows);
+    slice.threads = pieces > 0 ? 1 : job.threads, slice.workspace = nullptr;
     Program<T> program(slice);
     size = larger(size, WideWalk<T>(slice, program, backward).size());
   });
-  return size;
+  return larger(pieces, 1) * size;
 }
 
 template <class T> int64_t program_forward(const ProgramJob<T> &job) {
   if (!program_is_wide<T>(job.program, job.batch, job.inverse))
     return tile_forward(job);
-  each_slice(job.batch, true, [&](int64_t first, int64_t rows) {
-    const ProgramJob<T> slice = slice_of(job, first, rows);
+  const auto walk = [&](int64_t first, int64_t rows, int64_t threads, T *workspace) {
+    ProgramJob<T> slice = slice_of(job, first, rows);
+    slice.threads = threads, slice.workspace = workspace;
     Program<T> program(slice);
     WideWalk<T>(slice, program, false).forward();
-  });
+  };
+  if (const int64_t pieces = chunk_pieces(job, false); pieces > 0) {
+    const int64_t size = program_workspace<T>(job, false) / pieces, chunks = ceil_div(job.batch, chunk_rows);
+    run(Team{pieces, job.parallel}, pieces, [&](int64_t begin, int64_t end) {
+      for (int64_t piece = begin; piece < end; ++piece)
+        for (int64_t chunk = piece * chunks / pieces; chunk < (piece + 1) * chunks / pieces; ++chunk) {
+          const int64_t first = chunk * job.batch / chunks;
+          walk(first, (chunk + 1) * job.batch / chunks - first, 1, job.workspace + piece * size);
+        }
+    });
+  } else {
+    each_slice(job.batch, true, [&](int64_t first, int64_t rows) { walk(first, rows, job.threads, job.workspace); });
+  }
   return -1;
 }
 
@@ -1675,7 +1699,7 @@ template <class T> void program_backward(const ProgramBackwardJob<T> &job) {
 
 #define IIN_FAST_INSTANTIATE(T)                                                                                        \
   template bool program_is_wide<T>(const ProgramView &, int64_t, bool);                                                \
-  template int64_t program_sharing<T>(const ProgramView &, int64_t, bool, int64_t);                                    \
+  template int64_t program_sharing<T>(const ProgramJob<T> &, bool);                                                    \
   template int64_t program_saved_size<T>(const ProgramView &, int64_t, bool, Keep);                                    \
   template int64_t program_workspace<T>(const ProgramJob<T> &, bool);                                                  \
   template int64_t program_forward<T>(const ProgramJob<T> &);                                                          \

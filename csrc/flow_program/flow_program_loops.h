@@ -43,10 +43,10 @@ template <class T> struct ProgramBackwardJob {
   T *const *grads;       // [tensors], null where not wanted; zero where no layer reads
 };
 
-// program_is_wide: whether threads share each net. program_sharing: how many of `threads` do then, else 1.
+// program_is_wide: whether nets are taken for many rows at once. program_sharing: how many threads share each of their
+// steps, else 1.
 IIN_FAST_DECLARE_LOOPS(template <class T> bool program_is_wide(const ProgramView &program, int64_t batch, bool inverse);
-                       template <class T> int64_t program_sharing(const ProgramView &program, int64_t batch,
-                                                                  bool inverse, int64_t threads);
+                       template <class T> int64_t program_sharing(const ProgramJob<T> &job, bool backward);
                        template <class T>
                        int64_t program_saved_size(const ProgramView &program, int64_t batch, bool inverse, Keep keep);
                        template <class T> int64_t program_workspace(const ProgramJob<T> &job, bool backward);

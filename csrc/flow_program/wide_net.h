@@ -14,7 +14,8 @@ template <class T> struct WideNet {
   const void *const *parameters;
   const uint8_t *bool_mask;
   T *const *grads;
-  bool past; // gradients of weights, those of all nets together, are larger than the caches
+  bool shared; // two steps may read the same element of a parameter
+  bool past;   // gradients of weights, those of all nets together, are larger than the caches
 };
 
 // Some rows on their way through a net.

@@ -92,36 +92,11 @@ public:
       if (any)
         over_rows(wave.first, wave.end,
                   [&](int64_t k, int64_t from, int64_t to) { backward_element(k, from, to, of_context); });
-      // dense steps that read the same value add to one gradient, so one thread takes a block of it in all of them
-      int64_t blocks = 0;
-      for (int64_t j = wave.dense; j < wave.end; ++j)
-        blocks += leads(wave, j) ? blocks_of(l.by_wave[j], side) : 0;
-      if (blocks == 0)
-        continue;
-      int64_t width = side; // of inputs; whole vectors, so that tasks don't share one
-      for (; width > 16 && blocks < team_.threads; width /= 2) {
-        blocks = 0;
-        for (int64_t j = wave.dense; j < wave.end; ++j)
-          blocks += leads(wave, j) ? blocks_of(l.by_wave[j], width / 2) : 0;
+      // where steps share a weight, one comes after the other: they add to its gradient
+      for (int64_t first = wave.dense, end; first < wave.end; first = end) {
+        end = net_.shared ? first + 1 : wave.end;
+        backward_dense_steps(first, end, add, of_context);
       }
-      run(team_, blocks, [&](int64_t begin, int64_t end) {
-        for (int64_t task = begin; task < end; ++task) {
-          int64_t block = task, j = wave.dense;
-          for (;; ++j) {
-            if (!leads(wave, j))
-              continue;
-            const int64_t here = blocks_of(l.by_wave[j], width);
-            if (block < here)
-              break;
-            block -= here;
-          }
-          for (int64_t other = j; other < wave.end; ++other)
-            if (l.steps[l.by_wave[other]].a == l.steps[l.by_wave[j]].a)
-              backward_dense(l.by_wave[other], block * width, width, add, of_context);
-        }
-        if (net_.past)
-          stream_end();
-      });
     }
   }
 
@@ -137,9 +112,9 @@ private:
   }
   int64_t panels_of(int64_t k) const { return ceil_div(layer_.steps[k].out, side); }
   int64_t blocks_of(int64_t k, int64_t width) const { return larger(ceil_div(layer_.steps[k].in, width), 1); }
-  // Whether no dense step of the wave before it reads the same value.
-  bool leads(const ProgramWave &wave, int64_t j) const {
-    for (int64_t other = wave.dense; other < j; ++other)
+  // Whether none of the dense steps from `first` on reads the same value before it.
+  bool leads(int64_t first, int64_t j) const {
+    for (int64_t other = first; other < j; ++other)
       if (layer_.steps[layer_.by_wave[other]].a == layer_.steps[layer_.by_wave[j]].a)
         return false;
     return true;
@@ -234,6 +209,39 @@ private:
       for (int64_t row = 0; row < to - from; ++row)
         for (int64_t j = columns; j < ldc - column; ++j)
           p.c[row * ldc + j] = T(0);
+  }
+
+  // The steps [first, end) of `by_wave`. Those that read the same value add to one gradient, so one thread takes a
+  // block of it in all of them.
+  void backward_dense_steps(int64_t first, int64_t end, bool add, bool of_context) const {
+    const int64_t *const steps = layer_.by_wave;
+    const auto blocks_at = [&](int64_t width) {
+      int64_t blocks = 0;
+      for (int64_t j = first; j < end; ++j)
+        blocks += leads(first, j) ? blocks_of(steps[j], width) : 0;
+      return blocks;
+    };
+    int64_t width = side; // of inputs; whole vectors, so that tasks don't share one
+    while (width > 16 && blocks_at(width) < team_.threads)
+      width /= 2;
+    run(team_, blocks_at(width), [&](int64_t begin, int64_t last) {
+      for (int64_t task = begin; task < last; ++task) {
+        int64_t block = task, j = first;
+        for (;; ++j) {
+          if (!leads(first, j))
+            continue;
+          const int64_t here = blocks_of(steps[j], width);
+          if (block < here)
+            break;
+          block -= here;
+        }
+        for (int64_t other = j; other < end; ++other)
+          if (layer_.steps[steps[other]].a == layer_.steps[steps[j]].a)
+            backward_dense(steps[other], block * width, width, add, of_context);
+      }
+      if (net_.past)
+        stream_end();
+    });
   }
 
   // Gradients of the inputs [first, first + width), and of what weighs them.

@@ -237,16 +237,15 @@ template <class T> void program(const Plan &plan, int64_t batch, Keep keep, bool
     job.program = p, job.inverse = inverse, job.keep = keep, job.batch = batch, job.threads = threads;
     job.x = x.data(), job.context = context.data(), job.y = y.data(), job.logdet = logdet.data();
     job.parameters = data.data(), job.bool_mask = bool_mask.data(), job.saved = saved.data(), job.parallel = parallel;
-    const int64_t sharing = loops::program_sharing<T>(p, batch, inverse, threads);
     std::vector<T> forward(loops::program_workspace<T>(job, false) + 64);
     std::vector<T> backward(loops::program_workspace<T>(job, true) + 64);
     const auto aligned = [](T *p) { return reinterpret_cast<T *>((reinterpret_cast<uintptr_t>(p) + 63) / 64 * 64); };
     job.workspace = aligned(forward.data());
-    with_team(sharing, [&] { loops::program_forward<T>(job); });
+    with_team(loops::program_sharing<T>(job, false), [&] { loops::program_forward<T>(job); });
     job.workspace = aligned(backward.data());
     const ProgramBackwardJob<T> back{
         job, x.data(), grad_logdet.data(), grad_x.data(), p.context ? grad_context.data() : nullptr, pointers.data()};
-    with_team(sharing, [&] { loops::program_backward<T>(back); });
+    with_team(loops::program_sharing<T>(job, true), [&] { loops::program_backward<T>(back); });
     Outputs outputs;
     add(outputs, y), add(outputs, logdet), add(outputs, grad_x), add(outputs, grad_context);
     for (const std::vector<T> &grad : grads)
