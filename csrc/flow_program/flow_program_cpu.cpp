@@ -73,7 +73,7 @@ template <class T> ProgramJob<T> job_of(const Plan &plan, const Inputs &in, bool
 
 // What forward keeps where the caller leaves it open: the most that fits this many bytes (docs/performance.md has the
 // sizes that were tried). A wide walk keeps the inputs at least: it would have to find them again for all rows at once.
-constexpr int64_t automatic = 3, automatic_bytes = 16 << 20, automatic_wide_bytes = 256 << 20;
+constexpr int64_t automatic = 3, automatic_bytes = 16 << 20, automatic_wide_bytes = 512 << 20;
 
 void check_keep(const Plan &plan, int64_t keep) {
   STD_TORCH_CHECK(keep >= 0 && keep <= 4, "flow_program: keep must be 0, 1, 2, 3 or 4");

@@ -43,7 +43,7 @@ __all__ = ["AUTO_SAVE_BYTES", "KEEP", "MEMORY", "flow", "pack", "unpack"]
 KEEP = {"invert": 0, "checkpoint": 1, "save": 2}  # csrc/common/keep.h
 MEMORY = ("auto", "save", "checkpoint", "invert")
 
-AUTO_SAVE_BYTES = 256 * 2**20
+AUTO_SAVE_BYTES = 512 * 2**20
 """On a CPU ``memory="auto"`` saves activations of large nets up to this many bytes and keeps inputs of layers beyond.
 
 automatic_wide_bytes in csrc/flow_program/flow_program_cpu.cpp; here for compiled graphs, which choose beforehand.
