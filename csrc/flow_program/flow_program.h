@@ -38,6 +38,7 @@ struct ProgramStep {
 
   // The wide walk. Steps of a wave need nothing of each other.
   int64_t wave = 0;
+  bool joined = false;    // act: the dense step that it reads applies it
   int64_t act = -1;       // dense: the step whose ReLU or LeakyReLU it applies by itself
   int64_t undo = -1;      // dense: the same step of what it reads, whose derivative it applies to the gradient of that
   bool act_first = false; // dense: backward begins with the derivative of `act`, which no reader has applied

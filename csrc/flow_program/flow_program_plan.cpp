@@ -59,7 +59,7 @@ private:
       const bool simple = s.activation == Activation::relu || s.activation == Activation::leaky_relu;
       const bool joined = s.kind == StepKind::act && s.in_place && simple && maker(s.a).kind == StepKind::dense;
       if (joined)
-        maker(s.a).act = k;
+        maker(s.a).act = k, s.joined = true;
       level[2 + k] = std::max(level[s.a], two(s) ? level[s.b] : 0) + (joined ? 0 : 1);
       s.wave = level[2 + k] - 1;
       last_ = std::max(last_, s.wave);
@@ -70,7 +70,7 @@ private:
       ProgramWave w{};
       w.first = order.size();
       for (int64_t k = 0; k < count(); ++k)
-        if (steps_[k].wave == wave && steps_[k].kind != StepKind::dense && !joined(k))
+        if (steps_[k].wave == wave && steps_[k].kind != StepKind::dense && !steps_[k].joined)
           order.push_back(k);
       w.dense = order.size();
       for (int64_t k = 0; k < count(); ++k)
@@ -83,7 +83,6 @@ private:
     plan.indices.push_back(std::move(order)), plan.waves.push_back(std::move(waves));
     l.by_wave = plan.indices.back().data(), l.waves = plan.waves.back().data(), l.wave_count = last_ + 1;
   }
-  bool joined(int64_t k) { return steps_[k].kind == StepKind::act && steps_[k].a >= 2 && maker(steps_[k].a).act == k; }
 
   // In the order in which backward takes the steps: who comes first to a gradient.
   void find_gradients(ProgramLayer &l) {
@@ -107,7 +106,7 @@ private:
         s.add_a = visit(s.a);
         if (two(s))
           s.add_b = visit(s.b);
-        if (s.kind == StepKind::dense && s.a >= 2 && joined(s.a - 2) && readers_[s.a] == 1 && !is_output_[s.a])
+        if (s.kind == StepKind::dense && s.a >= 2 && maker(s.a).joined && readers_[s.a] == 1 && !is_output_[s.a])
           s.undo = s.a - 2, undone_[s.a - 2] = true;
       }
     l.reads_features = seen[0], l.reads_context = seen[1];

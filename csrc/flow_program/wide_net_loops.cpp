@@ -50,7 +50,7 @@ public:
       return run(team_, l.chains, [&](int64_t begin, int64_t end) {
         for (int64_t k = l.chain + begin * each; k < l.chain + end * each; ++k) {
           if (l.steps[k].kind != StepKind::dense) {
-            if (!joined(k))
+            if (!l.steps[k].joined)
               forward_element(k, 0, at_.rows);
             continue;
           }
@@ -106,10 +106,6 @@ private:
   }
   T *gradient(int64_t id) const { return gradient_at(layer_, at_, id); }
   int64_t stride(int64_t id) const { return row_place<T>(layer_, id).stride; }
-  bool joined(int64_t k) const {
-    const ProgramStep &s = layer_.steps[k];
-    return s.kind == StepKind::act && s.a >= 2 && layer_.steps[s.a - 2].act == k;
-  }
   int64_t panels_of(int64_t k) const { return ceil_div(layer_.steps[k].out, side); }
   int64_t blocks_of(int64_t k, int64_t width) const { return larger(ceil_div(layer_.steps[k].in, width), 1); }
   // Whether none of the dense steps from `first` on reads the same value before it.
