@@ -1,9 +1,9 @@
 // Elementary functions for host and device.
 //
-// On the device they are CUDA's own. On the host they are written without branches and calls, so that a plain loop over
-// them becomes vector code for whatever instruction set the file is compiled for. Range reduction plus Taylor series;
-// the number of terms is what brings the truncation error below a tenth of the type's rounding error on the reduced
-// range.
+// On the device they are CUDA's own. On the host they are written without branches and calls: a plain loop over them
+// becomes vector code for whatever instruction set the file is compiled for, and they take a Pack (pack.h) as well as a
+// number. Range reduction plus Taylor series; the number of terms is what brings the truncation error below a tenth of
+// the type's rounding error on the reduced range.
 //
 // Accuracy: exp, log, softplus and atan 2 ulp, tanh and sigmoid 3 ulp, over the whole range
 // (tests/common/test_math.py).
@@ -25,7 +25,14 @@ namespace math {
 
 template <class T> struct Float;
 
+// Of the type that T is made of.
+template <class T> using Limits = std::numeric_limits<typename Float<T>::Scalar>;
+
+// What a comparison of two T gives.
+template <class T> using Truth = decltype(T() < T());
+
 template <> struct Float<float> {
+  using Scalar = float;
   using Int = int32_t;
   static constexpr int mantissa_bits = 23;
   static constexpr Int bias = 127;
@@ -36,6 +43,7 @@ template <> struct Float<float> {
 };
 
 template <> struct Float<double> {
+  using Scalar = double;
   using Int = int64_t;
   static constexpr int mantissa_bits = 52;
   static constexpr Int bias = 1023;
@@ -53,39 +61,50 @@ template <class To, class From> IIN_FAST_HD To bits(From value) {
 }
 
 // condition ? yes : no, as a mask: a ternary can come back from the optimiser as a jump, which stops vectorisation.
-template <class T> IIN_FAST_HD T select(bool condition, T yes, T no) {
+template <class C, class T> IIN_FAST_HD T select(C condition, T yes, T no) {
 #if defined(__CUDA_ARCH__)
   return condition ? yes : no;
 #else
-  using Int = typename Float<T>::Int;
-  const Int mask = -static_cast<Int>(condition);
-  return bits<T>((bits<Int>(yes) & mask) | (bits<Int>(no) & ~mask));
+  if constexpr (std::is_convertible_v<C, bool>) {
+    using Int = typename Float<T>::Int;
+    const Int mask = -static_cast<Int>(static_cast<bool>(condition));
+    return bits<T>((bits<Int>(yes) & mask) | (bits<Int>(no) & ~mask));
+  } else {
+    return choose(condition, yes, no);
+  }
 #endif
 }
 
 // 2^n for n in the range of normal numbers; some number for any other.
 template <class T> IIN_FAST_HD T power_of_two(typename Float<T>::Int n) {
-  using Bits = std::make_unsigned_t<typename Float<T>::Int>;
-  return bits<T>((static_cast<Bits>(n) + Float<T>::bias) << Float<T>::mantissa_bits);
+  using F = Float<T>;
+  using Int = typename F::Int;
+  if constexpr (std::is_integral_v<Int>) { // a shift of negative numbers is not defined
+    using Bits = std::make_unsigned_t<Int>;
+    return bits<T>((static_cast<Bits>(n) + F::bias) << F::mantissa_bits);
+  } else {
+    return bits<T>((n + Int(F::bias)) << F::mantissa_bits);
+  }
 }
 
 constexpr double reciprocal_factorial(int k) { return k <= 1 ? 1.0 : reciprocal_factorial(k - 1) / k; }
 
 // Coefficients of the series below, as constants that a fused multiply-add takes.
 template <class T, double (*coefficient)(int), int terms> struct Series {
-  T at[terms + 1];
+  using Scalar = typename Float<T>::Scalar;
+  Scalar at[terms + 1];
   constexpr Series() : at{} {
     for (int k = 0; k <= terms; ++k)
-      at[k] = static_cast<T>(coefficient(k));
+      at[k] = static_cast<Scalar>(coefficient(k));
   }
   // sum of at[k] x^(k - 1) over k = 1 … terms
-  IIN_FAST_HD T operator()(T x) const {
-    T sum = at[terms];
+  template <class X> IIN_FAST_HD X operator()(X x) const {
+    X sum = X(at[terms]);
 #if defined(__GNUC__) && !defined(__CUDACC__)
 #pragma GCC unroll 32
 #endif
     for (int k = terms - 1; k >= 1; --k)
-      sum = sum * x + at[k];
+      sum = sum * x + X(at[k]);
     return sum;
   }
 };
@@ -102,10 +121,11 @@ template <class T> IIN_FAST_HD T expm1_reduced(T r) {
 // x = n ln 2 + r. NaN stays NaN in r.
 template <class T> IIN_FAST_HD T reduce_exp(T x, typename Float<T>::Int &n) {
   using F = Float<T>;
-  const T shifted = x * T(1.4426950408889634074) + F::round_magic;
-  n = bits<typename F::Int>(shifted) - bits<typename F::Int>(F::round_magic);
-  const T whole = shifted - F::round_magic;
-  return (x - whole * F::ln2_high) - whole * F::ln2_low;
+  using Int = typename F::Int;
+  const T magic = T(F::round_magic), shifted = x * T(1.4426950408889634074) + magic;
+  n = bits<Int>(shifted) - bits<Int>(magic);
+  const T whole = shifted - magic;
+  return (x - whole * T(F::ln2_high)) - whole * T(F::ln2_low);
 }
 
 template <class T> IIN_FAST_HD T exp(T x) {
@@ -113,8 +133,8 @@ template <class T> IIN_FAST_HD T exp(T x) {
   return ::exp(x);
 #else
   using F = Float<T>;
-  x = select(x < F::exp_low, F::exp_low, x); // comparisons are false for NaN, which passes through
-  x = select(x > F::exp_high, F::exp_high, x);
+  x = select(x < T(F::exp_low), T(F::exp_low), x); // comparisons are false for NaN, which passes through
+  x = select(x > T(F::exp_high), T(F::exp_high), x);
   typename F::Int n;
   const T r = reduce_exp(x, n);
   const typename F::Int half = n >> 1; // two factors, since 2^n may lie outside the normal numbers
@@ -127,7 +147,7 @@ template <class T> IIN_FAST_HD T exp_below_zero(T x) {
 #if defined(__CUDA_ARCH__)
   return ::exp(x);
 #else
-  constexpr T lowest = T(1 - Float<T>::bias) * T(0.69314718055994530942);
+  const T lowest = T(typename Float<T>::Scalar(1 - Float<T>::bias)) * T(0.69314718055994530942);
   x = select(x < lowest, lowest, x); // NaN passes through
   typename Float<T>::Int n;
   const T r = reduce_exp(x, n);
@@ -143,16 +163,27 @@ template <class T> IIN_FAST_HD T expm1_bounded(T x) {
   return expm1_reduced(r) * scale + (scale - T(1));
 }
 
-template <class T> IIN_FAST_HD T abs(T x) { return select(x < T(0), -x, x); }
+// Without the sign bit: no comparison that could come back as a jump.
+template <class T> IIN_FAST_HD T abs(T x) {
+#if defined(__CUDA_ARCH__)
+  return ::fabs(x);
+#else
+  using Int = typename Float<T>::Int;
+  using Word = typename Float<typename Float<T>::Scalar>::Int;
+  return bits<T>(bits<Int>(x) & Int(std::numeric_limits<Word>::max()));
+#endif
+}
 
 template <class T> IIN_FAST_HD T sqrt(T x) {
 #if defined(__CUDA_ARCH__)
   return ::sqrt(x);
 #else
-  if constexpr (sizeof(T) == 4)
+  if constexpr (std::is_same_v<T, float>)
     return __builtin_sqrtf(x);
-  else
+  else if constexpr (std::is_same_v<T, double>)
     return __builtin_sqrt(x);
+  else
+    return root_of(x);
 #endif
 }
 
@@ -183,20 +214,22 @@ template <class T> IIN_FAST_HD T log(T x) {
 #else
   using F = Float<T>;
   using Int = typename F::Int;
-  using Limits = std::numeric_limits<T>;
-  const bool subnormal = x < Limits::min();
-  const T normal = select(subnormal, x * power_of_two<T>(F::mantissa_bits), x);
+  using Word = typename Float<typename F::Scalar>::Int;
+  const auto subnormal = x < T(Limits<T>::min());
+  const T normal = select(subnormal, x * power_of_two<T>(Int(F::mantissa_bits)), x);
   // m in [sqrt(1/2), sqrt(2)), normal = m 2^n
   const Int offset = bits<Int>(T(0.70710678118654752440));
   const Int above = bits<Int>(normal) - offset, n = above >> F::mantissa_bits;
-  const T m = bits<T>(bits<Int>(normal) - (above & ~((Int(1) << F::mantissa_bits) - 1)));
+  const T m = bits<T>(bits<Int>(normal) - (above & Int(~((Word(1) << F::mantissa_bits) - 1))));
   const T s = (m - T(1)) / (m + T(1)), square = s * s;
   constexpr Series<T, odd_reciprocal, F::log_terms> series;
   const T sum = square * series(square); // 2 atanh(s) = 2 s (1 + s^2/3 + s^4/5 + ...)
-  const T whole = T(n) - select(subnormal, T(F::mantissa_bits), T(0));
-  const T result = whole * F::ln2_high + (T(2) * s + (T(2) * s * sum + whole * F::ln2_low));
-  const T edge = select(x < T(0), Limits::quiet_NaN(), select(x == T(0), -Limits::infinity(), x)); // or inf, or NaN
-  return select((x > T(0)) & (x <= Limits::max()), result, edge);
+  const T magic = T(F::round_magic), exponent = bits<T>(bits<Int>(magic) + n) - magic;
+  const T whole = exponent - select(subnormal, T(F::mantissa_bits), T(0));
+  const T result = whole * T(F::ln2_high) + (T(2) * s + (T(2) * s * sum + whole * T(F::ln2_low)));
+  const T infinity = T(Limits<T>::infinity());
+  const T edge = select(x < T(0), T(Limits<T>::quiet_NaN()), select(x == T(0), -infinity, x)); // or inf, or NaN
+  return select((x > T(0)) & (x <= T(Limits<T>::max())), result, edge);
 #endif
 }
 
@@ -220,12 +253,14 @@ template <class T> IIN_FAST_HD T atan(T x) {
 #else
   const T magnitude = abs(x);
   // [0, tan(pi/8)], (tan(pi/8), tan(3pi/8)], beyond: three offsets, one series on |u| <= tan(pi/8)
-  const bool far = magnitude > T(2.41421356237309504880), middle = magnitude > T(0.41421356237309504880);
+  const auto far = magnitude > T(2.41421356237309504880), middle = magnitude > T(0.41421356237309504880);
   const T numerator = select(far, T(-1), select(middle, magnitude - T(1), magnitude));
   const T denominator = select(far, magnitude, select(middle, magnitude + T(1), T(1)));
   constexpr long double half_pi = 1.57079632679489661923L, quarter_pi = 0.78539816339744830962L;
   const T offset = select(far, T(half_pi), select(middle, T(quarter_pi), T(0)));
-  const T offset_low = select(far, T(half_pi - T(half_pi)), select(middle, T(quarter_pi - T(quarter_pi)), T(0)));
+  using Scalar = typename Float<T>::Scalar;
+  const T offset_low =
+      select(far, T(half_pi - Scalar(half_pi)), select(middle, T(quarter_pi - Scalar(quarter_pi)), T(0)));
   const T u = numerator / denominator, square = u * u;
   constexpr Series<T, odd_reciprocal_in_turn, Float<T>::atan_terms> series;
   const T sum = square * series(square); // atan(u) = u (1 - u^2/3 + u^4/5 - ...)

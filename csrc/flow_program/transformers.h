@@ -69,7 +69,7 @@ template <class T> const T *wrapped(const SplineTransformer &t, const T *v, T *t
 template <class T>
 void spline_transform(const SplineTransformer &t, bool inverse, const T *raw, int64_t ld, const T *x, T *y, T *logdet,
                       T *lost, T *work) {
-  const SplineShape<T> shape = spline_shape<T>(t.bins, static_cast<Tails>(t.tails), t.limits);
+  const auto shape = spline_shape<T>(t.bins, static_cast<Tails>(t.tails), t.limits);
   with_form(static_cast<Parameterization>(t.form), inverse, [&](auto form, auto backwards) {
     for (int64_t r = 0; r < ld; r += block_size<T>) {
       alignas(64) T terms[block_size<T>], turned[block_size<T>];
@@ -87,7 +87,7 @@ void spline_transform(const SplineTransformer &t, bool inverse, const T *raw, in
 template <class T>
 void spline_transform_backward(const SplineTransformer &t, bool inverse, const T *raw, T *grad_raw, int64_t ld,
                                const T *x, const T *g, const T *grad_logdet, T *gx, T *work) {
-  const SplineShape<T> shape = spline_shape<T>(t.bins, static_cast<Tails>(t.tails), t.limits);
+  const auto shape = spline_shape<T>(t.bins, static_cast<Tails>(t.tails), t.limits);
   with_form(static_cast<Parameterization>(t.form), inverse, [&](auto form, auto backwards) {
     for (int64_t r = 0; r < ld; r += block_size<T>) {
       alignas(64) T turned[block_size<T>];

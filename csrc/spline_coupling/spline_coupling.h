@@ -1,4 +1,5 @@
-// The monotone rational-quadratic spline of one element, for host and device (Durkan et al. 2019, Sec. 3.1, Eq. 4-8).
+// The monotone rational-quadratic spline of one element, for host and device (Durkan et al. 2019, Sec. 3.1, Eq. 4-8). T
+// is a number, or a Pack of them.
 //
 // K bins; raw widths and heights become bin sizes through a softmax, raw derivatives become slopes at the knots.
 // Nothing of it is stored: one pass finds the largest raw value, one sums the exponentials, one walks along the knots
@@ -106,14 +107,14 @@ template <class T> IIN_FAST_HD T hold(T value, T low, T high) {
 // What the search for the bin compares with the knots: the ends of the box lie in the first and the last bin, also
 // where rounding puts other knots on them. NaN lies in the first one.
 template <class T> IIN_FAST_HD T search_key(T within, T low, T high) {
-  constexpr T infinity = std::numeric_limits<T>::infinity();
+  const T infinity = T(math::Limits<T>::infinity());
   return math::select(within >= high, infinity, math::select(within > low, within, -infinity));
 }
 
 // The size of a bin, from its part of the box. A bin that is too small to be seen holds an end of the box at most; it
 // is given some size, so that slopes there are finite.
 template <class T> IIN_FAST_HD T bin_size(T part, T side) {
-  constexpr T least = std::numeric_limits<T>::epsilon() / 4;
+  const T least = T(math::Limits<T>::epsilon() / 4);
   return side * math::select(part < least, least, part);
 }
 
@@ -123,7 +124,7 @@ template <class T> IIN_FAST_HD T bin_size(T part, T side) {
 template <class T> IIN_FAST_HD T root(const Segment<T> &s, T share, T &rest) {
   const T other = T(1) - share;
   const T half = (s.slope0 * other - s.slope1 * share) * s.width / (T(2) * s.height);
-  const bool rising = half >= T(0);
+  const math::Truth<T> rising = half >= T(0);
   const T far = math::abs(half) + math::sqrt(half * half + share * other);
   const T before = math::select(rising, share, far), after = math::select(rising, far, other);
   const T sum = math::select(before + after == T(0), T(1), before + after); // 0: slopes of 0, at a knot
@@ -144,7 +145,7 @@ template <bool inverse, class T> IIN_FAST_HD T position(const Segment<T> &s, T w
 }
 
 // What the map gives, held in the box; that of the upper edge is the upper edge. NaN stays NaN.
-template <class T> IIN_FAST_HD T held(T result, bool at_end, T low, T high) {
+template <class T> IIN_FAST_HD T held(T result, math::Truth<T> at_end, T low, T high) {
   return math::select(at_end & (result >= low), high, hold(result, low, high));
 }
 
@@ -200,7 +201,7 @@ IIN_FAST_HD T map_element(const Segment<T> &s, const Sides<T> &sides, T value, T
       held(inverse ? s.x + s.width * theta : mapped, within >= sides.high, sides.image_low, sides.image_high);
   const T edge = math::select(value > within, s.slope1, s.slope0);
   const T beyond = result + (value - within) * (inverse ? T(1) / edge : edge);
-  const bool outside = (value > within) | (value < within), same = outside & identity;
+  const math::Truth<T> outside = (value > within) | (value < within), same = outside & identity;
   logdet = math::select(same, T(0), inverse ? -slope_log : slope_log);
   return math::select(same, value, math::select(outside, beyond, result));
 }
@@ -209,7 +210,7 @@ IIN_FAST_HD T map_element(const Segment<T> &s, const Sides<T> &sides, T value, T
 // `same`: the element is the identity, and its raw values have no gradient, finite or not.
 template <class T> struct ElementGradient {
   T x, corner_x, size_x, corner_y, size_y, slope0, slope1;
-  bool same;
+  math::Truth<T> same;
 };
 
 template <bool inverse, class T>
@@ -217,7 +218,7 @@ IIN_FAST_HD ElementGradient<T> map_element_backward(const Segment<T> &s, const S
                                                     bool identity, T grad_y, T grad_logdet) {
   T rest;
   const T theta = position<inverse>(s, within, sides.high, rest), excess = value - within;
-  const bool above = value > within, outside = above | (value < within), same = outside & identity;
+  const math::Truth<T> above = value > within, outside = above | (value < within), same = outside & identity;
   T slope_log;
   image(s, theta, rest, slope_log);
   const T slope = math::select(outside, math::select(above, s.slope1, s.slope0), math::exp(slope_log));

@@ -135,7 +135,7 @@ void forward_rows(const SplineForward<Storage> &job, int64_t begin, int64_t end,
   using T = compute_t<Storage>;
   constexpr int block = block_size<T>;
   const SplineParameters<Storage> &p = job.parameters;
-  const SplineShape<T> shape = spline_shape<T>(p.bins, p.tails, p.limits);
+  const auto shape = spline_shape<T>(p.bins, p.tails, p.limits);
   T *const buffer = raw + p.count * block, *const work = buffer + p.count * block;
   alignas(64) T x[block], y[block], logdet[block];
   const int64_t features = job.features, stop = end * features;
@@ -176,7 +176,7 @@ void backward_rows(const SplineBackward<Storage> &job, int64_t begin, int64_t en
   using T = compute_t<Storage>;
   constexpr int block = block_size<T>;
   const SplineParameters<Storage> &p = job.parameters;
-  const SplineShape<T> shape = spline_shape<T>(p.bins, p.tails, p.limits);
+  const auto shape = spline_shape<T>(p.bins, p.tails, p.limits);
   T *const buffer = raw + p.count * block, *const work = buffer + p.count * block;
   alignas(64) T x[block], grad_y[block], grad_logdet[block], grad_x[block];
   const int64_t features = job.features, stop = end * features;
