@@ -2,7 +2,7 @@
 // what is there.
 #pragma once
 
-#include "common/simd.h"
+#include "common/pack.h"
 #include "flow_program/elementwise.h"
 
 namespace iin_fast {
@@ -22,11 +22,19 @@ template <class T> IIN_FAST_INLINE void begin(T *sums, int64_t count, bool add) 
 // sums[i][lane] += the rows of value i that share a lane. Those from `rows` on repeat the last one: they would make NaN
 // of an infinite sum.
 template <class T> void sum_rows(const T *values, int64_t count, int64_t ld, int64_t rows, T *sums) {
-  for (int64_t i = 0; i < count; ++i)
-    for (int64_t r = 0; r < ld; r += block_size<T>)
-#pragma omp simd
-      for (int l = 0; l < block_size<T>; ++l)
-        sums[i * 16 + l] += math::select(r + l < rows, values[i * ld + r + l], T(0));
+  using V = Pack<T>;
+  for (int64_t r = 0; r < ld; r += block_size<T>) {
+    alignas(64) T inside[block_size<T>];
+    for (int l = 0; l < block_size<T>; ++l)
+      inside[l] = r + l < rows ? T(1) : T(0);
+    for (int l = 0; l < block_size<T>; l += lanes<T>) {
+      const Mask<T> here = V::load(inside + l) > V(T(0));
+      for (int64_t i = 0; i < count; ++i) {
+        const V term = math::select(here, V::load(values + i * ld + r + l), V(T(0)));
+        (V::load(sums + i * 16 + l) + term).store(sums + i * 16 + l);
+      }
+    }
+  }
 }
 
 template <class T, class F> IIN_FAST_INLINE void each(const T *from, T *to, int64_t count, F f) {
@@ -80,19 +88,13 @@ template <class T> void gate_values(const T *a, const T *gate, T *out, int64_t c
 template <class T>
 void gate_backward(const T *a, const T *gate, const T *g, T *to_a, int64_t count, bool add_a, T *to_gate,
                    bool add_gate) {
-  for (int64_t i = 0; i < count; i += block_size<T>) {
-    alignas(64) T for_a[block_size<T>], for_gate[block_size<T>];
-#pragma omp simd
-    for (int l = 0; l < block_size<T>; ++l) {
-      const GateGradient<T> d = gated_backward(a[i + l], gate[i + l], g[i + l]);
-      for_a[l] = d.a, for_gate[l] = d.gate;
-    }
+  using V = Pack<T>;
+  for (int64_t i = 0; i < count; i += lanes<T>) {
+    const GateGradient<V> d = gated_backward(V::load(a + i), V::load(gate + i), V::load(g + i));
     if (to_a != nullptr)
-      for (int l = 0; l < block_size<T>; ++l)
-        to_a[i + l] = (add_a ? to_a[i + l] : T(0)) + for_a[l];
+      (add_a ? V::load(to_a + i) + d.a : d.a).store(to_a + i);
     if (to_gate != nullptr)
-      for (int l = 0; l < block_size<T>; ++l)
-        to_gate[i + l] = (add_gate ? to_gate[i + l] : T(0)) + for_gate[l];
+      (add_gate ? V::load(to_gate + i) + d.gate : d.gate).store(to_gate + i);
   }
 }
 
