@@ -23,7 +23,7 @@ template <class T> struct CompensatedSum {
   }
   // Of an infinite sum `lost` is NaN.
   IIN_FAST_HD T total() const {
-    return math::select(math::abs(value) <= std::numeric_limits<T>::max(), value + lost, value);
+    return math::select(math::abs(value) <= T(math::Limits<T>::max()), value + lost, value);
   }
 };
 

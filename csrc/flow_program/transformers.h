@@ -4,7 +4,7 @@
 #include <cmath>
 
 #include "affine_coupling/affine_coupling.h"
-#include "common/simd.h"
+#include "common/pack.h"
 #include "flow_program/flow_program.h"
 #include "flow_program/steps.h"
 #include "spline_coupling/spline_block.h"
@@ -13,21 +13,29 @@ namespace iin_fast {
 namespace IIN_FAST_ISA {
 namespace {
 
+// logdet + lost += term, a vector of them.
+template <class T> IIN_FAST_INLINE void add_terms(T *logdet, T *lost, Pack<T> term) {
+  Pack<T> sum = Pack<T>::load(logdet), rest = Pack<T>::load(lost);
+  add_term(sum, rest, term);
+  sum.store(logdet), rest.store(lost);
+}
+
 // Feature i of the transformed ones. raw: [raw rows, ld].
 template <class T>
 void affine_transform(const AffineTransformer &t, bool inverse, const T *raw, int64_t i, int64_t ld, const T *x, T *y,
                       T *logdet, T *lost) {
-  const T clamp = static_cast<T>(t.clamp), gain = static_cast<T>(t.gain);
+  using V = Pack<T>;
+  const V clamp = static_cast<T>(t.clamp), gain = static_cast<T>(t.gain);
   const T *const shift = raw + (t.shift_at + i * t.shift_step) * ld;
   const T *const scale = t.scale_at < 0 ? shift : raw + (t.scale_at + i * t.scale_step) * ld;
   with_constants(static_cast<Squash>(t.squash), inverse, [&](auto squash, auto backwards) {
-#pragma omp simd
-    for (int64_t l = 0; l < ld; ++l) {
-      T term;
-      y[l] = couple<decltype(squash)::value, decltype(backwards)::value>(x[l], gain * scale[l], gain * shift[l], clamp,
-                                                                         term);
+    for (int64_t l = 0; l < ld; l += lanes<T>) {
+      V term;
+      couple<decltype(squash)::value, decltype(backwards)::value>(V::load(x + l), gain * V::load(scale + l),
+                                                                  gain * V::load(shift + l), clamp, term)
+          .store(y + l);
       if constexpr (decltype(squash)::value != Squash::none)
-        add_term(logdet[l], lost[l], term);
+        add_terms(logdet + l, lost + l, term);
     }
   });
 }
@@ -36,18 +44,19 @@ void affine_transform(const AffineTransformer &t, bool inverse, const T *raw, in
 template <class T>
 void affine_transform_backward(const AffineTransformer &t, bool inverse, const T *raw, T *grad_raw, int64_t i,
                                int64_t ld, const T *value, const T *g, const T *grad_logdet, T *gx) {
-  const T clamp = static_cast<T>(t.clamp), gain = static_cast<T>(t.gain);
+  using V = Pack<T>;
+  const V clamp = static_cast<T>(t.clamp), gain = static_cast<T>(t.gain);
   const int64_t shift_at = (t.shift_at + i * t.shift_step) * ld;
   const int64_t scale_at = t.scale_at < 0 ? shift_at : (t.scale_at + i * t.scale_step) * ld;
+  const auto add = [](T *to, V term) { (V::load(to) + term).store(to); };
   with_constants(static_cast<Squash>(t.squash), inverse, [&](auto squash, auto backwards) {
-#pragma omp simd
-    for (int64_t l = 0; l < ld; ++l) {
-      const auto e = couple_backward<decltype(squash)::value, decltype(backwards)::value>(
-          value[l], gain * raw[scale_at + l], clamp, g[l], grad_logdet[l]);
-      gx[l] = e.x;
-      grad_raw[shift_at + l] += gain * e.shift;
+    for (int64_t l = 0; l < ld; l += lanes<T>) {
+      const CouplingGradient<V> e = couple_backward<decltype(squash)::value, decltype(backwards)::value>(
+          V::load(value + l), gain * V::load(raw + scale_at + l), clamp, V::load(g + l), V::load(grad_logdet + l));
+      e.x.store(gx + l);
+      add(grad_raw + shift_at + l, gain * e.shift);
       if constexpr (decltype(squash)::value != Squash::none)
-        grad_raw[scale_at + l] += gain * e.raw;
+        add(grad_raw + scale_at + l, gain * e.raw);
     }
   });
 }
@@ -78,8 +87,8 @@ void spline_transform(const SplineTransformer &t, bool inverse, const T *raw, in
                                                                               work);
       if (t.wrap && inverse)
         wrapped(t, y + r, y + r);
-      for (int l = 0; l < block_size<T>; ++l)
-        add_term(logdet[r + l], lost[r + l], terms[l]);
+      for (int l = 0; l < block_size<T>; l += lanes<T>)
+        add_terms(logdet + r + l, lost + r + l, Pack<T>::load(terms + l));
     }
   });
 }
