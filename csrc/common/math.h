@@ -269,5 +269,53 @@ template <class T> IIN_FAST_HD T atan(T x) {
 #endif
 }
 
+// Phi(-a) exp(a^2 / 2) = P(a) / (c a P(a) + S(a)) for a in [0, 13.2] (float) or [0, 37.6] (double), Phi the standard
+// normal's distribution function: a rational minimax fit (Remez' exchange in 70 digits; relative error 5e-9 and 5e-17),
+// written so that rounding in P cancels where a is large.
+template <class T> constexpr double normal_numerator(int k) {
+  constexpr double few[] = {1.0, 0.87092316903, 0.36228244880, 0.079857219575, 0.0080239993045};
+  constexpr double many[] = {1.00000000000000000,  1.547931828991824,    1.185463296842398,    0.5767885226171108,
+                             0.1945569176697836,   4.698785762697873e-2, 8.124085072799877e-3, 9.729541671443867e-4,
+                             7.379331389768617e-5, 2.739603638182829e-6};
+  return Float<T>::mantissa_bits == 23 ? few[k] : many[k];
+}
+template <class T> constexpr double normal_rest(int k) {
+  constexpr double few[] = {2.0, 0.83102412312, 0.20454005896, 0.019792643007, 0.000017826033832};
+  constexpr double many[] = {2.00000000000000000,  2.185004504949764,     1.234218263710892,    0.4487952328247249,
+                             0.1129726068939764,   1.999409173140647e-2,  2.425100999929217e-3, 1.849723827511902e-4,
+                             6.867168371396977e-6, -5.418012681287892e-15};
+  return Float<T>::mantissa_bits == 23 ? few[k] : many[k];
+}
+
+// The standard normal's distribution function (5 ulp) and density (3 ulp) at x while they are normal numbers, 0 beyond.
+template <class T> struct Normal {
+  T cdf, density;
+};
+template <class T> IIN_FAST_HD Normal<T> normal(T x) {
+  const T density_at_0 = T(0.39894228040143267794);
+#if defined(__CUDA_ARCH__)
+  return {T(0.5) * (T(1) + ::erf(x * T(0.70710678118654752440))), density_at_0 * ::exp(T(-0.5) * x * x)};
+#else
+  using F = Float<T>;
+  constexpr bool single = F::mantissa_bits == 23;
+  constexpr int terms = single ? 4 : 9;
+  const T highest = T(single ? 13.2 : 37.6), c = T(single ? 2.50659203529357910 : 2.50662827463959603);
+  const T magnitude = abs(x);
+  const auto beyond = magnitude > highest;
+  const T a = select(beyond, highest, magnitude); // NaN passes through
+  // a^2 / 2 rounded would cost exp up to a^2 / 4 ulp. The square of a's first digits is exact, and the rest is small.
+  const T magic = T(F::round_magic / (single ? 256 : 1048576));
+  const T high = (a + magic) - magic;
+  typename F::Int n;
+  const T r = reduce_exp(T(-0.5) * high * high, n) - T(0.5) * (a - high) * (a + high);
+  const T e = select(beyond, T(0), (expm1_reduced(r) + T(1)) * power_of_two<T>(n));
+  constexpr Series<T, normal_numerator<T>, terms> numerator;
+  constexpr Series<T, normal_rest<T>, terms> rest;
+  const T p = numerator(a) * a + T(numerator.at[0]);
+  const T below = e * (p / (c * a * p + (rest(a) * a + T(rest.at[0]))));
+  return {select(x > T(0), T(1) - below, below), density_at_0 * e};
+#endif
+}
+
 } // namespace math
 } // namespace iin_fast

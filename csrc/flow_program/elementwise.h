@@ -19,8 +19,6 @@ template <class T> IIN_FAST_HD void add_term(T &sum, T &lost, T term) {
   lost = s.lost - (sum - s.value);
 }
 
-template <class T> IIN_FAST_HD T gelu_cdf(T x) { return T(0.5) * (T(1) + std::erf(x * T(0.70710678118654752440))); }
-
 // Calls f with the activation as a compile-time constant.
 template <class F> IIN_FAST_HD void with_activation(Activation activation, F &&f) {
   switch (activation) {
@@ -52,7 +50,7 @@ template <Activation activation, class T> IIN_FAST_HD T activated(T v, T slope) 
   } else if constexpr (activation == Activation::silu)
     return v * math::sigmoid(v);
   else if constexpr (activation == Activation::gelu)
-    return v * gelu_cdf(v);
+    return v * math::normal(v).cdf;
   else if constexpr (activation == Activation::tanh)
     return math::tanh(v);
   else if constexpr (activation == Activation::sigmoid)
@@ -79,9 +77,10 @@ template <Activation activation, class T> IIN_FAST_HD T activated_backward(T v, 
   else if constexpr (activation == Activation::silu) {
     const T s = math::sigmoid(v);
     return d * (s * (T(1) + v * (T(1) - s)));
-  } else if constexpr (activation == Activation::gelu)
-    return d * (gelu_cdf(v) + v * T(0.39894228040143267794) * std::exp(T(-0.5) * v * v));
-  else if constexpr (activation == Activation::tanh)
+  } else if constexpr (activation == Activation::gelu) {
+    const math::Normal<T> normal = math::normal(v);
+    return d * (normal.cdf + v * normal.density);
+  } else if constexpr (activation == Activation::tanh)
     return d * (T(1) - v * v);
   else if constexpr (activation == Activation::sigmoid)
     return d * v * (T(1) - v);
