@@ -431,9 +431,9 @@ private:
     const T *const scale = packed_ + l.packed, *const shift = parameter(l.shift);
     with_order(l, inverse, [&](auto shift_first, auto backwards) {
       for (int64_t j = 0; j < p_.dim; ++j) {
-        const T s = scale[j], t = shift == nullptr ? T(0) : shift[j];
+        const Pack<T> s = scale[j], t = shift == nullptr ? T(0) : shift[j];
         each(x + j * ld_, y + j * ld_, ld_,
-             [=](T v) { return affine<decltype(shift_first)::value, decltype(backwards)::value>(v, t, s); });
+             [=](Pack<T> v) { return affine<decltype(shift_first)::value, decltype(backwards)::value>(v, t, s); });
       }
     });
     if (l.scale.present())

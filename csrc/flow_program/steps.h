@@ -1,5 +1,5 @@
-// The elementwise steps of a net on a tile, and their gradients. `count` elements; a gradient is stored, or added to
-// what is there.
+// The elementwise steps of a net on a tile, and their gradients. `count` elements, whole vectors; a gradient is stored,
+// or added to what is there.
 #pragma once
 
 #include "common/pack.h"
@@ -38,27 +38,21 @@ template <class T> void sum_rows(const T *values, int64_t count, int64_t ld, int
 }
 
 template <class T, class F> IIN_FAST_INLINE void each(const T *from, T *to, int64_t count, F f) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i)
-    to[i] = f(from[i]);
+  for (int64_t i = 0; i < count; i += lanes<T>)
+    f(Pack<T>::load(from + i)).store(to + i);
 }
 
 template <class T> void activate(Activation activation, T slope, const T *x, T *y, int64_t count) {
   with_activation(activation, [&](auto kind) {
-    each(x, y, count, [=](T v) { return activated<decltype(kind)::value>(v, slope); });
+    each(x, y, count, [=](Pack<T> v) { return activated<decltype(kind)::value>(v, Pack<T>(slope)); });
   });
 }
 
 template <class T, class F>
 IIN_FAST_INLINE void each_gradient(const T *at, const T *g, T *to, int64_t count, bool add, F derivative) {
-  if (add) {
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i)
-      to[i] += derivative(at[i], g[i]);
-  } else {
-#pragma omp simd
-    for (int64_t i = 0; i < count; ++i)
-      to[i] = derivative(at[i], g[i]);
+  for (int64_t i = 0; i < count; i += lanes<T>) {
+    const Pack<T> d = derivative(Pack<T>::load(at + i), Pack<T>::load(g + i));
+    (add ? Pack<T>::load(to + i) + d : d).store(to + i);
   }
 }
 
@@ -69,7 +63,7 @@ void activate_backward(Activation activation, T slope, const T *x, const T *y, c
   with_activation(activation, [&](auto kind) {
     constexpr Activation a = decltype(kind)::value;
     each_gradient(derivative_reads_input(a) ? x : y, g, to, count, add,
-                  [=](T v, T d) { return activated_backward<a>(v, d, slope); });
+                  [=](Pack<T> v, Pack<T> d) { return activated_backward<a>(v, d, Pack<T>(slope)); });
   });
 }
 
@@ -80,9 +74,8 @@ template <class T> void add_values(const T *a, const T *b, T *out, int64_t count
 }
 
 template <class T> void gate_values(const T *a, const T *gate, T *out, int64_t count) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i)
-    out[i] = gated(a[i], gate[i]);
+  for (int64_t i = 0; i < count; i += lanes<T>)
+    gated(Pack<T>::load(a + i), Pack<T>::load(gate + i)).store(out + i);
 }
 
 template <class T>

@@ -65,7 +65,7 @@ void affine_transform_backward(const AffineTransformer &t, bool inverse, const T
 template <class T> void scale_sizes(const SplineTransformer &t, T *raw, int64_t ld) {
   const T gain = static_cast<T>(t.gain);
   if (gain != T(1))
-    each(raw, raw, 2 * t.bins * ld, [=](T v) { return gain * v; });
+    each(raw, raw, 2 * t.bins * ld, [=](Pack<T> v) { return gain * v; });
 }
 
 template <class T> const T *wrapped(const SplineTransformer &t, const T *v, T *to) {
