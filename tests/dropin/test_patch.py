@@ -4,6 +4,7 @@ import copy
 import pickle
 import subprocess
 import sys
+import threading
 import warnings
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from cases import has
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import iin_fast
 from iin_fast.dropin import registry, sources
@@ -219,3 +221,48 @@ def test_a_fused_optimizer_counts_steps_in_one_tensor_and_pickles_as_torch_s() -
     given[0].grad = given[0].detach().to_sparse()
     with pytest.raises(RuntimeError, match="does not support sparse gradients"):
         made.step()
+
+
+class Adams(TorchDispatchMode):
+    """Notes how many threads each fused Adam may take, in its own thread and in a new one; `fails`: and raises."""
+
+    def __init__(self, fails: bool = False) -> None:
+        super().__init__()
+        self.fails, self.threads, self.elsewhere = fails, [], []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._fused_adam_.default:
+            self.threads.append(torch.get_num_threads())
+            thread = threading.Thread(target=lambda: self.elsewhere.append(torch.get_num_threads()))
+            thread.start()
+            thread.join()
+            if self.fails:
+                raise MemoryError
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_fused_optimizer_steps_small_tensors_on_one_thread() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        sizes = [7, 301, 4999], [4999, 5003], [20000]
+        pairs = []
+        for made in (made_in_a_block, lambda cls, groups: cls(groups, fused=True)):
+            torch.manual_seed(0)
+            groups = [[nn.Parameter(torch.randn(n)) for n in group] for group in sizes]
+            pairs.append((made(torch.optim.Adam, [{"params": group} for group in groups]), sum(groups, [])))
+        for number in range(3):
+            for optimizer, params in pairs:
+                for p in params:
+                    p.grad = (p.detach() * (number + 1)).sin()
+                with Adams() as seen:
+                    optimizer.step()
+                small = [1, 3, 3] if optimizer is pairs[0][0] and number > 0 else [3, 3, 3]
+                assert seen.threads == small and seen.elsewhere == [3, 3, 3] and torch.get_num_threads() == 3
+            for got, want in zip(*(params for _, params in pairs), strict=True):
+                assert torch.equal(got, want)
+        with Adams(fails=True) as seen, pytest.raises(MemoryError):
+            pairs[0][0].step()
+        assert seen.threads == [1] and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
