@@ -1625,19 +1625,20 @@ template <class T> int64_t program_saved_size(const ProgramView &program, int64_
   return size;
 }
 
-// How many threads take chunks of rows of their own, each through the whole program: where backward is not to come,
-// and the weights of all nets stay in the caches. Else 0: they share each step.
-template <class T> int64_t chunk_pieces(const ProgramJob<T> &job, bool backward) {
+// In how many chunks of rows the batch passes, each through the whole program in one thread: where backward is not to
+// come, and the weights of all nets stay in the caches. 0: threads share each step.
+template <class T> int64_t chunk_count(const ProgramJob<T> &job, bool backward) {
+  constexpr int64_t fewest_rows = 64;
   const bool alone = !backward && job.keep == Keep::nothing &&
                      job.program.net_gradients * static_cast<int64_t>(sizeof(T)) <= cached_gradients;
-  const int64_t chunks = ceil_div(job.batch, chunk_rows);
-  return alone && chunks >= job.threads ? job.threads : 0;
+  const int64_t chunks = larger(ceil_div(job.batch, chunk_rows), smaller(job.batch / fewest_rows, job.threads));
+  return alone && chunks >= job.threads ? chunks : 0;
 }
 
 template <class T> int64_t program_sharing(const ProgramJob<T> &job, bool backward) {
   const double step = widest_step<T>(job.program, job.batch);
   const bool wide = program_is_wide<T>(job.program, job.batch, job.inverse);
-  if (!wide || step < shared_step || chunk_pieces(job, backward) > 0)
+  if (!wide || step < shared_step || chunk_count(job, backward) > 0)
     return 1;
   return smaller(job.threads, larger(2, static_cast<int64_t>(step / shared_step * 4)));
 }
@@ -1648,14 +1649,14 @@ template <class T> int64_t program_workspace(const ProgramJob<T> &job, bool back
     Memory<T>(job, backward, size);
     return size;
   }
-  const int64_t pieces = chunk_pieces(job, backward);
-  each_slice(pieces > 0 ? smaller(job.batch, chunk_rows) : job.batch, true, [&](int64_t first, int64_t rows) {
+  const int64_t chunks = chunk_count(job, backward);
+  each_slice(chunks > 0 ? ceil_div(job.batch, chunks) : job.batch, true, [&](int64_t first, int64_t rows) {
     ProgramJob<T> slice = slice_of(job, first, rows);
-    slice.threads = pieces > 0 ? 1 : job.threads, slice.workspace = nullptr;
+    slice.threads = chunks > 0 ? 1 : job.threads, slice.workspace = nullptr;
     Program<T> program(slice);
     size = larger(size, WideWalk<T>(slice, program, backward).size());
   });
-  return larger(pieces, 1) * size;
+  return (chunks > 0 ? job.threads : 1) * size;
 }
 
 template <class T> int64_t program_forward(const ProgramJob<T> &job) {
@@ -1667,8 +1668,8 @@ template <class T> int64_t program_forward(const ProgramJob<T> &job) {
     Program<T> program(slice);
     WideWalk<T>(slice, program, false).forward();
   };
-  if (const int64_t pieces = chunk_pieces(job, false); pieces > 0) {
-    const int64_t size = program_workspace<T>(job, false) / pieces, chunks = ceil_div(job.batch, chunk_rows);
+  if (const int64_t chunks = chunk_count(job, false); chunks > 0) {
+    const int64_t pieces = job.threads, size = program_workspace<T>(job, false) / pieces;
     run(Team{pieces, job.parallel}, pieces, [&](int64_t begin, int64_t end) {
       for (int64_t piece = begin; piece < end; ++piece)
         for (int64_t chunk = piece * chunks / pieces; chunk < (piece + 1) * chunks / pieces; ++chunk) {
