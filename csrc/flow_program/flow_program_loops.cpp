@@ -65,6 +65,9 @@ template <class T> double widest_step(const ProgramView &program, int64_t batch)
   return program.wave_weights * (arithmetic > reading ? arithmetic : reading);
 }
 
+// Masked weights of fewer elements are packed by one thread.
+constexpr int64_t shared_masked = 8192;
+
 // Whether `saved` is the tape of every tile.
 bool keeps_tape(Keep keep) { return keep == Keep::inputs || keep == Keep::all; }
 
@@ -134,19 +137,27 @@ template <class T> class Program {
 public:
   explicit Program(const ProgramJob<T> &job) : job_(job), p_(job.program), ld_(leading<T>(job.batch)) {}
 
-  // Triangular matrices, scales, and masked weights where there is memory for them: once a call.
-  void pack(T *packed, T *masked) {
-    packed_ = packed, masked_ = masked;
+  // Triangular matrices and scales: once a call.
+  void pack(T *packed) {
+    packed_ = packed;
     for (int64_t l = 0; l < p_.layer_count; ++l) {
       const ProgramLayer &layer = p_.layers[l];
-      if (layer.kind == LayerKind::coupling)
-        for (int64_t k = 0; k < layer.step_count && masked != nullptr; ++k)
-          pack_mask(layer.steps[k]);
-      else if (layer.kind == LayerKind::affine)
+      if (layer.kind == LayerKind::affine)
         pack_affine(layer);
       else if (layer.kind == LayerKind::linear)
         pack_linear(layer);
     }
+  }
+
+  // Weights times their masks, for the tile walk: once a call, by all threads where there are many.
+  void pack_masked(T *masked) {
+    masked_ = masked;
+    run(Team{p_.masked_size < shared_masked ? 1 : job_.threads, job_.parallel}, p_.masked_size,
+        [this](int64_t begin, int64_t end) {
+          for (int64_t l = 0; l < p_.layer_count; ++l)
+            for (int64_t k = 0; k < p_.layers[l].step_count; ++k)
+              pack_mask(p_.layers[l].steps[k], begin, end);
+        });
   }
 
   // Of autoregressive layers that run by their inverse: which rows of each value are known after which step. Behind the
@@ -257,22 +268,23 @@ private:
         to[(first + r) * count + j] = from[j * ld_ + r];
   }
 
-  void pack_mask(const ProgramStep &s) {
+  // What of a masked weight lies in [begin, end) of all of them.
+  void pack_mask(const ProgramStep &s, int64_t begin, int64_t end) const {
     if (s.packed < 0)
       return;
+    const int64_t first = larger(begin - s.packed, 0), last = smaller(end - s.packed, s.in * s.out);
     const T *const w = parameter(s.weight);
     T *const to = masked_ + s.packed;
     const void *const data = job_.parameters[s.mask.tensor];
-    const int64_t count = s.in * s.out;
     if (job_.bool_mask[s.mask.tensor]) {
       const uint8_t *const mask = static_cast<const uint8_t *>(data) + s.mask.offset;
 #pragma omp simd
-      for (int64_t i = 0; i < count; ++i)
+      for (int64_t i = first; i < last; ++i)
         to[i] = w[i] * T(mask[i]);
     } else {
       const T *const mask = static_cast<const T *>(data) + s.mask.offset;
 #pragma omp simd
-      for (int64_t i = 0; i < count; ++i)
+      for (int64_t i = first; i < last; ++i)
         to[i] = w[i] * mask[i];
     }
   }
@@ -1067,16 +1079,15 @@ void sum_lanes(const T *accumulators, int64_t stride, int64_t count, int64_t n, 
 // The sum of n elements over accumulators, where keep(i).
 template <class T, class F>
 void sum_rows_of(const T *accumulators, int64_t stride, int64_t count, int64_t n, T *to, bool add, const F &keep) {
-  constexpr int64_t most = 64;
-  alignas(64) T sums[most];
-  for (int64_t first = 0; first < n; first += most) {
-    const int64_t here = smaller(most, n - first);
-    for (int64_t a = 0; a < count; ++a) {
-      const T *const part = accumulators + a * stride + first;
-#pragma omp simd
-      for (int64_t i = 0; i < here; ++i)
-        sums[i] = a == 0 ? part[i] : sums[i] + part[i];
+  alignas(64) T sums[block_size<T>];
+  for (int64_t first = 0; first < n; first += block_size<T>) {
+    for (int64_t i = 0; i < block_size<T>; i += lanes<T>) {
+      vec<T> sum = load(accumulators + first + i);
+      for (int64_t a = 1; a < count; ++a)
+        sum += load(accumulators + a * stride + first + i);
+      store(sums + i, sum);
     }
+    const int64_t here = smaller(block_size<T>, n - first);
 #pragma omp simd
     for (int64_t i = 0; i < here; ++i) {
       const T sum = math::select(keep(first + i), sums[i], T(0));
@@ -1219,7 +1230,7 @@ public:
   int64_t size() const { return pieces_.used; }
 
   void forward() {
-    program_.pack(packed_, nullptr);
+    program_.pack(packed_);
     fill_context();
     const bool tape = keeps_tape(job_.keep);
     walk(tape ? job_.saved : values_, tape, true);
@@ -1228,7 +1239,7 @@ public:
   // `add`: to what the gradients of parameters hold.
   void backward(const ProgramBackwardJob<T> &whole, bool add) {
     whole_ = &whole, add_ = add || p_.shared;
-    program_.pack(packed_, nullptr);
+    program_.pack(packed_);
     fill_context();
     if (job_.keep == Keep::nothing)
       walk(values_, true, false);
@@ -1515,7 +1526,8 @@ template <class T> int64_t tile_forward(const ProgramJob<T> &job) {
   int64_t size = 0;
   const Memory<T> memory(job, false, size);
   Program<T> program(job);
-  program.pack(memory.packed, memory.masked);
+  program.pack(memory.packed);
+  program.pack_masked(memory.masked);
   if (const int64_t unordered = program.order(reinterpret_cast<int32_t *>(memory.orders)); unordered >= 0)
     return unordered;
   struct Data {
@@ -1543,7 +1555,8 @@ template <class T> void tile_backward(const ProgramBackwardJob<T> &whole) {
   int64_t size = 0;
   const Memory<T> memory(job, true, size);
   Program<T> program(job);
-  program.pack(memory.packed, memory.masked);
+  program.pack(memory.packed);
+  program.pack_masked(memory.masked);
   program.order(reinterpret_cast<int32_t *>(memory.orders));
   struct Data {
     const ProgramBackwardJob<T> &whole;

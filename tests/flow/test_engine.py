@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import iin_fast
-from flow.programs import KINDS, Drawn, programs, tame
+from flow.programs import KINDS, Drawn, masks, programs, tame
 from flow.test_program import corrupted
 from iin_fast._library import cpu_isa
 from iin_fast.flow import FlowProgram, NetBuilder, ProgramBuilder, Weights, affine, mlp, spline
@@ -187,6 +187,36 @@ def test_many_rows_are_the_sum_of_their_slices(memory: str) -> None:
         assert torch.equal(all_rows, torch.cat(parts))
     for total, parts in zip(whole[1], zip(first[1], last[1], strict=True), strict=True):
         assert relative_error(total, sum(parts)) < 1e-12
+
+
+def masked(batch: int) -> Drawn:
+    """Autoregressive layers with so many masked weights that threads share them, though each net is small."""
+    random = torch.Generator().manual_seed(batch)
+    dim, t = 3, spline(4, tail_bound=3.0, gain=0.5)
+    build = ProgramBuilder(dim)
+    for dtype in (torch.bool, torch.float64):
+        found = masks([1, 0, 2], [101, 67], [j for j in range(dim) for _ in range(t.count)])
+        layers = []
+        for mask in found:
+            weight = torch.randn(mask.shape, generator=random, dtype=torch.float64) / mask.shape[1] ** 0.5
+            bias = torch.randn(len(mask), generator=random, dtype=torch.float64)
+            parts = weight.requires_grad_(), bias.requires_grad_(), mask.to(dtype)
+            layers.append(Weights(len(mask), *(build.ref(part) for part in parts)))
+        build.autoregressive(mlp(layers, activation="tanh"), t)
+    x = torch.randn(batch, dim, generator=random, dtype=torch.float64)
+    return Drawn(build.build(), list(build.tensors), x.requires_grad_(), None)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_masks_that_threads_apply(inverse: bool) -> None:
+    """Other weights at each call: the workspace holds those of the last one."""
+    before = torch.get_num_threads()
+    try:
+        for threads, batch, memory in [(1, 3, "auto"), (2, 70, "save"), (5, 71, "recompute"), (3, 72, "checkpoint")]:
+            torch.set_num_threads(threads)
+            check(masked(batch), insist, inverse=inverse, memory=memory)
+    finally:
+        torch.set_num_threads(before)
 
 
 @settings(max_examples=45, deadline=None)
