@@ -419,7 +419,7 @@ private:
     std::vector<ProgramStep> steps;
     const auto source = [&] {
       const int64_t id = integer(0, static_cast<int64_t>(rows.size()) - 1);
-      check(id != 1 || plan_.view.context > 0, "a step reads the context, but the program has none");
+      check(rows[id] > 0, "value ", id, " is empty: ", id == 1 ? "the program has no context" : "nothing conditions");
       ++readers[id];
       return id;
     };

@@ -240,6 +240,16 @@ def test_same_bits_with_any_number_of_threads(drawn: Drawn, inverse: bool, memor
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize(("value", "reason"), [(0, "nothing conditions"), (1, "the program has no context")])
+def test_a_step_that_reads_an_empty_value_is_an_error(value: int, reason: str) -> None:
+    """Of 0 features; Python's own checks refuse it, too."""
+    text = f"flow 1 1 0 1 1 coupling 0 1 0 net 1 dense {value} 2 0 0 0 0 -1 0 1 2 affine 1 1.0 1.0 0 1 1 1"
+    with pytest.raises(ValueError, match=reason):
+        FlowProgram.parse(text)
+    with pytest.raises(RuntimeError, match=f"layer 0: value {value} is empty: {reason}"):
+        torch.ops.iin_fast.flow_program(torch.zeros(3, 1), None, [torch.zeros(4)], text, False, False, 2)
+
+
 @settings(max_examples=200, deadline=None)
 @given(programs(batches=(3, 3), dims=(1, 6)), st.integers(0, 2**20), st.booleans())
 def test_a_corrupted_text_is_an_error_or_a_program(drawn: Drawn, seed: int, inverse: bool) -> None:
