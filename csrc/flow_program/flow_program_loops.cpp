@@ -1088,7 +1088,6 @@ void sum_rows_of(const T *accumulators, int64_t stride, int64_t count, int64_t n
       store(sums + i, sum);
     }
     const int64_t here = smaller(block_size<T>, n - first);
-#pragma omp simd
     for (int64_t i = 0; i < here; ++i) {
       const T sum = math::select(keep(first + i), sums[i], T(0));
       to[first + i] = add ? to[first + i] + sum : sum;
