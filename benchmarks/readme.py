@@ -540,7 +540,7 @@ def dropin_table() -> str:
         lines += ["", "Through sbi's own `train`, wall clock:", ""]
         for name, times in result["sbi train"].items():
             fast, fused = (times["own"] / times[side] for side in ("accelerated", "with fused_optimizer"))
-            lines.append(f'- {name}: {fast:.1f} × with `patch("sbi")`, {fused:.1f} × with `fused_optimizer=True`')
+            lines.append(f'- {name}: {fast:.1f} × with `patch("sbi")`, {fused:.1f} × with `fused_optimizer=True`.')
         costs = ", ".join(f"{name} {ms:.2g} ms" for name, ms in result["else"].items())
         lines += ["", f"What else a step costs, for the parameters of sbi's nsf: {costs}."]
     return "\n".join(lines)

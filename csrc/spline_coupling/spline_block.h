@@ -56,15 +56,15 @@ IIN_FAST_INLINE void exponentials(const SplineShape<Pack<T>> &shape, const T *ra
   const int64_t bins = shape.bins;
   const auto at = [&](int64_t k)
                       __attribute__((always_inline)) { return squeeze<form>(V::load(raw + k * stride), shape.limits); };
+  constexpr bool kept = form == Parameterization::zuko; // squeezed once
   V top_w = at(0), top_h = at(bins);
   for (int64_t k = 0; k < bins; ++k) {
     const V w = at(k), h = at(bins + k);
     top_w = math::select(w > top_w, w, top_w);
     top_h = math::select(h > top_h, h, top_h);
-    if (form == Parameterization::zuko) // squeezed once
+    if (kept)
       w.store(numerators + k * lanes<T>), h.store(numerators + (bins + k) * lanes<T>);
   }
-  const bool kept = form == Parameterization::zuko;
   V sum_w = T(0), sum_h = T(0), lost_w = T(0), lost_h = T(0);
   for (int64_t k = 0; k < bins; ++k) {
     T *const to_w = numerators + k * lanes<T>, *const to_h = numerators + (bins + k) * lanes<T>;
