@@ -66,7 +66,7 @@ double calls(double x, std::shared_ptr<std::runtime_error> error) {
   auto more = error;
   if (void *library = dlopen(more->what(), RTLD_LAZY)) return dlsym(library, "x") ? 1. : 0.;
   if (x < 0.) throw std::runtime_error(*more);
-  return std::exp(x) + std::log(x);
+  return std::log(x);
 }
 """
     )
