@@ -126,45 +126,54 @@ std::tuple<Tensor, Tensor, Tensor> flow_program(const Tensor &x,                
   return {y, logdet, saved};
 }
 
-std::tuple<Tensor, Tensor, std::vector<Tensor>>
-flow_program_backward(const std::optional<Tensor> &grad_y, // [batch, dim], none for 0
-                      const Tensor &grad_logdet,           // [batch]
-                      const Tensor &x,                     // [batch, dim]
-                      const Tensor &saved, const std::optional<Tensor> &context, const std::vector<Tensor> &parameters,
-                      StringHandle program, bool inverse, bool base, int64_t keep, bool context_grad,
-                      StringHandle wanted_text) {
-  const std::string wanted = text_of(wanted_text);
-  const std::shared_ptr<const Plan> plan = plan_of(text_of(program));
-  check_keep(*plan, keep);
-  const Inputs in = checked_on_cpu(*plan, x, context, parameters);
-  const ScalarType scalar = in.x.scalar_type();
+// The gradients of a call, and what forward gives where it is asked for.
+struct Gradients {
+  Tensor x, context;
+  std::vector<Tensor> parameters;
+};
+
+struct Results {
+  Tensor y, logdet;
+};
+
+Gradients gradients_of(const Plan &plan, const Inputs &in, const std::optional<Tensor> &grad_y,
+                       const Tensor &grad_logdet, const Tensor *saved, bool inverse, bool base, int64_t keep,
+                       bool context_grad, const std::string &wanted, const Results *results = nullptr) {
   const int64_t batch = in.x.size(0);
-  check_gradients(*plan, in, grad_y, grad_logdet, wanted);
+  check_gradients(plan, in, grad_y, grad_logdet, wanted);
   const std::optional<Tensor> gy = grad_y.has_value() ? std::optional<Tensor>(contiguous(*grad_y)) : std::nullopt;
   const Tensor gl = contiguous(grad_logdet);
   Tensor grad_x = cpu_empty(in.x, in.x.sizes());
   context_grad = context_grad && in.context.has_value();
   Tensor grad_context = context_grad ? cpu_empty(*in.context, in.context->sizes()) : cpu_empty(in.x, {0});
   std::vector<Tensor> grads;
-  grads.reserve(parameters.size());
-  for (size_t i = 0; i < parameters.size(); ++i) {
+  grads.reserve(in.parameters.size());
+  for (size_t i = 0; i < in.parameters.size(); ++i) {
     const Tensor &t = in.parameters[i];
-    const bool fresh = batch == 0 || plan->view.shared || plan->read[i] != t.numel();
+    const bool fresh = batch == 0 || plan.view.shared || plan.read[i] != t.numel();
     grads.push_back(wanted[i] != '1' ? cpu_empty(in.x, {0})
                     : fresh          ? new_zeros(t, t.sizes())
                                      : cpu_empty(t, t.sizes()));
   }
-  with_type(scalar, [&](auto type) {
+  with_type(in.x.scalar_type(), [&](auto type) {
     using T = decltype(type);
     if (batch == 0)
       return;
     ProgramBackwardJob<T> job{};
-    job.forward = job_of<T>(*plan, in, inverse, base, chosen<T>(*plan, batch, inverse, keep));
-    STD_TORCH_CHECK(saved.numel() == IIN_FAST_LOOP(program_saved_size<T>)(plan->view, batch, inverse, job.forward.keep),
-                    "flow_program: saved is not of this program and batch");
-    const Tensor kept = contiguous(saved);
+    job.forward = job_of<T>(plan, in, inverse, base, chosen<T>(plan, batch, inverse, keep));
+    std::optional<Tensor> kept;
+    if (saved != nullptr) {
+      STD_TORCH_CHECK(saved->numel() ==
+                          IIN_FAST_LOOP(program_saved_size<T>)(plan.view, batch, inverse, job.forward.keep),
+                      "flow_program: saved is not of this program and batch");
+      kept = contiguous(*saved);
+      job.forward.saved = kept->numel() > 0 ? static_cast<T *>(kept->mutable_data_ptr()) : nullptr; // only read
+    }
+    if (results != nullptr) {
+      job.forward.y = static_cast<T *>(results->y.mutable_data_ptr());
+      job.forward.logdet = static_cast<T *>(results->logdet.mutable_data_ptr());
+    }
     const Workspace workspace(IIN_FAST_LOOP(program_workspace<T>)(job.forward, true) * int64_t(sizeof(T)));
-    job.forward.saved = kept.numel() > 0 ? static_cast<T *>(kept.mutable_data_ptr()) : nullptr; // only read
     job.forward.workspace = workspace.as<T>();
     std::vector<T *> pointers(grads.size());
     for (size_t i = 0; i < grads.size(); ++i)
@@ -179,6 +188,44 @@ flow_program_backward(const std::optional<Tensor> &grad_y, // [batch, dim], none
   return {grad_x, grad_context, grads};
 }
 
+std::tuple<Tensor, Tensor, std::vector<Tensor>>
+flow_program_backward(const std::optional<Tensor> &grad_y, // [batch, dim], none for 0
+                      const Tensor &grad_logdet,           // [batch]
+                      const Tensor &x,                     // [batch, dim]
+                      const Tensor &saved, const std::optional<Tensor> &context, const std::vector<Tensor> &parameters,
+                      StringHandle program, bool inverse, bool base, int64_t keep, bool context_grad,
+                      StringHandle wanted) {
+  const std::string wanted_text = text_of(wanted);
+  const std::shared_ptr<const Plan> plan = plan_of(text_of(program));
+  check_keep(*plan, keep);
+  const Inputs in = checked_on_cpu(*plan, x, context, parameters);
+  const Gradients found =
+      gradients_of(*plan, in, grad_y, grad_logdet, &saved, inverse, base, keep, context_grad, wanted_text);
+  return {found.x, found.context, found.parameters};
+}
+
+bool flow_program_walks_tiles(StringHandle program, int64_t batch, int64_t item, bool inverse) {
+  const std::shared_ptr<const Plan> plan = plan_of(text_of(program));
+  const bool wide = item == 8 ? IIN_FAST_LOOP(program_is_wide<double>)(plan->view, batch, inverse)
+                              : IIN_FAST_LOOP(program_is_wide<float>)(plan->view, batch, inverse);
+  return !wide;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>>
+flow_program_ahead(const Tensor &grad_logdet, // [batch]
+                   const Tensor &x,           // [batch, dim]
+                   const std::optional<Tensor> &context, const std::vector<Tensor> &parameters, StringHandle program,
+                   bool inverse, bool base, bool context_grad, StringHandle wanted) {
+  const std::string wanted_text = text_of(wanted);
+  const std::shared_ptr<const Plan> plan = plan_of(text_of(program));
+  const Inputs in = checked_on_cpu(*plan, x, context, parameters);
+  const Results results{cpu_empty(in.x, in.x.sizes()), cpu_empty(in.x, {in.x.size(0)})};
+  const Gradients found =
+      gradients_of(*plan, in, std::nullopt, grad_logdet, nullptr, inverse, base,
+                   static_cast<int64_t>(Keep::nothing), context_grad, wanted_text, &results);
+  return {results.y, results.logdet, found.x, found.context, found.parameters};
+}
+
 } // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(iin_fast, m) {
@@ -187,11 +234,19 @@ STABLE_TORCH_LIBRARY_FRAGMENT(iin_fast, m) {
   m.def("flow_program_backward(Tensor? grad_y, Tensor grad_logdet, Tensor x, Tensor saved, Tensor? context,"
         " Tensor[] parameters, str program, bool inverse, bool base, int keep, bool context_grad, str wanted)"
         " -> (Tensor, Tensor, Tensor[])");
+  m.def("flow_program_ahead(Tensor grad_logdet, Tensor x, Tensor? context, Tensor[] parameters, str program,"
+        " bool inverse, bool base, bool context_grad, str wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor[])");
+  m.def("flow_program_walks_tiles(str program, int batch, int item, bool inverse) -> bool");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(iin_fast, CompositeExplicitAutograd, m) {
+  m.impl("flow_program_walks_tiles", TORCH_BOX(&flow_program_walks_tiles));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(iin_fast, CPU, m) {
   m.impl("flow_program", TORCH_BOX(&flow_program));
   m.impl("flow_program_backward", TORCH_BOX(&flow_program_backward));
+  m.impl("flow_program_ahead", TORCH_BOX(&flow_program_ahead));
 }
 
 } // namespace iin_fast

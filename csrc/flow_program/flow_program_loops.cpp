@@ -205,6 +205,8 @@ public:
     if (kept == Keep::nothing) {
       read(job_.x, p_.dim, first, rows, tape);
       walk(w, tape, keep);
+      if (job_.y != nullptr)
+        finish(tape + layout.input(p_.layer_count) * ld_, tile, w);
     } else if (kept == Keep::output) {
       read(job_.saved, p_.dim, first, rows, tape + layout.input(p_.layer_count) * ld_);
       walk_back(w, tape);

@@ -35,7 +35,7 @@ template <class T> struct ProgramJob {
 };
 
 template <class T> struct ProgramBackwardJob {
-  ProgramJob<T> forward; // y and logdet are not used
+  ProgramJob<T> forward; // y and logdet: null, or where a walk that has kept nothing puts its results as well
   const T *grad_y;       // [batch, dim], or null for 0
   const T *grad_logdet;  // [batch]
   T *grad_x;             // [batch, dim]

@@ -1,0 +1,278 @@
+"""Gradients that come with the results: equal bits, and given only to a backward that asks for what was guessed."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from flow.programs import Drawn, programs
+from iin_fast.nn import MaskedAutoregressiveFlow, NeuralSplineFlow
+from iin_fast.ops.flow_program import ahead, flow_program
+
+USUAL = ahead.ENOUGH
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered() -> Iterator[None]:
+    ahead._habits.clear()
+    yield
+    ahead._habits.clear()
+
+
+def computed_ahead(output: Tensor) -> bool:
+    return "ahead" in vars(output.grad_fn)
+
+
+def guessed(calls: list[Tensor]) -> list[bool]:
+    return [computed_ahead(output) for output in calls]
+
+
+@settings(max_examples=60, deadline=None)
+@given(programs(batches=(16, 70)), st.booleans(), st.booleans(), st.sampled_from((torch.float32, torch.float64)))
+def test_same_bits(drawn: Drawn, inverse: bool, base: bool, dtype: torch.dtype) -> None:
+    drawn = drawn.to(dtype)
+    assume(drawn.parameters)
+    weights = torch.linspace(0.5, 1.5, len(drawn.x), dtype=dtype)
+
+    def step() -> list[Tensor]:
+        y, logdet = flow_program(drawn.x, drawn.context, drawn.parameters, drawn.program, inverse=inverse, base=base)
+        ready = computed_ahead(logdet)
+        grads = torch.autograd.grad(logdet, drawn.inputs(), weights, allow_unused=True)
+        return [torch.tensor(ready), y, logdet, *(torch.zeros(0) if g is None else g for g in grads)]
+
+    ahead._habits.clear()
+    steps = [step() for _ in range(USUAL + 2)]
+    assert [bool(ready) for ready, *_ in steps] == [False] * USUAL + [True] * 2
+    for _, *found in steps[1:]:
+        for f, wanted in zip(found, steps[0][1:], strict=True):
+            assert torch.equal(f.nan_to_num(7.0), wanted.nan_to_num(7.0))
+
+
+class Training:
+    """A small flow, after as many steps as make the next one guess."""
+
+    def __init__(self, batch: int = 40, steps: int = USUAL, **options: object) -> None:
+        random = torch.Generator().manual_seed(0)
+        self.flow = NeuralSplineFlow(4, context_dim=2, hidden_dim=16, generator=random)
+        self.x, self.context = torch.randn(batch, 4, generator=random), torch.randn(batch, 2, generator=random)
+        self.flow.initialize(self.x, self.context)
+        self.weights = torch.rand(batch, generator=random)
+        for _ in range(steps):
+            self.call().mean().backward()
+        self.flow.zero_grad()
+
+    def call(self) -> Tensor:
+        return self.flow.log_prob(self.x, self.context)
+
+    def gradients(self, of: Tensor) -> list[Tensor]:
+        """Of a number, by the walk that guesses nothing."""
+        return list(torch.autograd.grad(of, list(self.flow.parameters())))
+
+    def plain(self, score) -> list[Tensor]:
+        kept, ahead.ENOUGH = ahead.ENOUGH, 1 << 60
+        try:
+            return self.gradients(score(self.call()))
+        finally:
+            ahead.ENOUGH = kept
+
+    def found(self) -> list[Tensor]:
+        return [p.grad.clone() for p in self.flow.parameters()]
+
+
+def equal(found: list[Tensor], wanted: list[Tensor]) -> bool:
+    return all(torch.equal(f, w) for f, w in zip(found, wanted, strict=True))
+
+
+def test_a_step_guesses_once_two_were_the_same() -> None:
+    t = Training(steps=0)
+    calls = []
+    for _ in range(4):
+        calls.append(t.call())
+        calls[-1].mean().backward()
+    # The gradients are given away: a graph that is kept holds none of them.
+    assert not any(guessed(calls))
+    assert ahead.ENOUGH == 2
+    t.flow.zero_grad()
+    assert computed_ahead(t.call())
+
+
+def test_another_loss_gets_its_own_gradients() -> None:
+    t = Training()
+    wanted = t.plain(lambda log_prob: (log_prob * t.weights).sum())
+    t = Training()
+    log_prob = t.call()
+    assert computed_ahead(log_prob)
+    (log_prob * t.weights).sum().backward()
+    assert equal(t.found(), wanted)
+    assert not computed_ahead(t.call())
+
+
+def test_a_gradient_of_y_is_never_guessed_away() -> None:
+    random = torch.Generator().manual_seed(0)
+    flow = MaskedAutoregressiveFlow(3, hidden_dim=8, actnorm=False, generator=random)
+    x = torch.randn(20, 3, generator=random)
+    for _ in range(USUAL):
+        flow(x)[1].mean().backward()
+    z, logdet = flow(x)
+    assert computed_ahead(logdet)
+    found = torch.autograd.grad(z.square().sum() + logdet.mean(), list(flow.parameters()))
+    ahead._habits.clear()
+    z, logdet = flow(x)
+    assert equal(list(found), list(torch.autograd.grad(z.square().sum() + logdet.mean(), list(flow.parameters()))))
+
+
+def test_a_call_without_a_backward_ends_it() -> None:
+    t = Training()
+    assert computed_ahead(t.call())
+    assert not computed_ahead(t.call())
+    for _ in range(USUAL):
+        t.call().mean().backward()
+    assert computed_ahead(t.call())
+
+
+def test_no_gradients_no_guess() -> None:
+    t = Training()
+    with torch.no_grad():
+        assert t.call().grad_fn is None
+    assert computed_ahead(t.call())  # a call that needs no backward is none of its business
+
+
+def test_two_backwards_of_one_graph() -> None:
+    t = Training()
+    wanted = t.plain(lambda log_prob: log_prob.mean())
+    t = Training()
+    log_prob = t.call()
+    assert computed_ahead(log_prob)
+    log_prob.mean().backward(retain_graph=True)
+    assert equal(t.found(), wanted)
+    log_prob.mean().backward()
+    assert equal(t.found(), [g + g for g in wanted])
+
+
+def test_gradients_of_gradients() -> None:
+    t = Training()
+    log_prob = t.call()
+    assert computed_ahead(log_prob)
+    first = torch.autograd.grad(log_prob.mean(), list(t.flow.parameters()), create_graph=True)
+    assert all(g.requires_grad for g in first if g.grad_fn is not None) and any(g.grad_fn is not None for g in first)
+    sum(g.square().sum() for g in first).backward()
+    assert all(bool(p.grad.isfinite().all()) for p in t.flow.parameters())
+
+
+def test_graphs_in_flight_keep_to_their_own_guess() -> None:
+    """A guess that was made before the loss changed is compared with what its own forward computed with."""
+    t = Training()
+    first, second = t.call(), t.call()
+    assert guessed([first, second]) == [True, False]
+    wanted = t.plain(lambda log_prob: (log_prob * t.weights).sum())
+    t.flow.zero_grad()
+    (second * t.weights).sum().backward()
+    t.flow.zero_grad()
+    (first * t.weights).sum().backward()
+    assert equal(t.found(), wanted)
+
+
+def test_a_hook_may_write_into_the_gradient() -> None:
+    t = Training(steps=0)
+    found = []
+    for _ in range(USUAL + 2):
+        t.flow.zero_grad()
+        log_prob = t.call()
+        log_prob.register_hook(lambda grad: grad.mul_(2))
+        log_prob.mean().backward()
+        found.append(t.found())
+    wanted = [2 * g for g in t.plain(lambda log_prob: log_prob.mean())]
+    for grads in found:
+        assert equal(grads, wanted)
+
+
+def test_parameters_written_to_between_are_an_error() -> None:
+    t = Training()
+    log_prob = t.call()
+    assert computed_ahead(log_prob)
+    with torch.no_grad():
+        next(t.flow.parameters()).add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        log_prob.mean().backward()
+
+
+def test_gradients_may_be_changed_in_place() -> None:
+    """Each backward gives tensors of its own: clipping one step's leaves the next alone."""
+    t = Training()
+    wanted = t.plain(lambda log_prob: log_prob.mean())
+    for _ in range(3):
+        t.flow.zero_grad()
+        t.call().mean().backward()
+        assert equal(t.found(), wanted)
+        nn.utils.clip_grad_norm_(t.flow.parameters(), 1e-3)
+
+
+def test_gradients_of_the_data_alone() -> None:
+    t = Training(steps=0)
+    x, found = t.x.requires_grad_(), []
+    for number in range(USUAL + 2):
+        log_prob = t.call()
+        assert computed_ahead(log_prob) == (number >= USUAL)
+        found += torch.autograd.grad(log_prob.sum(), [x])
+    assert all(torch.equal(grad, found[0]) for grad in found)
+
+
+def test_checkpointed_steps() -> None:
+    t = Training()
+    wanted = t.plain(lambda log_prob: log_prob.mean())
+    for _ in range(USUAL + 2):
+        t.flow.zero_grad()
+        checkpoint(t.call, use_reentrant=False).mean().backward()
+        assert equal(t.found(), wanted)
+
+
+def test_other_batches_flows_and_types_have_their_own() -> None:
+    t = Training()
+    assert not computed_ahead(t.flow.log_prob(t.x[:30], t.context[:30]))
+    assert not computed_ahead(t.flow.double().log_prob(t.x.double(), t.context.double()))
+    assert not computed_ahead(Training(steps=0).call())
+
+
+def test_who_says_what_is_kept_gets_that() -> None:
+    t = Training()
+    program, parameters = t.flow.program(), [*t.flow.parameters()]
+    for memory in ("save", "checkpoint", "recompute"):
+        for _ in range(USUAL + 1):
+            _, logdet = flow_program(t.x, t.context, parameters, program, memory=memory)
+            assert not computed_ahead(logdet)
+            logdet.mean().backward()
+
+
+def test_modes_see_the_ops_that_they_know() -> None:
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    names: list[str] = []
+    t = Training()
+    with Seen():
+        t.call().mean().backward()
+    assert "iin_fast.flow_program.default" in names and not any("ahead" in name for name in names)
+
+
+def test_wide_nets_share_threads_as_ever() -> None:
+    flow = NeuralSplineFlow(4, hidden_dim=512, n_flows=1, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(300, 4)
+    flow.initialize(x)
+    for _ in range(USUAL + 1):
+        log_prob = flow.log_prob(x)
+        assert not computed_ahead(log_prob)
+        log_prob.mean().backward()
+
+
+def test_little_is_remembered() -> None:
+    t = Training(steps=0)
+    for batch in range(1, ahead.MOST + 20):
+        t.flow.log_prob(t.x[:1].expand(batch, 4), t.context[:1].expand(batch, 2)).mean().backward()
+        assert len(ahead._habits) <= ahead.MOST
