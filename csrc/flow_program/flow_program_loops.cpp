@@ -1639,14 +1639,13 @@ template <class T> int64_t program_saved_size(const ProgramView &program, int64_
   return size;
 }
 
-// In how many chunks of rows the batch passes, each through the whole program in one thread: where backward is not to
-// come, and the weights of all nets stay in the caches. 0: threads share each step.
+// In how many chunks of rows the batch passes, each through the whole program in one thread, where backward is not to
+// come. 0: threads share each step. Weights that leave the caches are read again for each chunk, so those are larger.
 template <class T> int64_t chunk_count(const ProgramJob<T> &job, bool backward) {
-  constexpr int64_t fewest_rows = 64;
-  const bool alone = !backward && job.keep == Keep::nothing &&
-                     job.program.net_gradients * static_cast<int64_t>(sizeof(T)) <= cached_gradients;
+  const bool cached = job.program.net_gradients * static_cast<int64_t>(sizeof(T)) <= cached_gradients;
+  const int64_t fewest_rows = cached ? 64 : 128;
   const int64_t chunks = larger(ceil_div(job.batch, chunk_rows), smaller(job.batch / fewest_rows, job.threads));
-  return alone && chunks >= job.threads ? chunks : 0;
+  return !backward && job.keep == Keep::nothing && chunks >= job.threads ? chunks : 0;
 }
 
 template <class T> int64_t program_sharing(const ProgramJob<T> &job, bool backward) {

@@ -1,6 +1,7 @@
 """The op ``flow_program``: any flow, given as a program, in one call. Argument checks, choice of the backend, autograd.
 
-Files: reference.py (plain torch, the definition), checks.py, walk.py (what GPUs take whole), engine.py (autograd and fake kernels of the compiled op), and
+Files: reference.py (plain torch, the definition), checks.py, walk.py (what GPUs take whole), engine.py (autograd and fake kernels of the compiled op), ahead.py (gradients
+that come with the results), and
 csrc/flow_program (CPU, CUDA). What a GPU cannot walk as a whole, and Triton, run layer by layer through the ops of couplings and
 splines.
 """
@@ -52,7 +53,8 @@ def flow_program(
             is the log-likelihood in nats.
         memory: what is kept for backward. "save": all values of all nets; "checkpoint": the input of every layer, and
             backward computes a net again before its gradients; "recompute": x alone, and backward computes the flow
-            again; "auto": the library chooses. Gradients are the same, and exact. Only the compiled op can choose.
+            again; "auto": the library chooses, and computes gradients along with the results where the last backwards were
+            given the same gradient (ahead.py). Gradients are the same, and exact. Only the compiled op can choose.
 
     Returns:
         The mapped ``[batch, dim]`` and the log-determinant ``[batch]``, in nats, of the map that was computed, in
