@@ -137,6 +137,9 @@ template <class T> class Program {
 public:
   explicit Program(const ProgramJob<T> &job) : job_(job), p_(job.program), ld_(leading<T>(job.batch)) {}
 
+  // Where gradients of parameters are wanted: null elsewhere. To be told before backward.
+  void wants(T *const *grads) { grads_ = grads; }
+
   // Triangular matrices and scales: once a call.
   void pack(T *packed) {
     packed_ = packed;
@@ -723,26 +726,30 @@ private:
     return w.net_gradients + layer.values[id].at * ld_;
   }
 
-  // Gradients of a dense layer's weight and bias; `turn`: whether w.turned does not hold a yet. Gives whether it does.
+  bool wanted(const ParameterRef &r) const { return r.present() && grads_[r.tensor] != nullptr; }
+
+  // Gradients of a dense layer's weight and bias, where they are wanted; `turn`: whether w.turned does not hold a yet.
+  // Gives whether it does.
   bool weight_backward(const ProgramStep &s, const T *a, const T *d, const Workspace<T> &w, T *accumulators, bool add,
                        int64_t rows, bool turn) const {
     T *const accumulator = accumulators + p_.layer_gradients;
     const int64_t lda = padded(s.in);
-    if (s.panels) {
+    const bool of_weight = wanted(s.weight);
+    if (of_weight && s.panels) {
       each_panel(s, [&](int64_t first, int64_t width, int64_t at) { // [in, width]
         transpose(d + first * ld_, width, ld_, w.turned, padded(width));
         outer<T>({a, ld_, w.turned, padded(width), rows, accumulator + s.weight_gradient + at, add}, s.in, width);
       });
-    } else {
+    } else if (of_weight) {
       if (turn)
         transpose(a, s.in, ld_, w.turned, lda);
       outer<T>({d, ld_, w.turned, lda, rows, accumulator + s.weight_gradient, add}, s.out, s.in);
     }
-    if (s.bias.present()) {
+    if (wanted(s.bias)) {
       begin(accumulator + s.bias_gradient, s.out * 16, add);
       sum_rows(d, s.out, ld_, rows, accumulator + s.bias_gradient);
     }
-    return !s.panels;
+    return of_weight ? !s.panels : !turn;
   }
 
   // From the gradients of the raw values to those of the weights, of the context, and of x, which are added to gx.
@@ -1044,6 +1051,7 @@ private:
   int64_t ld_;
   T *packed_ = nullptr, *masked_ = nullptr;
   const int32_t *orders_ = nullptr;
+  T *const *grads_ = nullptr;
 };
 
 // Sum over accumulators in order.
@@ -1556,6 +1564,7 @@ template <class T> void tile_backward(const ProgramBackwardJob<T> &whole) {
   int64_t size = 0;
   const Memory<T> memory(job, true, size);
   Program<T> program(job);
+  program.wants(whole.grads);
   program.pack(memory.packed);
   program.pack_masked(memory.masked);
   program.order(reinterpret_cast<int32_t *>(memory.orders));

@@ -212,14 +212,46 @@ def test_gradients_may_be_changed_in_place() -> None:
         nn.utils.clip_grad_norm_(t.flow.parameters(), 1e-3)
 
 
-def test_gradients_of_the_data_alone() -> None:
+@pytest.mark.parametrize("where", ["x", "context", "both"])
+def test_gradients_of_the_data_alone(where: str) -> None:
+    """``torch.autograd.grad`` asks for less than the flow could give; that, too, is learned."""
     t = Training(steps=0)
-    x, found = t.x.requires_grad_(), []
+    asked = {"x": [t.x], "context": [t.context], "both": [t.x, t.context]}[where]
+    for value in (t.x, t.context):
+        value.requires_grad_()
+    wanted = t.plain(lambda log_prob: log_prob.mean())
+    t.call().sum().backward()
+    whole = [value.grad for value in asked]
+    ahead._habits.clear()
     for number in range(USUAL + 2):
         log_prob = t.call()
         assert computed_ahead(log_prob) == (number >= USUAL)
-        found += torch.autograd.grad(log_prob.sum(), [x])
-    assert all(torch.equal(grad, found[0]) for grad in found)
+        if computed_ahead(log_prob):
+            _, (_, _, of_parameters) = log_prob.grad_fn.ahead
+            assert not any(g.numel() for g in of_parameters)
+        assert equal(list(torch.autograd.grad(log_prob.sum(), asked)), whole)
+    t.flow.zero_grad()
+    t.call().mean().backward()  # guessed for the data, asked for the parameters
+    assert equal(t.found(), wanted)
+
+
+def test_some_parameters_alone() -> None:
+    t = Training(steps=0)
+    wanted = t.plain(lambda log_prob: log_prob.mean())
+    parameters = list(t.flow.parameters())
+    for count in (1, len(parameters) - 1):
+        for _ in range(USUAL + 2):
+            assert equal(list(torch.autograd.grad(t.call().mean(), parameters[-count:])), wanted[-count:])
+
+
+def test_gradients_by_inputs_of_backward() -> None:
+    t = Training(steps=0)
+    wanted = t.plain(lambda log_prob: log_prob.mean())
+    first, *others = t.flow.parameters()
+    for _ in range(USUAL + 2):
+        t.flow.zero_grad()
+        t.call().mean().backward(inputs=others[:2])
+        assert first.grad is None and equal([p.grad for p in others[:2]], wanted[1:3])
 
 
 def test_checkpointed_steps() -> None:

@@ -20,6 +20,7 @@ from flow.test_program import corrupted
 from iin_fast._library import cpu_isa
 from iin_fast.flow import FlowProgram, NetBuilder, ProgramBuilder, Weights, affine, mlp, spline
 from iin_fast.flow.layers import Net
+from iin_fast.nn import RealNVP
 from iin_fast.ops.flow_program import flow_program
 from iin_fast.ops.flow_program.checks import KEEP
 from iin_fast.testing.backends import relative_error
@@ -238,6 +239,26 @@ def test_same_bits_with_any_number_of_threads(drawn: Drawn, inverse: bool, memor
                 assert torch.equal(ours, wanted)
     finally:
         torch.set_num_threads(before)
+
+
+@torch.no_grad()
+def test_densities_under_weights_beyond_the_caches() -> None:
+    """Each thread takes rows of its own, from 128 on; other batches and one thread give the same bits."""
+    random = torch.Generator().manual_seed(0)
+    flow = RealNVP(4, n_flows=2, hidden_dim=1500, actnorm=False, generator=random)
+    assert 4 * sum(p.numel() for p in flow.parameters()) > 16 << 20
+    x = torch.randn(513, 4, generator=random)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = flow.log_prob(x)
+        for threads, rows in [(2, 513), (2, 256), (2, 257), (3, 384), (3, 383), (4, 513)]:
+            torch.set_num_threads(threads)
+            assert torch.equal(flow.log_prob(x[:rows]), alone[:rows])
+    finally:
+        torch.set_num_threads(before)
+    with iin_fast.backend("reference"):
+        assert relative_error(alone, flow.double().log_prob(x.double())) < 1e-5
 
 
 @pytest.mark.parametrize(("value", "reason"), [(0, "nothing conditions"), (1, "the program has no context")])

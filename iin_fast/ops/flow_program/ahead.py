@@ -17,7 +17,10 @@ from torch import Tensor
 
 from ...flow import FlowProgram
 
-__all__ = ["Habit", "habit"]
+__all__ = ["Habit", "Needed", "habit"]
+
+Needed = tuple[bool, bool, tuple[bool, ...]]
+"""Whether the gradients of x, of the context and of each parameter are asked for."""
 
 ENOUGH = 2
 """So many backwards with the same gradient, one after the other, before the next is guessed."""
@@ -26,13 +29,14 @@ MOST = 64
 
 
 class Habit:
-    """What backward of one kind of call has been given so far."""
+    """What backward of one kind of call has been given and asked for so far."""
 
-    __slots__ = ("grad", "seen", "waits")
+    __slots__ = ("grad", "needed", "seen", "waits")
 
     def __init__(self) -> None:
         self.grad: Tensor | None = None  # of the log-det, in the last backward; nobody else has it
-        self.seen = 0  # so many times before
+        self.needed: Needed = False, False, ()  # gradients, in that backward
+        self.seen = 0  # so many times in a row
         self.waits = False  # for a backward
 
     def guess(self) -> Tensor | None:
@@ -42,16 +46,17 @@ class Habit:
         self.waits = True
         return self.grad if self.seen >= ENOUGH else None
 
-    def learn(self, grad_y: Tensor | None, grad_logdet: Tensor | None) -> bool:
-        """Whether backward was given what the last one was. To be told in each."""
+    def learn(self, grad_y: Tensor | None, grad_logdet: Tensor | None, needed: Needed) -> bool:
+        """Whether backward was given and asked for what the last one was. To be told in each."""
         self.waits = False
         if grad_y is not None or grad_logdet is None:
             self.grad, self.seen = None, 0
             return False
-        if self.grad is not None and torch.equal(self.grad, grad_logdet):
+        if self.grad is not None and needed == self.needed and torch.equal(self.grad, grad_logdet):
             self.seen += 1
             return True
-        self.grad, self.seen = grad_logdet.clone(memory_format=torch.contiguous_format), 1
+        self.grad = grad_logdet.clone(memory_format=torch.contiguous_format)
+        self.needed, self.seen = needed, 1
         return False
 
 

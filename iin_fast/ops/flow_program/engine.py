@@ -80,7 +80,7 @@ def _gradients(
     saved: Tensor,
     context: Tensor | None,
     parameters: Sequence[Tensor],
-    needed: tuple[bool, bool, tuple[bool, ...]],
+    needed: ahead.Needed,
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
     """Gradients of x, context and each parameter; None where none is needed."""
     grad_y, grad_logdet = grads
@@ -105,7 +105,7 @@ def _gradients(
 
 
 def _asked(
-    program: FlowProgram, found: Sequence[Any], needed: tuple[bool, bool, tuple[bool, ...]]
+    program: FlowProgram, found: Sequence[Any], needed: ahead.Needed
 ) -> tuple[Tensor | None, Tensor | None, list[Tensor | None]]:
     """Of the gradients that an op gives those that were asked for."""
     need_x, need_context, need_parameters = needed
@@ -118,11 +118,32 @@ def _asked(
     )
 
 
-def _ready(ctx: Any, grads: tuple[Tensor | None, Tensor | None]) -> Sequence[Any] | None:
+def _needed(ctx: Any) -> ahead.Needed:
+    """What this backward asks for: ``torch.autograd.grad(…, [x])`` wants no gradients of parameters that require them."""
+    needed = ctx.needs_input_grad
+    of_parameters = needed[FIRST:]
+    if any(of_parameters):
+        nodes = [node for node, _ in ctx.next_functions]  # of the tensors among the arguments
+        last = nodes[len(nodes) - len(of_parameters) :]
+        if not _runs(last[of_parameters.index(True)]):  # no backward for all of them
+            x, *context = map(_runs, nodes[: len(nodes) - len(of_parameters)])
+            return x, context == [True], tuple(map(_runs, last))
+    return needed[0], needed[1], of_parameters
+
+
+def _runs(node: Any) -> bool:
+    """Whether the backward that is under way comes to a node of its graph."""
+    try:
+        return node is not None and torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # a leaf whose gradient torch.autograd.grad returns
+        return True
+
+
+def _ready(ctx: Any, grads: tuple[Tensor | None, Tensor | None], needed: ahead.Needed) -> Sequence[Any] | None:
     """What forward has computed ahead, if that is what this backward asks for. It is given away once."""
     if ctx.habit is None:
         return None
-    same = ctx.habit.learn(*grads)
+    same = ctx.habit.learn(*grads, needed)
     guess, found = ctx.__dict__.pop("ahead", (None, None))
     return found if same and guess is ctx.habit.grad else None
 
@@ -131,6 +152,10 @@ def _definition(ctx: Any) -> tuple[Callable[..., Any], Sequence[Any]]:
     x, _, context, *parameters = ctx.saved_tensors
     program, inverse, base, _ = ctx.options
     return partial(reference.flow_program, program=program, inverse=inverse, base=base), (x, context, parameters)
+
+
+FIRST = 6
+"""Where parameters begin among the arguments of ``_Function``."""
 
 
 class _Function(torch.autograd.Function):
@@ -147,17 +172,18 @@ class _Function(torch.autograd.Function):
         keep: int,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        needed, habit, guess = ctx.needs_input_grad, None, None
+        habit = guess = None
         if keep == KEEP["auto"]:
-            habit = ahead.habit(x, parameters, program, inverse, base, needed)
+            habit = ahead.habit(x, parameters, program, inverse, base, ctx.needs_input_grad)
             guess = None if habit is None else habit.guess()
         with torch._C._AutoDispatchBelowAutograd():
-            if guess is None:
+            if habit is None or guess is None:
                 y, logdet, saved = torch.ops.iin_fast.flow_program.default(
                     x, context, parameters, program.text, inverse, base, keep
                 )
             else:
-                keep, wanted, of_context = KEEP["recompute"], _wanted(program, needed[6:]), needed[1]
+                _, of_context, of_parameters = habit.needed
+                keep, wanted = KEEP["recompute"], _wanted(program, of_parameters)
                 y, logdet, *found = torch.ops.iin_fast.flow_program_ahead.default(
                     guess, x, context, parameters, program.text, inverse, base, of_context, wanted
                 )
@@ -169,18 +195,17 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        needed = ctx.needs_input_grad
         x, saved, context, *parameters = ctx.saved_tensors
         if differentiated(*grads):
             found: Sequence[Any] = by_definition(*_definition(ctx), grads)
         else:
-            by_input = needed[0], needed[1], needed[6:]
-            ready = _ready(ctx, grads)
+            needed = _needed(ctx)
+            ready = _ready(ctx, grads, needed)
             if ready is not None:
-                found = _asked(ctx.options.program, ready, by_input)
+                found = _asked(ctx.options.program, ready, needed)
             else:
                 saved = x.new_empty(0) if saved is None else saved
-                found = _gradients(ctx.options, grads, x, saved, context, parameters, by_input)
+                found = _gradients(ctx.options, grads, x, saved, context, parameters, needed)
         return found[0], found[1], None, None, None, None, *found[2]
 
 
