@@ -220,9 +220,8 @@ flow_program_ahead(const Tensor &grad_logdet, // [batch]
   const std::shared_ptr<const Plan> plan = plan_of(text_of(program));
   const Inputs in = checked_on_cpu(*plan, x, context, parameters);
   const Results results{cpu_empty(in.x, in.x.sizes()), cpu_empty(in.x, {in.x.size(0)})};
-  const Gradients found =
-      gradients_of(*plan, in, std::nullopt, grad_logdet, nullptr, inverse, base,
-                   static_cast<int64_t>(Keep::nothing), context_grad, wanted_text, &results);
+  const Gradients found = gradients_of(*plan, in, std::nullopt, grad_logdet, nullptr, inverse, base,
+                                       static_cast<int64_t>(Keep::nothing), context_grad, wanted_text, &results);
   return {results.y, results.logdet, found.x, found.context, found.parameters};
 }
 
