@@ -170,6 +170,9 @@ Gradients gradients_of(const Plan &plan, const Inputs &in, const std::optional<T
       job.forward.saved = kept->numel() > 0 ? static_cast<T *>(kept->mutable_data_ptr()) : nullptr; // only read
     }
     if (results != nullptr) {
+      kept = cpu_empty(in.x, {IIN_FAST_LOOP(program_ahead_size<T>)(plan.view, batch, inverse)});
+      job.forward.keep = kept->numel() > 0 ? Keep::all : Keep::nothing;
+      job.forward.saved = kept->numel() > 0 ? static_cast<T *>(kept->mutable_data_ptr()) : nullptr;
       job.forward.y = static_cast<T *>(results->y.mutable_data_ptr());
       job.forward.logdet = static_cast<T *>(results->logdet.mutable_data_ptr());
     }
@@ -204,11 +207,16 @@ flow_program_backward(const std::optional<Tensor> &grad_y, // [batch, dim], none
   return {found.x, found.context, found.parameters};
 }
 
-bool flow_program_walks_tiles(StringHandle program, int64_t batch, int64_t item, bool inverse) {
+// Whether forward and backward in one are worth it. Threads that share each step gain nothing until backward would have
+// to compute nets again.
+bool flow_program_gains_ahead(StringHandle program, int64_t batch, int64_t item, bool inverse) {
   const std::shared_ptr<const Plan> plan = plan_of(text_of(program));
-  const bool wide = item == 8 ? IIN_FAST_LOOP(program_is_wide<double>)(plan->view, batch, inverse)
-                              : IIN_FAST_LOOP(program_is_wide<float>)(plan->view, batch, inverse);
-  return !wide;
+  const auto gains = [&](auto type) {
+    using T = decltype(type);
+    return !IIN_FAST_LOOP(program_is_wide<T>)(plan->view, batch, inverse) ||
+           chosen<T>(*plan, batch, inverse, automatic) != static_cast<int64_t>(Keep::all);
+  };
+  return item == 8 ? gains(double()) : gains(float());
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>>
@@ -235,11 +243,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(iin_fast, m) {
         " -> (Tensor, Tensor, Tensor[])");
   m.def("flow_program_ahead(Tensor grad_logdet, Tensor x, Tensor? context, Tensor[] parameters, str program,"
         " bool inverse, bool base, bool context_grad, str wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor[])");
-  m.def("flow_program_walks_tiles(str program, int batch, int item, bool inverse) -> bool");
+  m.def("flow_program_gains_ahead(str program, int batch, int item, bool inverse) -> bool");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(iin_fast, CompositeExplicitAutograd, m) {
-  m.impl("flow_program_walks_tiles", TORCH_BOX(&flow_program_walks_tiles));
+  m.impl("flow_program_gains_ahead", TORCH_BOX(&flow_program_gains_ahead));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(iin_fast, CPU, m) {

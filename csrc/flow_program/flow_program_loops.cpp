@@ -1605,7 +1605,7 @@ template <class T> void tile_backward(const ProgramBackwardJob<T> &whole) {
 } // namespace
 
 // Rows that pass a wide walk together: what it needs beside its results does not grow with the batch.
-constexpr int64_t slice_rows = 1 << 14;
+constexpr int64_t slice_rows = 1 << 10;
 
 // f(first row, rows) for each slice of a batch; else for all of it.
 template <class F> void each_slice(int64_t batch, bool wide, const F &f) {
@@ -1648,6 +1648,11 @@ template <class T> int64_t program_saved_size(const ProgramView &program, int64_
   return size;
 }
 
+template <class T> int64_t program_ahead_size(const ProgramView &program, int64_t batch, bool inverse) {
+  const bool wide = program_is_wide<T>(program, batch, inverse);
+  return wide ? program_saved_size<T>(program, smaller(batch, slice_rows), inverse, Keep::all) : 0;
+}
+
 // In how many chunks of rows the batch passes, each through the whole program in one thread, where backward is not to
 // come. 0: threads share each step. Weights that leave the caches are read again for each chunk, so those are larger.
 template <class T> int64_t chunk_count(const ProgramJob<T> &job, bool backward) {
@@ -1677,6 +1682,8 @@ template <class T> int64_t program_workspace(const ProgramJob<T> &job, bool back
     slice.threads = chunks > 0 ? 1 : job.threads, slice.workspace = nullptr;
     Program<T> program(slice);
     size = larger(size, WideWalk<T>(slice, program, backward).size());
+    if (backward && job.y != nullptr)
+      size = larger(size, WideWalk<T>(slice, program, false).size());
   });
   return (chunks > 0 ? job.threads : 1) * size;
 }
@@ -1716,6 +1723,10 @@ template <class T> void program_backward(const ProgramBackwardJob<T> &job) {
     slice.grad_logdet += first, slice.grad_x += first * whole.program.dim;
     slice.grad_context = part(job.grad_context, first * whole.program.context);
     Program<T> program(slice.forward);
+    if (whole.y != nullptr) {
+      slice.forward.saved = whole.saved; // one slice's, for each in turn
+      WideWalk<T>(slice.forward, program, false).forward();
+    }
     WideWalk<T>(slice.forward, program, true).backward(slice, first > 0);
   });
 }
@@ -1724,6 +1735,7 @@ template <class T> void program_backward(const ProgramBackwardJob<T> &job) {
   template bool program_is_wide<T>(const ProgramView &, int64_t, bool);                                                \
   template int64_t program_sharing<T>(const ProgramJob<T> &, bool);                                                    \
   template int64_t program_saved_size<T>(const ProgramView &, int64_t, bool, Keep);                                    \
+  template int64_t program_ahead_size<T>(const ProgramView &, int64_t, bool);                                          \
   template int64_t program_workspace<T>(const ProgramJob<T> &, bool);                                                  \
   template int64_t program_forward<T>(const ProgramJob<T> &);                                                          \
   template void program_backward<T>(const ProgramBackwardJob<T> &);

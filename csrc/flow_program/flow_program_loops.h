@@ -35,7 +35,7 @@ template <class T> struct ProgramJob {
 };
 
 template <class T> struct ProgramBackwardJob {
-  ProgramJob<T> forward; // y and logdet: null, or where a walk that has kept nothing puts its results as well
+  ProgramJob<T> forward; // y and logdet: null, or where a walk ahead, which nothing came before, puts its results
   const T *grad_y;       // [batch, dim], or null for 0
   const T *grad_logdet;  // [batch]
   T *grad_x;             // [batch, dim]
@@ -44,11 +44,14 @@ template <class T> struct ProgramBackwardJob {
 };
 
 // program_is_wide: whether nets are taken for many rows at once. program_sharing: how many threads share each of their
-// steps, else 1.
+// steps, else 1. program_ahead_size: elements of `saved` for forward and backward in one, which then keep all; else 0,
+// and they keep nothing.
 IIN_FAST_DECLARE_LOOPS(template <class T> bool program_is_wide(const ProgramView &program, int64_t batch, bool inverse);
                        template <class T> int64_t program_sharing(const ProgramJob<T> &job, bool backward);
                        template <class T>
                        int64_t program_saved_size(const ProgramView &program, int64_t batch, bool inverse, Keep keep);
+                       template <class T>
+                       int64_t program_ahead_size(const ProgramView &program, int64_t batch, bool inverse);
                        template <class T> int64_t program_workspace(const ProgramJob<T> &job, bool backward);
                        // the first layer whose masks are not autoregressive, or -1
                        template <class T> int64_t program_forward(const ProgramJob<T> &job);

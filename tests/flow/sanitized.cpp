@@ -73,11 +73,20 @@ bool walk(const Plan &plan, int64_t batch, bool inverse, Keep keep) {
   job.workspace = workspace.data;
   if (loops::program_forward<float>(job) >= 0)
     return false; // masks without an order
-  const Memory back(loops::program_workspace<float>(job, true));
-  job.workspace = back.data;
   const Memory grad_x(batch * p.dim), grad_context(batch * p.context);
-  loops::program_backward<float>(
-      {job, y.data, logdet.data, grad_x.data, p.context ? grad_context.data : nullptr, gradients.data()});
+  const auto backward = [&] {
+    const Memory back(loops::program_workspace<float>(job, true));
+    job.workspace = back.data;
+    loops::program_backward<float>(
+        {job, y.data, logdet.data, grad_x.data, p.context ? grad_context.data : nullptr, gradients.data()});
+  };
+  job.y = job.logdet = nullptr;
+  backward();
+  const int64_t ahead = loops::program_ahead_size<float>(p, batch, inverse);
+  const Memory kept(ahead), again(batch * p.dim), logdets(batch);
+  job.y = again.data, job.logdet = logdets.data;
+  job.keep = ahead > 0 ? Keep::all : Keep::nothing, job.saved = ahead > 0 ? kept.data : nullptr;
+  backward();
   return true;
 }
 

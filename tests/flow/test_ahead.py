@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from flow.programs import Drawn, programs
 from iin_fast.nn import MaskedAutoregressiveFlow, NeuralSplineFlow
 from iin_fast.ops.flow_program import ahead, flow_program
+from iin_fast.ops.flow_program.checks import KEEP
 
 USUAL = ahead.ENOUGH
 
@@ -293,14 +294,27 @@ def test_modes_see_the_ops_that_they_know() -> None:
     assert "iin_fast.flow_program.default" in names and not any("ahead" in name for name in names)
 
 
-def test_wide_nets_share_threads_as_ever() -> None:
-    flow = NeuralSplineFlow(4, hidden_dim=512, n_flows=1, generator=torch.Generator().manual_seed(0))
-    x = torch.randn(300, 4)
+@torch.no_grad()
+def test_wide_nets() -> None:
+    """They gain where the values of all rows are too many to be kept: those of a slice of 1024 are few. Same bits."""
+    random = torch.Generator().manual_seed(0)
+    flow = NeuralSplineFlow(4, hidden_dim=200, n_flows=1, generator=random)
+    x = torch.randn(2100, 4, generator=random)
     flow.initialize(x)
-    for _ in range(USUAL + 1):
-        log_prob = flow.log_prob(x)
-        assert not computed_ahead(log_prob)
-        log_prob.mean().backward()
+    program, parameters, op = flow.program(), list(flow.parameters()), torch.ops.iin_fast
+    gains = [op.flow_program_gains_ahead(program.text, rows, 4, False) for rows in (1, 15, 300, 2100, 1 << 18)]
+    assert gains == [False] * 4 + [True]
+    wanted = "1" * len(parameters)
+    for batch in (300, 2100):
+        rows, grad = x[:batch], torch.rand(batch, generator=random)
+        y, logdet, saved = op.flow_program(rows, None, parameters, program.text, False, True, KEEP["auto"])
+        of_x, _, of_parameters = op.flow_program_backward(
+            None, grad, rows, saved, None, parameters, program.text, False, True, KEEP["auto"], False, wanted
+        )
+        *results, found_x, _, found = op.flow_program_ahead(
+            grad, rows, None, parameters, program.text, False, True, False, wanted
+        )
+        assert equal([*results, found_x, *found], [y, logdet, of_x, *of_parameters])
 
 
 def test_little_is_remembered() -> None:

@@ -170,8 +170,8 @@ def test_nets_that_threads_share(batch: int, memory: str, inverse: bool) -> None
 
 @pytest.mark.parametrize("memory", sorted(KEEP))
 def test_many_rows_are_the_sum_of_their_slices(memory: str) -> None:
-    """A wide walk takes 2^14 rows at once."""
-    most, drawn = 1 << 14, wide((1 << 14) + 40)
+    """A wide walk takes 2^10 rows at once."""
+    most, drawn = 3 << 10, wide((3 << 10) + 40)
     options = dict(base=True, memory=memory)
 
     def run(rows: slice) -> tuple[list[Tensor], list[Tensor]]:

@@ -79,7 +79,7 @@ def habit(
     base: bool,
     needed: tuple[bool, ...],
 ) -> Habit | None:
-    """The habit of calls like this one, or None: where threads share each step, or something looks at what is called or saved."""
+    """The habit of calls like this one, or None: where there is nothing to gain, or something looks at what is called or saved."""
     if not (x.is_cpu and parameters) or _watched():
         return None
     batch = x.shape[0]
@@ -89,6 +89,6 @@ def habit(
     except KeyError:
         if len(_habits) >= MOST:
             _habits.clear()
-        tiles = torch.ops.iin_fast.flow_program_walks_tiles.default(program.text, batch, x.dtype.itemsize, inverse)
-        found = _habits[key] = Habit() if tiles and batch > 0 else None
+        gains = torch.ops.iin_fast.flow_program_gains_ahead.default(program.text, batch, x.dtype.itemsize, inverse)
+        found = _habits[key] = Habit() if gains and batch > 0 else None
         return found
