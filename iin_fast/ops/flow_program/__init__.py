@@ -1,9 +1,8 @@
 """The op ``flow_program``: any flow, given as a program, in one call. Argument checks, choice of the backend, autograd.
 
-Files: reference.py (plain torch, the definition), checks.py, walk.py (what GPUs take whole), engine.py (autograd and fake kernels of the compiled op), ahead.py (gradients
-that come with the results), and
-csrc/flow_program (CPU, CUDA). What a GPU cannot walk as a whole, and Triton, run layer by layer through the ops of couplings and
-splines.
+Files: reference.py (plain torch, the definition), checks.py, walk.py (what GPUs take whole), engine.py (autograd and fake kernels of
+the compiled op), ahead.py (gradients that come with the results), and csrc/flow_program (CPU, CUDA). What a GPU cannot walk as a
+whole, and Triton, run layer by layer through the ops of couplings and splines.
 """
 
 from collections.abc import Sequence

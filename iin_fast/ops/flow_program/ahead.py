@@ -6,8 +6,8 @@ the gradient of the log-det in advance. A loss such as ``-log_prob.mean()`` has 
 remembered with the gradient that its last backward was given. When two have been the same, the next call guesses it again.
 
 Results and gradients are the same, bit for bit: the op adds the same numbers in the same order. A guess that was wrong costs time:
-backward then runs as ever, and the next calls guess nothing. So does a call without a backward, as one forgets
-``torch.no_grad`` in validation.
+backward then runs as ever, and the next calls guess nothing. So does a call that no backward follows, as in a validation without
+``torch.no_grad``.
 """
 
 from collections.abc import Sequence
