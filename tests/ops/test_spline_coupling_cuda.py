@@ -111,7 +111,8 @@ def assert_near(got: Tensor, want: Tensor, plain: Tensor) -> None:
     assert bool((got.isfinite() == want.isfinite()).all())
     norm, error, plain_error = (float(torch.linalg.vector_norm(t)) for t in (want, got - want, plain - want))
     tolerance = {torch.float32: 5e-5, torch.bfloat16: 5e-3, torch.float16: 1e-3}[got.dtype]
-    assert error <= max(tolerance * max(norm, 0.01 * want.numel() ** 0.5), 4 * plain_error)
+    times = 4 if want.numel() > 64 else 16  # of few elements each is a matter of luck
+    assert error <= max(tolerance * max(norm, 0.01 * want.numel() ** 0.5), times * plain_error)
 
 
 def check(

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 from run_folder import metrics
@@ -115,7 +116,8 @@ def test_a_hangup_writes_a_checkpoint_and_ends_with_130(file, tmp_path):
     run = tmp_path / "run"
     words = ["train", file, "--out", run, "--steps", "9000", "--n-flows", "2", "--hidden-dim", "16", "--log-every", "5"]
     command = [sys.executable, "-m", "iin_fast.cli", *map(str, words), "--accelerator", "cpu"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heard = partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)  # nohup make test would have it ignored
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     while not (run / "logs" / "metrics.csv").exists() or len(metrics(run)) < 3:
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
