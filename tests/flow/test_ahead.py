@@ -194,6 +194,23 @@ def test_a_hook_may_write_into_the_gradient() -> None:
         assert equal(grads, wanted)
 
 
+def test_a_gradient_that_somebody_keeps_may_change() -> None:
+    """What is remembered is a copy: a guess cannot become right after it was made."""
+    t, kept = Training(steps=0), []
+    wanted = Training(steps=0).plain(lambda log_prob: (log_prob * t.weights).sum())
+    for _ in range(USUAL):
+        log_prob = t.call()
+        log_prob.register_hook(kept.append)
+        log_prob.mean().backward()
+    t.flow.zero_grad()
+    log_prob = t.call()
+    assert computed_ahead(log_prob)
+    for grad in kept:
+        grad.copy_(t.weights)
+    (log_prob * t.weights).sum().backward()
+    assert equal(t.found(), wanted)
+
+
 def test_parameters_written_to_between_are_an_error() -> None:
     t = Training()
     log_prob = t.call()
@@ -222,7 +239,7 @@ def test_gradients_of_the_data_alone(where: str) -> None:
     asked = {"x": [t.x], "context": [t.context], "both": [t.x, t.context]}[where]
     for value in (t.x, t.context):
         value.requires_grad_()
-    wanted = t.plain(lambda log_prob: log_prob.mean())
+    wanted = t.plain(lambda log_prob: log_prob.sum())
     t.call().sum().backward()
     whole = [value.grad for value in asked]
     ahead._habits.clear()
@@ -234,7 +251,7 @@ def test_gradients_of_the_data_alone(where: str) -> None:
             assert not any(g.numel() for g in of_parameters)
         assert equal(list(torch.autograd.grad(log_prob.sum(), asked)), whole)
     t.flow.zero_grad()
-    t.call().mean().backward()  # guessed for the data, asked for the parameters
+    t.call().sum().backward()  # guessed for the data, asked for the parameters
     assert equal(t.found(), wanted)
 
 
