@@ -224,7 +224,7 @@ class Flows:
         kind, batch, precision = case
         yield "eager", lambda: self.prepare("eager", case)
         if kind == "step":
-            yield "eager, joint", lambda: self.prepare("eager, joint", case)
+            yield "eager joint", lambda: self.prepare("eager joint", case)
         if not self.run.dry:
             graph = "eager, without copies"
             yield "eager, CUDA graph", lambda: graphed(self.prepare(graph, case, capturable=True))

@@ -2,7 +2,7 @@
 
 Makes an environment for each pair, installs the wheel and the CPU build of that torch from the index, and runs
 `iin-fast check`. Writes the table between the marks in docs/install.md. A torch that the index does not serve for a Python,
-or serves only with CUDA's gigabytes, is "not served".
+or serves only with CUDA's gigabytes, is "not tried".
 """
 
 import argparse
@@ -42,7 +42,7 @@ def tried(python: str, torch: str, wheel: Path, folder: Path) -> str:
     if run(
         inside, "-m", "pip", "install", "--only-binary=:all:", f"torch=={torch}+cpu", "typer", "rich", "numpy"
     ).returncode:
-        return "not served"
+        return "not tried"
     installed = run(inside, "-m", "pip", "install", "--no-deps", "--no-index", wheel)
     if installed.returncode:
         return f"does not install: {installed.stderr.strip().splitlines()[-1]}"

@@ -15,7 +15,7 @@ NOISY = "†"  # beside a time
 SHOWN = {
     "eager": "eager",
     "compile": "torch.compile",
-    "compile, frozen": "compile, frozen",
+    "compile frozen": "compile frozen",
     "FrEIA": "FrEIA",
     "nflows": "nflows",
     "normflows": "normflows",
@@ -311,7 +311,8 @@ def gpu_state() -> str:
             "Every speed here was measured on CPUs. The GPU kernels are compiled, and tested in an emulator; they\n"
             "have never run on a GPU."
         )
-    return f"Speeds were measured on CPUs and on one {result['environment']['gpu']}, where the tests of the CUDA kernels ran too."
+    tests = result["tests"]["summary"].strip("= ").partition(", whose")[0]
+    return f"Speeds were measured on CPUs and on one {result['environment']['gpu']}, where tests of the CUDA kernels ran too: {tests}."
 
 
 def gpu_cases(result: dict[str, Any], stage: str) -> dict[str, dict[str, Any]]:
@@ -613,9 +614,9 @@ SUMMARY = (
     ("engine_cpu.json", "MAF, step, batch 50", "masked autoregressive flow, training step, 50 rows", "nflows"),
     ("engine_cpu.json", "MAF, dim 10, sample, batch 10000", "the same, 10,000 samples", "nflows"),
     ("engine_cpu.json", "RealNVP, step, batch 128", "RealNVP, training step, 128 rows", "normflows"),
-    ("flow_cpu.json", "forward, batch 25", "IIN of the published size, forward, 25 rows", "eager"),
-    ("flow_cpu.json", "forward, batch 4096", "the same, 4096 rows", "eager"),
-    ("flow_cpu.json", "training step, 25 pairs", "the same, training step, 25 pairs", "eager"),
+    ("iin_cpu.json", "forward, batch 25", "IIN of the published size, forward, 25 rows", "eager"),
+    ("iin_cpu.json", "forward, batch 4096", "the same, 4096 rows", "eager"),
+    ("iin_cpu.json", "training step, 25 pairs", "the same, training step, 25 pairs", "eager"),
     ("spline_cpu.json", "forward + backward, 65536 x 32", "spline layer, forward + backward, 65536 x 32", "nflows"),
 )
 
@@ -640,7 +641,7 @@ def summary_table() -> str:
         least = found["floor"] if "floor" in found else ours["median"] / ours["times_floor"]
         cells = []
         for name in (replaced, best):
-            shown = {"eager": "published code"}.get(name, name.replace("compile, frozen", "torch.compile"))
+            shown = {"eager": "published code"}.get(name, name.replace("compile frozen", "torch.compile"))
             cells.append(f"{shown}: {others[name]['median'] / ours['median']:.1f} ×")
         lines.append(f"| {label} | {milliseconds(ours)} | {cells[0]} | {cells[1]} | {ours['median'] / least:.1f} |")
     return "\n".join(

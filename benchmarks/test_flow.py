@@ -14,6 +14,6 @@ def test_flow(benchmark, system: str, workload: str) -> None:
     if system in ("FrEIA", "nflows", "normflows") and find_spec(system) is None:
         pytest.skip(f"{system} is not installed")
     case = WORKLOADS[workload]
-    if system == "compile, frozen" and not case.inference:
+    if system == "compile frozen" and not case.inference:
         pytest.skip("frozen weights cannot be trained")
     benchmark.pedantic(case.prepare(build(system, case.size)), warmup_rounds=2, rounds=7)

@@ -17,7 +17,10 @@ __all__ = ["collect", "commit_of", "versions"]
 def commit_of(folder: Path, digits: int = 12) -> str | None:
     """The commit of a clone, ``-dirty`` where its files were changed."""
     command = ["git", "describe", "--always", "--dirty", f"--abbrev={digits}", "--exclude=*"]
-    found = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    try:
+        found = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    except OSError:  # no git here
+        return None
     return found.stdout.strip() if found.returncode == 0 else None
 
 

@@ -79,8 +79,13 @@ public:
     int64_t most = 0;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      in_use_ -= block->bytes, kept_ += block->bytes;
-      free_.push_back(block);
+      in_use_ -= block->bytes;
+      try {
+        free_.push_back(block);
+      } catch (const std::bad_alloc &) { // no room for the note that it is there
+        return unmap(block);
+      }
+      kept_ += block->bytes;
       // For a few sizes in turn, say of training and evaluation; results of ever new sizes don't pile up.
       most = std::min(limit_.load(), 3 * most_used_);
     }

@@ -100,12 +100,19 @@ template <class T> IIN_FAST_HD GateGradient<T> gated_backward(T a, T gate, T d) 
   return {d * s, d * a * s * (T(1) - s)};
 }
 
-// s of a raw scale, and ds / draw.
+// s of a raw scale.
 template <class T> IIN_FAST_HD T scale_of(ScaleForm form, T raw, T eps) {
   return form == ScaleForm::plain ? raw : form == ScaleForm::exp ? math::exp(raw) : math::softplus(raw) + eps;
 }
-template <class T> IIN_FAST_HD T scale_derivative(ScaleForm form, T raw, T scale) {
-  return form == ScaleForm::plain ? T(1) : form == ScaleForm::exp ? scale : math::sigmoid(raw);
+// log|s|
+template <class T> IIN_FAST_HD T log_scale(ScaleForm form, T raw, T scale) {
+  return form == ScaleForm::exp ? raw : math::log(math::abs(scale));
+}
+// From the gradients by s and by log|s| to that by raw.
+template <class T> IIN_FAST_HD T scale_gradient(ScaleForm form, T raw, T scale, T grad_scale, T grad_log) {
+  if (form == ScaleForm::exp) // a scale that is too small for its type has a log all the same
+    return grad_scale * scale + grad_log;
+  return (grad_scale + grad_log / scale) * (form == ScaleForm::plain ? T(1) : math::sigmoid(raw));
 }
 
 // On the circle of a wrapped spline's box: v mod its length, from its middle on. Its derivative is 1.

@@ -285,7 +285,7 @@ private:
       const uint8_t *const mask = static_cast<const uint8_t *>(data) + s.mask.offset;
 #pragma omp simd
       for (int64_t i = first; i < last; ++i)
-        to[i] = w[i] * T(mask[i]);
+        to[i] = w[i] * T(mask[i] != 0);
     } else {
       const T *const mask = static_cast<const T *>(data) + s.mask.offset;
 #pragma omp simd
@@ -302,7 +302,7 @@ private:
     for (int64_t j = 0; j < p_.dim; ++j) {
       scale[j] = raw == nullptr ? T(1) : scale_of(l.form, raw[j], T(l.eps));
       if (raw != nullptr)
-        add_term(total, lost, math::log(math::abs(scale[j])));
+        add_term(total, lost, log_scale(l.form, raw[j], scale[j]));
     }
     scale[padded(p_.dim)] = CompensatedSum<T>{total, lost}.total();
   }
@@ -322,7 +322,7 @@ private:
                     : j > i ? (l.storage == 0 ? b[above++] : a[at])
                             : scale_of(l.form, l.storage == 0 ? d[i] : a[at], T(l.eps));
         if (i == j)
-          add_term(total, lost, math::log(math::abs(upper[at])));
+          add_term(total, lost, log_scale(l.form, l.storage == 0 ? d[i] : a[at], upper[at]));
       }
     upper[padded(dim * dim)] = CompensatedSum<T>{total, lost}.total();
   }
@@ -375,6 +375,7 @@ private:
   // From the output to all inputs, with the values of all nets: a tape of Keep::all.
   void walk_back(const Workspace<T> &w, T *tape) const {
     const TapeLayout layout{p_, Keep::all};
+    begin(w.logdet, ld_, false), begin(w.lost, ld_, false);
     T *net = tape + layout.rows() * ld_;
     for (int64_t position = p_.layer_count - 1; position >= 0; --position) {
       const ProgramLayer &layer = layer_at(position);
@@ -1086,9 +1087,9 @@ void sum_lanes(const T *accumulators, int64_t stride, int64_t count, int64_t n, 
   }
 }
 
-// The sum of n elements over accumulators, where keep(i).
+// factor(i) times the sum of n elements over accumulators; a factor of 0 gives 0.
 template <class T, class F>
-void sum_rows_of(const T *accumulators, int64_t stride, int64_t count, int64_t n, T *to, bool add, const F &keep) {
+void sum_rows_of(const T *accumulators, int64_t stride, int64_t count, int64_t n, T *to, bool add, const F &factor) {
   alignas(64) T sums[block_size<T>];
   for (int64_t first = 0; first < n; first += block_size<T>) {
     for (int64_t i = 0; i < block_size<T>; i += lanes<T>) {
@@ -1099,7 +1100,7 @@ void sum_rows_of(const T *accumulators, int64_t stride, int64_t count, int64_t n
     }
     const int64_t here = smaller(block_size<T>, n - first);
     for (int64_t i = 0; i < here; ++i) {
-      const T sum = math::select(keep(first + i), sums[i], T(0));
+      const T f = factor(first + i), sum = math::select(f != T(0), f * sums[i], T(0));
       to[first + i] = add ? to[first + i] + sum : sum;
     }
   }
@@ -1127,24 +1128,22 @@ void Program<T>::reduce(const ProgramBackwardJob<T> &job, int64_t index, const T
         each_panel(s, [&](int64_t, int64_t width, int64_t at) {
           for (int64_t i = 0; i < s.in; ++i)
             sum_rows_of(nets + s.weight_gradient + at + i * padded(width), stride, count, width, to + at + i * width,
-                        add, [](int64_t) { return true; });
+                        add, [](int64_t) { return T(1); });
         });
       } else if (to != nullptr) {
         for (int64_t o = 0; o < s.out; ++o) {
           T *const row = to + o * s.in;
           const T *const first = nets + s.weight_gradient + o * lda;
-          const auto sum = [&](auto keep) { sum_rows_of(first, stride, count, s.in, row, add, keep); };
+          const auto sum = [&](auto factor) { sum_rows_of(first, stride, count, s.in, row, add, factor); };
           const int64_t at = s.mask.offset + o * s.in;
           if (!s.mask.present())
-            sum([](int64_t) { return true; });
+            sum([](int64_t) { return T(1); });
           else if (job_.bool_mask[s.mask.tensor])
             sum([mask = static_cast<const uint8_t *>(job_.parameters[s.mask.tensor]) + at](int64_t i) {
-              return mask[i] != 0;
+              return T(mask[i] != 0);
             });
           else
-            sum([mask = static_cast<const T *>(job_.parameters[s.mask.tensor]) + at](int64_t i) {
-              return mask[i] != T(0);
-            });
+            sum([mask = static_cast<const T *>(job_.parameters[s.mask.tensor]) + at](int64_t i) { return mask[i]; });
         }
       }
       if (T *const to = gradient(s.bias))
@@ -1157,9 +1156,8 @@ void Program<T>::reduce(const ProgramBackwardJob<T> &job, int64_t index, const T
     if (T *const to = gradient(l.scale)) {
       T logdet = T(0);
       sum_lanes(from + padded(2 * dim * 16), stride, count, 1, [&](int64_t, T sum) { logdet = sum; });
-      sum_lanes(from + dim * 16, stride, count, dim, [&](int64_t j, T sum) {
-        put(to + j, (sum + logdet / scale[j]) * scale_derivative(l.form, raw[j], scale[j]));
-      });
+      sum_lanes(from + dim * 16, stride, count, dim,
+                [&](int64_t j, T sum) { put(to + j, scale_gradient(l.form, raw[j], scale[j], sum, logdet)); });
     }
   } else if (l.kind == LayerKind::linear) {
     const int64_t lda = padded(dim);
@@ -1181,8 +1179,8 @@ void Program<T>::reduce(const ProgramBackwardJob<T> &job, int64_t index, const T
           put(to_upper + (l.storage == 0 ? above++ : at), sign * total(of_upper + place, stride, count));
         else if (j == i && to_diagonal != nullptr)
           put(to_diagonal + (l.storage == 0 ? i : at),
-              (sign * total(of_upper + place, stride, count) + logdet / upper[at]) *
-                  scale_derivative(l.form, raw[l.storage == 0 ? i : at], upper[at]));
+              scale_gradient(l.form, raw[l.storage == 0 ? i : at], upper[at],
+                             sign * total(of_upper + place, stride, count), logdet));
       }
     if (T *const to = gradient(l.shift))
       sum_lanes(of_bias, stride, count, dim, [&](int64_t j, T sum) { put(to + j, sign * sum); });
@@ -1424,6 +1422,7 @@ private:
 
   void enter_backward(int64_t tile, const Space &w) const {
     const int64_t first = program_.first_row(tile), rows = rows_of(tile), last = p_.layer_count;
+    begin(w.logdet, 2 * ld_, false);
     if (job_.keep == Keep::output)
       program_.read(job_.saved, p_.dim, first, rows, value(tile, last));
     program_.begin_gradient(*whole_, tile, value(tile, last), w, gradient(tile, last));
@@ -1559,7 +1558,7 @@ template <class T> int64_t tile_forward(const ProgramJob<T> &job) {
   return -1;
 }
 
-template <class T> void tile_backward(const ProgramBackwardJob<T> &whole) {
+template <class T> int64_t tile_backward(const ProgramBackwardJob<T> &whole) {
   const ProgramJob<T> &job = whole.forward;
   int64_t size = 0;
   const Memory<T> memory(job, true, size);
@@ -1567,7 +1566,8 @@ template <class T> void tile_backward(const ProgramBackwardJob<T> &whole) {
   program.wants(whole.grads);
   program.pack(memory.packed);
   program.pack_masked(memory.masked);
-  program.order(reinterpret_cast<int32_t *>(memory.orders));
+  if (const int64_t unordered = program.order(reinterpret_cast<int32_t *>(memory.orders)); unordered >= 0)
+    return unordered;
   struct Data {
     const ProgramBackwardJob<T> &whole;
     const Memory<T> &memory;
@@ -1590,7 +1590,7 @@ template <class T> void tile_backward(const ProgramBackwardJob<T> &whole) {
   if (job.program.shared) { // several layers add to one gradient
     for (int64_t l = 0; l < job.program.layer_count; ++l)
       program.reduce(whole, l, memory.accumulators, memory.stride, memory.pieces, true);
-    return;
+    return -1;
   }
   job.parallel(
       job.program.layer_count,
@@ -1600,6 +1600,7 @@ template <class T> void tile_backward(const ProgramBackwardJob<T> &whole) {
           d.program.reduce(d.whole, l, d.memory.accumulators, d.memory.stride, d.memory.pieces, false);
       },
       &data);
+  return -1;
 }
 
 } // namespace
@@ -1616,13 +1617,27 @@ template <class F> void each_slice(int64_t batch, bool wide, const F &f) {
 
 template <class P> P *part(P *data, int64_t offset) { return data == nullptr ? nullptr : data + offset; }
 
+template <class T> int64_t saved_size(const ProgramView &program, int64_t batch, bool wide, Keep keep) {
+  if (keep == Keep::output)
+    return batch * program.dim;
+  if (!keeps_tape(keep))
+    return 0;
+  int64_t size = 0;
+  each_slice(batch, wide, [&](int64_t, int64_t rows) {
+    size += tile_count(rows) * TapeLayout{program, wide ? Keep::inputs : keep}.rows() * leading<T>(rows);
+    size += wide && keep == Keep::all ? saved_of_nets<T>(program, rows) : 0;
+  });
+  return size;
+}
+
+// A part of a wide walk. Whether a batch is walked so depends on all of its rows, and is not asked again.
 template <class T> ProgramJob<T> slice_of(const ProgramJob<T> &job, int64_t first, int64_t rows) {
   ProgramJob<T> slice = job;
   const int64_t dim = job.program.dim;
   slice.batch = rows;
   slice.x = part(job.x, first * dim), slice.context = part(job.context, first * job.program.context);
   slice.y = part(job.y, first * dim), slice.logdet = part(job.logdet, first);
-  slice.saved = part(job.saved, program_saved_size<T>(job.program, first, job.inverse, job.keep));
+  slice.saved = part(job.saved, saved_size<T>(job.program, first, true, job.keep));
   return slice;
 }
 
@@ -1635,22 +1650,12 @@ template <class T> bool program_is_wide(const ProgramView &program, int64_t batc
 }
 
 template <class T> int64_t program_saved_size(const ProgramView &program, int64_t batch, bool inverse, Keep keep) {
-  if (keep == Keep::output)
-    return batch * program.dim;
-  if (!keeps_tape(keep))
-    return 0;
-  const bool wide = program_is_wide<T>(program, batch, inverse);
-  int64_t size = 0;
-  each_slice(batch, wide, [&](int64_t, int64_t rows) {
-    size += tile_count(rows) * TapeLayout{program, wide ? Keep::inputs : keep}.rows() * leading<T>(rows);
-    size += wide && keep == Keep::all ? saved_of_nets<T>(program, rows) : 0;
-  });
-  return size;
+  return saved_size<T>(program, batch, program_is_wide<T>(program, batch, inverse), keep);
 }
 
 template <class T> int64_t program_ahead_size(const ProgramView &program, int64_t batch, bool inverse) {
   const bool wide = program_is_wide<T>(program, batch, inverse);
-  return wide ? program_saved_size<T>(program, smaller(batch, slice_rows), inverse, Keep::all) : 0;
+  return wide ? saved_size<T>(program, smaller(batch, slice_rows), true, Keep::all) : 0;
 }
 
 // In how many chunks of rows the batch passes, each through the whole program in one thread, where backward is not to
@@ -1712,7 +1717,7 @@ template <class T> int64_t program_forward(const ProgramJob<T> &job) {
   return -1;
 }
 
-template <class T> void program_backward(const ProgramBackwardJob<T> &job) {
+template <class T> int64_t program_backward(const ProgramBackwardJob<T> &job) {
   const ProgramJob<T> &whole = job.forward;
   if (!program_is_wide<T>(whole.program, whole.batch, whole.inverse))
     return tile_backward(job);
@@ -1729,6 +1734,7 @@ template <class T> void program_backward(const ProgramBackwardJob<T> &job) {
     }
     WideWalk<T>(slice.forward, program, true).backward(slice, first > 0);
   });
+  return -1;
 }
 
 #define IIN_FAST_INSTANTIATE(T)                                                                                        \
@@ -1738,7 +1744,7 @@ template <class T> void program_backward(const ProgramBackwardJob<T> &job) {
   template int64_t program_ahead_size<T>(const ProgramView &, int64_t, bool);                                          \
   template int64_t program_workspace<T>(const ProgramJob<T> &, bool);                                                  \
   template int64_t program_forward<T>(const ProgramJob<T> &);                                                          \
-  template void program_backward<T>(const ProgramBackwardJob<T> &);
+  template int64_t program_backward<T>(const ProgramBackwardJob<T> &);
 IIN_FAST_INSTANTIATE(float)
 IIN_FAST_INSTANTIATE(double)
 

@@ -22,8 +22,8 @@ template <class T> struct ProgramJob {
   bool inverse, base;
   Keep keep;
   int64_t batch;
-  const T *x;       // [batch, dim], the input of the direction that runs; in backward null for Keep::output
-  const T *context; // [batch, context]
+  const T *x;                    // [batch, dim], the input of the direction that runs
+  const T *context;              // [batch, context]
   const void *const *parameters; // [tensors]
   const uint8_t *bool_mask;      // [tensors]: whether a mask is of bool
   T *y;                          // [batch, dim]
@@ -53,8 +53,8 @@ IIN_FAST_DECLARE_LOOPS(template <class T> bool program_is_wide(const ProgramView
                        template <class T>
                        int64_t program_ahead_size(const ProgramView &program, int64_t batch, bool inverse);
                        template <class T> int64_t program_workspace(const ProgramJob<T> &job, bool backward);
-                       // the first layer whose masks are not autoregressive, or -1
+                       // both: the first layer whose masks are not autoregressive, or -1
                        template <class T> int64_t program_forward(const ProgramJob<T> &job);
-                       template <class T> void program_backward(const ProgramBackwardJob<T> &job);)
+                       template <class T> int64_t program_backward(const ProgramBackwardJob<T> &job);)
 
 } // namespace iin_fast

@@ -46,11 +46,11 @@ template <class T> __device__ __forceinline__ T gain_of(const DevicePart<T> &p, 
   return o % p.gain_count < p.gain_rows ? static_cast<T>(p.gain) : T(1);
 }
 
-// Sum of log |v(j)| over j below count, in order, by one thread.
-template <class T, class F> __device__ __forceinline__ T log_sum(int count, const F &v) {
+// Sum of v(j) over j below count, in order, by one thread.
+template <class T, class F> __device__ __forceinline__ T sum_of(int count, const F &v) {
   CompensatedSum<T> sum;
   for (int j = 0; j < count; ++j)
-    sum.add(math::log(math::abs(v(j))));
+    sum.add(v(j));
   return sum.total();
 }
 
@@ -100,14 +100,13 @@ __global__ void __launch_bounds__(program_threads, 1)
     for (int64_t j = first; j < dim; j += step)
       to[j] = scale(static_cast<int>(j)), to[dim + j] = a == nullptr ? T(0) : a[j];
     if (first == 0)
-      to[2 * dim] = log_sum<T>(dim, scale);
+      to[2 * dim] = sum_of<T>(dim, [&](int j) { return b == nullptr ? T(0) : log_scale(form, b[j], scale(j)); });
     break;
   }
   case TablePart::linear: {
     const int64_t square = static_cast<int64_t>(dim) * dim;
-    const auto diagonal = [&](int i) {
-      return scale_of(form, p.storage == 0 ? c[i] : a[static_cast<int64_t>(i) * dim + i], eps);
-    };
+    const auto raw = [&](int i) { return p.storage == 0 ? c[i] : a[static_cast<int64_t>(i) * dim + i]; };
+    const auto diagonal = [&](int i) { return scale_of(form, raw(i), eps); };
     for (int64_t e = first; e < square; e += step) {
       const int64_t i = e / dim, j = e % dim;
       to[e] = i == j ? T(1) : j > i ? T(0) : p.storage == 0 ? a[i * (i - 1) / 2 + j] : a[e];
@@ -119,7 +118,7 @@ __global__ void __launch_bounds__(program_threads, 1)
     for (int64_t j = first; j < dim; j += step)
       to[2 * square + j] = d == nullptr ? T(0) : d[j];
     if (first == 0)
-      to[2 * square + dim] = log_sum<T>(dim, diagonal);
+      to[2 * square + dim] = sum_of<T>(dim, [&](int i) { return log_scale(form, raw(i), diagonal(i)); });
   }
   }
 }
@@ -157,7 +156,7 @@ __global__ void __launch_bounds__(program_threads, 1)
     for (int64_t j = first; p.to_a != nullptr && j < dim; j += step)
       p.to_a[j] = total(j);
     for (int64_t j = first; p.to_b != nullptr && j < dim; j += step)
-      p.to_b[j] = (total(dim + j) + total(2 * dim) / scale[j]) * scale_derivative(form, raw[j], scale[j]);
+      p.to_b[j] = scale_gradient(form, raw[j], scale[j], total(dim + j), total(2 * dim));
     break;
   }
   case TablePart::linear: {
@@ -175,7 +174,7 @@ __global__ void __launch_bounds__(program_threads, 1)
       } else if (T *const to = p.storage == 0 ? p.to_c : p.to_a) {
         const T raw = p.storage == 0 ? static_cast<const T *>(p.c)[i] : static_cast<const T *>(p.a)[e];
         to[p.storage == 0 ? i : e] =
-            (sign * total(square + e) + total(2 * square + dim) / upper[e]) * scale_derivative(form, raw, upper[e]);
+            scale_gradient(form, raw, upper[e], sign * total(square + e), total(2 * square + dim));
       }
     }
     for (int64_t j = first; p.to_d != nullptr && j < dim; j += step)

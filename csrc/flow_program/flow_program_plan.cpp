@@ -5,11 +5,15 @@
 #include <cstdlib>
 #include <mutex>
 #include <unordered_map>
+#if defined(__linux__)
+#include <pthread.h>
+#endif
 
 #include <torch/headeronly/util/Exception.h>
 
 #include "affine_coupling/affine_coupling.h"
 #include "flow/flow.h"
+#include "flow_program/elementwise.h"
 
 namespace iin_fast {
 namespace {
@@ -442,6 +446,9 @@ private:
       } else if (kind == "act") {
         s.kind = StepKind::act;
         s.activation = static_cast<Activation>(integer(0, 8)), s.slope = number(), s.a = source();
+        // derivatives of these two are told from the sign of the result
+        check(s.slope >= 0 || (s.activation != Activation::leaky_relu && s.activation != Activation::elu),
+              "a slope of ", s.slope, ", expected 0 or more");
         made = rows[s.a];
       } else if (kind == "add" || kind == "glu") {
         s.kind = kind == "add" ? StepKind::add : StepKind::glu;
@@ -487,8 +494,7 @@ private:
       const int64_t id = 2 + k;
       if (is_output[id])
         continue;
-      const bool from_result = s.kind == StepKind::act && s.activation != Activation::silu &&
-                               s.activation != Activation::gelu && s.activation != Activation::atan;
+      const bool from_result = s.kind == StepKind::act && !derivative_reads_input(s.activation);
       if (from_result && s.a >= 2 && readers[s.a] == 1 && !is_output[s.a] && steps[s.a - 2].kind != StepKind::act)
         values[id] = values[s.a], steps[k].in_place = true;
       else
@@ -586,6 +592,40 @@ private:
   int64_t layer_ = -1;
 };
 
+// The plans that were made so far.
+class Plans {
+public:
+  static Plans &get() {
+    static Plans *const plans = new Plans; // never destroyed: threads may outlive the rest
+    return *plans;
+  }
+
+  std::shared_ptr<const Plan> find(const std::string &text) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = plans_.find(text);
+    return found == plans_.end() ? nullptr : found->second;
+  }
+
+  // The plan, or that of a thread that came first.
+  std::shared_ptr<const Plan> keep(const std::string &text, std::shared_ptr<const Plan> plan) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (plans_.size() >= 256) // a search over architectures must not fill the memory
+      plans_.clear();
+    return plans_.emplace(text, std::move(plan)).first->second;
+  }
+
+private:
+  Plans() {
+#if defined(__linux__)
+    // A child of fork may ask while another thread of its parent was in here.
+    pthread_atfork([] { get().mutex_.lock(); }, [] { get().mutex_.unlock(); }, [] { get().mutex_.unlock(); });
+#endif
+  }
+
+  std::mutex mutex_;
+  std::unordered_map<std::string, std::shared_ptr<const Plan>> plans_;
+};
+
 } // namespace
 
 std::shared_ptr<const Plan> plan_of(const std::string &text) {
@@ -594,18 +634,13 @@ std::shared_ptr<const Plan> plan_of(const std::string &text) {
   thread_local std::shared_ptr<const Plan> last;
   if (last != nullptr && text == last_text)
     return last;
-  static std::mutex mutex;
-  static std::unordered_map<std::string, std::shared_ptr<const Plan>> plans;
-  std::lock_guard<std::mutex> lock(mutex);
-  auto found = plans.find(text);
-  if (found == plans.end()) {
+  std::shared_ptr<const Plan> found = Plans::get().find(text);
+  if (found == nullptr) {
     auto plan = std::make_shared<Plan>();
     Parser(text, *plan).parse();
-    if (plans.size() >= 256) // a search over architectures must not fill the memory
-      plans.clear();
-    found = plans.emplace(text, std::move(plan)).first;
+    found = Plans::get().keep(text, std::move(plan));
   }
-  last_text = text, last = found->second;
+  last_text = text, last = std::move(found);
   return last;
 }
 

@@ -107,7 +107,7 @@ private:
   T *gradient(int64_t id) const { return gradient_at(layer_, at_, id); }
   int64_t stride(int64_t id) const { return row_place<T>(layer_, id).stride; }
   int64_t panels_of(int64_t k) const { return ceil_div(layer_.steps[k].out, side); }
-  int64_t blocks_of(int64_t k, int64_t width) const { return larger(ceil_div(layer_.steps[k].in, width), 1); }
+  int64_t blocks_of(int64_t k, int64_t width) const { return ceil_div(layer_.steps[k].in, width); }
   // Whether none of the dense steps from `first` on reads the same value before it.
   bool leads(int64_t first, int64_t j) const {
     for (int64_t other = first; other < j; ++other)
@@ -142,6 +142,9 @@ private:
       f(static_cast<const T *>(data) + s.mask.offset + offset);
   }
 
+  static T factor(T mask) { return mask; }
+  static T factor(uint8_t mask) { return T(mask != 0); }
+
   // The block of a weight [out, in] that begins at `offset`, with its mask: [outs, side].
   void copy_block(const ProgramStep &s, int64_t offset, int64_t outs, int64_t ins, T *to) const {
     const T *const from = parameter(s.weight) + offset;
@@ -150,7 +153,7 @@ private:
         for (int64_t o = 0; o < outs; ++o)
 #pragma omp simd
           for (int64_t i = 0; i < ins; ++i)
-            to[o * side + i] = from[o * s.in + i] * T(mask[o * s.in + i]);
+            to[o * side + i] = from[o * s.in + i] * factor(mask[o * s.in + i]);
       });
     for (int64_t o = 0; o < outs; ++o)
       copy(from + o * s.in, to + o * side, ins);
@@ -196,11 +199,6 @@ private:
         p.a += rows;
       }
     }
-    for (int64_t row = 0; s.in == 0 && row < to - from; ++row) // of nothing, the bias alone is left
-      for (int64_t j = 0; j < columns; ++j)
-        p.c[row * ldc + j] = finish == Finish::relu    ? activated<Activation::relu>(bias[j], T(0))
-                             : finish == Finish::leaky ? activated<Activation::leaky_relu>(bias[j], p.slope)
-                                                       : bias[j];
     if (at_.kept && column + columns == s.out) // what is saved has no random parts
       for (int64_t row = 0; row < to - from; ++row)
         for (int64_t j = columns; j < ldc - column; ++j)
@@ -253,7 +251,7 @@ private:
       const int64_t offset = s.panels ? column * s.in + first * outs : column * s.in + first;
       if (grad_weight != nullptr)
         backward_weight(s, {a, lda, d + column, ldd, at_.rows, grad_weight + offset, 0, 0, add, net_.past}, offset,
-                        outs, ins, add);
+                        outs, ins);
       if (grad_bias != nullptr && first == 0)
         add_rows(d + column, ldd, at_.rows, outs, grad_bias + column, add);
       if (!passes)
@@ -287,12 +285,12 @@ private:
     }
   }
 
-  void backward_weight(const ProgramStep &s, Outer<T> p, int64_t offset, int64_t outs, int64_t ins, bool add) const {
+  void backward_weight(const ProgramStep &s, Outer<T> p, int64_t offset, int64_t outs, int64_t ins) const {
     if (s.panels) {
       p.ldw = p.columns = outs;
       return outer_product(p, ins, outs);
     }
-    const Outer<T> turned{p.d, p.ldd, p.a, p.lda, p.rows, p.w, s.in, ins, add, p.past};
+    const Outer<T> turned{p.d, p.ldd, p.a, p.lda, p.rows, p.w, s.in, ins, p.add, p.past};
     if (!s.mask.present())
       return outer_product(turned, outs, ins);
     alignas(64) T block[side * side];
@@ -304,8 +302,8 @@ private:
         T *const to = p.w + o * s.in;
 #pragma omp simd
         for (int64_t i = 0; i < ins; ++i) {
-          const T term = math::select(T(mask[o * s.in + i]) != T(0), block[o * side + i], T(0));
-          to[i] = add ? to[i] + term : term;
+          const T f = factor(mask[o * s.in + i]), term = math::select(f != T(0), f * block[o * side + i], T(0));
+          to[i] = p.add ? to[i] + term : term;
         }
       }
     });

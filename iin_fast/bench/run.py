@@ -1,7 +1,6 @@
 """One run that compares systems on workloads: table, JSON and pictures."""
 
 import json
-import time
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
@@ -46,17 +45,17 @@ def run_bench(
     """
     if not libraries:
         raise RuntimeError("bench: times the compiled library, which a pure package lacks; install with a C++ compiler")
+    names = ["eager", *(peers if peers is not None else _default_peers(quick)), "iin-fast"]
+    names = list(dict.fromkeys(names))
+    for name in names:
+        if name not in SYSTEMS:
+            raise ValueError(f"bench: peer {name!r} is unknown, expected some of {', '.join(SYSTEMS)}")
     out = Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / "flow_cpu.json").touch()
     except OSError as error:
         raise OSError(f"bench: out is {str(out)!r}, a folder that can't be written ({error.strerror})") from error
-    names = ["eager", *(peers if peers is not None else _default_peers(quick)), "iin-fast"]
-    names = list(dict.fromkeys(names))
-    for name in names:
-        if name not in SYSTEMS:
-            raise ValueError(f"bench: peer {name!r} is unknown, expected some of {', '.join(SYSTEMS)}")
     peaks = machine_peaks(quick)
     say(
         "peaks of this machine: {gflops:.0f} GFLOP/s, {read_gbytes:.0f} GB/s read, {copy_gbytes:.0f} GB/s copy".format(
@@ -120,12 +119,6 @@ def machine_peaks(quick: bool) -> dict[str, float]:
     }
 
 
-def _timed(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
 class _Bench:
     """Times workloads on systems, each of which is built once for a size."""
 
@@ -144,9 +137,9 @@ class _Bench:
     def time_case(self, workload: Workload, names: list[str]) -> dict[str, Any]:
         calls: dict[str, Callable[[], object]] = {}
         for name in names:
-            if name == "compile, frozen" and not workload.inference:
+            if name == "compile frozen" and not workload.inference:
                 continue
-            if name == "eager, joint" and not workload.pairs:
+            if name == "eager joint" and not workload.pairs:
                 continue
             calls[name] = workload.prepare(self.system(name, workload.size))
         for call in calls.values():

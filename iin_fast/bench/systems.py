@@ -98,7 +98,7 @@ def eager(size: FlowSize) -> System:
 def eager_joint(size: FlowSize, reads_flag: bool = True) -> System:
     """The published composition with both samples of a pair in one batch, and the fused optimizer."""
     flow = eager_flow(_started_flow(size), reads_flag=reads_flag)
-    return System("eager, joint", flow, flow.reverse, list(flow.parameters()), {"fused": True}, module=flow)
+    return System("eager joint", flow, flow.reverse, list(flow.parameters()), {"fused": True}, module=flow)
 
 
 def compiled(size: FlowSize, mode: str | None = None) -> System:
@@ -115,7 +115,7 @@ def frozen(size: FlowSize) -> System:
     options: dict[str, Any] = {"freezing": True, "max_autotune": True}
     forward = torch.compile(flow.forward, dynamic=False, options=options)
     inverse = torch.compile(flow.reverse, dynamic=False, options=options)
-    return System("compile, frozen", forward, inverse, system.parameters, {})
+    return System("compile frozen", forward, inverse, system.parameters, {})
 
 
 def freia(size: FlowSize) -> System:
@@ -179,9 +179,9 @@ def _trainable(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
 
 SYSTEMS: dict[str, Callable[[FlowSize], System]] = {
     "eager": eager,
-    "eager, joint": eager_joint,
+    "eager joint": eager_joint,
     "compile": compiled,
-    "compile, frozen": frozen,
+    "compile frozen": frozen,
     "FrEIA": freia,
     "nflows": nflows,
     "normflows": normflows,

@@ -29,8 +29,10 @@ class Commands(typer.core.TyperGroup):
         except Exception as error:
             if os.environ.get("IIN_FAST_TRACEBACK"):
                 raise
-            text = " ".join(str(error).split())
-            if not text or not isinstance(error, EXPECTED):
+            # an option that is missing or unknown says its name in format_message alone
+            usage = getattr(error, "format_message", None)
+            text = " ".join((str(error) if usage is None else usage()).split())
+            if usage is None and (not text or not isinstance(error, EXPECTED)):
                 text = f"{type(error).__name__}: {text}; IIN_FAST_TRACEBACK=1 shows where"
             errors.print(f"[red]error:[/red] {escape(text)}", highlight=False, soft_wrap=True)
             raise typer.Exit(2) from error

@@ -186,8 +186,11 @@ def dims(
 
 def _compare(latents: list[Path], plot: Path | None, **options: Any) -> None:
     """A table of factor sizes with a column for each file, and the picture."""
+    from ..report import picture_file, plot_dims
     from ..train.run_folder import compare_dims
 
+    if plot is not None:
+        picture_file(plot)  # an ending that is none is refused before the work
     found = compare_dims(latents, **options)
     table = Table("factor", *map(escape, found))
     for factor in dict.fromkeys(name for sizes in found.values() for name in sizes):
@@ -200,8 +203,6 @@ def _compare(latents: list[Path], plot: Path | None, **options: Any) -> None:
     table.add_row("dimensions", *(str(sum(sizes.values())) for sizes in found.values()))
     console.print(table)
     if plot is not None:
-        from ..report import plot_dims
-
         _wrote(plot_dims(found, plot), f"shares of {len(found)} files")
 
 

@@ -237,16 +237,26 @@ class Latents:
         return "pairs" if self.shared is not None else "labels" if self.labels is not None else "unlabelled"
 
     def coded_like(
-        self, classes: Mapping[str, Sequence[str]], edges: Mapping[str, Sequence[float]], where: str = "latents"
+        self,
+        classes: Mapping[str, Sequence[str]],
+        edges: Mapping[str, Sequence[float]],
+        names: Sequence[str] = (),
+        where: str = "latents",
     ) -> Latents:
         """These latents with the codes that a training had for its texts and bins; a text that it did not know gets a code after those.
 
+        Args:
+            classes, edges, names: as the training's latents had them.
+            where: named in errors.
+
         Raises:
-            ValueError: classes of a concept that has numbers here.
+            ValueError: a concept is of another kind here: texts, whole numbers or continuous ones.
         """
         if self.labels is None:
             return self
-        labels, known = self.labels.clone(), dict(self.classes)
+        for name in set(self.values) & set(names) - set(edges):
+            raise ValueError(f"{where}: values of {name!r} are continuous, expected classes, as in the training")
+        labels, known, values = self.labels.clone(), dict(self.classes), dict(self.values)
         for name in set(classes) & set(self.names):
             k, order = self.names.index(name), list(classes[name])
             if name not in self.classes:
@@ -256,10 +266,15 @@ class Latents:
             order += [text for text in self.classes[name] if text not in order]
             place = torch.tensor([order.index(text) for text in self.classes[name]] + [MISSING])
             labels[:, k], known[name] = place[labels[:, k]], tuple(order)
-        for name in set(edges) & set(self.values):
-            labels[:, self.names.index(name)] = torch.from_numpy(in_bins(self.values[name], edges[name]))
-        bins = {name: tuple(edges.get(name, own)) for name, own in self.edges.items()}
-        return replace(self, labels=labels, classes=known, edges=bins)
+        for name in set(edges) & set(self.names):
+            k = self.names.index(name)
+            if name in known:
+                raise ValueError(f"{where}: labels of {name!r} are texts, expected numbers, as in the training")
+            codes = labels[:, k].numpy()  # of whole numbers the numbers themselves
+            values.setdefault(name, np.where(codes == MISSING, np.nan, codes.astype(np.float64)))
+            labels[:, k] = torch.from_numpy(in_bins(values[name], edges[name]))
+        bins = {name: tuple(edges.get(name, self.edges.get(name, ()))) for name in values}
+        return replace(self, labels=labels, classes=known, values=values, edges=bins)
 
     def fingerprint(self) -> str:
         """SHA-256 of all that a training sees: z, labels, names, what pairs share. Hexadecimal."""
@@ -321,7 +336,8 @@ def load_latents(
     if rows is not None:
         if any(key in arrays for key in _PAIRS):
             raise ValueError(f"{file}: holds pairs, of which no sample or shard is read")
-        n = max((len(array) for array in arrays.values() if array.ndim), default=0)
+        key = _z_of(arrays)
+        n = len(arrays[key]) if key is not None else 0
         chosen = rows(n)
         arrays = {
             k: read_rows(array, chosen) if array.ndim and len(array) == n else array for k, array in arrays.items()
@@ -395,8 +411,7 @@ def _of_arrays(
     """Latents and labels by their names; what is neither is left out, and noted."""
     notes = list(notes)
     named = {name: array if isinstance(array, Tensor) else np.asarray(array) for name, array in arrays.items()}
-    matrices = [name for name, array in named.items() if array.ndim == 2 and _is_float(array) and name not in _LABELS]
-    key = next((name for name in _Z if name in named), matrices[0] if len(matrices) == 1 else None)
+    key = _z_of(named)
     if key is None:
         shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in named.items()) or "nothing"
         raise ValueError(f"{where}: holds {shapes}, but no z [n, dim] and no pairs za, zb, factor; {_CONVERT} writes z")
@@ -431,6 +446,12 @@ def _of_arrays(
         bins = len(latents.edges[name]) + 1
         notes.append(f"{name!r} is continuous: pairs share it where both are in one of {bins} bins of equal counts")
     return replace(latents, notes=tuple(notes))
+
+
+def _z_of(arrays: Mapping[str, Any]) -> str | None:
+    """Which array holds the latents."""
+    matrices = [name for name, array in arrays.items() if array.ndim == 2 and _is_float(array) and name not in _LABELS]
+    return next((name for name in _Z if name in arrays), matrices[0] if len(matrices) == 1 else None)
 
 
 def _concepts(arrays: Mapping[str, Any], n: int) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, str]]:

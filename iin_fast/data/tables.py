@@ -52,6 +52,16 @@ def read_table(path: Path, rows: Callable[[int], NDArray[np.int64]] | None = Non
             table = table["train"] if "train" in table else next(iter(table.values()))
         return (table if rows is None else table.select(rows(len(table)))), len(table)
     arrow = _arrow()
+    refused: list[Exception] = []  # what is wrong with the arguments is not wrong with the file
+
+    def drawn(n: int) -> NDArray[np.int64]:
+        assert rows is not None
+        try:
+            return rows(n)
+        except (TypeError, ValueError) as error:
+            refused.append(error)
+            raise
+
     files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
     most = LEAST_ROOM + MOST_RATIO * sum(file.stat().st_size for file in files)
     opened: Any
@@ -59,7 +69,7 @@ def read_table(path: Path, rows: Callable[[int], NDArray[np.int64]] | None = Non
         with ExitStack() as stack:
             if path.suffix in (".csv", ".tsv"):
                 table = _read_csv(path)
-                return (table if rows is None else table.take(rows(len(table)))), len(table)
+                return (table if rows is None else table.take(drawn(len(table)))), len(table)
             if files[0].suffix == ".parquet":
                 from pyarrow import parquet
 
@@ -82,11 +92,13 @@ def read_table(path: Path, rows: Callable[[int], NDArray[np.int64]] | None = Non
                     opened = batches = arrow.ipc.open_stream(source)
                     n = 0
                 schema = opened.schema
-            table = _within(batches, schema, most, None if rows is None or not n else rows(n))
+            table = _within(batches, schema, most, None if rows is None or not n else drawn(n))
             if rows is not None and not n:  # a stream does not know its length
-                return table.take(rows(len(table))), len(table)
+                return table.take(drawn(len(table))), len(table)
             return table, n or len(table)
     except Exception as error:  # pyarrow raises many types for bytes that are none of its own
+        if error in refused:
+            raise
         raise ValueError(f"{path}: damaged or no {files[0].suffix} table ({error})") from error
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..functional import affine_coupling
 from .base import Library
 from .registry import Entry, eligible, worth_it
-from .stacks import ROWS, Block, Unsupported, own_class, run, stack_of
+from .stacks import ROWS, Block, Unsupported, expect, own_class, run, stack_of
 
 __all__ = ["LIBRARIES"]
 
@@ -19,12 +19,6 @@ BLOCKS = "net2net.modules.flow.blocks"
 FLAT = "net2net.modules.flow.flatflow"
 NET = "net2net.modules.autoencoder.basic"
 INVARIANCES = "invariances.model.blocks"
-
-
-def _expect(module: Any, name: str) -> Any:
-    if own_class(module) != name:
-        raise Unsupported(f"it holds a {own_class(module)}")
-    return module
 
 
 # Blocks: one elementwise pass per coupling, no reading of the device in ActNorm, no scatter in Shuffle's backward.
@@ -124,14 +118,15 @@ def shuffle(original: Any, self: Any, x: Tensor, reverse: bool = False, conditio
 def iin_blocks(root: Any) -> list[Block]:
     found = []
     for block in root.flow:
-        if len(_expect(block, f"{IIN}.Flow").flow) != 3:
+        if len(expect(block, f"{IIN}.Flow").flow) != 3:
             raise Unsupported("blocks that are not ActNorm, coupling and shuffle")
         norm, coupling, shuffle = block.flow
         found.append(
             Block(
-                _expect(norm, f"{IIN}.VectorActNorm"),
-                _expect(coupling, f"{IIN}.DoubleVectorCouplingBlock"),
-                _expect(shuffle, f"{IIN}.Shuffle"),
+                expect(norm, f"{IIN}.VectorActNorm"),
+                expect(coupling, f"{IIN}.DoubleVectorCouplingBlock"),
+                expect(shuffle, f"{IIN}.Shuffle"),
+                f"{IIN}.BasicFullyConnectedNet",
             )
         )
         if not norm.logdet:
@@ -148,7 +143,7 @@ def iin_stack(original: Any, self: Any, x: Tensor, condition: Any = None, revers
     return y, None if reverse else logdet
 
 
-def _flat_blocks(blocks: str, norm: str) -> Callable[[Any], list[Block]]:
+def _flat_blocks(blocks: str, parts: str) -> Callable[[Any], list[Block]]:
     def find(root: Any) -> list[Block]:
         found = []
         for block in root.sub_layers:
@@ -160,19 +155,20 @@ def _flat_blocks(blocks: str, norm: str) -> Callable[[Any], list[Block]]:
             ):
                 raise Unsupported(f"it holds a {name}")
             if name == f"{blocks}.ConditionalFlatDoubleCouplingFlowBlock":
-                _expect(block.coupling, f"{blocks}.ConditionalDoubleVectorCouplingBlock")
+                expect(block.coupling, f"{blocks}.ConditionalDoubleVectorCouplingBlock")
                 if own_class(block.activation) == f"{blocks}.InvLeakyRelu":
                     slope = float(block.activation.alpha)
                 else:
-                    _expect(block.activation, f"{blocks}.IgnoreLeakyRelu")
+                    expect(block.activation, f"{blocks}.IgnoreLeakyRelu")
             else:
-                _expect(block.coupling, f"{blocks}.DoubleVectorCouplingBlock")
+                expect(block.coupling, f"{blocks}.DoubleVectorCouplingBlock")
             pure = name == f"{blocks}.PureAffineDoubleCouplingFlowBlock"
             found.append(
                 Block(
-                    None if pure else _expect(block.norm_layer, norm),
+                    None if pure else expect(block.norm_layer, f"{parts}.ActNorm"),
                     block.coupling,
-                    None if pure else _expect(block.shuffle, f"{blocks}.Shuffle"),
+                    None if pure else expect(block.shuffle, f"{blocks}.Shuffle"),
+                    f"{parts}.BasicFullyConnectedNet",
                     slope,
                 )
             )
@@ -181,8 +177,8 @@ def _flat_blocks(blocks: str, norm: str) -> Callable[[Any], list[Block]]:
     return find
 
 
-net2net_blocks = _flat_blocks(BLOCKS, f"{NET}.ActNorm")
-invariances_blocks = _flat_blocks(INVARIANCES, f"{INVARIANCES}.ActNorm")
+net2net_blocks = _flat_blocks(BLOCKS, NET)
+invariances_blocks = _flat_blocks(INVARIANCES, INVARIANCES)
 
 
 def _refuse(blocks: Callable[[Any], list[Block]]) -> Callable[[Any], str | None]:

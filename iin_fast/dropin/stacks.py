@@ -18,7 +18,7 @@ from ..ops.flow.layout import PANEL, pack, unpack
 from .class_factory import original
 from .registry import eligible, qualified
 
-__all__ = ["ROWS", "Block", "Stack", "Unsupported", "freeze", "own_class", "run", "stack_of"]
+__all__ = ["ROWS", "Block", "Stack", "Unsupported", "expect", "freeze", "own_class", "run", "stack_of"]
 
 ROWS = 128
 """Smaller batches run block by block on the CPU unless frozen: laying out the weights costs more than the op saves
@@ -38,16 +38,29 @@ class Block:
         norm: ActNorm with ``loc``, ``scale`` [1, channels, 1, 1] and ``initialized``, or None.
         coupling: with ``s`` and ``t``, two nets each.
         shuffle: with ``forward_shuffle_idx``, or None.
+        net: the qualified class name of the coupling's nets.
         slope: of the activation after ActNorm below 0.
     """
 
-    def __init__(self, norm: Any, coupling: Any, shuffle: Any, slope: float = 1.0) -> None:
-        self.norm, self.coupling, self.shuffle, self.slope = norm, coupling, shuffle, slope
+    def __init__(self, norm: Any, coupling: Any, shuffle: Any, net: str, slope: float = 1.0) -> None:
+        self.norm, self.coupling, self.shuffle, self.net, self.slope = norm, coupling, shuffle, net, slope
 
 
 def own_class(module: nn.Module) -> str:
     """The qualified class name, of the library's own class where the module is sped up already."""
     return qualified(original(type(module)) or type(module))
+
+
+def expect(module: Any, name: str) -> Any:
+    """The module, if its class has this name."""
+    if own_class(module) != name:
+        raise Unsupported(f"it holds a {own_class(module)}")
+    return module
+
+
+def _changed(module: nn.Module) -> bool:
+    """Whether somebody gave this one module a forward of its own."""
+    return "forward" in vars(module)
 
 
 def _linears(net: nn.Module, use_tanh: bool) -> list[nn.Linear]:
@@ -122,7 +135,7 @@ class Stack:
             if len(s) != 2 or len(t) != 2:
                 raise Unsupported(f"{len(s)} couplings in a block")
             for half in (0, 1):
-                nets += [_linears(s[half], True), _linears(t[half], False)]
+                nets += [_linears(expect(s[half], block.net), True), _linears(expect(t[half], block.net), False)]
         shapes = {tuple(tuple(layer.weight.shape) for layer in net) for net in nets}
         if len(shapes) > 1 or len({layer.weight.shape for net in nets for layer in net[1:-1]}) > 1:
             raise Unsupported("nets of different sizes")
@@ -132,6 +145,9 @@ class Stack:
         self.depth = len(nets[0]) - 2
         self.kept = blocks[0].coupling.s[0].main[-2].out_features  # features that a half transforms
         self.modules = [(module, type(module)) for block in self._parts() for module in block.modules()]
+        for module, cls in self.modules:
+            if _changed(module):
+                raise Unsupported(f"a {cls.__name__} with a forward of its own")
         self.edges = [
             (parent._modules, key, child) for parent, _ in self.modules for key, child in parent._modules.items()
         ]
@@ -147,7 +163,7 @@ class Stack:
             yield from (part for part in (block.norm, block.coupling, block.shuffle) if part is not None)
 
     def stale(self) -> bool:
-        return any(type(module) is not cls for module, cls in self.modules) or any(
+        return any(type(module) is not cls or _changed(module) for module, cls in self.modules) or any(
             children.get(key) is not child for children, key, child in self.edges
         )
 

@@ -209,8 +209,11 @@ class Explorer:
 
     def code(self) -> str:
         """Python that makes the latent that is shown, ``edited``, from the files."""
-        imports = {"from iin_fast import IIN", "from iin_fast.data import load_latents"}
-        source = f"load_latents({str(self.path)!r})" if self.path else "...  # your iin_fast.data.Latents"
+        imports = {"from iin_fast import IIN"}
+        source = "...  # your iin_fast.data.Latents"
+        if self.path is not None:  # the same sample of a large file, with the codes that the training had
+            imports |= {"from pathlib import Path", "from iin_fast.train.run_folder import latents_of_run"}
+            source = f"latents_of_run(Path({str(self.run)!r}), {str(self.path)!r})"
         lines = [
             f"iin = IIN.load({str(self.run)!r}).requires_grad_(False)",
             f"data = {source}",

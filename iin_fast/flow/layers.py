@@ -158,6 +158,8 @@ class Act:
     def size(self, sizes: Sequence[int]) -> int:
         _expect_name("kind", self.kind, ACTS)
         _expect_number("slope", self.slope, "a finite number", True)
+        if self.kind in ("leaky_relu", "elu"):  # their derivatives are told from the sign of the result
+            _expect_number("slope", self.slope, f"0 or more for {self.kind}", self.slope >= 0)
         return sizes[self.source]
 
     def reads(self, sizes: Sequence[int]) -> tuple[Read, ...]:

@@ -176,6 +176,10 @@ class Factors(Mapping[str, Tensor]):
                     return self._tensor[:, start : start + size]
                 start += size
             raise KeyError(f"no factor {index!r}, expected one of {list(self._sizes)}")
+        if isinstance(index, tuple):
+            raise IndexError(
+                f"Factors: index is {index!r}, expected one that picks samples; dimensions are factors[name][:, i]"
+            )
         rows = self._tensor[index]
         if rows.dim() == 1:
             rows = rows[None]

@@ -47,9 +47,9 @@ class MaskedAutoregressiveFlow(MlpFlow):
         hidden_dim: width of the MLPs.
         hidden_depth: number of hidden-to-hidden layers of each MLP.
         transformer: "affine" or "spline".
-        clamp: bound of the affine log-scale.
-        bins: of each spline.
-        tail_bound: half the width of the box in which the splines bend.
+        clamp: bound of the affine log-scale, log(1000) by default; splines ignore it.
+        bins: of each spline; "affine" ignores it.
+        tail_bound: half the width of the box in which the splines bend; "affine" ignores it.
         order: "reversed" or "random": of the features, from layer to layer.
         activation: of the MLPs: "relu", "leaky_relu", "elu", "silu", "gelu", "tanh" or "sigmoid".
         actnorm: False leaves ActNorm out.

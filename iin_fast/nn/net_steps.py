@@ -68,6 +68,8 @@ def add_steps(module: nn.Module, builder: ProgramBuilder, steps: NetBuilder, val
         return value
     if kind is nn.Dropout:
         raise NotAProgram(module, "drops values while it trains")
+    if value == 0 and getattr(module, "inplace", False):
+        raise NotAProgram(module, "writes over what the coupling reads")
     found = _activation(module)
     if found is None:
         raise NotAProgram(module, f"is a {kind.__name__}")
@@ -80,9 +82,9 @@ def _activation(module: nn.Module) -> tuple[str, float] | None:
     plain = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
     if kind in plain:
         return plain[kind], 0.0
-    if kind is nn.LeakyReLU:
+    if kind is nn.LeakyReLU and module.negative_slope >= 0:  # type: ignore[operator]
         return "leaky_relu", float(module.negative_slope)  # type: ignore[arg-type]
-    if kind is nn.ELU:
+    if kind is nn.ELU and module.alpha >= 0:  # type: ignore[operator]
         return "elu", float(module.alpha)  # type: ignore[arg-type]
     if kind is nn.GELU and module.approximate == "none":
         return "gelu", 0.0

@@ -54,10 +54,21 @@ class RowFlow(Density):
         Args:
             x: ``[..., dim]``.
             context: ``[..., context_dim]``, broadcast against x.
+
+        Raises as ``forward`` does.
         """
+        where = type(self).__name__
+        if not isinstance(x, Tensor) or not (context is None or isinstance(context, Tensor)):
+            check_floating(where, "x", x)
+            check_floating(where, "context", context)
         if x.dim() == 2 and (context is None or (context.dim() == 2 and context.shape[0] == x.shape[0])):
             return self._run("x", x, context, base=True)[1]
-        shape = x.shape[:-1] if context is None else broadcast_shapes(x.shape[:-1], context.shape[:-1])
+        try:
+            shape = x.shape[:-1] if context is None else broadcast_shapes(x.shape[:-1], context.shape[:-1])
+        except RuntimeError:
+            raise ValueError(
+                f"{where}: context has shape {list(context.shape)}, expected one that broadcasts against x of shape {list(x.shape)}"  # type: ignore[union-attr]
+            ) from None
         return self._run("x", _rows(x, shape), _rows(context, shape), base=True)[1].reshape(shape)  # type: ignore[arg-type]
 
     def rsample(self, sample_shape: Any = (), context: Tensor | None = None) -> Tensor:

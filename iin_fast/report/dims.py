@@ -11,16 +11,35 @@ from ..files import write_file
 from ..iin.factors import RESIDUAL
 from .sheets import LIGHT, require_matplotlib
 
-__all__ = ["plot_dims"]
+__all__ = ["picture_file", "plot_dims"]
+
+
+def picture_file(path: str | os.PathLike[str]) -> Path:
+    """``path``, whose ending names a kind of picture.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: another ending.
+    """
+    require_matplotlib("plot_dims")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    file, kinds = Path(path), FigureCanvasBase.get_supported_filetypes()
+    if file.suffix[1:] not in kinds:
+        raise ValueError(f"plot_dims: path ends in {file.suffix!r}, expected one of .{', .'.join(sorted(kinds))}")
+    return file
 
 
 def plot_dims(sizes: Mapping[str, Mapping[str, int]], path: str | os.PathLike[str]) -> Path:
     """Draws factor sizes as shares of all dimensions, a bar for each of ``sizes``: name of a layer to factor to size.
 
+    ``path`` ends in ``.png``, ``.pdf``, ``.svg`` or another kind of picture that matplotlib writes.
+
     Raises:
         ImportError: matplotlib is missing.
+        ValueError: another ending.
     """
-    require_matplotlib("plot_dims")
+    file = picture_file(path)
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -41,8 +60,7 @@ def plot_dims(sizes: Mapping[str, Mapping[str, int]], path: str | os.PathLike[st
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=150)
-    file = Path(path)
+    figure.savefig(stream, format=file.suffix[1:], dpi=150)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_file(file, stream.getvalue())
     return file

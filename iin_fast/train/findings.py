@@ -84,7 +84,7 @@ class Findings:
             found.append(f"concept {concept!r}: classes with fewer than {FEW_ROWS} rows: {shown}{more}")
         for concept, rows in self.examples.items():
             found.append(
-                f"concept {concept!r} is said by {rows} different latents, which a flow learns by heart: a linear answer, the "
+                f"concept {concept!r} is said by {rows} different latents, which a flow overfits: a linear answer, the "
                 "difference of the classes' means or an axis of iin_fast.LinearIIN, is as good or better, and takes seconds"
             )
         return found

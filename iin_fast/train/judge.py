@@ -52,8 +52,12 @@ class SwapJudge:
     ) -> None:
         assert latents.labels is not None
         self.z, self.context = latents.z, context
-        self.labels = {name: latents.labels[:, latents.names.index(name)] for name in concepts}
         self.train = torch.from_numpy(train)
+        columns = {name: latents.labels[:, latents.names.index(name)] for name in concepts}
+        # Concepts of which the training rows say nothing can't be read.
+        self.labels = {
+            name: _dense(column) for name, column in columns.items() if (column[self.train] != MISSING).any()
+        }
         self.inputs = Inputs.of(self.z[self.train])
         random = np.random.default_rng([seed, 3])
         self.keepers: dict[str, Tensor] = {}
@@ -73,11 +77,6 @@ class SwapJudge:
         if self.keepers:
             labels = torch.stack(list(self.labels.values()), 1)
             self.nearest = NearestLatents(self.z, labels, held_out, seed)
-
-    @property
-    def rows(self) -> int:
-        """Held-out rows that swaps are judged on."""
-        return min((len(rows.unique()) for rows in self.keepers.values()), default=0)
 
     def hidden(self) -> tuple[str, ...]:
         """Concepts that the networks read from held-out rows, and class means in white coordinates do not.
@@ -189,6 +188,14 @@ class SwapJudge:
             (sums - difference * count).square().sum().sqrt() / len(rows) * (len(count) / max(1, len(count) - 1)) ** 0.5
         )
         return bool(difference > max(GAIN, MARGIN * error))
+
+
+def _dense(labels: Tensor) -> Tensor:
+    """Classes renumbered from 0 without gaps; -1 stays."""
+    known = labels != MISSING
+    found = torch.full_like(labels, MISSING)
+    found[known] = labels[known].unique(return_inverse=True)[1]
+    return found
 
 
 def _balanced(answer: Tensor, truth: Tensor, classes: int) -> float:

@@ -37,8 +37,11 @@ def lock(run: Path) -> Iterator[None]:
         os.write(opened, f"{os.getpid()} on {socket.gethostname()}\n".encode())
         yield
     finally:
+        if fcntl is None:  # Windows takes no open file away
+            os.close(opened)
         file.unlink(missing_ok=True)
-        os.close(opened)
+        if fcntl is not None:
+            os.close(opened)
         if new:
             with suppress(OSError):  # not empty
                 run.rmdir()

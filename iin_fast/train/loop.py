@@ -145,6 +145,7 @@ def train(
         data = load_latents(
             latents, sample=before.get("latents", {}).get("rows") or rows or training_rows(Path(latents))
         )
+    given_steps = settings.steps
     settings = _resumed(settings, before, run)
     fingerprint, outliers = data.fingerprint(), ""
     if settings.standardise is not False or settings.start != "random":
@@ -152,8 +153,8 @@ def train(
         data, outliers = replace(data, z=usual), outlier_line(far)
     known = _facts(data, settings)
     if epochs is not None:
-        if settings.steps is not None:
-            raise ValueError(f"train: epochs is {epochs} and steps is {settings.steps}, expected one of them")
+        if given_steps is not None:
+            raise ValueError(f"train: epochs is {epochs} and steps is {given_steps}, expected one of them")
         if isinstance(epochs, bool) or not isinstance(epochs, int | float) or not 0 < epochs < math.inf:
             raise ValueError(f"train: epochs is {epochs!r}, expected a number above 0")
         latents_in_a_step = 2 * (settings.chosen(known).batch or 1)
@@ -162,15 +163,16 @@ def train(
     fabric = _fabric(accelerator, devices, nodes, strategy, settings, device)
     with lock(run) if fabric.is_global_zero else nullcontext():
         if fabric.is_global_zero:
-            if force:
-                _clear(run)
-            _check_folder(run, fingerprint, resume)
+            _check_folder(run, fingerprint, before, resume, force)
         fabric.barrier()
         found = state.latest(run) if resume else None
         fabric.barrier()  # nothing is written before all have looked
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            training = _Training(fabric, data, fingerprint, run, settings, found, progress, known.hidden, loggers)
+            training = _Training(
+                fabric, data, fingerprint, run, settings, found, before, progress, known.hidden, loggers
+            )
+            training.open_folder(force)
             if progress and fabric.is_global_zero:
                 print("\n".join([*training.summary(), settings.text(known)]), flush=True)
             model = training.run()
@@ -232,14 +234,14 @@ class _Training:
         run: Path,
         settings: Any,
         found: Path | None,
+        before: dict[str, Any],
         progress: bool,
         hidden: tuple[str, ...] = (),
         loggers: Sequence[Any] = (),
     ) -> None:
         self.fabric, self.data, self.folder, self.settings, self.show = fabric, data, run, settings, progress
         self.loggers, self.fingerprint = loggers, fingerprint
-        train_rows, held_rows = split_rows(data, settings.held_out, settings.seed)
-        self.rows = len(train_rows), len(held_rows)
+        self.split = train_rows, held_rows = split_rows(data, settings.held_out, settings.seed)
         self.context: Tensor | None = None  # [n, classes]
         if settings.context is not None:
             where = str(data.path or "train")
@@ -280,17 +282,8 @@ class _Training:
         else:
             model, self.progress = state.load(found)
             self._check_position()
-            if settings.steps > read_json(run / "run.json").get("steps", settings.steps):
+            if settings.steps > before.get("steps", settings.steps):
                 self.progress.stale = 0  # what had ended early goes on
-        if fabric.is_global_zero:
-            run.mkdir(parents=True, exist_ok=True)
-            state.tidy(run)
-            if found is not None:  # a run may have been killed between its last checkpoint and this
-                state.publish(run, model, self.progress)
-            self._write_record(model, train_rows, held_rows)
-            for logger in loggers:
-                with suppress(NotImplementedError):  # Fabric's own CSVLogger has none
-                    logger.log_hyperparams(asdict(settings))
         self.model = model
         self.narrow = None if self.noise is None or model.inputs is None else _narrow_directions(model.inputs)
         self.objective = _Objective(model, settings.rho, settings.contrast)
@@ -317,6 +310,21 @@ class _Training:
         self.loss = torch.zeros(())
         self.saved = self.progress.step if found is not None else None
 
+    def open_folder(self, force: bool) -> None:
+        """Write what this training is; ``force`` takes a run away that lies there. Nothing is written before all else is known to fit."""
+        if not self.fabric.is_global_zero:
+            return
+        if force:
+            _clear(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        state.tidy(self.folder)
+        if self.saved is not None:  # a run may have been killed between its last checkpoint and this
+            state.publish(self.folder, self.model, self.progress)
+        self._write_record()
+        for logger in self.loggers:
+            with suppress(NotImplementedError):  # Fabric's own CSVLogger has none
+                logger.log_hyperparams(asdict(self.settings))
+
     def summary(self) -> list[str]:
         """What this training is, for a person."""
         fabric, settings = self.fabric, self.settings
@@ -324,8 +332,9 @@ class _Training:
         device += f"{fabric.world_size} processes of {torch.get_num_threads()} threads"
         if fabric.world_size == 1:
             device = device.replace("1 processes of ", "").replace(" 1 threads", " 1 thread")
-        given = settings.factors or {}
-        return summary(self.data, self.model, given, settings.dims_method, *self.rows, device, self.folder)
+        given, (train_rows, held_rows) = settings.factors or {}, self.split
+        rows = len(train_rows), len(held_rows)
+        return summary(self.data, self.model, given, settings.dims_method, *rows, device, self.folder)
 
     def _fresh(self, concepts: tuple[str, ...], train_rows: np.ndarray[Any, Any], hidden: tuple[str, ...]) -> IIN:
         settings = self.settings
@@ -650,11 +659,11 @@ class _Training:
                 "other latents"
             )
 
-    def _write_record(self, model: IIN, train_rows: np.ndarray[Any, Any], held_rows: np.ndarray[Any, Any]) -> None:
+    def _write_record(self) -> None:
         fabric, data, settings = self.fabric, self.data, self.settings
         path = None if data.path is None else str(data.path.resolve())
         record = {
-            "format": "iin_fast.run",
+            "format": FORMAT,
             "version": 1,
             "latents": {"path": path, "kind": data.kind, "sha256": self.fingerprint}
             | ({"rows": data.n, "of": data.sampled_from} if data.sampled_from else {}),
@@ -663,7 +672,7 @@ class _Training:
             "names": list(data.names),
             "classes": {name: list(texts) for name, texts in data.classes.items()},
             "edges": {name: list(edges) for name, edges in data.edges.items()},
-            "factors": model.sizes,
+            "factors": self.model.sizes,
             "steps": settings.steps,
             "settings": settings.record(),
             "device": {
@@ -675,7 +684,7 @@ class _Training:
             "versions": _versions(),
         }
         write_file(self.folder / "run.json", (json.dumps(record, indent=2) + "\n").encode())
-        write_file(self.folder / "split.npz", npz_bytes({"train": train_rows, "held_out": held_rows}))
+        write_file(self.folder / "split.npz", npz_bytes({"train": self.split[0], "held_out": self.split[1]}))
 
 
 @torch.no_grad()
@@ -774,20 +783,34 @@ def _fabric(accelerator: str, devices: int, nodes: int, strategy: str, settings:
     return fabric
 
 
-def _check_folder(run: Path, fingerprint: str, resume: bool) -> None:
-    """Refuse a folder with another run in it."""
-    if not resume:
-        for name in ("state", "config.json", "run.json"):
-            if (run / name).exists():
-                raise FileExistsError(
-                    f"train: {run} holds a run already; resume it, or take another folder; force (--force) trains anew"
-                )
-        return
-    before = _record(run).get("latents", {})
-    if before and before.get("sha256") != fingerprint:
-        raise ValueError(
-            f"train: latents is {fingerprint!r}, but the run in {run} has {before.get('sha256')!r}; resume takes the same latents"
+FORMAT = "iin_fast.run"  # of run.json
+
+# What a training, and the commands after it, write into a folder.
+FOLDERS = ("state", "logs", "pictures")
+FILES = ("run.json", "split.npz", "config.json", "model.safetensors", "evaluation.json", "report.html")
+
+
+def _check_folder(run: Path, fingerprint: str, before: dict[str, Any], resume: bool, force: bool) -> None:
+    """Refuse a folder with another run in it, or with files of somebody else that would be written over."""
+    there = [name for name in (*FOLDERS, *FILES) if (run / name).exists()]
+    if there and not _holds_run(run):
+        raise FileExistsError(f"train: {run} holds {', '.join(there)} and no run of iin-fast; take another folder")
+    if there and not resume and not force:
+        raise FileExistsError(
+            f"train: {run} holds a run already; resume it, or take another folder; force (--force) trains anew"
         )
+    known = before.get("latents", {})
+    if known and known.get("sha256") != fingerprint:
+        raise ValueError(
+            f"train: latents is {fingerprint!r}, but the run in {run} has {known.get('sha256')!r}; resume takes the same latents"
+        )
+
+
+def _holds_run(run: Path) -> bool:
+    try:
+        return bool(read_json(run / "run.json").get("format") == FORMAT)
+    except (OSError, ValueError):
+        return False
 
 
 def _record(run: Path) -> dict[str, Any]:
@@ -802,7 +825,7 @@ def _record(run: Path) -> dict[str, Any]:
 
 
 # What a resume may be given anew.
-OPEN = ("steps", "patience", "minutes", "log_every", "held_out_every", "save_every")
+OPEN = ("steps", "patience", "log_every", "held_out_every", "save_every")
 
 
 def _resumed(settings: Settings, record: dict[str, Any], run: Path) -> Settings:
@@ -829,9 +852,9 @@ def _resumed(settings: Settings, record: dict[str, Any], run: Path) -> Settings:
 
 def _clear(run: Path) -> None:
     """Take away what a training, and the commands after it, wrote into a folder; nothing else."""
-    for name in ("state", "logs", "pictures"):
+    for name in FOLDERS:
         shutil.rmtree(run / name, ignore_errors=True)
-    for name in ("run.json", "split.npz", "config.json", "model.safetensors", "evaluation.json", "report.html"):
+    for name in FILES:
         (run / name).unlink(missing_ok=True)
 
 
@@ -847,7 +870,11 @@ def _stop_signals() -> Iterator[threading.Event]:
             signal.signal(signum, handler)
 
     if threading.current_thread() is threading.main_thread():
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        for signum in (
+            signal.SIGINT,
+            signal.SIGTERM,
+            getattr(signal, "SIGHUP", signal.SIGTERM),
+        ):  # Windows has no hangup
             if signal.getsignal(signum) != signal.SIG_IGN:
                 before[signum] = signal.signal(signum, stop) or signal.SIG_DFL
     try:

@@ -444,7 +444,7 @@ def report(
 def latents_of_run(run: Path, latents: Source | None = None) -> Latents | None:
     """The latents given, else those that the run was trained on; None where they are not there any more."""
     if latents is not None:
-        return _latents(latents, run)
+        return _latents(latents, run, whole=False)
     found = recorded(run).get("latents", {})
     path = found.get("path")
     return _latents(load_latents(path, sample=found.get("rows")), run) if path and Path(path).exists() else None
@@ -479,13 +479,22 @@ def _function(function: Callable[..., Any] | str | None) -> Callable[..., Any] |
     return load_function(function) if isinstance(function, str) else function
 
 
-def _latents(latents: Source, run: PathLike | None = None) -> Latents:
-    """Checked latents; with the codes that the training in ``run`` had for texts and bins."""
-    data = latents if isinstance(latents, Latents) else load_latents(latents)
+def _latents(latents: Source, run: PathLike | None = None, whole: bool = True) -> Latents:
+    """Checked latents; with the codes that the training in ``run`` had for texts and bins.
+
+    ``whole``: else of the file that the training drew a sample of, the same sample.
+    """
+    record = {} if run is None else recorded(Path(run))
+    trained = record.get("latents", {})
+    same = not whole and not isinstance(latents, Latents) and str(Path(latents).resolve()) == trained.get("path")
+    data = (
+        latents if isinstance(latents, Latents) else load_latents(latents, sample=trained.get("rows") if same else None)
+    )
     if run is None:
         return data
-    record = recorded(Path(run))
-    return data.coded_like(record.get("classes", {}), record.get("edges", {}), str(data.path or "latents"))
+    return data.coded_like(
+        record.get("classes", {}), record.get("edges", {}), record.get("names", ()), str(data.path or "latents")
+    )
 
 
 def _z(run: PathLike, model: IIN, latents: Source) -> tuple[Tensor, Tensor | None]:
@@ -557,7 +566,7 @@ def _held_out(run: Path, latents: Source | None) -> tuple[Latents, NDArray[np.in
         own = True
     else:
         own = False
-    data = _latents(latents, run)
+    data = _latents(latents, run, whole=False)
     if data.fingerprint() != trained.get("sha256"):
         if own:
             raise ValueError(f"{path}: changed since the training; name latents that are held out")

@@ -1,5 +1,7 @@
 """The command line."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -27,6 +29,12 @@ def test_info_names_what_is_installed() -> None:
         "commit",
     ):
         assert expected in output
+
+
+def test_info_needs_no_git(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    code, output = run("info")
+    assert code == 0 and __version__ in output
 
 
 def test_check_compares_all_ops() -> None:

@@ -280,3 +280,31 @@ def test_other_latents_get_the_codes_of_the_training():
     assert coded.labels[:, 0].tolist() == trained.labels[:4, 1].tolist()
     with pytest.raises(ValueError, match="labels of 'animal' are numbers, expected texts like"):
         Latents.of(Z, {"animal": CODES}).coded_like(trained.classes, trained.edges)
+
+
+def test_whole_numbers_of_a_continuous_concept_fall_into_its_bins():
+    trained = Latents.of(Z, {"age": AGE})
+    assert trained.edges["age"]
+    other = Latents.of(Z[:4], {"age": np.array([1, 50, 99, -1])})
+    coded = other.coded_like(trained.classes, trained.edges, trained.names)
+    wanted = np.searchsorted(trained.edges["age"], [1, 50, 99], side="right").tolist()
+    assert coded.labels[:, 0].tolist() == [*wanted, -1]
+    assert torch.equal(coded.coded_like(trained.classes, trained.edges).labels, coded.labels)  # twice is once
+    with pytest.raises(ValueError, match="labels of 'age' are texts, expected numbers"):
+        Latents.of(Z[:4], {"age": ["old", "young", "old", "old"]}).coded_like({}, trained.edges)
+    with pytest.raises(ValueError, match="values of 'age' are continuous, expected classes"):
+        trained.coded_like({}, {}, ["age"])
+
+
+def test_a_shard_that_is_not_there_is_no_damaged_table(tmp_path):
+    (tmp_path / "t.csv").write_text("z0,z1\n0.5,1.5\n2.5,3.5\n")
+    with pytest.raises(ValueError, match="^load_latents: shard is 2 of 2"):
+        load_latents(tmp_path / "t.csv", shard=(2, 2))
+    with pytest.raises(TypeError, match="^load_latents: sample"):
+        load_latents(tmp_path / "t.csv", sample=1.5)
+
+
+def test_parts_are_of_the_latents_whatever_lies_beside_them(tmp_path):
+    np.savez(tmp_path / "f.npz", z=np.arange(20.0).reshape(10, 2), vocabulary=np.arange(70))
+    assert load_latents(tmp_path / "f.npz", shard=(1, 5)).z[:, 0].tolist() == [4.0, 6.0]
+    assert load_latents(tmp_path / "f.npz", sample=3).n == 3

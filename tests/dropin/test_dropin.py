@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from threading import Barrier
 from typing import Any
@@ -590,6 +591,23 @@ def test_stack_sees_every_change_of_its_modules(stack: nn.Module, monkeypatch: p
     same(fused=False)
     for model in (stack, own):
         model.flow[0].flow[1].s[0].main[1] = nn.LeakyReLU()
+    same()
+    usual = type(stack.flow[1].flow[1].t[1])
+
+    class Half(usual):  # type: ignore[misc,valid-type]
+        def forward(self, x: Tensor) -> Tensor:
+            return 0.5 * usual.forward(self, x)
+
+    for model in (stack, own):  # a net of another class
+        model.flow[1].flow[1].t[1].__class__ = Half
+    same(fused=False)
+    for model in (stack, own):  # one with a forward of its own
+        net = model.flow[1].flow[1].t[1]
+        net.__class__ = usual
+        net.forward = partial(Half.forward, net)
+    same(fused=False)
+    for model in (stack, own):
+        del model.flow[1].flow[1].t[1].forward
     same()
     for model in (stack, own):  # ActNorm is to start anew
         model.flow[2].flow[0].initialized.zero_()

@@ -82,6 +82,9 @@ def test_rows(factors, index, rows):
 def test_rows_refuse_other_shapes(factors):
     with pytest.raises(IndexError, match="picks samples"):
         factors[torch.zeros(2, 2, dtype=torch.int64)]
+    for index in ((slice(None), 0), (slice(None), slice(3)), (0, 1)):  # dimensions are no factors
+        with pytest.raises(IndexError, match="picks samples"):
+            factors[index]
 
 
 def test_repr(factors):

@@ -334,4 +334,13 @@ def test_bad_calls(make):
         flow(x, torch.zeros(4, 3).double())
     with pytest.raises(ValueError, match=rf"{name}: context is \[4, 2\], expected None"):
         plain(x, context)
+    for call in (flow, flow.log_prob):
+        with pytest.raises(TypeError, match=f"{name}: x is a ndarray, expected a torch.Tensor"):
+            call(x.numpy(), context)
+    with pytest.raises(TypeError, match=f"{name}: context is a list"):
+        flow.log_prob(x, [1.0, 2.0])
+    with pytest.raises(
+        ValueError, match=rf"{name}: context has shape \[3, 2\], expected one that broadcasts against x"
+    ):
+        flow.log_prob(x, context[:3])
     assert flow(x[:0], context[:0])[1].shape == (0,) and plain.sample(0).shape == (0, 3)

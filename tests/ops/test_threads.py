@@ -37,13 +37,17 @@ def threads() -> Iterator[Callable[[int], None]]:
 
 @pytest.mark.parametrize("op", [affine, spline, pair])
 @pytest.mark.parametrize("count", [2, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_same_bits_with_any_number_of_threads(
-    op: Callable[..., tuple[list[Tensor], Callable[..., object]]], count: int, threads: Callable[[int], None]
+    op: Callable[..., tuple[list[Tensor], Callable[..., object]]],
+    count: int,
+    dtype: torch.dtype,
+    threads: Callable[[int], None],
 ) -> None:
     inputs, run = op(torch.Generator().manual_seed(0))
 
     def results() -> list[Tensor]:
-        leaves = [t.clone().requires_grad_() for t in inputs]
+        leaves = [t.to(dtype, copy=True).requires_grad_() for t in inputs]
         with iin_fast.backend("cpp"):
             outputs = run(*leaves)
         return [*outputs, *torch.autograd.grad(outputs, leaves, [torch.ones_like(t) for t in outputs])]

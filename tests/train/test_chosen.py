@@ -371,3 +371,16 @@ def test_a_redrawn_start_goes_on_after_a_stop_and_keeps_the_linear_solution_if_i
     train(data, tmp_path / "run", settings, accelerator="cpu", resume=True)
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_codes_of_classes_may_be_large_and_a_concept_without_labels_is_not_judged():
+    data = additive()
+    labels = data.labels.clone()
+    labels[:, 0] += 20_230_101
+    rows = split_rows(data, 0.1, 0)
+    model = IIN(12, {"digit": 4, "color": 3}, n_flows=1, hidden_dim=8)
+    usual = SwapJudge(data, *rows, data.names)(model)
+    assert torch.equal(SwapJudge(Latents.of(data.z, labels, data.names), *rows, data.names)(model), usual)
+    labels[torch.from_numpy(rows[0]), 0] = -1
+    judge = SwapJudge(Latents.of(data.z, labels, data.names), *rows, data.names)
+    assert list(judge.labels) == ["color"] and judge(model).isfinite().all()

@@ -678,3 +678,55 @@ def test_a_process_leaves_its_group_before_it_ends(grouped, tmp_path):
         torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", world_size=1, rank=0)
     assert _leave_group()
     assert not torch.distributed.is_initialized()
+
+
+def test_a_folder_of_somebody_else_is_never_written_over(file, tmp_path):
+    theirs = tmp_path / "model"
+    theirs.mkdir()
+    (theirs / "model.safetensors").write_text("weights of another model")
+    (theirs / "config.json").write_text("{}")
+    for words in ((), ("--force",), ("--resume",)):
+        code, output = run("train", file, "--out", theirs, "--steps", 2, *SMALL, *words)
+        assert code == 2 and "no run of iin-fast; take another folder" in output, output
+    assert {path.name for path in theirs.iterdir()} == {"model.safetensors", "config.json"}
+    assert (theirs / "model.safetensors").read_text() == "weights of another model"
+
+
+def test_force_leaves_the_old_run_until_the_new_one_can_begin(file, tmp_path):
+    folder = tmp_path / "run"
+    assert run("train", file, "--out", folder, "--steps", 2, "--factors", "digit=3,color=2", *SMALL)[0] == 0
+    before = (folder / "model.safetensors").read_bytes()
+    code, output = run("train", file, "--out", folder, "--steps", 2, "--factors", "digit=99", *SMALL, "--force")
+    assert code == 2, output
+    assert (folder / "model.safetensors").read_bytes() == before and list((folder / "state").iterdir())
+
+
+def test_epochs_and_minutes_in_a_resume(file, tmp_path):
+    folder, words = tmp_path / "run", ("--factors", "digit=3,color=2", *SMALL)
+    assert run("train", file, "--out", folder, "--epochs", 1, *words)[0] == 0
+    code, output = run("train", file, "--out", folder, "--epochs", 2, *words, "--resume")
+    assert code == 0 and record(folder)["steps"] == round(2 * 540 / 32), output
+    code, output = run("train", file, "--out", folder, "--minutes", 20, *words, "--resume")
+    assert code == 2 and "minutes is 20" in output and "resume takes the same" in output
+
+
+def test_an_option_that_is_wrong_is_named(file, tmp_path):
+    code, output = run("train", file, "--out", tmp_path / "run", "--steps", "abc")
+    assert code == 2 and "'--steps'" in output and "integer" in output and "TRACEBACK" not in output
+    code, output = run("train", file)
+    assert code == 2 and "--out" in output and "TRACEBACK" not in output
+
+
+def test_a_sample_is_evaluated_on_what_it_held_out(latents, tmp_path):
+    place, folder = tmp_path / "latents.npz", tmp_path / "run"
+    save_arrays(place, {"z": latents.z, "labels": latents.labels, "names": list(latents.names)})
+    assert run("train", place, "--out", folder, "--steps", 5, "--rows", 300, *SMALL)[0] == 0
+    _, own, held = run_folder._held_out(folder, None)
+    _, again, rows = run_folder._held_out(folder, place)
+    assert np.array_equal(own, again) and np.array_equal(held, rows) and len(rows) < 100
+
+
+@pytest.mark.parametrize("words", [("--plot", "shares.txt"), ("--plot", "shares")])
+def test_a_picture_of_no_kind_is_refused(file, tmp_path, words):
+    code, output = run("dims", file, file, "--compare", words[0], tmp_path / words[1])
+    assert code == 2 and "expected one of ." in output

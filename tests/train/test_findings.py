@@ -86,9 +86,7 @@ def test_few_examples_are_as_well_served_without_a_training():
     found = inspect_latents(Latents.of_pairs(pairs.za, pairs.zb, shared=pairs.shared, names=pairs.names))
     assert found.examples == {"nine": 16}
     (line,) = found.lines()
-    assert line.startswith(
-        "concept 'nine' is said by 16 different latents, which a flow learns by heart: a linear answer"
-    )
+    assert line.startswith("concept 'nine' is said by 16 different latents, which a flow overfits: a linear answer")
 
     pairs = concept_pairs(z[:100], z[100:200], z[200:], n=600, name="nine")
     assert not inspect_latents(Latents.of_pairs(pairs.za, pairs.zb, shared=pairs.shared, names=pairs.names)).lines()

@@ -53,7 +53,10 @@ def activation(maker: Maker, value: Any) -> tuple[str, float]:
         raise Unsupported(f"{cls.__name__}(inplace=True)")
     if cls is nn.GELU and maker.get(value, "approximate") != "none":
         raise Unsupported("GELU with approximate")
-    return kind, 0.0 if slope is None else maker.number(value, slope)
+    found = 0.0 if slope is None else maker.number(value, slope)
+    if found < 0:
+        raise Unsupported(f"{cls.__name__} with {slope} {found}")
+    return kind, found
 
 
 def no_dropout(maker: Maker, module: Any) -> None:

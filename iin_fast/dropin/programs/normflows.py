@@ -325,32 +325,28 @@ def step(module: Any, x: Tensor, context: Tensor | None, inverse: bool) -> tuple
     return found
 
 
-def _mapped(self: Any, x: Any, context: Any, inverse: bool) -> Any:
-    return run(PROGRAMS, self, x, context, inverse)
-
-
 def _usual(x: Any) -> bool:
     """Whether log-dets, which start as zeros of the usual type, are of the type of x."""
     return isinstance(x, Tensor) and x.dtype is torch.get_default_dtype()
 
 
 def forward(own: Any, self: Any, z: Any, context: Any = None) -> Any:
-    found = _mapped(self, z, context, False)
+    found = run(PROGRAMS, self, z, context, False)
     return _own(own, self, z, context) if found is None else found[0]
 
 
 def forward_and_log_det(own: Any, self: Any, z: Any, context: Any = None) -> Any:
-    found = _mapped(self, z, context, False) if _usual(z) else None
+    found = run(PROGRAMS, self, z, context, False) if _usual(z) else None
     return _own(own, self, z, context) if found is None else found[:2]
 
 
 def inverse(own: Any, self: Any, x: Any, context: Any = None) -> Any:
-    found = _mapped(self, x, context, True)
+    found = run(PROGRAMS, self, x, context, True)
     return _own(own, self, x, context) if found is None else found[0]
 
 
 def inverse_and_log_det(own: Any, self: Any, x: Any, context: Any = None) -> Any:
-    found = _mapped(self, x, context, True) if _usual(x) else None
+    found = run(PROGRAMS, self, x, context, True) if _usual(x) else None
     return _own(own, self, x, context) if found is None else found[:2]
 
 
@@ -402,7 +398,7 @@ def forward_kld(own: Any, self: Any, x: Any, context: Any = None) -> Any:
 def sample(own: Any, self: Any, num_samples: int = 1, context: Any = None) -> Any:
     """The base draws first, so its draws are used whatever runs then."""
     z, log_q = self.q0(num_samples) if context is None else self.q0(num_samples, context=context)
-    found = _mapped(self, z, context, False)
+    found = run(PROGRAMS, self, z, context, False)
     if found is not None:
         return found[0], log_q - found[1]
     for flow in self.flows:

@@ -5,6 +5,7 @@ the compiled op), ahead.py (gradients that come with the results), and csrc/flow
 whole, and Triton, run layer by layer through the ops of couplings and splines.
 """
 
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -89,9 +90,10 @@ def flow_program(
         check_rows(x, context, program, FULL)
         return _run(x, context, parameters, program, inverse, base, KEEP[memory])
     check_rows(x, context, program, FLOATING)
-    check_parameters(x, parameters, program)
     if has_values(x):
         _check_once(x, parameters, program)
+    else:
+        check_parameters(x, parameters, program)
     if backend == "cpp" and x.dtype in HALF:  # what computes them in float32 is the walk, where there is one
         wide, around, *values = map(engine.in_float32, (x, context, *parameters))
         if walks(wide, around, values, program, inverse):
@@ -105,7 +107,7 @@ def flow_program(
 
 # Programs and parameters that were checked: a repeated call pays for one look at the identities of its parameters. What
 # changes in place after that is caught by the compiled op itself, and then looked at closely.
-_checked: set[tuple[object, ...]] = set()
+_checked: dict[tuple[object, ...], list[weakref.ref[Tensor]]] = {}
 _MOST_CHECKED = 64
 
 
@@ -117,7 +119,8 @@ def _check_once(x: Tensor, parameters: Sequence[Tensor], program: FlowProgram) -
         check_data(parameters, program)
         if len(_checked) >= _MOST_CHECKED:
             _checked.clear()
-        _checked.add(key)
+        # another tensor may get the identity of one that is gone
+        _checked[key] = [weakref.ref(p, lambda _: _checked.pop(key, None)) for p in parameters]
 
 
 def _run(
