@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 def run(out: Path, *arguments: str, **variables: str) -> tuple[subprocess.CompletedProcess[str], dict]:
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--out", str(out), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | variables)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=os.environ | variables)
     return done, json.loads((out / "gpu.json").read_text()) if (out / "gpu.json").exists() else {}
 
 
@@ -30,7 +30,7 @@ def run(out: Path, *arguments: str, **variables: str) -> tuple[subprocess.Comple
 def dry_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """The folder and the results of a dry run of all that measures."""
     folder = tmp_path_factory.mktemp("dry")
-    done, result = run(folder, "--dry-run", "--stages", "environment,peaks,micro,ops,engine,flow", "--minutes", "4")
+    done, result = run(folder, "--dry-run", "--stages", "environment,peaks,micro,ops,engine,flow", "--minutes", "9")
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, result
 
