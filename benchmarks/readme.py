@@ -577,7 +577,12 @@ def peers_list() -> str:
     """How the libraries' own tests, and ours on code that is no package, ended."""
     suites = json.loads((RESULTS / "peer_suites.json").read_text())
     sources = json.loads((RESULTS / "peer_sources.json").read_text())
-    lines = [f"The libraries' own test suites, with and without `patch` (torch {suites['machine']['torch']}):", ""]
+    machine = suites["machine"]
+    lines = [
+        f"The libraries' own test suites, with and without `patch` (torch {machine['torch']}, iin-fast {machine['iin-fast']} at "
+        f"{machine['commit'][:7]}):",
+        "",
+    ]
     for name, found in suites["suites"].items():
         at = f"at {found['commit'][:7]}" if "commit" in found else found["version"]
         ended = [f"{found[kind]} {word}" for kind, word in WORDS.items() if found[kind]]

@@ -11,6 +11,7 @@ from torch import Tensor
 from .ops.types import FLOATING
 
 __all__ = [
+    "HOOKS",
     "autocast_enabled",
     "broadcast_shapes",
     "check_device",
@@ -40,6 +41,10 @@ def _short(dtype: torch.dtype) -> str:
 def autocast_enabled(x: Tensor) -> bool:
     """Whether autocast is on where ``x`` is; torch can't be asked for tensors without data."""
     return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""What a module holds its hooks in."""
 
 
 def broadcast_shapes(*shapes: torch.Size) -> torch.Size:

@@ -13,9 +13,11 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, nn
 
+from ..checks import HOOKS
 from ..ops.flow import flow
 from ..ops.flow.layout import PANEL, pack, unpack
 from .class_factory import original
+from .programs import Unsupported
 from .registry import eligible, qualified
 
 __all__ = ["ROWS", "Block", "Stack", "Unsupported", "expect", "freeze", "own_class", "run", "stack_of"]
@@ -23,12 +25,6 @@ __all__ = ["ROWS", "Block", "Stack", "Unsupported", "expect", "freeze", "own_cla
 ROWS = 128
 """Smaller batches run block by block on the CPU unless frozen: laying out the weights costs more than the op saves
 (benchmarks/dropin.py)."""
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-class Unsupported(Exception):
-    """Why a stack can't run as one op."""
 
 
 class Block:

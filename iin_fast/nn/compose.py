@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..checks import checked_int
+from ..checks import HOOKS, checked_int
 from ..flow import FlowProgram, ProgramBuilder
 from ..ops.flow_program import flow_program
 from ..ops.types import accumulator_type
@@ -19,7 +19,6 @@ from .state_dict_layout import is_sharded
 
 __all__ = ["Compose"]
 
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 # What a program takes from a module beside its tensors.
 OPTIONS = (
     "alpha",

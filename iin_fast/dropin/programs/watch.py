@@ -8,10 +8,11 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
+from ...checks import HOOKS
+
 __all__ = ["GLOBAL_HOOKS", "HOOKS", "PLAIN", "NoPlace", "Unsupported", "Watch"]
 
 PLAIN = (Tensor, nn.Parameter)
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 VERSION = attrgetter("_version")
 GLOBAL_HOOKS: list[Any] = [getattr(torch_module, f"_global{name}") for name in HOOKS]
 
