@@ -35,8 +35,8 @@ def speed_table() -> str:
     result = json.loads((RESULTS / "flow_cpu.json").read_text())
     machine, peaks = result["machine"], result["peaks"]
     lines = [
-        f"Medians in milliseconds; {machine['CPU']} ({machine['CPU instruction set']}), torch {machine['torch']}. All systems "
-        "in one run, in turn; minimum and maximum are in the result file. The floor is what the machine's peaks allow: "
+        f"Medians in milliseconds; {machine['CPU']} ({machine['CPU instruction set']}), torch {machine['torch']}, iin-fast "
+        f"{machine['iin-fast']} at {machine['commit'][:7]}. All systems in one run, in turn; minimum and maximum are in the result file. The floor is what the machine's peaks allow: "
         f"{peaks['gflops']:.0f} GFLOP/s in registers, {peaks['read_gbytes']:.0f} GB/s read, {peaks['copy_gbytes']:.0f} GB/s "
         f"copied (torch.mm reaches {peaks['torch_mm_gflops']:.0f} GFLOP/s).",
         "",
