@@ -47,7 +47,7 @@ Context = Annotated[
     str,
     typer.Option(
         show_default=False,
-        help="of a run trained with --context: a class for all, or a file of latents with a label of it for each row",
+        help="of a run trained with --context: a class for all (its text, or its number), or a file of latents with a label of it for each row",
     ),
 ]
 Factor = Annotated[list[str], typer.Option(show_default=False, help="a factor's name; several times for several")]
@@ -211,7 +211,7 @@ def encode(run: Run, latents: LatentsFile, out: Out, shard: Shard = "", device: 
     from ..data import save_arrays
     from ..train.run_folder import encode as run_encode
 
-    factors = run_encode(run, _part(latents, shard), device=device)
+    factors = run_encode(run, _part(run, latents, shard), device=device)
     save_arrays(out, dict(factors))
     sizes = ", ".join(f"{name} {size}" for name, size in factors.sizes.items())
     _wrote(out, f"{factors.tensor.shape[0]} samples in {sizes} dimensions")
@@ -340,7 +340,7 @@ def score(
     from ..data import save_arrays
     from ..train.run_folder import score as run_score
 
-    log_prob, outlier_score = run_score(run, _part(latents, shard), held_in, device=device)
+    log_prob, outlier_score = run_score(run, _part(run, latents, shard), held_in, device=device)
     save_arrays(out, {"log_prob": log_prob, "outlier_score": outlier_score})
     share = (outlier_score >= 0.95).double().mean().item()
     _wrote(
@@ -527,22 +527,23 @@ def _correlations(pairs: dict[str, Any]) -> Table:
     return table
 
 
-def _part(latents: Path, shard: str) -> Any:
+def _part(run: Path, latents: Path, shard: str) -> Any:
     """Latents, or part i of n of them."""
     from ..data import load_latents
+    from ..train.run_folder import recorded
 
     if not shard:
         return latents
     i, slash, n = shard.partition("/")
     if not (slash and i.isdigit() and n.isdigit()):
         raise ValueError(f"--shard is {shard!r}, expected a part and their number like 0/8")
-    return load_latents(latents, shard=(int(i), int(n)))
+    return load_latents(latents, shard=(int(i), int(n)), concepts=recorded(run).get("names", ()))
 
 
-def _class_or_file(text: str) -> int | Path | None:
+def _class_or_file(text: str) -> int | str | None:
     if not text:
         return None
-    return int(text) if text.isdigit() else Path(text)
+    return int(text) if text.isdigit() else text
 
 
 def _leave_group() -> bool:

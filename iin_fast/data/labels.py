@@ -38,7 +38,7 @@ def read_concept(where: str, name: str, column: Any) -> Concept:
     if array.dtype.kind == "O":
         array = _plain(where, name, array)
     if array.dtype.kind in "US":
-        texts = array.astype(str)
+        texts = np.char.decode(array, "utf-8", "replace") if array.dtype.kind == "S" else array
         known = np.char.str_len(np.char.strip(texts)) > 0
         classes, codes = np.unique(texts[known], return_inverse=True)
         found = np.full(len(texts), MISSING, dtype=np.int64)
@@ -82,11 +82,18 @@ def in_bins(values: NDArray[np.float64], edges: Sequence[float]) -> NDArray[np.i
 
 
 def _plain(where: str, name: str, array: NDArray[Any]) -> NDArray[Any]:
-    """Python objects as texts or as floats; None is unknown."""
-    known = [value for value in array if not (value is None or value != value)]
+    """Python objects as texts or as floats; None, NaN and pandas' NA are unknown."""
+    array = np.array([None if _is_unknown(value) else value for value in array], dtype=object)
+    known = [value for value in array if value is not None]
     if all(isinstance(value, str) for value in known):
         return np.array([value if isinstance(value, str) else "" for value in array], dtype=str)
     if all(isinstance(value, int | float | np.number | np.bool_) for value in known):
         return np.array([value if value is not None else np.nan for value in array], dtype=np.float64)
     kinds = sorted({type(value).__name__ for value in known})
     raise TypeError(f"{where}: {name} holds {', '.join(kinds)}, expected texts alone or numbers alone")
+
+
+def _is_unknown(value: Any) -> bool:
+    if type(value).__name__ in ("NAType", "NaTType"):  # of pandas, which compare to nothing
+        return True
+    return value is None or (isinstance(value, float | np.floating) and value != value)

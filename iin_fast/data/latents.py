@@ -288,7 +288,11 @@ class Latents:
 
 
 def load_latents(
-    path: str | os.PathLike[str], *, sample: int | None = None, shard: tuple[int, int] | None = None
+    path: str | os.PathLike[str],
+    *,
+    sample: int | None = None,
+    shard: tuple[int, int] | None = None,
+    concepts: Sequence[str] = (),
 ) -> Latents:
     """Latents from a file of arrays (.npz, .npy, .safetensors, .pt) or a table (.csv, .parquet, .arrow, a dataset's folder).
 
@@ -311,6 +315,8 @@ def load_latents(
         path: the file or folder.
         sample: at most so many rows, drawn at random; always the same ones.
         shard: (i, n): part i of n, counted from 0, of the rows in order.
+        concepts: arrays or columns that are labels for sure. Others are not taken for labels where each row has its own, or all
+            have the same one.
 
     Raises:
         FileNotFoundError: no such file.
@@ -331,7 +337,7 @@ def load_latents(
     rows = None if sample is None and shard is None else partial(chosen_rows, sample=sample, shard=shard)
     if file.suffix in tables.ENDINGS and file.is_file() or tables.is_table_folder(file):
         table, n = tables.read_table(file, rows)
-        return _sampled(_of_table(str(file), table, None, file), n if sample else None)
+        return _sampled(_of_table(str(file), table, None, file, concepts), n if sample else None)
     arrays = _read_any(file, whole=rows is None)
     if rows is not None:
         if any(key in arrays for key in _PAIRS):
@@ -342,7 +348,8 @@ def load_latents(
         arrays = {
             k: read_rows(array, chosen) if array.ndim and len(array) == n else array for k, array in arrays.items()
         }
-        return _sampled(_of_arrays(str(file), arrays, _names_of(file, arrays), file), n if sample else None)
+        found = _of_arrays(str(file), arrays, _names_of(file, arrays), file, sure=concepts)
+        return _sampled(found, n if sample else None)
     names = _names_of(file, arrays)
     pair_keys = [key for key in _PAIRS if key in arrays]
     if "z" in arrays and pair_keys:
@@ -356,7 +363,7 @@ def load_latents(
         factor, shared = arrays.get("factor"), arrays.get("shared")
         options: dict[str, Any] = {"shared": shared, "images": arrays.get("images"), "path": file}
         return Latents.of_pairs(arrays["za"], arrays["zb"], factor, names, **options)
-    return _of_arrays(str(file), arrays, names, file)
+    return _of_arrays(str(file), arrays, names, file, sure=concepts)
 
 
 def _sampled(latents: Latents, n: int | None) -> Latents:
@@ -374,7 +381,7 @@ def _names_of(file: Path, arrays: Mapping[str, Any]) -> list[str] | None:
     return names
 
 
-def _of_table(where: str, table: Any, images: Any, path: Path | None) -> Latents:
+def _of_table(where: str, table: Any, images: Any, path: Path | None, sure: Sequence[str] = ()) -> Latents:
     columns, other = tables.columns_of(table)
     single = {name: column for name, column in columns.items() if column.ndim == 1}
     notes = [f"left out: {', '.join(map(repr, other))} (no numbers, texts or lists of one length)"] if other else []
@@ -382,11 +389,12 @@ def _of_table(where: str, table: Any, images: Any, path: Path | None) -> Latents
         numbered: dict[str, list[tuple[int, str]]] = {}
         for name, column in single.items():
             stem = re.fullmatch(r"(.*?)(\d+)", name)
-            if stem and column.dtype.kind in "fiu":
+            if stem and column.dtype.kind in "fiu" and name not in sure:
                 numbered.setdefault(stem[1], []).append((int(stem[2]), name))
-        chosen = [name for _, name in max(map(sorted, numbered.values()), key=len, default=[])]
+        stems = [stem for stem in _Z if len(numbered.get(stem, ())) > 1] or numbered
+        chosen = [name for _, name in max((sorted(numbered[stem]) for stem in stems), key=len, default=[])]
         if len(chosen) < 2:
-            chosen = [name for name, column in single.items() if _is_measured(column)]
+            chosen = [name for name, column in single.items() if name not in sure and _is_measured(column)]
         if len(chosen) < 2:
             raise ValueError(
                 f"{where}: has the columns {list(columns)[:12]}, but none with lists of numbers, and no two numbered ones "
@@ -395,7 +403,7 @@ def _of_table(where: str, table: Any, images: Any, path: Path | None) -> Latents
         z = np.stack([columns.pop(name) for name in chosen], axis=1)
         notes.append(f"latents are the {len(chosen)} columns {chosen[0]} … {chosen[-1]}")
         columns = {"z": z.astype(z.dtype if z.dtype.kind == "f" else np.float32), **columns}
-    return _of_arrays(where, columns | ({} if images is None else {"images": images}), None, path, notes)
+    return _of_arrays(where, columns | ({} if images is None else {"images": images}), None, path, notes, sure)
 
 
 def _is_measured(column: np.ndarray[Any, Any]) -> bool:
@@ -406,7 +414,12 @@ def _is_measured(column: np.ndarray[Any, Any]) -> bool:
 
 
 def _of_arrays(
-    where: str, arrays: Mapping[str, Any], names: Sequence[str] | None, path: Path | None, notes: Sequence[str] = ()
+    where: str,
+    arrays: Mapping[str, Any],
+    names: Sequence[str] | None,
+    path: Path | None,
+    notes: Sequence[str] = (),
+    sure: Sequence[str] = (),
 ) -> Latents:
     """Latents and labels by their names; what is neither is left out, and noted."""
     notes = list(notes)
@@ -427,7 +440,7 @@ def _of_arrays(
     if "labels" in named or any(name in named and named[name].ndim == 2 for name in _LABELS):
         labels = named.pop(next(name for name in _LABELS if name in named))
     else:
-        found, own = _concepts(named, len(z))
+        found, own = _concepts(named, len(z), sure)
         for name in (*found, *own):
             del named[name]
         labels = found or None
@@ -454,7 +467,9 @@ def _z_of(arrays: Mapping[str, Any]) -> str | None:
     return next((name for name in _Z if name in arrays), matrices[0] if len(matrices) == 1 else None)
 
 
-def _concepts(arrays: Mapping[str, Any], n: int) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, str]]:
+def _concepts(
+    arrays: Mapping[str, Any], n: int, sure: Sequence[str] = ()
+) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, str]]:
     """Arrays ``[n]`` that are labels of a concept, and those that tell no classes, with the reason."""
     found: dict[str, np.ndarray[Any, Any]] = {}
     own: dict[str, str] = {}
@@ -465,7 +480,9 @@ def _concepts(arrays: Mapping[str, Any], n: int) -> tuple[dict[str, np.ndarray[A
         known = array[array == array]
         distinct = len(np.unique(known)) if array.dtype.kind != "O" else 2
         fractions = array.dtype.kind == "f" and (known % 1 != 0).any()
-        if distinct < 2:
+        if name in sure:
+            found[name] = array
+        elif distinct < 2:
             own[name] = "one value alone"
         elif distinct > _OWN * n and not fractions and name not in _LABEL:
             own[name] = "nearly each row has its own"
@@ -616,6 +633,10 @@ def _csv_bytes(file: Path, arrays: Mapping[str, np.ndarray[Any, Any]]) -> bytes:
                 f"{file}: {name} has shape {list(array.shape)}, expected columns of one table, or another ending"
             )
         named = {name: array} if array.ndim == 1 else {f"{name}{k}": column for k, column in enumerate(array.T)}
+        for k in set(named) & set(columns):
+            raise ValueError(
+                f"{file}: two columns would have the name {k!r}, expected another ending, or another name than {name!r}"
+            )
         columns |= {k: column.astype(str) for k, column in named.items()}  # the shortest digits that give the number
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

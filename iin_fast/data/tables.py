@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -136,19 +137,39 @@ def _arrow() -> Any:
 
 
 def _read_csv(path: Path) -> Any:
-    """The delimiter is what the first line has most of; a first line of numbers is no header."""
+    """The delimiter is what the first line has most of; a first line of numbers is no header, unless it counts from 0.
+
+    Where numbers are like 1,5, and commas don't delimit, they are decimal commas.
+    """
     from pyarrow import csv
 
-    with open(path, encoding="utf-8", errors="replace") as stream:
-        head = stream.readline(1 << 20).strip()
-    delimiter = max(",;\t", key=head.count)
-    bare = all(re.fullmatch(r'"?[-+.\deE]+"?', cell.strip()) for cell in head.split(delimiter))
+    _check_text(path)
+    with open(path, encoding="utf-8-sig") as stream:
+        lines = [stream.readline(1 << 20).strip("\r\n") for _ in range(20)]
+    delimiter = max(",;\t", key=lines[0].count)
+    cells = [[cell.strip().strip('"') for cell in line.split(delimiter)] for line in lines]
+    comma = delimiter != "," and any(re.fullmatch(r"[-+]?\d+,\d+(e[-+]?\d+)?", x, re.I) for row in cells for x in row)
+    first = [cell.replace(",", ".") if comma else cell for cell in cells[0]]
+    numbers = [re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|nan", cell, re.I) for cell in first]
+    counted = first == [str(k) for k in range(len(first))]  # how pandas names columns without names
+    bare = any(numbers) and all(number or not cell for number, cell in zip(numbers, first, strict=True)) and not counted
     return csv.read_csv(
         path,
         csv.ReadOptions(autogenerate_column_names=bare),
         csv.ParseOptions(delimiter=delimiter),
-        csv.ConvertOptions(strings_can_be_null=True),
+        csv.ConvertOptions(strings_can_be_null=True, decimal_point="," if comma else "."),
     )
+
+
+def _check_text(path: Path) -> None:
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    with open(path, "rb") as stream:
+        try:
+            for block in iter(lambda: stream.read(1 << 20), b""):
+                decoder.decode(block)
+        except UnicodeDecodeError as error:
+            byte = error.object[error.start]
+            raise ValueError(f"a byte {byte:#x} is no UTF-8; save the table as UTF-8 text") from None
 
 
 def _within(batches: Iterator[Any], schema: Any, most: int, rows: NDArray[np.int64] | None = None) -> Any:

@@ -9,7 +9,7 @@ from torch.distributions import Distribution, Independent, Normal, Transform, Tr
 
 from ..checks import broadcast_shapes, check_floating, checked_int, checked_ints
 
-__all__ = ["Density", "FlowDistribution", "FlowTransform", "checked_shape", "distribution_of"]
+__all__ = ["Density", "FlowDistribution", "FlowTransform", "batch_shape", "checked_shape", "distribution_of"]
 
 
 class FlowTransform(Transform):
@@ -177,6 +177,19 @@ def distribution_of(
     return FlowDistribution(base, transform.inv, validate_args=validate_args)
 
 
+def batch_shape(where: str, x: Tensor, context: Tensor | None) -> torch.Size:
+    """The shape ``[...]`` of densities of data ``[..., dim]`` under a context ``[..., context]``."""
+    shape = check_floating(where, "x", x).shape[:-1]
+    if context is None:
+        return shape
+    try:
+        return broadcast_shapes(shape, check_floating(where, "context", context).shape[:-1])
+    except RuntimeError:
+        raise ValueError(
+            f"{where}: context has shape {list(context.shape)}, expected one that broadcasts against x of shape {list(x.shape)}"
+        ) from None
+
+
 def checked_shape(where: str, sample_shape: Any) -> list[int]:
     """The shape that ``sample`` of a class ``where`` was given, or a number of samples as one."""
     if isinstance(sample_shape, int):
@@ -224,6 +237,7 @@ class Density:
             x: ``[..., dim]``.
             context: ``[..., context]``, broadcast against x.
         """
+        batch_shape(type(self).__name__, x, context)
         log_prob: Tensor = self.distribution(context, validate_args=False).log_prob(x)
         return log_prob
 

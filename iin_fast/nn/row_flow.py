@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import autocast_enabled, broadcast_shapes, check_device, check_dtype, check_features, check_floating
-from .distribution import Density, checked_shape
+from ..checks import autocast_enabled, check_device, check_dtype, check_features, check_floating
+from .distribution import Density, batch_shape, checked_shape
 from .state_dict_layout import is_sharded
 
 __all__ = ["RowFlow", "with_base"]
@@ -58,17 +58,10 @@ class RowFlow(Density):
         Raises as ``forward`` does.
         """
         where = type(self).__name__
-        if not isinstance(x, Tensor) or not (context is None or isinstance(context, Tensor)):
-            check_floating(where, "x", x)
-            check_floating(where, "context", context)
-        if x.dim() == 2 and (context is None or (context.dim() == 2 and context.shape[0] == x.shape[0])):
+        tensors = isinstance(x, Tensor) and (context is None or isinstance(context, Tensor))
+        if tensors and x.dim() == 2 and (context is None or (context.dim() == 2 and context.shape[0] == x.shape[0])):
             return self._run("x", x, context, base=True)[1]
-        try:
-            shape = x.shape[:-1] if context is None else broadcast_shapes(x.shape[:-1], context.shape[:-1])
-        except RuntimeError:
-            raise ValueError(
-                f"{where}: context has shape {list(context.shape)}, expected one that broadcasts against x of shape {list(x.shape)}"  # type: ignore[union-attr]
-            ) from None
+        shape = batch_shape(where, x, context)
         return self._run("x", _rows(x, shape), _rows(context, shape), base=True)[1].reshape(shape)  # type: ignore[arg-type]
 
     def rsample(self, sample_shape: Any = (), context: Tensor | None = None) -> Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import importlib
 import importlib.util
 import json
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -134,8 +136,9 @@ def decode(
 
     Args:
         run: the run folder.
-        factors: by name, ``[n, size]`` each; or a file with them, .npz or .safetensors, as ``iin-fast encode`` writes it.
-        context: of a run that was trained with one: a class for all, or latents with a label of it for each row.
+        factors: by name, ``[n, size]`` each; or a file with them, as ``iin-fast encode`` writes it.
+        context: of a run that was trained with one: a class for all, by its text or its number, or latents with a label of it
+            for each row.
         device: where the model runs.
 
     Raises:
@@ -143,14 +146,15 @@ def decode(
     """
     model = IIN.load(run, device=device)
     if not isinstance(factors, Mapping):
-        factors = _factor_file(Path(factors))
+        factors = _factor_file(Path(factors), model.sizes)
     for name, part in factors.items():
         if not torch.isfinite(part).all():
             raise ValueError(f"decode: factor {name!r} has NaN or Inf, expected finite numbers")
     whole = model._join({name: part.to(device, model.dtype) for name, part in factors.items()})
     assert isinstance(whole, Tensor)
     given = _given_context("decode", run, model, context, len(whole))
-    return torch.cat([model.decode(*rows).cpu() for rows in in_parts(model, BATCH, whole, given)])
+    parts = [model.decode(*rows).cpu() for rows in in_parts(model, BATCH, whole, given)]
+    return torch.cat(parts) if parts else whole.cpu()
 
 
 @torch.no_grad()
@@ -447,7 +451,15 @@ def latents_of_run(run: Path, latents: Source | None = None) -> Latents | None:
         return _latents(latents, run, whole=False)
     found = recorded(run).get("latents", {})
     path = found.get("path")
-    return _latents(load_latents(path, sample=found.get("rows")), run) if path and Path(path).exists() else None
+    if not path or not Path(path).exists():
+        return None
+    data = _latents(load_latents(path, sample=found.get("rows"), concepts=recorded(run).get("names", ())), run)
+    if data.fingerprint() != found.get("sha256"):
+        warnings.warn(
+            f"{path}: changed since the training, so nothing of it is shown; name latents to show", stacklevel=3
+        )
+        return None
+    return data
 
 
 def load_function(where: str) -> Callable[..., Any]:
@@ -488,7 +500,9 @@ def _latents(latents: Source, run: PathLike | None = None, whole: bool = True) -
     trained = record.get("latents", {})
     same = not whole and not isinstance(latents, Latents) and str(Path(latents).resolve()) == trained.get("path")
     data = (
-        latents if isinstance(latents, Latents) else load_latents(latents, sample=trained.get("rows") if same else None)
+        latents
+        if isinstance(latents, Latents)
+        else load_latents(latents, sample=trained.get("rows") if same else None, concepts=record.get("names", ()))
     )
     if run is None:
         return data
@@ -530,10 +544,23 @@ def _given_context(where: str, run: PathLike, model: IIN, context: Context, n: i
     name = _context_name(run)
     if context is None:
         raise ValueError(f"{where}: context is missing, expected a class of {name!r}, or latents with labels of it")
-    if isinstance(context, int):
-        if not 0 <= context < model.context_dim:
+    classes = recorded(Path(run)).get("classes", {}).get(name, [])
+    if isinstance(context, int | str) and not (isinstance(context, str) and os.path.exists(context)):
+        if classes:
+            if str(context) not in classes:
+                raise ValueError(
+                    f"{where}: context is {context!r}, expected a class of {name!r}: {', '.join(classes[:20])}"
+                )
+            code = classes.index(str(context))
+        elif isinstance(context, int):
+            code = context
+        else:
+            raise FileNotFoundError(
+                f"{where}: context is {context!r}, which is no file and no number of a class of {name!r}"
+            )
+        if not 0 <= code < model.context_dim:
             raise ValueError(f"{where}: context is {context}, expected a class from 0 to {model.context_dim - 1}")
-        return torch.eye(model.context_dim, dtype=model.dtype)[context].repeat(n, 1)
+        return torch.eye(model.context_dim, dtype=model.dtype)[code].repeat(n, 1)
     data = _latents(context, run)
     if data.n != n:
         raise ValueError(f"{where}: context has {data.n} rows, expected {n}, one for each that comes out")
@@ -620,7 +647,9 @@ def _evaluate_density(
     return result
 
 
-def _factor_file(file: Path) -> dict[str, Tensor]:
+def _factor_file(file: Path, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    if file.suffix == ".csv":
+        return _factor_table(file, sizes)
     factors: dict[str, Tensor] = {}
     for name, array in read_arrays(file).items():
         numbers = isinstance(array, Tensor) or array.dtype.kind == "f"
@@ -629,4 +658,24 @@ def _factor_file(file: Path) -> dict[str, Tensor]:
             found = f"{array.dtype} of shape {list(array.shape)}"
             raise TypeError(f"{file}: {name} is {found}, expected real numbers [n, size] for each factor")
         factors[name] = part
+    return factors
+
+
+def _factor_table(file: Path, sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    """Factors from columns ``digit0``, ``digit1``, …, as a .csv of ``encode`` has them."""
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file, expected factors")
+    with open(file, encoding="utf-8", newline="") as stream:
+        rows = list(csv.reader(stream))
+    columns = {name: k for k, name in enumerate(rows[0] if rows else ())}
+    factors: dict[str, Tensor] = {}
+    for name, size in sizes.items():
+        missing = [column for column in (f"{name}{k}" for k in range(size)) if column not in columns]
+        if missing:
+            raise ValueError(f"{file}: has no column {missing[0]!r}, expected {size} of the factor {name!r}")
+        own = [columns[f"{name}{k}"] for k in range(size)]
+        try:
+            factors[name] = torch.tensor([[float(row[k]) for k in own] for row in rows[1:]]).reshape(-1, size)
+        except (ValueError, IndexError) as error:
+            raise ValueError(f"{file}: {name} holds what is no number, or a row is cut ({error})") from error
     return factors

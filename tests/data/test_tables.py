@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from iin_fast.data import Latents, load_latents, save_arrays
+from iin_fast.data import Latents, load_latents, save_arrays, tables
 from iin_fast.data.labels import bin_edges, in_bins, read_concept
 
 random = np.random.default_rng(0)
@@ -308,3 +308,56 @@ def test_parts_are_of_the_latents_whatever_lies_beside_them(tmp_path):
     np.savez(tmp_path / "f.npz", z=np.arange(20.0).reshape(10, 2), vocabulary=np.arange(70))
     assert load_latents(tmp_path / "f.npz", shard=(1, 5)).z[:, 0].tolist() == [4.0, 6.0]
     assert load_latents(tmp_path / "f.npz", sample=3).n == 3
+
+
+def test_latents_are_z_however_many_other_columns_are_numbered(tmp_path):
+    header = ",".join([*(f"z{k}" for k in range(3)), *(f"q{k}" for k in range(1, 6))])
+    rows = [",".join([*map(str, z), *map(str, np.arange(5) % 3)]) for z in Z]
+    (tmp_path / "q.csv").write_text("\n".join([header, *rows]))
+    latents = load_latents(tmp_path / "q.csv")
+    assert torch.allclose(latents.z, torch.from_numpy(Z).to(latents.z.dtype)) and latents.dim == 3
+
+
+@pytest.mark.parametrize("start", ["", "\ufeff"])
+@pytest.mark.parametrize("first", ["0.5,1.5,2.5", "0.5,,2.5", "nan,1.5,-2.5e-3"])
+def test_a_first_line_of_numbers_is_a_row(start, first, tmp_path):
+    (tmp_path / "f.csv").write_text(start + first + "\n3.5,4.5,5.5\n", encoding="utf-8")
+    table, n = tables.read_table(tmp_path / "f.csv")
+    assert n == 2 and table.num_columns == 3
+
+
+def test_names_that_count_are_names(tmp_path):
+    (tmp_path / "pandas.csv").write_text("0,1,2\n0.5,1.5,2.5\n3.5,4.5,5.5\n")
+    assert load_latents(tmp_path / "pandas.csv").z.tolist() == [[0.5, 1.5, 2.5], [3.5, 4.5, 5.5]]
+
+
+def test_decimal_commas(tmp_path):
+    (tmp_path / "german.csv").write_text("\ufeffz0;z1;tier\n1,5;-2,25;Bär\n3,5;4,25;Igel\n", encoding="utf-8")
+    latents = load_latents(tmp_path / "german.csv")
+    assert latents.z.tolist() == [[1.5, -2.25], [3.5, 4.25]]
+
+
+def test_a_table_of_another_encoding_says_so(tmp_path):
+    (tmp_path / "excel.csv").write_bytes("z0;z1;größe\n1.5;2.5;ä\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"excel.csv: .*a byte 0xf6 is no UTF-8; save the table as UTF-8 text"):
+        load_latents(tmp_path / "excel.csv")
+
+
+def test_unknown_texts_of_pandas_and_texts_of_bytes():
+    pandas = pytest.importorskip("pandas")
+    latents = Latents.of(Z[:4], {"a": pandas.Series(["x", pandas.NA, "y", "x"], dtype="string")})
+    assert latents.labels[:, 0].tolist() == [0, -1, 1, 0]
+    latents = Latents.of(Z[:4], {"a": pandas.Series([1, pandas.NA, 2, None], dtype="Int64").astype(object)})
+    assert latents.labels[:, 0].tolist() == [1, -1, 2, -1]
+    assert Latents.of(Z[:2], {"a": np.array(["ü".encode(), b"x"])}).classes["a"] == ("x", "ü")
+
+
+def test_columns_of_one_name_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="two columns would have the name .a10."):
+        save_arrays(tmp_path / "f.csv", {"a": np.zeros((2, 11)), "a1": np.zeros((2, 1))})
+
+
+def test_what_is_sure_to_be_a_concept_is_one(tmp_path):
+    np.savez(tmp_path / "one.npz", z=Z[:4], animal=np.full(4, "dog"))
+    assert load_latents(tmp_path / "one.npz").labels is None
+    assert load_latents(tmp_path / "one.npz", concepts=["animal"]).classes == {"animal": ("dog",)}

@@ -466,3 +466,11 @@ def test_context_that_nobody_reads():
 def test_bad_sizes(kwargs, message):
     with pytest.raises(ValueError, match=message):
         fresh(**kwargs)
+
+
+def test_densities_of_arguments_that_dont_fit() -> None:
+    flow = Flow(6, context_dim=3, n_flows=1, hidden_dim=8)
+    with pytest.raises(ValueError, match=r"Flow: context has shape \[3, 3\], expected one that broadcasts against x"):
+        flow.log_prob(torch.randn(5, 6), torch.randn(3, 3))
+    with pytest.raises(TypeError, match="Flow: x is a list"):
+        flow.log_prob([[0.0] * 6], torch.randn(1, 3))

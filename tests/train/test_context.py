@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from iin_fast import IIN
 from iin_fast.cli import app
 from iin_fast.data import Latents, save_arrays
-from iin_fast.train import run_folder, train
+from iin_fast.train import Settings, run_folder, train
 
 
 def run(*arguments):
@@ -161,3 +161,47 @@ def test_errors_are_one_line_with_code_2(trained, file, latents, settings, tmp_p
         assert code == 2 and output.startswith("error: ") and message in output, (arguments, output)
         assert output.count("\n") == 1
     assert not (tmp_path / "out.npz").exists() and not (tmp_path / "new").exists()
+
+
+def test_classes_that_are_texts(tmp_path):
+    random = np.random.default_rng(0)
+    kinds = np.array(["1", "2", "cat"])[random.integers(3, size=120)]
+    arrays = {"z": random.normal(size=(120, 4)), "kind": kinds, "color": random.integers(2, size=120)}
+    np.savez(tmp_path / "z.npz", **arrays)
+    settings = Settings({"color": 2}, context="kind", n_flows=1, hidden_dim=8, steps=2)
+    train(tmp_path / "z.npz", tmp_path / "run", settings, accelerator="cpu")
+    for given in ("1", 1, 2, "cat"):
+        rows = Latents.of(torch.zeros(4, 4), {"kind": np.full(4, str(given))})
+        found, same = (run_folder.sample(tmp_path / "run", 4, context=context) for context in (given, rows))
+        assert torch.equal(found, same)
+    with pytest.raises(ValueError, match="context is 3, expected a class of 'kind': 1, 2, cat"):
+        run_folder.sample(tmp_path / "run", 4, context=3)
+    few = {
+        name: array[kinds == "cat"][:3] for name, array in arrays.items()
+    }  # one class, each row a part of what it was
+    np.savez(tmp_path / "few.npz", **few)
+    factors = run_folder.encode(tmp_path / "run", tmp_path / "few.npz")
+    assert len(factors["color"]) == 3
+
+
+def test_factors_in_a_table_come_back(tmp_path):
+    random = np.random.default_rng(0)
+    np.savez(tmp_path / "z.npz", z=random.normal(size=(60, 4)), color=random.integers(2, size=60))
+    train(
+        tmp_path / "z.npz",
+        tmp_path / "run",
+        Settings({"color": 2}, n_flows=1, hidden_dim=8, steps=2),
+        accelerator="cpu",
+    )
+    factors = run_folder.encode(tmp_path / "run", tmp_path / "z.npz")
+    save_arrays(tmp_path / "factors.csv", factors)
+    wanted = run_folder.decode(tmp_path / "run", factors)
+    found = run_folder.decode(tmp_path / "run", tmp_path / "factors.csv")
+    assert torch.allclose(found, wanted, atol=1e-6)
+    (tmp_path / "cut.csv").write_text("color0\n1.0\n")
+    with pytest.raises(ValueError, match="has no column 'color1', expected 2 of the factor 'color'"):
+        run_folder.decode(tmp_path / "run", tmp_path / "cut.csv")
+    assert run_folder.decode(tmp_path / "run", {name: part[:0] for name, part in factors.items()}).shape == (0, 4)
+    np.savez(tmp_path / "z.npz", z=random.normal(size=(50, 4)))
+    with pytest.warns(UserWarning, match="changed since the training"):
+        assert run_folder.latents_of_run(tmp_path / "run") is None
