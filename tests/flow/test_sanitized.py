@@ -20,7 +20,7 @@ SOURCES = [
 ]
 # Each with how many changed texts of each program (make sanitize has more): ThreadSanitizer takes ten times as long, and races
 # don't hide in the texts.
-SANITIZERS = {"address,undefined": int(os.environ.get("IIN_FAST_TEXTS", 150)), "thread": 10}
+SANITIZERS = {"address,undefined": int(os.environ.get("IIN_FAST_TEXTS", 75)), "thread": 10}
 
 
 def texts(changes: int) -> list[str]:
