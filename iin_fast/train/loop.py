@@ -332,9 +332,8 @@ class _Training:
         device += f"{fabric.world_size} processes of {torch.get_num_threads()} threads"
         if fabric.world_size == 1:
             device = device.replace("1 processes of ", "").replace(" 1 threads", " 1 thread")
-        given, (train_rows, held_rows) = settings.factors or {}, self.split
-        rows = len(train_rows), len(held_rows)
-        return summary(self.data, self.model, given, settings.dims_method, *rows, device, self.folder)
+        given, (trained, held) = settings.factors or {}, map(len, self.split)
+        return summary(self.data, self.model, given, settings.dims_method, trained, held, device, self.folder)
 
     def _fresh(self, concepts: tuple[str, ...], train_rows: np.ndarray[Any, Any], hidden: tuple[str, ...]) -> IIN:
         settings = self.settings
@@ -870,10 +869,9 @@ def _stop_signals() -> Iterator[threading.Event]:
             signal.signal(signum, handler)
 
     if threading.current_thread() is threading.main_thread():
+        known = {number.name: number for number in signal.Signals}
         for signum in (
-            signal.SIGINT,
-            signal.SIGTERM,
-            getattr(signal, "SIGHUP", signal.SIGTERM),
+            known[name] for name in ("SIGINT", "SIGTERM", "SIGHUP") if name in known
         ):  # Windows has no hangup
             if signal.getsignal(signum) != signal.SIG_IGN:
                 before[signum] = signal.signal(signum, stop) or signal.SIG_DFL

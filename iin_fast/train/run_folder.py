@@ -453,7 +453,7 @@ def latents_of_run(run: Path, latents: Source | None = None) -> Latents | None:
     path = found.get("path")
     if not path or not Path(path).exists():
         return None
-    data = _latents(load_latents(path, sample=found.get("rows"), concepts=recorded(run).get("names", ())), run)
+    data = _latents(path, run, whole=False)
     if data.fingerprint() != found.get("sha256"):
         warnings.warn(
             f"{path}: changed since the training, so nothing of it is shown; name latents to show", stacklevel=3
@@ -588,12 +588,8 @@ def _held_out(run: Path, latents: Source | None) -> tuple[Latents, NDArray[np.in
         raise ValueError(f"{run}: does not say which latents it was trained on; name the latents")
     if latents is None and not Path(path).exists():
         raise FileNotFoundError(f"{path}: no such file, although the run was trained on it; name the latents")
-    if latents is None:  # of a large file the same sample
-        latents = load_latents(path, sample=trained.get("rows"))
-        own = True
-    else:
-        own = False
-    data = _latents(latents, run, whole=False)
+    own = latents is None
+    data = _latents(path if latents is None else latents, run, whole=False)
     if data.fingerprint() != trained.get("sha256"):
         if own:
             raise ValueError(f"{path}: changed since the training; name latents that are held out")
