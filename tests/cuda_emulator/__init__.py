@@ -16,7 +16,7 @@ from torch import Tensor
 
 __all__ = [
     "DTYPES",
-    "FEW_TYPES",
+    "ONLY_TYPE",
     "RACES",
     "SANITIZE",
     "LaunchPlan",
@@ -48,13 +48,8 @@ RACES = os.environ.get("IIN_FAST_TEST_RACES") == "1"
 SANITIZE = os.environ.get("IIN_FAST_TEST_SANITIZE") == "1"
 """Whether this process runs the kernels under AddressSanitizer; it must then run in sanitizer_environment()."""
 
-FEW_TYPES = os.environ.get("IIN_FAST_TEST_FEW_TYPES") == "1"
-"""Whether kernels compile without the types that touch the same places of memory as others: float16 has the tiles of bfloat16,
-TF32 those of float32."""
-
-if FEW_TYPES:
-    FLAGS.append("-DFEW_TYPES")
-    DTYPES = [t for t in DTYPES if t != torch.float16 and not (RACES and t == torch.float64)]
+ONLY_TYPE = os.environ.get("IIN_FAST_TEST_TYPE", "")
+"""The one type that kernels are compiled for, "" for all of them. A checker takes a minute for each; make sanitize has all."""
 
 
 @functools.cache
@@ -75,6 +70,8 @@ def load(name: str, races: bool = RACES) -> ctypes.CDLL:
     if shutil.which("g++") is None:
         pytest.skip("no g++ to compile the CUDA kernels for the host")
     flags = FLAGS + (SANITIZER_FLAGS if SANITIZE else []) + (RACE_FLAGS if races else [])
+    if ONLY_TYPE:
+        flags = [*flags, f'-DONLY_TYPE="{only_type(name)}"']
     key = hashlib.sha256(_sources() + repr((name, flags)).encode()).hexdigest()[:16]
     library = CACHE / f"{name}-{key}.so"
     CACHE.mkdir(parents=True, exist_ok=True)
@@ -134,8 +131,16 @@ def data(t: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if t is None else t.data_ptr())
 
 
-def type_name(dtype: torch.dtype) -> bytes:
-    return str(dtype).removeprefix("torch.").encode()
+def only_type(library: str) -> str:
+    """ONLY_TYPE, of the library of programs float64, which its tests are in."""
+    return "float64" if ONLY_TYPE and library == "flow_program" else ONLY_TYPE
+
+
+def type_name(dtype: torch.dtype, library: str = "") -> bytes:
+    name, only = str(dtype).removeprefix("torch."), only_type(library)
+    if only not in ("", name):
+        pytest.skip(f"the kernels are compiled for {only} alone")
+    return name.encode()
 
 
 def sanitizer_environment() -> dict[str, str]:

@@ -3,6 +3,7 @@
 
 #include <cstring>
 #include <string>
+#include <string_view>
 
 #include "common/rows.cuh"
 
@@ -17,20 +18,26 @@ template <class F> const char *report(F &&f) {
   }
 }
 
-// f(Storage()) for a torch dtype's name.
-template <class F> void with_type(const char *name, F &&f) {
-  if (!std::strcmp(name, "float32"))
-    f(float());
-  else if (!std::strcmp(name, "float64"))
-    f(double());
-  else if (!std::strcmp(name, "bfloat16"))
-    f(__nv_bfloat16());
-#if !defined(FEW_TYPES)
-  else if (!std::strcmp(name, "float16"))
-    f(__half());
+#if !defined(ONLY_TYPE)
+#define ONLY_TYPE ""
 #endif
-  else
-    throw emulator::Fault(std::string("no type ") + name);
+
+// f(Storage()) for a torch dtype's name. Of the others nothing is compiled where there is only one.
+template <class F> void with_type(const char *name, F &&f) {
+  constexpr std::string_view only = ONLY_TYPE;
+  if constexpr (only.empty() || only == "float32")
+    if (!std::strcmp(name, "float32"))
+      return f(float());
+  if constexpr (only.empty() || only == "float64")
+    if (!std::strcmp(name, "float64"))
+      return f(double());
+  if constexpr (only.empty() || only == "bfloat16")
+    if (!std::strcmp(name, "bfloat16"))
+      return f(__nv_bfloat16());
+  if constexpr (only.empty() || only == "float16")
+    if (!std::strcmp(name, "float16"))
+      return f(__half());
+  throw emulator::Fault(std::string("no type ") + name);
 }
 
 struct Matrix {

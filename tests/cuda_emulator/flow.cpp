@@ -60,13 +60,11 @@ template <class F> Buffer arranged(F &&arrange) {
   return buffer;
 }
 
-// f(Precision()) as the library has it; of few types without TF32.
+// f(Precision()) as the library has it; where there is only one type, without TF32, which has the tiles of float32.
 template <class Storage, class F> void with_tested_precision(bool tf32, F &&f) {
-#if defined(FEW_TYPES)
-  if constexpr (std::is_same_v<Storage, float>)
+  if constexpr (std::is_same_v<Storage, float> && !std::string_view(ONLY_TYPE).empty())
     f(Tf32x3());
   else
-#endif
     with_precision<Storage>(tf32, f);
 }
 

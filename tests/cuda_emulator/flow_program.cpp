@@ -91,5 +91,5 @@ template <class T> void run(ProgramCall &call) {
 }
 
 extern "C" const char *program_run(const char *type, ProgramCall *call) {
-  return report([&] { !std::strcmp(type, "float64") ? run<double>(*call) : run<float>(*call); });
+  return report([&] { with_type(type, [&](auto storage) { run<compute_t<decltype(storage)>>(*call); }); });
 }

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_emulator import FEW_TYPES, RACES, SANITIZE, call, data, load, type_name
+from cuda_emulator import ONLY_TYPE, RACES, SANITIZE, call, data, load, type_name
 from numerics import check_not_finite, spoiled
 from op_cases import ALIGNED_FLOW, FLOW, FLOW_BOUNDS, SMALL_FLOW, FlowShape, cases, flow_inputs, rows_apart
 from torch import Tensor
@@ -114,12 +114,14 @@ def backward(
 
 
 # Types, and whether TF32 multiplies.
-TYPES = [(torch.float32, False), (torch.bfloat16, False)]
-if not FEW_TYPES:
-    TYPES += [(torch.float32, True), (torch.float16, False)]
+TYPES = [(torch.float32, False), (torch.bfloat16, False), (torch.float32, True), (torch.float16, False)]
+if ONLY_TYPE:
+    TYPES = TYPES[:1]
 
-# With the direction; of few types each in one.
-DIRECTED = [(*t, inverse) for inverse in (False, True) for t in TYPES if not FEW_TYPES or inverse == (t == TYPES[1])]
+# With the direction.
+DIRECTED = [(*t, inverse) for inverse in (False, True) for t in TYPES]
+
+JUDGED = [ALIGNED_FLOW, *SHAPES[2 : 3 if ONLY_TYPE else 6]]
 
 
 def bounds(dtype: torch.dtype, tf32: bool) -> tuple[float, float]:
@@ -148,7 +150,7 @@ def test_equals_the_definition_in_float64(shape: FlowShape, inverse: bool) -> No
 
 @pytest.mark.parametrize(("dtype", "tf32", "inverse"), DIRECTED)
 def test_other_types_judged_by_float64(dtype: torch.dtype, tf32: bool, inverse: bool) -> None:
-    for shape in (ALIGNED_FLOW, *SHAPES[2:6]):
+    for shape in JUDGED:
         given = arguments(shape, dtype)
         # an exact log-det would jump where rounding takes a value across the kink of the activation
         judge = reference.flow(*wide(given), 0.01, 0.8, False, inverse)
@@ -199,7 +201,7 @@ def test_more_rows_than_one_kernel_takes() -> None:
     [(torch.float64, 64, 209), (torch.float32, 5, 400), (torch.bfloat16, 5, 784)],
 )
 def test_weights_that_go_round_the_buffers_of_one_kernel(dtype: torch.dtype, batch: int, hidden: int) -> None:
-    if dtype == torch.float32 and FEW_TYPES or dtype != torch.float64 and SANITIZE:
+    if dtype == torch.float32 and ONLY_TYPE or dtype != torch.float64 and SANITIZE:
         pytest.skip("takes long under a checker; float64 touches the same places of the buffers")
     given = arguments((batch, 6, 1, hidden, 1), dtype)
     options = (0.8, True, False, True, True)
@@ -276,7 +278,7 @@ def test_one_kernel_for_all_gradients(dtype: torch.dtype, tf32: bool, inverse: b
 
 @pytest.mark.parametrize(("dtype", "tf32", "inverse"), DIRECTED)
 def test_gradients_of_other_types_judged_by_float64(dtype: torch.dtype, tf32: bool, inverse: bool) -> None:
-    for shape in (ALIGNED_FLOW, *SHAPES[2:6]):
+    for shape in JUDGED:
         given = arguments(shape, dtype)
         expected, grad_y, grad_logdet = true_gradients(given, 1.0, inverse)
         y, _, saved, _ = forward(given, 1.0, False, inverse, True, tf32)

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from cuda_emulator import FEW_TYPES, call, data, load, type_name
+from cuda_emulator import ONLY_TYPE, call, data, load, type_name
 from flow.programs import Drawn, programs, tame
 from flow.test_engine import check, insist, weights_of, wide
 from flow.test_engine import results as definition
@@ -63,7 +63,7 @@ def walk(
         job.grad_x = grad_x.data_ptr()
         job.grad_context = None if grad_context is None else grad_context.data_ptr()
         job.grads = ctypes.cast(given[2], ctypes.c_void_p)
-    call(load("flow_program").program_run, type_name(x.dtype), ctypes.byref(job))
+    call(load("flow_program").program_run, type_name(x.dtype, "flow_program"), ctypes.byref(job))
     learned = [g for g in grads if g is not None]
     job.results = [y, logdet, grad_x, *learned, *([] if grad_context is None else [grad_context])]
     return job
@@ -117,7 +117,7 @@ def test_sampling_from_autoregressive_layers(drawn: Drawn, inverse: bool) -> Non
 
 @pytest.mark.parametrize(
     ("batch", "inverse"),
-    [(1, True), (70, False), *([] if FEW_TYPES else [(1, False), (15, True), (15, False), (70, True)])],
+    [(1, True), (70, False), *([] if ONLY_TYPE else [(1, False), (15, True), (15, False), (70, True)])],
 )
 def test_nets_of_several_panels(batch: int, inverse: bool) -> None:
     check(wide(batch), insist, ours=results, inverse=inverse, base=True)
