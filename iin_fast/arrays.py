@@ -7,7 +7,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-__all__ = ["MISSING", "checked_latents", "to_numpy"]
+__all__ = ["MISSING", "checked_latents", "dense", "to_numpy"]
 
 MISSING = -1
 """The label of a sample whose class is not known."""
@@ -32,3 +32,12 @@ def checked_latents(where: str, name: str, values: Tensor | ArrayLike) -> NDArra
     if not np.isfinite(latents).all():
         raise ValueError(f"{where}: {name} has NaN or Inf, expected finite numbers")
     return latents
+
+
+def dense(codes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Non-negative codes renumbered from 0 without gaps, in their order."""
+    if codes.max() < 8 * len(codes):
+        present = np.zeros(codes.max() + 1, dtype=bool)
+        present[codes] = True
+        return (np.cumsum(present) - 1)[codes]
+    return np.unique(codes, return_inverse=True)[1]

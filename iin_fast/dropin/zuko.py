@@ -14,7 +14,7 @@ from ..checks import broadcast_shapes
 from ..functional import affine_coupling, rational_quadratic_spline
 from .base import Library
 from .programs import zuko as programs
-from .programs.zuko import default_slope
+from .programs.zuko import RAW, LazyAttribute, default_slope
 from .registry import Entry, eligible, worth_it
 
 __all__ = ["LIBRARY"]
@@ -22,24 +22,7 @@ __all__ = ["LIBRARY"]
 TRANSFORMS = "zuko.transforms"
 AFFINE = f"{TRANSFORMS}.MonotonicAffineTransform"
 SPLINE = f"{TRANSFORMS}.MonotonicRQSTransform"
-RAW = "_iin_fast"
 COMPOSED_METHODS = ("__init__", "_call", "_inverse", "call_and_ladj", "log_abs_det_jacobian", "inv")
-
-
-class LazyAttribute:
-    """An attribute that is computed at its first use; what the instance already holds comes first."""
-
-    def __init__(self, compute: Any) -> None:
-        self.compute = compute
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    def __get__(self, instance: Any, owner: type | None = None) -> Any:
-        if instance is None or RAW not in vars(instance):
-            raise AttributeError(f"{owner.__name__ if owner else 'object'} has no attribute {self.name!r}")
-        self.compute(instance)
-        return vars(instance)[self.name]
 
 
 def affine_init(

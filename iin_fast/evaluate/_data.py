@@ -16,7 +16,6 @@ __all__ = [
     "Codes",
     "checked_factors",
     "checked_labels",
-    "dense",
     "halves",
     "require_sklearn",
     "single_dimensions",
@@ -99,9 +98,3 @@ def subset(n: int, most: int, seed: int) -> Codes:
     if n <= most:
         return np.arange(n)
     return np.sort(np.random.default_rng(seed).choice(n, most, replace=False))
-
-
-def dense(codes: Codes) -> Codes:
-    """Codes renumbered from 0 without gaps, in their order."""
-    renumbered: Codes = np.unique(codes, return_inverse=True)[1]
-    return renumbered

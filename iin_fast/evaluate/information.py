@@ -10,8 +10,8 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from ..arrays import MISSING
-from ._data import Array, Codes, checked_factors, checked_labels, dense, subset
+from ..arrays import MISSING, dense
+from ._data import Array, Codes, checked_factors, checked_labels, subset
 
 __all__ = ["factor_label_information", "label_entropy"]
 

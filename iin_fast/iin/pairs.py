@@ -9,7 +9,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from ..arrays import MISSING, to_numpy
+from ..arrays import MISSING, dense, to_numpy
 from ..checks import checked_int
 from ..files import check_name
 
@@ -95,7 +95,7 @@ class PairSampler:
         n, concepts = table.shape
         self._weights = _weights(weights, self.names)
         self._known = table != MISSING
-        self._codes = np.stack([_dense(_distinct(table[:, k])) for k in range(concepts)], axis=1)
+        self._codes = np.stack([dense(_distinct(table[:, k])) for k in range(concepts)], axis=1)
         self._free = np.flatnonzero(~self._known.any(1))
         self._unlabelled = _share(unlabelled, len(self._free))
         self._fingerprint = zlib.crc32(self._codes.data, n)
@@ -103,7 +103,7 @@ class PairSampler:
         # Rows with the same labels form a cell. Cells, not rows, decide who has a partner.
         self._cell_of = np.zeros(n, dtype=np.int64)
         for k in range(concepts):
-            self._cell_of = _dense(self._cell_of * (self._codes[:, k].max() + 1) + self._codes[:, k])
+            self._cell_of = dense(self._cell_of * (self._codes[:, k].max() + 1) + self._codes[:, k])
         self._by_cell = _Groups(self._cell_of)
         self._cell_size = self._by_cell.size
         first = self._by_cell.order[self._by_cell.start]  # a row of each cell
@@ -120,7 +120,7 @@ class PairSampler:
             partners *= self._cell_known
         else:
             partners = _partner_counts(self._cells, self._cell_size)
-        self._cell_groups = [_Groups(_dense(self._group_of[first, k])) for k in range(concepts)]
+        self._cell_groups = [_Groups(dense(self._group_of[first, k])) for k in range(concepts)]
         self._anchors = []
         for k, name in enumerate(self.names):
             anchors = np.flatnonzero(partners[self._cell_of, k] > 0)
@@ -247,7 +247,7 @@ class PairSampler:
         group = np.zeros(len(self._codes), dtype=np.int64)
         for k in range(len(self.names)):
             if k != concept:
-                group = _dense(group * (self._codes[:, k].max() + 1) + self._codes[:, k])
+                group = dense(group * (self._codes[:, k].max() + 1) + self._codes[:, k])
         return group
 
     def _partner_cells(self, cell: int, concept: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -334,7 +334,7 @@ def _partner_counts(cells: NDArray[np.int64], cell_size: NDArray[np.int64]) -> N
 
         def refine(codes: NDArray[np.int64], subset: tuple[int, ...], first: int) -> None:
             for k in range(first, concepts):
-                finer = _dense(codes * (cells[:, k].max() + 1) + cells[:, k])
+                finer = dense(codes * (cells[:, k].max() + 1) + cells[:, k])
                 agree = np.bincount(finer, weights=cell_size)[finer].astype(np.int64)
                 members = (*subset, k)
                 counts[:, members] += (agree if len(members) % 2 else -agree)[:, None]
@@ -354,15 +354,6 @@ def _partner_counts(cells: NDArray[np.int64], cell_size: NDArray[np.int64]) -> N
     if concepts == 1:
         counts -= 1  # a row is no partner of its own
     return counts
-
-
-def _dense(codes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Non-negative codes renumbered from 0 without gaps, in their order."""
-    if codes.max() < 8 * len(codes):
-        present = np.zeros(codes.max() + 1, dtype=bool)
-        present[codes] = True
-        return (np.cumsum(present) - 1)[codes]
-    return np.unique(codes, return_inverse=True)[1]
 
 
 def _table(
@@ -413,7 +404,7 @@ def _distinct(codes: NDArray[np.int64]) -> NDArray[np.int64]:
     unknown = np.flatnonzero(codes == MISSING)
     if len(unknown) == 0:
         return codes
-    codes = _dense(codes + 1)  # unknown is 0
+    codes = dense(codes + 1)  # unknown is 0
     codes[unknown] = codes.max() + 1 + np.arange(len(unknown))
     return codes
 

@@ -6,7 +6,7 @@ knows its module and context, and makes what the library's own would hold only w
 
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -253,7 +253,10 @@ RAW = "_iin_fast"
 
 
 class LazyAttribute:
-    """An attribute that the library's own object gives at its first use; what the instance already holds comes first."""
+    """An attribute that ``compute`` gives an instance at its first use; what it already holds comes first."""
+
+    def __init__(self, compute: Callable[[Any], None]) -> None:
+        self.compute = compute
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
@@ -261,9 +264,14 @@ class LazyAttribute:
     def __get__(self, instance: Any, owner: type | None = None) -> Any:
         if instance is None or RAW not in vars(instance):
             raise AttributeError(f"{owner.__name__ if owner else 'object'} has no attribute {self.name!r}")
-        for name, value in vars(vars(instance)[RAW]()).items():
-            vars(instance).setdefault(name, value)
+        self.compute(instance)
         return vars(instance)[self.name]
+
+
+def _own_attributes(self: Any) -> None:
+    """Those of the library's own object."""
+    for name, value in vars(vars(self)[RAW]()).items():
+        vars(self).setdefault(name, value)
 
 
 def state(self: Any) -> dict[str, Any]:
@@ -337,7 +345,7 @@ def _composed(root: nn.Module, context: Tensor | None, inverse: bool, own: Any) 
             "_inverse": back,
             "call_and_ladj": call_and_ladj,
             "inv": property(inv),
-            **{n: LazyAttribute() for n in ("transforms", "domain_dim", "codomain_dim")},
+            **{n: LazyAttribute(_own_attributes) for n in ("transforms", "domain_dim", "codomain_dim")},
             "_cache_size": 0,
             "_inv": None,
         },
@@ -416,7 +424,10 @@ def flow_forward(own: Any, self: Any, c: Any = None) -> Any:
         NORMALIZING,
         {
             "log_prob": log_prob,
-            **{n: LazyAttribute() for n in ("transform", "base", "reinterpreted", "_batch_shape", "_event_shape")},
+            **{
+                n: LazyAttribute(_own_attributes)
+                for n in ("transform", "base", "reinterpreted", "_batch_shape", "_event_shape")
+            },
         },
     )
     made: Any = object.__new__(cls)
