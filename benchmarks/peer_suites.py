@@ -56,6 +56,8 @@ if os.environ["PATCH"]:
     for name in ("affine_coupling", "spline_coupling"):
         calls = importlib.import_module(f"iin_fast.ops.{name}")._calls
         calls["cpp"] = counted(name, calls["cpp"])
+    engine = importlib.import_module("iin_fast.ops.flow_program.engine")
+    engine.call = counted("flow_program", engine.call)
     atexit.register(lambda: open(os.environ["COUNTS"], "w").write(json.dumps(counts)))
 """
 
