@@ -31,6 +31,7 @@ __all__ = [
     "checked_net",
     "checked_number",
     "readable",
+    "version",
 ]
 
 
@@ -61,6 +62,11 @@ def readable(tensor: Tensor) -> bool:
     return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
+def version(tensor: Tensor) -> int:
+    """Counts what has been written into a tensor; -1 for one that does not count."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
 def checked_int(where: str, name: str, value: object, least: int = 1) -> int:
     """``value`` as an int of at least ``least``; TypeError and ValueError name ``where`` and ``name``."""
     expected = "a positive integer" if least == 1 else f"an integer of at least {least}"
@@ -78,7 +84,8 @@ def checked_int(where: str, name: str, value: object, least: int = 1) -> int:
 
 def checked_ints(where: str, name: str, values: object, least: int = 1) -> list[int]:
     """``values`` as a list of ints of at least ``least`` each."""
-    if isinstance(values, str | bytes) or not isinstance(values, Iterable):
+    single = isinstance(values, str | bytes) or (isinstance(values, Tensor) and not values.dim())
+    if single or not isinstance(values, Iterable):
         raise TypeError(f"{where}: {name} is {values!r}, expected a list of integers")
     return [checked_int(where, f"{name}[{i}]", value, least) for i, value in enumerate(values)]
 

@@ -19,6 +19,7 @@ namespace iin_fast {
 namespace {
 
 constexpr int64_t most = int64_t(1) << 24; // of any size in a text: products of two fit 64 bits
+constexpr int64_t most_tensors = int64_t(1) << 16;
 
 // Rows of an accumulator begin on whole vectors of every instruction set.
 int64_t padded(int64_t count) { return (count + 15) / 16 * 16; }
@@ -234,8 +235,8 @@ public:
   void parse() {
     check(word() == "flow" && integer(1, 1) == 1, "expected a text that begins with 'flow 1'");
     ProgramView &view = plan_.view;
-    view.dim = integer(1, most), view.context = integer(0, most), view.tensors = integer(0, most);
-    view.layer_count = integer(0, most);
+    view.dim = integer(1, most), view.context = integer(0, most), view.tensors = integer(0, most_tensors);
+    view.layer_count = integer(0, std::min(most, int64_t(end_ - at_))); // each takes a word
     plan_.needed.assign(view.tensors, 0);
     // the loops hold pointers into these
     plan_.layers.reserve(view.layer_count);
@@ -274,11 +275,17 @@ private:
     return std::string(first, at_);
   }
 
+  // Of these characters alone, and read to its end: strtoll and strtod take spaces, signs and bases that no text has.
+  static bool is_number(const std::string &token, const char *characters, const char *rest) {
+    return !token.empty() && token[0] != '+' && token.find_first_not_of(characters) == std::string::npos &&
+           rest == token.c_str() + token.size();
+  }
+
   int64_t integer(int64_t least, int64_t greatest) {
     const std::string token = word();
     char *rest = nullptr;
     const long long value = std::strtoll(token.c_str(), &rest, 10);
-    check(!token.empty() && *rest == 0 && value >= least && value <= greatest, "got '", token,
+    check(is_number(token, "-0123456789", rest) && value >= least && value <= greatest, "got '", token,
           "', expected an integer from ", least, " to ", greatest);
     return value;
   }
@@ -287,7 +294,7 @@ private:
     const std::string token = word();
     char *rest = nullptr;
     const double value = std::strtod(token.c_str(), &rest);
-    check(!token.empty() && *rest == 0 && std::isfinite(value), "got '", token, "', expected a number");
+    check(is_number(token, "+-.0123456789eE", rest) && std::isfinite(value), "got '", token, "', expected a number");
     return value;
   }
 
@@ -316,7 +323,7 @@ private:
     ParameterRef r;
     r.tensor = integer(-1, plan_.view.tensors - 1);
     r.offset = integer(0, int64_t(1) << 48);
-    check(r.present() || !needed, "a parameter is missing");
+    check(r.present() || (!needed && r.offset == 0), "a parameter is missing");
     if (r.present()) {
       plan_.uses.push_back({r, count, kind, layer_});
       plan_.needed[r.tensor] = std::max(plan_.needed[r.tensor], r.offset + count);
@@ -349,14 +356,14 @@ private:
     return found;
   }
 
-  ProgramLayer layer(int depth = 0) {
+  ProgramLayer layer(bool inverted = false) {
     const int64_t dim = plan_.view.dim;
     ProgramLayer l;
     const std::string kind = word();
     if (kind == "inverse") {
-      check(depth < 64, "too many 'inverse' before a layer");
-      l = layer(depth + 1);
-      l.inverted = !l.inverted;
+      check(!inverted, "got 'inverse' twice");
+      l = layer(true);
+      l.inverted = true;
     } else if (kind == "affine") {
       l.kind = LayerKind::affine;
       l.order = integer(0, 1), l.form = static_cast<ScaleForm>(integer(0, 2)), l.eps = number();

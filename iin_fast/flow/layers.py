@@ -17,6 +17,7 @@ __all__ = [
     "ACTS",
     "FORMS",
     "MOST",
+    "MOST_TENSORS",
     "ORDERS",
     "STORAGES",
     "Act",
@@ -64,6 +65,8 @@ ABSENT = Ref(-1, 0)
 
 MOST = 2**24
 """The largest size in a program: products of two fit 64 bits."""
+
+MOST_TENSORS = 2**16
 
 
 class Read(NamedTuple):

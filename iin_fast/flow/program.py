@@ -19,13 +19,14 @@ class FlowProgram:
     Args:
         dim: number of features, at least 1.
         context: number of features of the context; 0: none.
-        tensors: number of parameter tensors.
+        tensors: number of parameter tensors, at most 65,536.
         layers: from data to latent.
 
     Attributes:
         text: the program as one string, the form that the op takes; :meth:`parse` reads it.
         reads: for each layer what it reads from the parameters.
         differentiable: for each tensor whether gradients for it can exist: a mask has none, nor an index, nor a tensor that no layer reads.
+        fixed: the tensors that layers read without learning them, masks and indices.
 
     Raises:
         ValueError: sizes, indices or options that don't fit; the message names the layer by number and kind.
@@ -48,12 +49,13 @@ class FlowProgram:
     text: str = field(init=False, repr=False)
     reads: tuple[tuple[L.Read, ...], ...] = field(init=False, repr=False)
     differentiable: tuple[bool, ...] = field(init=False, repr=False)
+    fixed: tuple[int, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        for name, least in (("dim", 1), ("context", 0), ("tensors", 0)):
+        for name, least, most in (("dim", 1, L.MOST), ("context", 0, L.MOST), ("tensors", 0, L.MOST_TENSORS)):
             value = getattr(self, name)
-            if not isinstance(value, int) or not least <= value <= L.MOST:
-                raise ValueError(f"FlowProgram: {name} is {value!r}, expected an integer of {least} … {L.MOST}")
+            if not isinstance(value, int) or not least <= value <= most:
+                raise ValueError(f"FlowProgram: {name} is {value!r}, expected an integer of {least} … {most}")
         reads = []
         for number, layer in enumerate(self.layers):
             try:
@@ -63,9 +65,11 @@ class FlowProgram:
                     self._check_ref(read)
             except ValueError as error:
                 raise ValueError(f"FlowProgram: layer {number} ({L.kind(layer)}): {error}") from None
-        learned = {read.ref.tensor for layer_reads in reads for read in layer_reads if read.learned}
+        read_by_layers = [read for layer_reads in reads for read in layer_reads]
+        learned = {read.ref.tensor for read in read_by_layers if read.learned}
         self._set("reads", tuple(reads))
         self._set("differentiable", tuple(i in learned for i in range(self.tensors)))
+        self._set("fixed", tuple(sorted({read.ref.tensor for read in read_by_layers} - learned)))
         self._set("text", _text.write(self.dim, self.context, self.tensors, self.layers))
 
     def _set(self, name: str, value: object) -> None:

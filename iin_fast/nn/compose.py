@@ -13,11 +13,14 @@ from ..ops.flow_program import flow_program
 from ..ops.types import accumulator_type
 from .actnorm import DataDependentStart
 from .net_steps import NotAProgram, own
-from .program_flow import version
+from .program_flow import Read
 from .row_flow import RowFlow, with_base
 from .state_dict_layout import is_sharded
 
 __all__ = ["Compose"]
+
+# What a program stands for; a layer may have its own.
+METHODS = frozenset("forward inverse program_layers program_steps _run _couple _transformer _map _wanted".split())
 
 # What a program takes from a module beside its tensors.
 OPTIONS = (
@@ -41,6 +44,8 @@ class _Part(NamedTuple):
     kind: type
     attributes: dict[str, Any]  # the module's own
     children: tuple[nn.Module, ...]
+    own: frozenset[str]  # methods of the module itself, not of its class
+    absent: tuple[str, ...]  # parameters that are None
     options: tuple[tuple[str, Any], ...]
     training: bool | None  # None: it does not matter
 
@@ -48,10 +53,11 @@ class _Part(NamedTuple):
         d = self.attributes
         return (
             self.module.__class__ is self.kind
-            and "forward" not in d
+            and METHODS & d.keys() == self.own
             and tuple(d["_modules"].values()) == self.children
             and not (d["_forward_pre_hooks"] or d["_forward_hooks"] or d["_backward_pre_hooks"] or d["_backward_hooks"])
             and (self.training is None or d["training"] is self.training)
+            and all(d["_parameters"].get(name) is None for name in self.absent)
             and all(d.get(name) == value for name, value in self.options)
         )
 
@@ -60,14 +66,16 @@ class _Plan(NamedTuple):
     program: FlowProgram | None
     obstacle: str | None  # why there is no program
     tensors: tuple[tuple[dict[str, Any], str], ...]  # for each tensor the dictionary of its module, and its name there
+    layers: nn.ModuleList
     parts: tuple[_Part, ...]
-    permutations: tuple[tuple[dict[str, Any], Tensor, int], ...]  # what the program was made of
+    permutations: tuple[tuple[dict[str, Any], Read], ...]  # what the program was made of
     starts: tuple[DataDependentStart, ...]
 
-    def holds(self) -> bool:
-        return all(part.holds() for part in self.parts) and all(
-            buffers.get("permutation") is tensor and 0 <= count == version(tensor)
-            for buffers, tensor, count in self.permutations
+    def holds(self, layers: nn.Module | None) -> bool:
+        return (
+            layers is self.layers
+            and all(part.holds() for part in self.parts)
+            and all(read.holds(buffers.get("permutation")) for buffers, read in self.permutations)
         )
 
 
@@ -196,7 +204,7 @@ class Compose(RowFlow, nn.Module):
         return self.__dict__ | {"_plan": None}  # it refers to this stack's modules
 
     def _planned(self) -> _Plan:
-        if self._plan is None or not self._plan.holds():
+        if self._plan is None or not self._plan.holds(self._modules["layers"]):
             self._plan = self._make_plan()
         return self._plan
 
@@ -204,7 +212,7 @@ class Compose(RowFlow, nn.Module):
         """The program's tensors as the modules hold them now; None where no program can run on them."""
         if plan.program is None:
             return None
-        if any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for _, tensor, _ in plan.permutations):
+        if any(torch._C._functorch.is_functorch_wrapped_tensor(read.tensor) for _, read in plan.permutations):
             return None
         found: list[Any] = [home.get(name) for home, name in plan.tensors]
         if any(tensor is None or is_sharded(tensor) for tensor in found):
@@ -240,15 +248,17 @@ class Compose(RowFlow, nn.Module):
                 module.__class__,
                 vars(module),
                 tuple(vars(module)["_modules"].values()),
+                METHODS & vars(module).keys(),
+                tuple(name for name, value in vars(module)["_parameters"].items() if value is None),
                 tuple((name, _copied(vars(module)[name])) for name in OPTIONS if program and name in vars(module)),
                 module.training if dropped else None,
             )
             for module in modules
         )
         held = [vars(module)["_buffers"] for module in modules]
-        permutations = tuple((b, b["permutation"], version(b["permutation"])) for b in held if "permutation" in b)
+        permutations = tuple((b, Read.of(b["permutation"])) for b in held if "permutation" in b)
         starts = tuple(m for m in modules if isinstance(m, DataDependentStart))
-        return _Plan(program, obstacle, tuple(places), parts, permutations, starts)
+        return _Plan(program, obstacle, tuple(places), self.layers, parts, permutations, starts)
 
     def _places(self, builder: ProgramBuilder) -> list[tuple[dict[str, Any], str]]:
         """Where the modules hold the program's tensors."""

@@ -177,13 +177,21 @@ def distribution_of(
     return FlowDistribution(base, transform.inv, validate_args=validate_args)
 
 
+def leading(where: str, name: str, value: Tensor) -> torch.Size:
+    """The shape of floating-point ``value [..., features]`` without its last dimension."""
+    shape = check_floating(where, name, value).shape
+    if not shape:
+        raise ValueError(f"{where}: {name} has shape [], expected [..., features]")
+    return shape[:-1]
+
+
 def batch_shape(where: str, x: Tensor, context: Tensor | None) -> torch.Size:
     """The shape ``[...]`` of densities of data ``[..., dim]`` under a context ``[..., context]``."""
-    shape = check_floating(where, "x", x).shape[:-1]
+    shape = leading(where, "x", x)
     if context is None:
         return shape
     try:
-        return broadcast_shapes(shape, check_floating(where, "context", context).shape[:-1])
+        return broadcast_shapes(shape, leading(where, "context", context))
     except RuntimeError:
         raise ValueError(
             f"{where}: context has shape {list(context.shape)}, expected one that broadcasts against x of shape {list(x.shape)}"

@@ -5,21 +5,22 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..checks import readable
+from ..checks import readable, version
 from ..flow import ABSENT, FlowProgram, ProgramBuilder, Ref
 from ..flow import layers as L
+from ..ops.autograd import followed
 from ..ops.flow_program import LAYER_BY_LAYER, engine, flow_program, reference
 from .actnorm import DataDependentStart, start_values
 from .net_steps import NotAProgram
 from .row_flow import RowFlow, with_base
 from .state_dict_layout import check_permutation
 
-__all__ = ["Orders", "ProgramFlow", "Stacked", "draw_linear", "empty", "identity_spline_", "version"]
+__all__ = ["Orders", "ProgramFlow", "Read", "Stacked", "draw_linear", "empty", "identity_spline_"]
 
 Stacked = Callable[
     ..., Ref
@@ -55,7 +56,8 @@ class ProgramFlow(RowFlow, DataDependentStart):
 
     The parameters of all layers lie stacked in a few tensors, which the program cuts by offsets. The program is made from
     sizes and permutations, and made anew when the buffer ``permutation`` changes. A compiled call sees what a file or
-    ``reset_parameters`` changes, and what is written into the buffer by hand from the next plain call on.
+    ``reset_parameters`` changes, and what is written into the buffer by hand from the next plain call on; on a GPU not what
+    is written through ``.data``.
 
     A subclass sets ``dim`` and ``context_dim``, registers its parameters, and calls ``_finish``. Masks are buffers whose
     name begins with ``mask``. ActNorm, where there is one, is ``loc`` and ``scale [n, dim]``; each is an affine layer of
@@ -98,7 +100,7 @@ class ProgramFlow(RowFlow, DataDependentStart):
         self._parameter_names = tuple(name for name, value in self._parameters.items() if value is not None)
         self._mask_names = tuple(name for name in self._buffers if name.startswith("mask"))
         self._orders: Orders | None = None
-        self._seen: tuple[Tensor | None, int] = (None, -1)
+        self._seen: Read | None = None  # of the permutations
         self.reset_parameters(generator)
         self._refresh()
 
@@ -118,10 +120,10 @@ class ProgramFlow(RowFlow, DataDependentStart):
         """Make the program of the permutations as they are now."""
         permutation = self._buffers.get("permutation")
         orders: Orders = ()
-        seen: tuple[Tensor | None, int] = (None, -1)
+        seen = None
         if permutation is not None and readable(permutation):
             orders = tuple(map(tuple, permutation.tolist()))
-            seen = permutation, version(permutation)
+            seen = Read.of(permutation)
         elif permutation is not None:  # no values yet; a program of the right sizes will do
             orders = (tuple(range(self.dim)),) * permutation.shape[0]
         if orders != self._orders:
@@ -164,8 +166,7 @@ class ProgramFlow(RowFlow, DataDependentStart):
         permutation = self._buffers.get("permutation")
         if permutation is None or torch.compiler.is_compiling():
             return self._program
-        seen, count = self._seen
-        if permutation is not seen or count < 0 or count != version(permutation):
+        if self._seen is None or not self._seen.holds(permutation):
             if torch._C._functorch.is_functorch_wrapped_tensor(permutation):
                 return None
             self._refresh()
@@ -281,7 +282,7 @@ class ProgramFlow(RowFlow, DataDependentStart):
 
     def _forget_program(self) -> None:
         """Look at the permutations again now, since a compiled call does not, or where they are none yet, at the next call."""
-        self._seen = (None, -1)
+        self._seen = None
         with suppress(ValueError):
             self._refresh()
 
@@ -295,6 +296,21 @@ def _stacked(builder: ProgramBuilder, tensors: Mapping[str, Tensor], name: str, 
     return builder.ref(tensor, sum(i * math.prod(shape[axis + 1 :]) for axis, i in enumerate(index)))
 
 
-def version(tensor: Tensor) -> int:
-    """Counts what has been written into a tensor; -1 for one that does not count."""
-    return -1 if tensor.is_inference() else tensor._version
+class Read(NamedTuple):
+    """A tensor as it was when its values went into a program."""
+
+    tensor: Tensor
+    version: int
+    values: (
+        Tensor | None
+    )  # on the CPU, where a look at them does not wait: writes through .data and numpy count nowhere
+
+    @staticmethod
+    def of(tensor: Tensor) -> "Read":
+        return Read(tensor, version(tensor), tensor.detach().clone() if readable(tensor) and tensor.is_cpu else None)
+
+    def holds(self, tensor: Tensor | None) -> bool:
+        """Whether ``tensor`` is that one, with the same values."""
+        if tensor is not self.tensor or not 0 <= self.version == version(tensor):
+            return False
+        return self.values is None or followed() or torch.equal(tensor, self.values)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..checks import autocast_enabled, check_device, check_dtype, check_features, check_floating
-from .distribution import Density, batch_shape, checked_shape
+from .distribution import Density, batch_shape, checked_shape, leading
 from .state_dict_layout import is_sharded
 
 __all__ = ["RowFlow", "with_base"]
@@ -69,7 +69,7 @@ class RowFlow(Density):
         like = self._like()
         shape = checked_shape(type(self).__name__, sample_shape)
         if context is not None:
-            shape += check_floating(type(self).__name__, "context", context).shape[:-1]
+            shape += leading(type(self).__name__, "context", context)
         noise = torch.randn(*shape, self.dim, dtype=like.dtype, device=like.device)
         x = self._run("noise", noise.reshape(-1, self.dim), _rows(context, shape), inverse=True)[0]
         return x.reshape(*shape, self.dim)

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from iin_fast.nn import Flow
+
 from .cases import CASES, Case, gradients, learned, same, tensors
 
 every = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
@@ -43,6 +45,15 @@ def test_export_round_trip(case: Case):
 
     module = case.module()
     same(gradients(call, loaded, case.inputs(3)), gradients(module, module, case.inputs(3)))
+
+
+def test_a_wide_flow_takes_any_batch() -> None:
+    """Also one of which the values that are kept would be large: how much is kept is no condition of the graph."""
+    flow, x = Flow(8, 2, 4096, 2), torch.randn(5, 8)
+    flow(x)
+    batch = torch.export.Dim("batch", min=1)
+    loaded = torch.export.export(flow, (x,), dynamic_shapes={"x": {0: batch}}).module()
+    same(loaded(x[:3]), flow(x[:3]))
 
 
 @pytest.fixture(scope="module")

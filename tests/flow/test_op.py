@@ -285,6 +285,40 @@ def test_a_parameter_that_changed_in_place_is_refused() -> None:
         run(drawn)
 
 
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("inverse", [False, True])
+def test_masks_that_lost_their_order_in_place_are_refused(backend: str, inverse: bool) -> None:
+    flow = iin_fast.nn.MaskedAutoregressiveFlow(3, n_flows=1, hidden_dim=8)
+    tensors = [t.detach() if t.is_floating_point() else t.clone() for t in flow._tensors()]
+    x, program = torch.randn(4, 3), flow.program()
+    with iin_fast.backend(backend):
+        flow_program(x, None, tensors, program, inverse=inverse)
+        for mask in tensors:
+            if mask.dtype == torch.bool:
+                mask.fill_(True)
+        with pytest.raises(ValueError, match=r"the masks let features \[0, 1, 2\] depend on themselves"):
+            flow_program(x, None, tensors, program, inverse=inverse)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("flow 1 2 0 0 1 permute 1 0\0", "got '0"),
+        ("flow 1 +2 0 0 1 permute 1 0", r"got '\+2', expected an integer"),
+        ("flow 1 2 0 0 1 activation 0x1p-1 1", "got '0x1p-1', expected a number"),
+        ("flow 1 2 0 0 1 inverse inverse permute 1 0", "got 'inverse' twice"),
+        ("flow 1 2 0 1 1 affine 0 1 0.0 -1 4 0 2", "a parameter is missing"),
+        ("flow 1 2 0 65537 0", "got '65537', expected an integer from 0 to 65536"),
+        ("flow 1 2 0 0 99 permute 1 0", "got '99', expected an integer from 0 to"),
+    ],
+)
+def test_the_compiled_op_takes_no_text_that_parse_refuses(text: str, message: str) -> None:
+    with pytest.raises(ValueError):
+        FlowProgram.parse(text)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.iin_fast.flow_program(torch.randn(2, 2), None, [torch.ones(9)], text, False, False, 0)
+
+
 def test_memory_is_checked() -> None:
     with pytest.raises(ValueError, match="memory is 'invert', expected one of 'auto', 'recompute'"):
         run(example(), memory="invert")

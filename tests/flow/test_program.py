@@ -130,6 +130,7 @@ BAD = {
     "packed": (lambda: program(Linear("packed", "exp", 0.0, REF)), r"layer 0 \(linear\): upper is absent, which storage packed"),
     "square": (lambda: program(Linear("square", "exp", 0.0, REF, REF)), r"layer 0 \(linear\): upper is there, which storage square"),
     "twice inverse": (lambda: program(Inverse(Inverse(Affine("scale_first", "exp", 0.0, REF)))), r"the inverse of an inverse"),
+    "tensors": (lambda: FlowProgram.parse("flow 1 2 0 65537 0"), r"FlowProgram: tensors is 65537, expected an integer of 0 … 65536"),
     "dim": (lambda: program(dim=0), r"FlowProgram: dim is 0, expected an integer of 1"),
     "empty text": (lambda: FlowProgram.parse(""), r"FlowProgram: the text ends after 0 tokens, expected flow"),
     "word": (lambda: FlowProgram.parse("flow 1 2 0 0 1 rotate"), r"layer 0 \(layer\): token 7 is 'rotate', expected affine"),

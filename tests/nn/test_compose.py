@@ -241,6 +241,19 @@ def write_permutation(stack: Compose) -> None:
     stack.layers[3].permutation.copy_(stack.layers[3].permutation.roll(1))
 
 
+def write_permutation_unseen(stack: Compose) -> None:
+    index = stack.layers[3].permutation.data
+    index.copy_(index.roll(1))
+
+
+def another_list(stack: Compose) -> None:
+    stack.layers = nn.ModuleList([LULinear(DIM).double(), affine(swap=True).double()])
+
+
+def add_bias(stack: Compose) -> None:
+    stack.layers[2].conditioner[2].bias = nn.Parameter(torch.ones(7).double())
+
+
 def set_option(stack: Compose) -> None:
     stack.layers[2].conditioner[3].negative_slope = -1.5
 
@@ -279,7 +292,7 @@ def append(stack: Compose) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [swap_layer, swap_step, write_permutation, set_option, flip, new_parameter, add_hook, own_forward, add_parametrization, another_class, load, append],
+    [swap_layer, swap_step, write_permutation, write_permutation_unseen, another_list, add_bias, set_option, flip, new_parameter, add_hook, own_forward, add_parametrization, another_class, load, append],
 )  # fmt: skip
 @pytest.mark.parametrize("copied", [False, True])
 def test_changes_count_from_the_next_call_on(change, copied):
@@ -293,6 +306,15 @@ def test_changes_count_from_the_next_call_on(change, copied):
     torch.testing.assert_close(after, wanted)
     if change is add_parametrization:
         assert stack.obstacle() == "the stack has a parametrized layer"
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_layer_may_have_an_inverse_of_its_own(first):
+    stack, (x,) = Compose([LULinear(DIM).double()]), data()
+    if not first:
+        stack.inverse(x)
+    stack.layers[0].inverse = lambda z: (3 * z, z.sum(1))
+    torch.testing.assert_close(stack.inverse(x), (3 * x, x.sum(1)))
 
 
 @every

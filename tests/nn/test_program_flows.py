@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import iin_fast
 from iin_fast.nn import MaskedAutoregressiveFlow, NeuralSplineFlow, RealNVP
@@ -334,6 +334,12 @@ def test_bad_calls(make):
         flow(x, torch.zeros(4, 3).double())
     with pytest.raises(ValueError, match=rf"{name}: context is \[4, 2\], expected None"):
         plain(x, context)
+    with pytest.raises(ValueError, match=rf"{name}: x has shape \[\], expected \[..., features\]"):
+        flow.log_prob(torch.tensor(1.0).double(), context)
+    with pytest.raises(ValueError, match=rf"{name}: context has shape \[\], expected \[..., features\]"):
+        flow.sample(3, torch.tensor(1.0).double())
+    with pytest.raises(TypeError, match=rf"{name}.sample: sample_shape is tensor\(3\), expected a list of integers"):
+        flow.sample(torch.tensor(3), context)
     for call in (flow, flow.log_prob):
         with pytest.raises(TypeError, match=f"{name}: x is a ndarray, expected a torch.Tensor"):
             call(x.numpy(), context)
@@ -344,3 +350,15 @@ def test_bad_calls(make):
     ):
         flow.log_prob(x, context[:3])
     assert flow(x[:0], context[:0])[1].shape == (0,) and plain.sample(0).shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: NeuralSplineFlow(6, n_flows=2, hidden_dim=8), lambda: MAF(6, hidden_dim=8, order="random")]
+)
+def test_permutations_may_be_copied_through_data(make: Callable[[], nn.Module]) -> None:
+    """As averages of weights do; no counter tells of it."""
+    one, other, x = make(), make(), torch.randn(20, 6)
+    one(x), other(x)
+    for mine, its in zip([*one.parameters(), *one.buffers()], [*other.parameters(), *other.buffers()], strict=True):
+        mine.data.copy_(its.data)
+    assert torch.equal(one(x)[0], other(x)[0])

@@ -246,6 +246,18 @@ def test_slices_and_tensors_of_their_own_give_the_same() -> None:
     )
 
 
+@pytest.mark.parametrize("changed", range(3))
+def test_neighbours_with_counters_of_their_own(changed: int) -> None:
+    """Parameters that are views of one memory: what is written into one of them before backward is noticed."""
+    flat = torch.randn(6, 11)
+    parts = [torch.nn.Parameter(view.data) for view in (flat[:, :4], flat[:, 4:8], flat[:, 8:])]
+    y, _ = rational_quadratic_spline(torch.rand(6), *parts)
+    with torch.no_grad():
+        parts[changed].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 def test_slices_under_transforms() -> None:
     x, packed = spline_inputs(6, 4, 5, "linear")
     direction = torch.ones_like(packed)

@@ -192,9 +192,11 @@ def _by_program(
     if autocast_enabled(x):
         x, context, *parameters = (engine.in_float32(t) for t in (x, context, *parameters))
     if memory == "auto" and learns and followed():  # a compiled graph has to know
+        from torch.fx.experimental.symbolic_shapes import statically_known_true  # loads sympy
+
         blocks, hidden, depth = (tensors[place].shape[at] for place, at in ((2, 0), (5, 3), (7, 3)))  # type: ignore[union-attr]
         saved = 4 * int(f"{blocks}") * (int(f"{depth}") + 1) * int(f"{hidden}") * x.shape[0] * x.element_size()
-        memory = "checkpoint" if saved > AUTO_SAVE_BYTES else "save"
+        memory = "save" if statically_known_true(saved <= AUTO_SAVE_BYTES) else "checkpoint"  # for a batch of any size
     keep = engine.INVERT if memory == "invert" else engine.KEEP[memory]
     try:
         return engine.call(x, context, parameters, program, inverse, False, keep)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ... import backends
 from ...backends import chosen
-from ...checks import autocast_enabled, checked_choice, checked_flag
+from ...checks import autocast_enabled, checked_choice, checked_flag, version
 from ...flow import FlowProgram
 from ...flow import layers as L
 from ..affine_coupling import SQUASHES
@@ -105,15 +105,15 @@ def flow_program(
     )
 
 
-# Programs and parameters that were checked: a repeated call pays for one look at the identities of its parameters. What
-# changes in place after that is caught by the compiled op itself, and then looked at closely.
+# Programs and parameters that were checked: a repeated call pays for one look at the identities of its parameters, and at the
+# versions of masks and indices. What changes in place otherwise is caught by the compiled op itself, and then looked at closely.
 _checked: dict[tuple[object, ...], list[weakref.ref[Tensor]]] = {}
 _MOST_CHECKED = 64
 
 
 def _check_once(x: Tensor, parameters: Sequence[Tensor], program: FlowProgram) -> None:
     """Look at sizes and values of parameters when they come for the first time."""
-    key = (program, x.dtype, *map(id, parameters))
+    key = (program, x.dtype, *map(id, parameters), *(version(parameters[i]) for i in program.fixed))
     if key not in _checked:
         check_parameters(x, parameters, program)
         check_data(parameters, program)

@@ -215,6 +215,8 @@ def _together(*parts: Tensor) -> Sequence[Tensor]:
         and derivatives.storage_offset() == start + 2 * bins
         and one_storage(widths, heights)
         and one_storage(widths, derivatives)
+        # or only the first one would count what is written into it before backward
+        and (not torch.is_grad_enabled() or widths._base is heights._base is derivatives._base is not None)
     )
     return (_Adjacent.apply(*parts),) if adjacent else parts
 
