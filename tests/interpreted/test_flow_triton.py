@@ -12,7 +12,7 @@ import iin_fast
 from iin_fast.ops.flow import flow as flow_op
 
 
-@pytest.mark.parametrize("dtype", FLOW_BOUNDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # float16 has the tiles of bfloat16
 @pytest.mark.parametrize("inverse", [False, True])
 def test_other_types_judged_by_float64(dtype: torch.dtype, inverse: bool) -> None:
     given = flow_inputs((40, 6, 2, 20, 1, 2), dtype, size=0.3)

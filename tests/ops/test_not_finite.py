@@ -34,7 +34,7 @@ def test_pair_nll(normalized: bool, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", few([torch.float64, torch.float32]))
-@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("inverse", few([True, False]))
 @pytest.mark.parametrize(
     ("shape", "slope"),
     [(FlowShape(3, 5, 1, 8, 1, 2), 0.9)]
