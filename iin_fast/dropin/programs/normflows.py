@@ -22,7 +22,7 @@ from .nflows import expect_shape, linear, lu_linear, masked, no_batch_norm, resi
 from .plan import Atom, Maker, Programs, run
 from .watch import Unsupported, Watch
 
-__all__ = ["CONDITIONAL", "FLOW", "METHODS", "PROGRAMS"]
+__all__ = ["METHODS", "PROGRAMS"]
 
 FLOW, CONDITIONAL = "normflows.core.NormalizingFlow", "normflows.core.ConditionalNormalizingFlow"
 REVERSE, COMPOSITE = "normflows.flows.base.Reverse", "normflows.flows.base.Composite"
@@ -407,7 +407,7 @@ def sample(own: Any, self: Any, num_samples: int = 1, context: Any = None) -> An
     return z, log_q
 
 
-METHODS = {
+CONDITIONAL_METHODS = {
     "forward": forward,
     "forward_and_log_det": forward_and_log_det,
     "inverse": inverse,
@@ -415,6 +415,22 @@ METHODS = {
     "log_prob": log_prob,
     "forward_kld": forward_kld,
     "sample": sample,
+}
+
+
+def _without_context(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The same for a flow that takes one argument; the library's own code refuses more."""
+
+    def one(own: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+        fits = len(args) < 2 and "context" not in kwargs
+        return method(own, self, *args, **kwargs) if fits else own(self, *args, **kwargs)
+
+    return one
+
+
+METHODS = {
+    FLOW: {name: _without_context(method) for name, method in CONDITIONAL_METHODS.items()},
+    CONDITIONAL: CONDITIONAL_METHODS,
 }
 
 PROGRAMS = Programs(
