@@ -267,6 +267,27 @@ def test_patch_function_transforms_and_freedom(calls: list[int]) -> None:
     assert ref() is None
 
 
+def test_a_flow_on_meta_runs_the_library_s_code() -> None:
+    flow, (x, c) = FLOWS["MAF"][0](CONTEXT), data(CONTEXT, torch.float32)
+    iin_fast.accelerate(flow)
+    assert flow.to("meta")(c.to("meta")).log_prob(x.to("meta")).shape == (BATCH,)
+
+
+def test_batched_gradients_hold_no_graph() -> None:
+    own, (x, _) = shaken(FLOWS["NSF"][0](0)), data(0)
+    fast = copy.deepcopy(own)
+    iin_fast.accelerate(fast)
+    for create_graph in (False, True):
+        found = [
+            torch.autograd.grad(
+                f().log_prob(x), [*f.parameters()], torch.eye(BATCH).double(), None, create_graph, is_grads_batched=True
+            )
+            for f in (own, fast)
+        ]
+        torch.testing.assert_close(found[1], found[0], **TOLERANCE)
+        assert any(v.requires_grad for v in found[1]) is create_graph
+
+
 @pytest.mark.skipif(not has("sbi"), reason="sbi is not installed")
 @pytest.mark.parametrize("name", ["build_zuko_maf", "build_zuko_nsf", "build_zuko_nice"])
 def test_estimators_of_sbi(name: str, calls: list[int]) -> None:

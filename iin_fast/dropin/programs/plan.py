@@ -437,7 +437,8 @@ def run(
             return plan.run(x, context, inverse, base)
         except KeyError:  # a parameter is gone, as where a parametrization computes it
             pass
-    plan = plans[key] = _make(programs, root, *kind[:3], key[-1])[0]
+    with torch.device(x.device):  # that of the constants which a program has beside the parameters
+        plan = plans[key] = _make(programs, root, *kind[:3], key[-1])[0]
     return plan.run(x, context, inverse, base) if plan.parts else None
 
 
@@ -467,15 +468,16 @@ class Summary(NamedTuple):
 def summary(programs: Programs, root: nn.Module) -> Summary:
     """What a call of a root with the sizes that its layers tell will do."""
     first = next((p for p in root.parameters() if p.is_floating_point()), torch.empty(0))
-    dtype, device = first.dtype, first.device.type
+    dtype, device = first.dtype, first.device
     try:
-        if device not in ("cpu", "cuda") or dtype not in FULL:
+        if device.type not in ("cpu", "cuda") or dtype not in FULL:
             raise Unsupported(
-                f"programs run on the CPU and on NVIDIA GPUs in float32 and float64; this is {dtype} on {device}"
+                f"programs run on the CPU and on NVIDIA GPUs in float32 and float64; this is {dtype} on {device.type}"
             )
         if not chosen_compiled("flow_program", first):
-            raise Unsupported(f"the compiled library does not run on {device} here")
-        _, inside, cuts = _make(programs, root, *programs.sizes(root), dtype)
+            raise Unsupported(f"the compiled library does not run on {device.type} here")
+        with torch.device(device):
+            _, inside, cuts = _make(programs, root, *programs.sizes(root), dtype)
     except (AttributeError, KeyError, Unsupported) as error:  # a module that was never started
         inside, cuts = [], [Cut(root, str(error), False)]
 
