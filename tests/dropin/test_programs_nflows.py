@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -533,8 +534,14 @@ def test_a_model_is_freed() -> None:
     lone = T.MaskedAffineAutoregressiveTransform(DIM, 8).double()
     iin_fast.accelerate(lone)
     lone(x)
-    refs = [weakref.ref(made), weakref.ref(made._transform), weakref.ref(lone)]
-    del made, lone
+    cyclic = flow(*layered("masked affine", None), spline(None))
+    cyclic.square = MethodType(lambda self, x: x * x, cyclic)
+    for block in cyclic._transform._transforms[4].transform_net.blocks:
+        block.activation = cyclic.square
+    iin_fast.accelerate(cyclic)
+    cyclic.log_prob(x)
+    refs = [weakref.ref(made), weakref.ref(made._transform), weakref.ref(lone), weakref.ref(cyclic)]
+    del made, lone, cyclic, block
     gc.collect()
     assert not any(ref() for ref in refs)
 
