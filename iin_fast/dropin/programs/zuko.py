@@ -199,10 +199,10 @@ def flatten(maker: Maker, root: nn.Module, inverse: bool = False, top: bool = Tr
     """The transformations of a root without the containers around them."""
     name = qualified(original(type(root)) or type(root))
     if name not in (COMPOSED, INVERSE):
+        if not _waits(root):
+            raise Unsupported(f"{type(root).__name__}, which may read its parameters and context before x comes")
         yield root, inverse
         return
-    if top and not _waits(root):
-        raise Unsupported("a layer that reads its parameters and context before x comes")
     try:
         if not top:  # hooks of the root itself run around all this
             maker.take(root)
@@ -366,9 +366,14 @@ def _waits(layer: Any) -> bool:
     return _waits(layer.transform) if name == INVERSE else name in (MASKED, COUPLING, UNCONDITIONAL)
 
 
+def _runs_own(root: nn.Module) -> bool:
+    """Whether a root has to run the library's own code; its plans say so once there are some."""
+    return hopeless(root) if kept(root).plans else not _waits(root)
+
+
 def composed_forward(own: Any, self: Any, c: Any = None) -> Any:
     """``LazyComposedTransform.forward``."""
-    if not _follows(c) or not _waits(self) or hopeless(self):
+    if not _follows(c) or _runs_own(self):
         return own(self, c)
     return _composed(self, c, False, lambda: own(self, c))
 
@@ -401,9 +406,7 @@ def flow_forward(own: Any, self: Any, c: Any = None) -> Any:
     """``Flow.forward``: the log-density of a standard normal base is part of the program."""
     transform = self.transform
     composed = qualified(original(type(transform)) or type(transform)) == COMPOSED
-    if not composed or not _follows(c) or not _waits(transform) or any(vars(transform)[name] for name in HOOKS):
-        return own(self, c)
-    if hopeless(transform):
+    if not composed or not _follows(c) or any(vars(transform)[name] for name in HOOKS) or _runs_own(transform):
         return own(self, c)
     mean = None if "forward" in vars(transform) else _standard(self)
     if mean is None:
