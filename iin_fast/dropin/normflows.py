@@ -155,7 +155,7 @@ LIBRARY = Library(
             relies_on=SPLINE_FUNCTIONS,
             refuse=splines.refuse_tails(TAILS),
         ),
-        *(Entry(name, programs.METHODS, root=True, whole=True) for name in (programs.FLOW, programs.CONDITIONAL)),
+        *(Entry(name, methods, root=True, whole=True) for name, methods in programs.METHODS.items()),
     ),
     versions=("1.6.1", "1.7.0", "1.7.1", "1.7.2", "1.7.3"),
     programs=programs.PROGRAMS,

@@ -46,7 +46,7 @@ def fused_init(own: Callable[..., None]) -> Callable[..., None]:
 
 def _shortened(cls: type[torch.optim.Adam]) -> FastClass:
     """An Adam whose ``step`` does little around the kernel: the lists are read in one go, and all steps counted at once."""
-    kernel = torch._fused_adamw_ if issubclass(cls, torch.optim.AdamW) else torch._fused_adam_
+    is_adamw = issubclass(cls, torch.optim.AdamW)
 
     def step(self: Any, closure: Any = None) -> Any:
         plain = closure is None and not (vars(self).get("grad_scale") or vars(self).get("found_inf"))
@@ -68,6 +68,8 @@ def _shortened(cls: type[torch.optim.Adam]) -> FastClass:
                 counted += 1
                 options = {name: group[name] for name in ("lr", "weight_decay", "eps", "amsgrad", "maximize")}
                 beta1, beta2 = group["betas"]
+                decoupled = group.get("decoupled_weight_decay", is_adamw)
+                kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
                 threads = torch.get_num_threads()
                 set_threads = _thread_setter() if small and threads > 1 else _nothing
                 set_threads(1)

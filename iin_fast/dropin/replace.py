@@ -23,6 +23,7 @@ from .class_factory import FastClass, generate, original
 from .library import ALL, LIBRARIES, Library
 from .optimizers import ADAM, OPTIMIZERS, fused_init
 from .programs import summary
+from .programs.plan import KEPT
 from .registry import Entry, qualified
 from .report import Line, Report
 from .stacks import freeze
@@ -245,6 +246,7 @@ def restore(model: nn.Module) -> None:
     names = {attribute for library in LIBRARIES.values() for attribute in library.attributes}
     for module in model.modules():
         freeze(module, False)
+        vars(module).pop(KEPT, None)
         own: Any = original(type(module))
         if own is not None:
             module.__class__ = own

@@ -126,7 +126,6 @@ PROGRAM_SOURCES: dict[str, tuple[str, ...]] = {
     "zuko.lazy.UnconditionalDistribution": ("ef203b7e9525", "180143e8f371"),
     "zuko.flows.autoregressive.MaskedAutoregressiveTransform": ("5452a3602f03", "b02e6c79be68"),
     "zuko.flows.coupling.GeneralCouplingTransform": ("480e808e8507", "5785ce862c3b"),
-    "zuko.flows.gaussianization.ElementWiseTransform": ("11f90a4da707", "91b2b572d5e9"),
     "zuko.nn.MaskedLinear": ("a053d38b4161",),
     "zuko.nn.Linear": ("7c301ba37750", "875de6cf4fe3"),
     "zuko.nn.Residual": ("083a209a99de",),

@@ -61,7 +61,7 @@ def _is_one(argument: Any) -> bool:
 
 
 def by_definition(definition: Callable[..., Any], arguments: Sequence[Any], grads: Sequence[Any]) -> list[Any]:
-    """Gradients by plain torch, which autograd can differentiate again.
+    """Gradients by plain torch, which autograd can differentiate again where it looks into this backward.
 
     Args:
         definition: ``(*arguments)`` -> the op's outputs that have gradients.
@@ -71,6 +71,7 @@ def by_definition(definition: Callable[..., Any], arguments: Sequence[Any], grad
     Returns:
         as ``arguments``, None for what needs no gradient.
     """
+    again = torch.is_grad_enabled()
     flat, spec = tree_flatten(list(arguments), is_leaf=_is_one)
     with torch.enable_grad():
         # aliases: what one input owes to another is the business of autograd beyond this op
@@ -83,7 +84,7 @@ def by_definition(definition: Callable[..., Any], arguments: Sequence[Any], grad
     if pairs and wanted:
         inputs = [flat[i] for i in wanted]
         found = torch.autograd.grad(
-            [o for o, _ in pairs], inputs, [g for _, g in pairs], create_graph=True, allow_unused=True
+            [o for o, _ in pairs], inputs, [g for _, g in pairs], create_graph=again, allow_unused=True
         )
     by_place = dict(zip(wanted, found, strict=False))
     return tree_unflatten([by_place.get(i) for i in range(len(flat))], spec)  # type: ignore[no-any-return]

@@ -163,12 +163,14 @@ def made_in_a_block(cls: Any, given: list[nn.Parameter], **options: Any) -> Any:
 @pytest.mark.parametrize(
     "options", [{}, {"amsgrad": True}, {"maximize": True, "weight_decay": 0.1}, {"lr": torch.tensor(0.1)}], ids=str
 )
-def test_a_fused_optimizer_steps_as_torch_s(cls: Any, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_a_fused_optimizer_steps_as_torch_s(cls: Any, options: dict[str, Any], decoupled: bool) -> None:
     options = {"lr": 0.1} | options
+    decay = {"weight_decay": 0.5, "decoupled_weight_decay": decoupled}
     given, wanted, pairs = parameters(), parameters(), []
     for params in (given, wanted):
         options = copy.deepcopy(options)  # the schedule changes a tensor in place
-        groups = [{"params": params[:1]}, {"params": params[1:], "betas": (0.5, 0.9)}]
+        groups = [{"params": params[:1]}, {"params": params[1:], "betas": (0.5, 0.9), **decay}]
         made = made_in_a_block(cls, groups, **options) if params is given else cls(groups, fused=True, **options)
         pairs.append((made, torch.optim.lr_scheduler.ExponentialLR(made, 0.9)))
     hooks: list[int] = []

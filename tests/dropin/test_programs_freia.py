@@ -129,6 +129,17 @@ def test_results_and_gradients_are_the_library_s(name: str, conditional: bool, c
     assert [type(m) for m in fast.modules()] == [type(m) for m in own.modules()]
 
 
+@pytest.mark.parametrize("name", ["all in one", "GIN"])
+def test_another_default_device_changes_nothing(name: str, calls: list[int]) -> None:
+    own, (x, c) = BLOCKS[name](True), data(True)
+    fast = copy.deepcopy(own)
+    with torch.device("meta"):
+        iin_fast.accelerate(fast)
+        found = fast(x, [c])
+    torch.testing.assert_close(found, own(x, [c]), **TOLERANCE)
+    assert len(calls) == 1
+
+
 def test_second_derivatives() -> None:
     own, inputs = BLOCKS["all in one"](True), data(True)
     fast = copy.deepcopy(own)

@@ -100,6 +100,15 @@ def test_a_scale_that_no_program_knows_cuts_it(calls: list[int]) -> None:
         calls.clear()
 
 
+def test_a_density_of_the_base_instance_is_called() -> None:
+    own, x = flow("spline", None), torch.randn(BATCH, DIM)
+    fast = copy.deepcopy(own)
+    iin_fast.accelerate(fast)
+    for model in (own, fast):
+        model._distribution.log_prob = lambda noise, context=None: noise.sum(1)
+    torch.testing.assert_close(fast.log_prob(x), own.log_prob(x), **TOLERANCE)
+
+
 def test_patch(calls: list[int]) -> None:
     own, x = flow("spline", None), torch.randn(BATCH, DIM)
     want = own.log_prob(x)

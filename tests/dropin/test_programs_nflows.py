@@ -3,6 +3,7 @@
 import copy
 import pickle
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -173,6 +174,21 @@ def test_another_base_is_the_library_s() -> None:
     nn.init.normal_(own._distribution.mean_)
     fast, (x, _) = copy.deepcopy(own), data(None)
     iin_fast.accelerate(fast)
+    torch.testing.assert_close(fast.log_prob(x), own.log_prob(x), **TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("part", "method"), [("_distribution", "log_prob"), ("_distribution", "_log_prob"), ("_transform", "forward")]
+)
+def test_a_method_of_an_instance_is_called(part: str, method: str) -> None:
+    own = flow(*layered("spline", None))
+    fast, (x, _) = copy.deepcopy(own), data(None)
+    iin_fast.accelerate(fast)
+    fast.log_prob(x)
+    for model in (own, fast):
+        module = getattr(model, part)
+        given = getattr(module, method)
+        setattr(module, method, lambda x, context=None, given=given: given(x / 2, context))
     torch.testing.assert_close(fast.log_prob(x), own.log_prob(x), **TOLERANCE)
 
 
@@ -518,8 +534,14 @@ def test_a_model_is_freed() -> None:
     lone = T.MaskedAffineAutoregressiveTransform(DIM, 8).double()
     iin_fast.accelerate(lone)
     lone(x)
-    refs = [weakref.ref(made), weakref.ref(made._transform), weakref.ref(lone)]
-    del made, lone
+    cyclic = flow(*layered("masked affine", None), spline(None))
+    cyclic.square = MethodType(lambda self, x: x * x, cyclic)
+    for block in cyclic._transform._transforms[4].transform_net.blocks:
+        block.activation = cyclic.square
+    iin_fast.accelerate(cyclic)
+    cyclic.log_prob(x)
+    refs = [weakref.ref(made), weakref.ref(made._transform), weakref.ref(lone), weakref.ref(cyclic)]
+    del made, lone, cyclic, block
     gc.collect()
     assert not any(ref() for ref in refs)
 

@@ -221,6 +221,32 @@ def test_errors_are_the_library_s(name: str, change: Callable[[Tensor], Any]) ->
         assert outcomes[0] == outcomes[1]
 
 
+def test_a_flow_without_context_refuses_one_as_before() -> None:
+    own, (x, c) = built("affine", False), data(True)
+    fast = copy.deepcopy(own)
+    iin_fast.accelerate(fast)
+    for name in (
+        "forward",
+        "forward_and_log_det",
+        "inverse",
+        "inverse_and_log_det",
+        "log_prob",
+        "forward_kld",
+        "sample",
+    ):
+        first = 3 if name == "sample" else x
+        for call in (
+            lambda m, n=name, a=first: getattr(m, n)(a, c),
+            lambda m, n=name, a=first: getattr(m, n)(a, context=c),
+        ):
+            texts = []
+            for model in (own, fast):
+                with pytest.raises(TypeError) as caught:
+                    call(model)
+                texts.append(str(caught.value))
+            assert texts[0] == texts[1]
+
+
 def test_reverse_kld_patch_copy_and_pickle(calls: list[int]) -> None:
     own = built("coupled", False)
     own.p = nf.distributions.DiagGaussian(DIM)

@@ -267,6 +267,66 @@ def test_patch_function_transforms_and_freedom(calls: list[int]) -> None:
     assert ref() is None
 
 
+def test_a_base_or_transform_that_is_set_on_a_distribution_counts(calls: list[int]) -> None:
+    own, (x, _) = shaken(FLOWS["NSF"][0](0)), data(0)
+    fast, wide = copy.deepcopy(own), zuko.distributions.DiagNormal(torch.zeros(DIM), 2 * torch.ones(DIM))
+    iin_fast.accelerate(fast)
+    for change in (
+        lambda d: setattr(d, "base", wide),
+        lambda d: setattr(d.base, "log_prob", wide.log_prob),
+        lambda d: setattr(d, "transform", d.transform.inv),
+        lambda d: setattr(d.transform, "transforms", d.transform.transforms[:1]),
+    ):
+        found = []
+        for model in (own, fast):
+            d = model()
+            change(d)
+            found.append(d.log_prob(x))
+        torch.testing.assert_close(found[1], found[0], **TOLERANCE)
+
+
+def test_a_layer_that_reads_its_parameters_before_x_comes(calls: list[int]) -> None:
+    base = F.UnconditionalDistribution(zuko.distributions.DiagNormal, torch.zeros(DIM), torch.ones(DIM), buffer=True)
+    layers = [F.ElementWiseTransform(DIM, CONTEXT), F.MaskedAutoregressiveTransform(DIM, CONTEXT)]
+    own, (x, c) = shaken(F.Flow(layers, base)), data(CONTEXT)
+    fast, found = copy.deepcopy(own), []
+    report = iin_fast.accelerate(fast)
+    assert "before x comes" in str(report)
+    for model in (own, fast):
+        with torch.no_grad():
+            d = model(c)
+            next(model.transform.transforms[0].parameters()).mul_(3)
+        first = torch.autograd.grad(d.log_prob(x).sum(), list(model.parameters()), allow_unused=True)
+        found.append((d.log_prob(x), [g is None for g in first]))
+    torch.testing.assert_close(found[1][0], found[0][0], **TOLERANCE)
+    assert found[1][1] == found[0][1] and not calls
+    for model in (own, fast):
+        del model.transform.transforms[0]
+    torch.testing.assert_close(fast(c).log_prob(x), own(c).log_prob(x), **TOLERANCE)
+    assert calls == [1]
+
+
+def test_a_flow_on_meta_runs_the_library_s_code() -> None:
+    flow, (x, c) = FLOWS["MAF"][0](CONTEXT), data(CONTEXT, torch.float32)
+    iin_fast.accelerate(flow)
+    assert flow.to("meta")(c.to("meta")).log_prob(x.to("meta")).shape == (BATCH,)
+
+
+def test_batched_gradients_hold_no_graph() -> None:
+    own, (x, _) = shaken(FLOWS["NSF"][0](0)), data(0)
+    fast = copy.deepcopy(own)
+    iin_fast.accelerate(fast)
+    for create_graph in (False, True):
+        found = [
+            torch.autograd.grad(
+                f().log_prob(x), [*f.parameters()], torch.eye(BATCH).double(), None, create_graph, is_grads_batched=True
+            )
+            for f in (own, fast)
+        ]
+        torch.testing.assert_close(found[1], found[0], **TOLERANCE)
+        assert any(v.requires_grad for v in found[1]) is create_graph
+
+
 @pytest.mark.skipif(not has("sbi"), reason="sbi is not installed")
 @pytest.mark.parametrize("name", ["build_zuko_maf", "build_zuko_nsf", "build_zuko_nice"])
 def test_estimators_of_sbi(name: str, calls: list[int]) -> None:

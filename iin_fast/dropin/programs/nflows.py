@@ -431,8 +431,9 @@ def glasflow_log_prob(original: Any, self: Any, inputs: Any, conditional: Any = 
 def _density(flow: Any, inputs: Tensor, context: Any) -> tuple[Tensor, Tensor, bool] | None:
     """The transform of a flow with a standard normal base, as ``run`` gives it."""
     transform, base = flow._transform, flow._distribution
-    normal = PROGRAMS.name(type(base)) == NORMAL and "_log_prob" not in vars(base)
-    if not normal or base._shape != inputs.shape[1:] or any(vars(transform)[name] for name in HOOKS):
+    normal = PROGRAMS.name(type(base)) == NORMAL and not ("log_prob" in vars(base) or "_log_prob" in vars(base))
+    own = "forward" in vars(transform) or any(vars(transform)[name] for name in HOOKS)
+    if not normal or own or base._shape != inputs.shape[1:]:
         return None
     return run(PROGRAMS, transform, inputs, context, False, base=True)
 

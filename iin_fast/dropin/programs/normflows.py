@@ -6,7 +6,6 @@ The forward direction of normflows leads from the latent to the data, so densiti
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +18,10 @@ from ..registry import qualified
 from ..splines import net_scale
 from . import nets
 from .nflows import expect_shape, linear, lu_linear, masked, no_batch_norm, residual_net, spline_cdf, spline_of
-from .plan import Atom, Maker, Programs, run
+from .plan import Atom, Maker, Programs, kept, run
 from .watch import Unsupported, Watch
 
-__all__ = ["CONDITIONAL", "FLOW", "METHODS", "PROGRAMS"]
+__all__ = ["METHODS", "PROGRAMS"]
 
 FLOW, CONDITIONAL = "normflows.core.NormalizingFlow", "normflows.core.ConditionalNormalizingFlow"
 REVERSE, COMPOSITE = "normflows.flows.base.Reverse", "normflows.flows.base.Composite"
@@ -354,12 +353,9 @@ def _own(own: Any, self: Any, x: Any, context: Any) -> Any:
     return own(self, x) if context is None else own(self, x, context)
 
 
-_gaussians: "WeakKeyDictionary[nn.Module, tuple[Watch, bool]]" = WeakKeyDictionary()
-
-
 def _is_gaussian(self: Any) -> bool:
     """Whether the base becomes a part of the program."""
-    found = _gaussians.get(self)
+    found = kept(self).base
     if found is None or not found[0].same():
         watch = Watch()
         maker = Maker(PROGRAMS, watch, 1, 0, torch.float32)
@@ -368,8 +364,8 @@ def _is_gaussian(self: Any) -> bool:
             good = maker.take(q0) == GAUSSIAN and maker.get(q0, "temperature") is None and len(q0.shape) == 1
         except Unsupported:
             good = False
-        found = _gaussians[self] = watch, good
-    return found[1]
+        found = kept(self).base = watch, good
+    return bool(found[1])
 
 
 def _density(self: Any, x: Any, context: Any) -> Tensor | None:
@@ -407,7 +403,7 @@ def sample(own: Any, self: Any, num_samples: int = 1, context: Any = None) -> An
     return z, log_q
 
 
-METHODS = {
+CONDITIONAL_METHODS = {
     "forward": forward,
     "forward_and_log_det": forward_and_log_det,
     "inverse": inverse,
@@ -415,6 +411,22 @@ METHODS = {
     "log_prob": log_prob,
     "forward_kld": forward_kld,
     "sample": sample,
+}
+
+
+def _without_context(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The same for a flow that takes one argument; the library's own code refuses more."""
+
+    def one(own: Any, self: Any, *args: Any, **kwargs: Any) -> Any:
+        fits = len(args) < 2 and "context" not in kwargs
+        return method(own, self, *args, **kwargs) if fits else own(self, *args, **kwargs)
+
+    return one
+
+
+METHODS = {
+    FLOW: {name: _without_context(method) for name, method in CONDITIONAL_METHODS.items()},
+    CONDITIONAL: CONDITIONAL_METHODS,
 }
 
 PROGRAMS = Programs(

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from operator import getitem
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from ..class_factory import original
 from ..registry import qualified, unknown_functions
 from .watch import GLOBAL_HOOKS, PLAIN, NoPlace, Unsupported, Watch
 
-__all__ = ["Atom", "Maker", "Programs", "Summary", "hopeless", "run", "summary"]
+__all__ = ["Atom", "KEPT", "Maker", "Programs", "Summary", "hopeless", "kept", "run", "summary"]
 
 CHEAP = (L.Affine, L.Permute, L.Activation)  # alone, an op costs more than torch's own few kernels
 
@@ -389,7 +389,28 @@ def _make(
     return Plan(programs, watch, parts, based), inside, cuts
 
 
-_plans: "WeakKeyDictionary[nn.Module, dict[Any, Plan]]" = WeakKeyDictionary()
+KEPT = "_iin_fast"
+
+
+class Kept:
+    """What was found out about a root, which holds it itself: a plan may hold its root, and so both are freed together."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = ref(root)
+        self.plans: dict[Any, Plan] = {}
+        self.base: Any = None  # a watch, and what a library found out about the base
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of the root, or its pickle, starts anew."""
+        return dict, ()
+
+
+def kept(root: nn.Module) -> Kept:
+    """That of this very root, and not of one whose attributes it took."""
+    found = vars(root).get(KEPT)
+    if type(found) is not Kept or found.root() is not root:
+        found = vars(root)[KEPT] = Kept(root)
+    return found
 
 
 def _kind(x: Any, context: Any) -> tuple[int, int, torch.dtype, torch.device | None] | None:
@@ -426,9 +447,7 @@ def run(
     if kind is None:
         return None
     key = *kind, base and programs.base is not None
-    plans = _plans.get(root)
-    if plans is None:
-        plans = _plans[root] = {}
+    plans = kept(root).plans
     plan = plans.get(key)
     if plan is not None and plan.watch.same():
         if not plan.parts:
@@ -437,14 +456,15 @@ def run(
             return plan.run(x, context, inverse, base)
         except KeyError:  # a parameter is gone, as where a parametrization computes it
             pass
-    plan = plans[key] = _make(programs, root, *kind[:3], key[-1])[0]
+    with torch.device(x.device):  # that of the constants which a program has beside the parameters
+        plan = plans[key] = _make(programs, root, *kind[:3], key[-1])[0]
     return plan.run(x, context, inverse, base) if plan.parts else None
 
 
 def hopeless(root: nn.Module) -> bool:
     """Whether a root has been called, has no programs, and is what it was."""
-    plans = _plans.get(root)
-    return plans is not None and len(plans) > 0 and all(not plan.parts and plan.watch.same() for plan in plans.values())
+    plans = kept(root).plans
+    return len(plans) > 0 and all(not plan.parts and plan.watch.same() for plan in plans.values())
 
 
 class Summary(NamedTuple):
@@ -467,15 +487,16 @@ class Summary(NamedTuple):
 def summary(programs: Programs, root: nn.Module) -> Summary:
     """What a call of a root with the sizes that its layers tell will do."""
     first = next((p for p in root.parameters() if p.is_floating_point()), torch.empty(0))
-    dtype, device = first.dtype, first.device.type
+    dtype, device = first.dtype, first.device
     try:
-        if device not in ("cpu", "cuda") or dtype not in FULL:
+        if device.type not in ("cpu", "cuda") or dtype not in FULL:
             raise Unsupported(
-                f"programs run on the CPU and on NVIDIA GPUs in float32 and float64; this is {dtype} on {device}"
+                f"programs run on the CPU and on NVIDIA GPUs in float32 and float64; this is {dtype} on {device.type}"
             )
         if not chosen_compiled("flow_program", first):
-            raise Unsupported(f"the compiled library does not run on {device} here")
-        _, inside, cuts = _make(programs, root, *programs.sizes(root), dtype)
+            raise Unsupported(f"the compiled library does not run on {device.type} here")
+        with torch.device(device):
+            _, inside, cuts = _make(programs, root, *programs.sizes(root), dtype)
     except (AttributeError, KeyError, Unsupported) as error:  # a module that was never started
         inside, cuts = [], [Cut(root, str(error), False)]
 

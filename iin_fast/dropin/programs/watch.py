@@ -5,6 +5,7 @@ from operator import attrgetter, getitem
 from typing import Any
 
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
@@ -138,7 +139,13 @@ class Watch:
     def values(self, module: nn.Module, name: str) -> Tensor:
         """A buffer, or a parameter that nobody trains, whose values become part of the program."""
         value: Any = self.get(module, name)
-        if not isinstance(value, Tensor) or value.requires_grad or value.is_inference():
+        if (
+            not isinstance(value, Tensor)
+            or value.requires_grad
+            or value.is_inference()
+            or value.is_meta
+            or is_fake(value)
+        ):
             raise Unsupported(f"{name} is not a plain buffer")
         if name not in vars(module)["_buffers"] and name not in vars(module)["_parameters"]:
             raise Unsupported(f"{name} is not a plain buffer")

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from ..class_factory import FastClass, generate, original
 from ..registry import lookup, qualified
 from . import nets
 from .nflows import expect_shape
-from .plan import Atom, Maker, Programs, hopeless, run
+from .plan import Atom, Maker, Programs, hopeless, kept, run
 from .watch import HOOKS, Unsupported, Watch
 
 __all__ = ["COMPOSED", "FLOWS", "PROGRAMS", "composed_forward", "default_slope", "flow_forward"]
@@ -31,7 +30,6 @@ COMPOSED, INVERSE = "zuko.lazy.LazyComposedTransform", "zuko.lazy.LazyInverse"
 UNCONDITIONAL, BASE = "zuko.lazy.UnconditionalTransform", "zuko.lazy.UnconditionalDistribution"
 MASKED = "zuko.flows.autoregressive.MaskedAutoregressiveTransform"
 COUPLING = "zuko.flows.coupling.GeneralCouplingTransform"
-ELEMENTWISE = "zuko.flows.gaussianization.ElementWiseTransform"
 MASKED_NET, MASKED_LINEAR = "zuko.nn.MaskedMLP", "zuko.nn.MaskedLinear"
 NET, LINEAR, RESIDUAL = "zuko.nn.MLP", "zuko.nn.Linear", "zuko.nn.Residual"
 FLOWS = (
@@ -75,14 +73,14 @@ def _steps(maker: Maker, net: NetBuilder, value: int, module: nn.Module) -> int:
     return value
 
 
-def _net(maker: Maker, module: nn.Module, features: bool = True) -> Net:
-    """A net of the features and the context, or of the context alone."""
+def _net(maker: Maker, module: nn.Module) -> Net:
+    """A net of the features and the context."""
     if maker.take(module) not in (MASKED_NET, NET):
         raise Unsupported(f"a {type(module).__name__} as its net")
     if type(module).forward is not nn.Sequential.forward or "forward" in vars(module):
         raise Unsupported("a net with its own forward")
     net = NetBuilder()
-    value = (net.concat(FEATURES, CONTEXT) if maker.context else FEATURES) if features else CONTEXT
+    value = net.concat(FEATURES, CONTEXT) if maker.context else FEATURES
     return net.build(_steps(maker, net, value, module))
 
 
@@ -148,13 +146,6 @@ def _coupling(maker: Maker, module: Any) -> None:
     maker.coupling(kept, moved, net, _univariate(maker, module, len(moved)))
 
 
-def _elementwise(maker: Maker, module: Any) -> None:
-    if not maker.context:
-        raise Unsupported("an element-wise transformation without context")
-    net = _net(maker, maker.get(module, "hyper"), features=False)
-    maker.coupling((), range(maker.dim), net, _univariate(maker, module, maker.dim))
-
-
 def _factors(matrix: Tensor) -> Tensor:
     """zuko's lower factor has the diagonal, and the op's upper one: L U = (L / d) (d U)."""
     d = matrix.diagonal()
@@ -198,7 +189,7 @@ def _unconditional(maker: Maker, module: Any) -> None:
 def layer(maker: Maker, module: nn.Module) -> None:
     """Add a transformation of zuko."""
     name = maker.take(module)
-    makers = {MASKED: _masked, COUPLING: _coupling, ELEMENTWISE: _elementwise, UNCONDITIONAL: _unconditional}
+    makers = {MASKED: _masked, COUPLING: _coupling, UNCONDITIONAL: _unconditional}
     if name not in makers:
         raise Unsupported(f"{type(module).__name__} has no place in a program")
     makers[name](maker, module)
@@ -208,6 +199,8 @@ def flatten(maker: Maker, root: nn.Module, inverse: bool = False, top: bool = Tr
     """The transformations of a root without the containers around them."""
     name = qualified(original(type(root)) or type(root))
     if name not in (COMPOSED, INVERSE):
+        if not _waits(root):
+            raise Unsupported(f"{type(root).__name__}, which may read its parameters and context before x comes")
         yield root, inverse
         return
     try:
@@ -234,8 +227,6 @@ def sizes(root: nn.Module) -> tuple[int, int]:
             return dim, own.hyper.in_features - dim
         if name == COUPLING:
             return own.mask.numel(), own.hyper.in_features - int(own.mask.sum())
-        if name == ELEMENTWISE and hasattr(own, "hyper"):
-            return own.hyper.out_features // own.total, own.hyper.in_features
     return 1, 0
 
 
@@ -281,6 +272,13 @@ def state(self: Any) -> dict[str, Any]:
     return kept | {"_inv": None} if "_inv" in kept else kept
 
 
+def assign(self: Any, name: str, value: Any) -> None:
+    """An object whose parts are replaced is the library's own."""
+    if isinstance(vars(type(self)).get(name), LazyAttribute):
+        vars(self).pop(WHERE, None)
+    object.__setattr__(self, name, value)
+
+
 WHERE = "_iin_fast_where"  # root, context, inverse
 
 _made: dict[str, FastClass] = {}
@@ -289,7 +287,7 @@ _made: dict[str, FastClass] = {}
 def _class(name: str, namespace: dict[str, Any]) -> Any:
     """The class of objects that stand for the library's, made when it is first needed."""
     if name not in _made:
-        _made[name] = generate(lookup(name), namespace | {"__getstate__": state})
+        _made[name] = generate(lookup(name), namespace | {"__getstate__": state, "__setattr__": assign})
     return _made[name]
 
 
@@ -360,22 +358,32 @@ def _follows(c: Any) -> bool:
     return not torch.compiler.is_compiling() and (c is None or isinstance(c, Tensor))
 
 
+def _waits(layer: Any) -> bool:
+    """Whether a layer and those in it read parameters and context when x comes; others do so as they are called."""
+    name = qualified(original(type(layer)) or type(layer))
+    if name == COMPOSED:
+        return all(map(_waits, layer.transforms))
+    return _waits(layer.transform) if name == INVERSE else name in (MASKED, COUPLING, UNCONDITIONAL)
+
+
+def _runs_own(root: nn.Module) -> bool:
+    """Whether a root has to run the library's own code; its plans say so once there are some."""
+    return hopeless(root) if kept(root).plans else not _waits(root)
+
+
 def composed_forward(own: Any, self: Any, c: Any = None) -> Any:
     """``LazyComposedTransform.forward``."""
-    if not _follows(c) or hopeless(self):
+    if not _follows(c) or _runs_own(self):
         return own(self, c)
     return _composed(self, c, False, lambda: own(self, c))
 
 
-_normal: "WeakKeyDictionary[nn.Module, tuple[Watch, str | None]]" = WeakKeyDictionary()
-
-
 def _standard(flow: Any) -> str | None:
     """The name of the buffer with the mean, where the base of a flow is a standard normal that nobody trains."""
-    found = _normal.get(flow)
+    found: tuple[Watch, str | None] | None = kept(flow).base
     if found is None or not found[0].same():
         watch = Watch()
-        found = _normal[flow] = watch, _mean_of_standard(Maker(PROGRAMS, watch, 1, 0, torch.float32), flow)
+        found = kept(flow).base = watch, _mean_of_standard(Maker(PROGRAMS, watch, 1, 0, torch.float32), flow)
     return found[1]
 
 
@@ -398,7 +406,7 @@ def flow_forward(own: Any, self: Any, c: Any = None) -> Any:
     """``Flow.forward``: the log-density of a standard normal base is part of the program."""
     transform = self.transform
     composed = qualified(original(type(transform)) or type(transform)) == COMPOSED
-    if not composed or not _follows(c) or any(vars(transform)[name] for name in HOOKS) or hopeless(transform):
+    if not composed or not _follows(c) or any(vars(transform)[name] for name in HOOKS) or _runs_own(transform):
         return own(self, c)
     mean = None if "forward" in vars(transform) else _standard(self)
     if mean is None:
@@ -407,7 +415,7 @@ def flow_forward(own: Any, self: Any, c: Any = None) -> Any:
 
     def log_prob(self: Any, x: Tensor) -> Any:
         where = vars(self).get(WHERE)
-        if where is None:
+        if where is None or "base" in vars(self) or "transform" in vars(self):  # they may have been changed
             return parent.log_prob(self, x)
         flow, transform, mean = where
         base = getattr(flow.base, mean)
@@ -454,7 +462,6 @@ PROGRAMS = Programs(
         BASE: ("forward", "args", "kwargs", "zuko.utils.Partial.forward"),
         MASKED: ("forward", "meta", "zuko.utils.unpack", *(f"{T}.AutoregressiveTransform.{n}" for n in CALL)),
         COUPLING: ("forward", "meta", "zuko.utils.unpack", *(f"{T}.CouplingTransform.{n}" for n in CALL)),
-        ELEMENTWISE: ("forward", "zuko.utils.unpack", *(f"{T}.DependentTransform.{n}" for n in CALL)),
         MASKED_LINEAR: ("forward",),
         LINEAR: ("forward", "zuko.nn.linear"),
         RESIDUAL: ("forward",),
