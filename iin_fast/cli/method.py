@@ -363,7 +363,7 @@ def evaluate(
         typer.Option(help="labelled latents that judge, probes and baselines learn on. Default: what train learned on"),
     ] = None,
     concept: Annotated[
-        list[str] | None, typer.Option(help="look at this one; several times for several. Default: all")
+        list[str] | None, typer.Option(help="swap this one and take metrics of it; several times for several. Default: all. Swaps are judged on all in any case")
     ] = None,
     decoder: Annotated[
         str,

@@ -354,7 +354,7 @@ def evaluate(
         latents: by default those it was trained on: the held-out rows are scored, and judge, probes and baselines learn
             on the others. Other latents are all held out; one half is scored, the other is learned on.
         learn_on: labelled latents that judge, probes and baselines learn on instead; then all that is held out is scored.
-        concepts: which to look at; by default all.
+        concepts: which to swap and to take metrics of; by default all. The judge reads the others too, as swaps should keep them.
         decoder, judge: who reads the swaps, as for :func:`iin_fast.evaluate.evaluate`; or where they are, for
             :func:`load_function`. A decoder is there for a judge of your own.
         features: without labels: a function from what the decoder makes (or from latents) to ``[n, features]``, or where it is;
@@ -416,6 +416,11 @@ def evaluate(
         if train_rows is not None and learned_context is not None:
             settings |= {"train_context": learned_context[train_rows]}
         concepts = concepts or names
+        told = [k for k, name in enumerate(data.names) if name in names or name in concepts]
+        data = replace(data, labels=data.labels[:, told], names=tuple(data.names[k] for k in told))
+        if "train_labels" in settings:
+            settings["train_labels"] = settings["train_labels"][:, told]
+    assert data.labels is not None
     return write_evaluation(
         folder, data.z[held_rows], data.labels[held_rows], data.names, concepts=concepts, **settings
     )

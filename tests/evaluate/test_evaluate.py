@@ -128,7 +128,11 @@ def test_missing_labels_other_concepts_and_unsupervised_models(trained):
     more[:, 2] = torch.arange(len(z)) % 2
     found = evaluate(model, z, more, [*NAMES, "still"], concepts=["shape", "still"], max_samples=150)
     assert found["concepts"] == ["shape", "still"]
-    assert list(found["swap"]["iin"]) == ["shape"] and list(found["swap"]["iin"]["shape"]["keep"]) == ["still"]
+    assert list(found["swap"]["iin"]) == ["shape"] and list(found["mig"]["iin"]["gaps"]) == ["shape", "still"]
+    assert list(found["swap"]["iin"]["shape"]["keep"]) == ["still", "color"]  # what is not asked for is kept, too
+    more[:, 2] = 0  # one class says nothing of what is kept
+    found = evaluate(model, z, more, [*NAMES, "still"], concepts=["shape"], max_samples=150)
+    assert list(found["swap"]["iin"]["shape"]["keep"]) == ["color"]
     plain = iin_fast.IIN(10, n_flows=1, hidden_dim=8, generator=torch.Generator().manual_seed(1))
     plain(z)  # starts its ActNorm
     found = evaluate(plain, z, labels, NAMES, max_samples=150)
