@@ -112,6 +112,7 @@ def train(
             console.print(f"[yellow]note:[/yellow] {escape(line)}", highlight=False, soft_wrap=True)
     where: dict[str, Any] = {"accelerator": accelerator, "devices": devices, "nodes": nodes, "strategy": strategy}
     where |= {"device": device or None, "force": force, "epochs": epochs}
+    where |= {"rows": None if fresh else rows}
     where["loggers"] = [load_function(logger)()] if logger else []
     try:
         with warnings.catch_warnings():
@@ -228,7 +229,7 @@ def decode(
     from ..data import save_arrays
     from ..train.run_folder import decode as run_decode
 
-    z = run_decode(run, factors, context=_class_or_file(context), device=device)
+    z = run_decode(run, factors, context=context or None, device=device)
     save_arrays(out, {"z": z})
     _wrote(out, f"{len(z)} latents")
 
@@ -320,7 +321,7 @@ def sample(
     from ..data import save_arrays
     from ..train.run_folder import sample as run_sample
 
-    z = run_sample(run, n, context=_class_or_file(context), seed=seed, device=device)
+    z = run_sample(run, n, context=context or None, seed=seed, device=device)
     save_arrays(out, {"z": z})
     _wrote(out, f"{len(z)} latents")
 
@@ -529,21 +530,14 @@ def _correlations(pairs: dict[str, Any]) -> Table:
 
 def _part(run: Path, latents: Path, shard: str) -> Any:
     """Latents, or part i of n of them."""
-    from ..data import load_latents
-    from ..train.run_folder import recorded
+    from ..train.run_folder import read_like, recorded
 
     if not shard:
         return latents
     i, slash, n = shard.partition("/")
     if not (slash and i.isdigit() and n.isdigit()):
         raise ValueError(f"--shard is {shard!r}, expected a part and their number like 0/8")
-    return load_latents(latents, shard=(int(i), int(n)), concepts=recorded(run).get("names", ()))
-
-
-def _class_or_file(text: str) -> int | str | None:
-    if not text:
-        return None
-    return int(text) if text.isdigit() else text
+    return read_like(recorded(run), latents, shard=(int(i), int(n)))
 
 
 def _leave_group() -> bool:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..data import MISSING, Latents, class_context, load_latents
+from ..data import MISSING, Latents, class_context
 from ..data.rows import training_rows
 from ..files import npz_bytes, read_json, safetensors_library, write_file
 from ..iin import IIN, FactorLoss, Factors, Inputs, LinearIIN, checkpoint
@@ -37,6 +37,7 @@ from .judge import SwapJudge
 from .lock import lock
 from .logs import Bar, Log, event_writer, held_out_rise, loss_rise
 from .numerics import first_not_finite, not_finite_part
+from .run_folder import read_like
 from .settings import PAPER, PATIENT, Facts, Settings
 from .summary import summary
 
@@ -142,9 +143,12 @@ def train(
         if rows is not None and rows != data.n:
             raise ValueError(f"train: rows is {rows} of latents in memory, expected a file of latents with it")
     else:
-        data = load_latents(
-            latents, sample=before.get("latents", {}).get("rows") or rows or training_rows(Path(latents))
-        )
+        drawn = before.get("latents", {}).get("rows")
+        if before and rows is not None and rows != (drawn or before.get("n")):
+            raise ValueError(f"train: rows is {rows}, but the run in {run} has {drawn or before.get('n')}; resume takes the same")
+        data = read_like(before, latents, sample=drawn or rows or training_rows(Path(latents)))
+    if before and not isinstance(latents, Latents):
+        data = data.coded_like(before.get("classes", {}), before.get("edges", {}), before.get("names", ()), str(latents))
     given_steps = settings.steps
     settings = _resumed(settings, before, run)
     fingerprint, outliers = data.fingerprint(), ""
@@ -658,6 +662,13 @@ class _Training:
                 "other latents"
             )
 
+    def _context_classes(self) -> list[int]:
+        """The classes that the context has; empty without one."""
+        if self.settings.context is None or self.data.labels is None:
+            return []
+        found: list[int] = self.data.labels[:, self.data.names.index(self.settings.context)].unique().tolist()
+        return found
+
     def _write_record(self) -> None:
         fabric, data, settings = self.fabric, self.data, self.settings
         path = None if data.path is None else str(data.path.resolve())
@@ -668,9 +679,11 @@ class _Training:
             | ({"rows": data.n, "of": data.sampled_from} if data.sampled_from else {}),
             "n": data.n,
             "dim": data.dim,
+            "columns": list(data.columns),
             "names": list(data.names),
             "classes": {name: list(texts) for name, texts in data.classes.items()},
             "edges": {name: list(edges) for name, edges in data.edges.items()},
+            "context_classes": self._context_classes(),
             "factors": self.model.sizes,
             "steps": settings.steps,
             "settings": settings.record(),

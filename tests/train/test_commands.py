@@ -473,6 +473,39 @@ def test_from_a_table_to_numbers_of_a_continuous_concept(latents, tmp_path):
     assert run_folder._latents(tmp_path / "some.csv", folder).labels[:, 0].unique().tolist() == [1, 2, 3]
 
 
+def test_a_run_knows_the_columns_of_its_table(latents, tmp_path):
+    """Columns in another order, a few rows and shards, labels of another kind: what is a feature says the run."""
+    frames = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    names = ["ash", "acid", "proline", "hue", "malic", "phenols", "tint", "tannin"]
+    table = frames.DataFrame(latents.z.numpy().astype(float), columns=names)
+    table["proline"] = (100 * table["proline"]).round().astype(int)
+    table["cultivar"] = np.array(["ant", "bee", "cat", "dog"])[latents.labels[:, 0]]
+    table.to_csv(tmp_path / "all.csv", index=False)
+    table[[*names[::-1], "cultivar"]].to_csv(tmp_path / "turned.csv", index=False)
+    table[:5].assign(cultivar=range(5)).to_csv(tmp_path / "few.csv", index=False)
+    table.drop(columns="hue").to_csv(tmp_path / "less.csv", index=False)
+    small = ("--steps", 4, "--n-flows", 1, "--hidden-dim", 8)
+    code, output = run("train", tmp_path / "all.csv", "--out", tmp_path / "run", *small)
+    assert code == 0 and record(tmp_path / "run")["columns"] == names, output
+    whole = run_folder.encode(tmp_path / "run", tmp_path / "all.csv").tensor
+    for source, rows in (("turned.csv", 600), ("few.csv", 5)):
+        assert torch.equal(run_folder.encode(tmp_path / "run", tmp_path / source).tensor, whole[:rows])
+    turned = Latents.of(table[[*names[::-1], "cultivar"]])
+    assert torch.allclose(run_folder.encode(tmp_path / "run", turned).tensor, whole, atol=1e-5)
+    for words in (("encode",), ("score",)):
+        code, output = run(
+            *words, tmp_path / "run", tmp_path / "all.csv", "--shard", "3/100", "--out", tmp_path / "x.npz"
+        )
+        assert code == 0 and "6 " in output, output
+    code, output = run("encode", tmp_path / "run", tmp_path / "less.csv", "--out", tmp_path / "x.npz")
+    assert code == 2 and "less.csv: has no column of numbers 'hue', expected the 8 columns" in output
+    code, output = run("evaluate", tmp_path / "run", "--max-samples", 50)
+    assert code == 0, output
+    code, output = run("train", "--out", tmp_path / "run", "--resume", "--steps", 6)
+    assert code == 0, output
+
+
 def test_a_concept_from_two_groups_of_examples(tmp_path):
     """The pairs of a dozen latents with a concept and a dozen without, as a file: swapping swaps what the groups differ in."""
     generator = torch.Generator().manual_seed(0)
