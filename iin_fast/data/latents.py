@@ -289,8 +289,8 @@ class Latents:
             known[name] = tuple(place)
         for name in set(edges) & set(self.names):
             k = self.names.index(name)
-            codes = labels[:, k].numpy()  # of whole numbers the numbers themselves
-            values.setdefault(name, np.where(codes == MISSING, np.nan, codes.astype(np.float64)))
+            whole = labels[:, k].numpy()  # of whole numbers the numbers themselves
+            values.setdefault(name, np.where(whole == MISSING, np.nan, whole.astype(np.float64)))
             labels[:, k] = torch.from_numpy(in_bins(values[name], edges[name]))
         bins = {name: tuple(edges.get(name, self.edges.get(name, ()))) for name in values}
         return replace(self, labels=labels, classes=known, values=values, edges=bins)

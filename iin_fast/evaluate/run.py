@@ -124,7 +124,9 @@ def evaluate(
     asked = names if concepts is None else list(concepts)
     for table, what in ((codes, "labels of the scored samples"), (train_codes, "labels of the samples to learn on")):
         checked_labels(where, table[:, [names.index(name) for name in asked]], asked, len(table), what)
-    others = [name for j, name in enumerate(names) if name not in asked and _two(codes[:, j]) and _two(train_codes[:, j])]
+    others = [
+        name for j, name in enumerate(names) if name not in asked and _two(codes[:, j]) and _two(train_codes[:, j])
+    ]
     columns = [names.index(name) for name in (*asked, *others)]
     names, codes, train_codes = asked, codes[:, columns], train_codes[:, columns]
 

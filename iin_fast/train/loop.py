@@ -145,16 +145,22 @@ def train(
     else:
         drawn = before.get("latents", {}).get("rows")
         if before and rows is not None and rows != (drawn or before.get("n")):
-            raise ValueError(f"train: rows is {rows}, but the run in {run} has {drawn or before.get('n')}; resume takes the same")
+            raise ValueError(
+                f"train: rows is {rows}, but the run in {run} has {drawn or before.get('n')}; resume takes the same"
+            )
         data = read_like(before, latents, sample=drawn or rows or training_rows(Path(latents)))
     if before and not isinstance(latents, Latents):
-        data = data.coded_like(before.get("classes", {}), before.get("edges", {}), before.get("names", ()), str(latents))
+        data = data.coded_like(
+            before.get("classes", {}), before.get("edges", {}), before.get("names", ()), str(latents)
+        )
     given_steps = settings.steps
     settings = _resumed(settings, before, run)
     fingerprint, outliers = data.fingerprint(), ""
     if settings.standardise is not False or settings.start != "random":
         usual, far = usual_values(data.z)
         data, outliers = replace(data, z=usual), outlier_line(far)
+    if not before:
+        _check_residual(data, settings)
     known = _facts(data, settings)
     if epochs is not None:
         if given_steps is not None:
@@ -162,7 +168,9 @@ def train(
         if isinstance(epochs, bool) or not isinstance(epochs, int | float) or not 0 < epochs < math.inf:
             raise ValueError(f"train: epochs is {epochs!r}, expected a number above 0")
         latents_in_a_step = 2 * (settings.chosen(known).batch or 1)
-        settings = replace(settings, steps=max(1, round(epochs * known.rows / latents_in_a_step)))
+        steps = max(1, round(epochs * known.rows / latents_in_a_step))
+        _check_steps(steps, before, run)
+        settings = replace(settings, steps=steps)
     settings = settings.chosen(known)
     fabric = _fabric(accelerator, devices, nodes, strategy, settings, device)
     with lock(run) if fabric.is_global_zero else nullcontext():
@@ -337,7 +345,9 @@ class _Training:
         if fabric.world_size == 1:
             device = device.replace("1 processes of ", "").replace(" 1 threads", " 1 thread")
         given, (trained, held) = settings.factors or {}, map(len, self.split)
-        return summary(self.data, self.model, given, settings.dims_method, trained, held, device, self.folder)
+        return summary(
+            self.data, self.model, given, settings.dims_method, trained, held, device, self.folder, settings.context
+        )
 
     def _fresh(self, concepts: tuple[str, ...], train_rows: np.ndarray[Any, Any], hidden: tuple[str, ...]) -> IIN:
         settings = self.settings
@@ -730,6 +740,16 @@ def _concepts(data: Latents, settings: Settings) -> tuple[str, ...]:
     return tuple(name for name in named if name not in (RESIDUAL, settings.context) and given.get(name) != 0)
 
 
+def _check_residual(data: Latents, settings: Settings) -> None:
+    """Refuse a size of the residual that is not what the concepts leave over."""
+    given = settings.factors or {}
+    if RESIDUAL in given and sum(given.values()) != data.dim:
+        raise ValueError(
+            f"train: factors is {dict(given)}, which sums to {sum(given.values())}, expected {data.dim}, the features of the "
+            "latents, where residual is among them; leave residual out, and it is what the concepts leave over"
+        )
+
+
 def _facts(data: Latents, settings: Settings) -> Facts:
     """What the settings are chosen by."""
     train_rows, held_rows = split_rows(data, settings.held_out, settings.seed)
@@ -748,6 +768,11 @@ def _facts(data: Latents, settings: Settings) -> Facts:
         hidden = judge.hidden() if settings.start != "linear" else ()
         variance = judge.enough_variance()
     least = leading_directions(inputs(rows.double())[0], settings.variance or variance)[2]
+    if settings.start != "random" and inputs.live - least < 2:
+        raise ValueError(
+            f"train: latents vary in {inputs.live - least} direction beside constants and copies, expected 2 at least; "
+            "start='random' with standardise=False trains on all features as they are"
+        )
     whole = data.labels is None or not bool((data.labels == MISSING).any())
     return Facts(len(train_rows), held, inputs.live - least, data.kind, hidden, whole, variance)
 
@@ -859,7 +884,16 @@ def _resumed(settings: Settings, record: dict[str, Any], run: Path) -> Settings:
                 f"train: {name} is {value!r}, but the run in {run} has {known[name]!r}; resume takes the same latents "
                 "and settings"
             )
+    _check_steps(given.get("steps"), record, run)
     return replace(own, **{name: value for name, value in given.items() if name in OPEN})
+
+
+def _check_steps(steps: int | None, record: dict[str, Any], run: Path) -> None:
+    """Refuse fewer steps than a run has."""
+    if steps is not None and steps < record.get("steps", 0):
+        raise ValueError(
+            f"train: steps is {steps}, but the run in {run} has {record['steps']}; resume takes as many or more"
+        )
 
 
 def _clear(run: Path) -> None:

@@ -73,12 +73,17 @@ def dims(
     Raises:
         TypeError, ValueError: latents without labels and pairs, an unknown concept or method.
     """
-    from . import Batches, estimate_sizes, split_rows
+    from . import Batches, Settings, estimate_sizes, split_rows
     from .batches import fit_linear, units
 
     data = _latents(latents)
     if data.kind == "unlabelled":
         raise ValueError(f"dims: {data.path or 'latents'} has neither labels nor pairs, which the estimate needs")
+    if method not in ("linear", "published", "paper"):
+        raise ValueError(f"dims: method is {method!r}, expected 'linear', 'published' or 'paper'")
+    if context is not None and context not in data.names:
+        raise ValueError(f"dims: context is {context!r}, expected a concept of the latents: {', '.join(data.names)}")
+    Settings(held_out=held_out, seed=seed)  # refuses what is out of range
     if concepts is None:
         concepts = [name for name in data.names if name != context]
     train = split_rows(data, held_out, seed)[0]
@@ -586,7 +591,9 @@ def _given_context(where: str, run: PathLike, model: IIN, context: Context, n: i
     a_class = text in classes or (not classes and text.isdecimal())  # before a file of that name
     if a_class or (isinstance(context, int | str) and not os.path.exists(text)):
         if not a_class and classes:
-            raise ValueError(f"{where}: context is {context!r}, expected a class of {name!r}: {', '.join(classes[:20])}")
+            raise ValueError(
+                f"{where}: context is {context!r}, expected a class of {name!r}: {', '.join(classes[:20])}"
+            )
         if not a_class and isinstance(context, str):
             raise FileNotFoundError(
                 f"{where}: context is {context!r}, which is no file and no number of a class of {name!r}"
@@ -596,7 +603,9 @@ def _given_context(where: str, run: PathLike, model: IIN, context: Context, n: i
             raise ValueError(f"{where}: context is {context}, expected a class from 0 to {model.context_dim - 1}")
         seen = record.get("context_classes")
         if seen and code not in seen:
-            raise ValueError(f"{where}: context is {context}, expected a class of the training: {', '.join(map(str, seen[:20]))}")
+            raise ValueError(
+                f"{where}: context is {context}, expected a class of the training: {', '.join(map(str, seen[:20]))}"
+            )
         return torch.eye(model.context_dim, dtype=model.dtype)[code].repeat(n, 1)
     assert not isinstance(context, int)
     data = read_like(record, context)

@@ -386,7 +386,9 @@ def test_an_empty_cell_makes_no_concept_of_a_feature():
     for name in ("acid", "weight"):
         frame = frames.DataFrame(MEASURED).astype({"weight": float})
         frame.loc[7, name] = np.nan
-        with pytest.raises(ValueError, match=rf"the column '{name}', a feature, has no finite .* 1 places \(first: row 7\)"):
+        with pytest.raises(
+            ValueError, match=rf"the column '{name}', a feature, has no finite .* 1 places \(first: row 7\)"
+        ):
             Latents.of(frame)
     frame = frames.DataFrame(MEASURED).astype({"grade": float})
     frame.loc[7, "grade"] = np.nan
@@ -437,6 +439,8 @@ def test_classes_with_far_gaps_are_coded_without():
 
 def test_a_continuous_concept_may_be_whole_and_below_zero(tmp_path):
     np.savez(tmp_path / "a.npz", z=Z[:4], age=np.array([-1, -2, 3, 0]))
-    found = load_latents(tmp_path / "a.npz", concepts=["age"], continuous=["age"]).coded_like({}, {"age": (-1.5, 1)}, ["age"])
+    found = load_latents(tmp_path / "a.npz", concepts=["age"], continuous=["age"]).coded_like(
+        {}, {"age": (-1.5, 1)}, ["age"]
+    )
     assert found.values["age"].tolist() == [-1, -2, 3, 0] and found.labels[:, 0].tolist() == [1, 0, 2, 1]
     assert Latents.of(Z[:3], {"age": [np.nan] * 3}, continuous=["age"]).labels[:, 0].tolist() == [-1] * 3

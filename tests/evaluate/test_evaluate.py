@@ -187,6 +187,16 @@ def test_likelihoods_of_known_distributions(trained):
         )
 
 
+def test_the_gaussian_has_the_scale_of_the_latents():
+    z = np.random.default_rng(0).standard_normal((400, 8))
+    wanted = gaussian_nats_per_dim(z[:40], z[40:])
+    for scale in (1e-5, 1e-8, 1e-20):
+        found = gaussian_nats_per_dim(scale * z[:40], scale * z[40:])
+        assert abs(found - np.log(scale) - wanted) < 1e-9
+    assert np.isfinite(gaussian_nats_per_dim(np.ones((4, 2)), np.ones((4, 2))))
+    assert np.isfinite(gaussian_nats_per_dim(np.zeros((4, 2)), np.zeros((4, 2))))
+
+
 def test_invertibility_error_is_that_of_the_round_trip(trained):
     model, _, _, z, _ = trained
 

@@ -204,6 +204,20 @@ def test_the_settings_say_what_each_option_is():
     assert list(docstring_entries(Settings.__doc__)) == [field.name for field in fields(Settings)]
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--context", "nope"), "context is 'nope', expected a concept of the latents: digit, color"),
+        (("--held-out", "-0.5"), "held_out is -0.5, expected 0 to below 1"),
+        (("--held-out", "5"), "held_out is 5.0, expected 0 to below 1"),
+        (("--method", "foo"), "method is 'foo', expected 'linear', 'published' or 'paper'"),
+    ],
+)
+def test_dims_refuses_what_is_out_of_range(file, words, message):
+    code, output = run("dims", file, *words)
+    assert code == 2 and message in output, output
+
+
 def test_dims(file, latents):
     code, output = run("dims", file)
     assert code == 0
@@ -504,6 +518,39 @@ def test_a_run_knows_the_columns_of_its_table(latents, tmp_path):
     assert code == 0, output
     code, output = run("train", "--out", tmp_path / "run", "--resume", "--steps", 6)
     assert code == 0, output
+
+
+def test_a_resume_refuses_what_it_would_pass_over(file, tmp_path):
+    run_ = ("train", file, "--out", tmp_path / "run")
+    small = ("--steps", 10, "--n-flows", 1, "--hidden-dim", 8, "--seed", 3, "--held-out", 0.2)
+    code, output = run(*run_, *small)
+    assert code == 0, output
+    before = record(tmp_path / "run")
+    for words, message in (
+        (("--seed", 0), "seed is 0, but the run in"),
+        (("--held-out", 0.1), "held_out is 0.1, but the run in"),
+        (("--steps", 3), "steps is 3, but the run in"),
+        (("--epochs", 0.01), "steps is 1, but the run in"),
+        (("--rows", 20), "rows is 20, but the run in"),
+    ):
+        code, output = run(*run_, "--resume", *words)
+        assert code == 2 and message in output, output
+    assert record(tmp_path / "run") == before
+
+
+def test_paths_with_brackets_are_printed_as_they_are(file, tmp_path):
+    folder = tmp_path / "a [" / "b]"
+    code, output = run("train", file, "--out", folder, "--steps", 2, "--n-flows", 1, "--hidden-dim", 8)
+    assert code == 0 and f"written to {folder}; next: iin-fast evaluate {folder}" in output, output
+
+
+def test_the_note_on_outliers_says_what_the_preset_does(latents, tmp_path):
+    z = latents.z.clone()
+    z[0, 0] = 1e4
+    np.savez(tmp_path / "z.npz", z=z)
+    for preset, taken in (("paper", "they are taken as they are"), ("auto", "the farthest usual value is taken")):
+        small = ("--preset", preset, "--steps", 2, "--n-flows", 1, "--hidden-dim", 8)
+        assert taken in run("train", tmp_path / "z.npz", "--out", tmp_path / preset, *small)[1]
 
 
 def test_a_concept_from_two_groups_of_examples(tmp_path):
