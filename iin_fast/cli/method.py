@@ -55,6 +55,7 @@ Factor = Annotated[list[str], typer.Option(show_default=False, help="a factor's 
 
 @settings_options
 def train(
+    typed: typer.Context,
     out: Annotated[Path, typer.Option(show_default=False, help="the run folder; all that comes of it goes there")],
     settings: Settings,
     latents: Annotated[Path | None, LATENTS] = None,
@@ -103,15 +104,19 @@ def train(
     keep_freed_memory()
     if latents is None and not resume:
         raise ValueError("LATENTS is missing: iin-fast train LATENTS --out RUN; --resume alone knows those of its run")
+    if resume:
+        _check_given(typed, out, settings)
     fresh = latents is not None and not (resume and (out / "run.json").is_file())
     data: Any = latents  # of a resume the training knows the rows
     if latents is not None and fresh:
         data = load_latents(latents, sample=rows or training_rows(latents))
     if fresh and os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
-        for line in (*data.notes, *inspect_latents(data).lines()):
+        replaced = settings.standardise is not False or settings.start != "random"
+        for line in (*data.notes, *inspect_latents(data, replaced).lines()):
             console.print(f"[yellow]note:[/yellow] {escape(line)}", highlight=False, soft_wrap=True)
     where: dict[str, Any] = {"accelerator": accelerator, "devices": devices, "nodes": nodes, "strategy": strategy}
     where |= {"device": device or None, "force": force, "epochs": epochs}
+    where |= {"rows": None if fresh else rows}
     where["loggers"] = [load_function(logger)()] if logger else []
     try:
         with warnings.catch_warnings():
@@ -119,7 +124,9 @@ def train(
             model = run_training(data, out, settings, resume=resume, progress=True, **where)
     except KeyboardInterrupt:
         if _leave_group():
-            console.print(f"stopped; iin-fast train --out {out} --resume goes on", highlight=False, soft_wrap=True)
+            console.print(
+                f"stopped; iin-fast train --out {escape(str(out))} --resume goes on", highlight=False, soft_wrap=True
+            )
         raise typer.Exit(130) from None
     if not _leave_group():
         return
@@ -130,7 +137,9 @@ def train(
     for advice in filter(None, (early_end(out), held_out_rise(out), loss_rise(out))):
         console.print(f"[yellow]note:[/yellow] {escape(advice)}", highlight=False, soft_wrap=True)
     console.print(
-        f"written to {out}; next: iin-fast evaluate {out}, then iin-fast report {out}", highlight=False, soft_wrap=True
+        "written to {0}; next: iin-fast evaluate {0}, then iin-fast report {0}".format(escape(str(out))),
+        highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -228,7 +237,7 @@ def decode(
     from ..data import save_arrays
     from ..train.run_folder import decode as run_decode
 
-    z = run_decode(run, factors, context=_class_or_file(context), device=device)
+    z = run_decode(run, factors, context=context or None, device=device)
     save_arrays(out, {"z": z})
     _wrote(out, f"{len(z)} latents")
 
@@ -320,7 +329,7 @@ def sample(
     from ..data import save_arrays
     from ..train.run_folder import sample as run_sample
 
-    z = run_sample(run, n, context=_class_or_file(context), seed=seed, device=device)
+    z = run_sample(run, n, context=context or None, seed=seed, device=device)
     save_arrays(out, {"z": z})
     _wrote(out, f"{len(z)} latents")
 
@@ -363,7 +372,10 @@ def evaluate(
         typer.Option(help="labelled latents that judge, probes and baselines learn on. Default: what train learned on"),
     ] = None,
     concept: Annotated[
-        list[str] | None, typer.Option(help="look at this one; several times for several. Default: all")
+        list[str] | None,
+        typer.Option(
+            help="swap this one and take metrics of it; several times for several. Default: all. Swaps are judged on all in any case"
+        ),
     ] = None,
     decoder: Annotated[
         str,
@@ -401,7 +413,7 @@ def evaluate(
         )
     show_evaluation(found)
     console.print(
-        f"written to {run / 'evaluation.json'}; iin-fast report {run} shows it with what each number means",
+        f"written to {escape(str(run / 'evaluation.json'))}; iin-fast report {escape(str(run))} shows it with what each number means",
         highlight=False,
         soft_wrap=True,
     )
@@ -448,7 +460,7 @@ def report(
     from ..train.run_folder import report as run_report
 
     path = run_report(run, latents, decoder=decoder or None)
-    console.print(f"written to {path}", highlight=False, soft_wrap=True)
+    console.print(f"written to {escape(str(path))}", highlight=False, soft_wrap=True)
 
 
 def explore(
@@ -529,21 +541,33 @@ def _correlations(pairs: dict[str, Any]) -> Table:
 
 def _part(run: Path, latents: Path, shard: str) -> Any:
     """Latents, or part i of n of them."""
-    from ..data import load_latents
-    from ..train.run_folder import recorded
+    from ..train.run_folder import read_like, recorded
 
     if not shard:
         return latents
     i, slash, n = shard.partition("/")
     if not (slash and i.isdigit() and n.isdigit()):
         raise ValueError(f"--shard is {shard!r}, expected a part and their number like 0/8")
-    return load_latents(latents, shard=(int(i), int(n)), concepts=recorded(run).get("names", ()))
+    return read_like(recorded(run), latents, shard=(int(i), int(n)))
 
 
-def _class_or_file(text: str) -> int | str | None:
-    if not text:
-        return None
-    return int(text) if text.isdigit() else text
+def _check_given(typed: typer.Context, out: Path, settings: Settings) -> None:
+    """Refuse an option of a resume that names a default which is not what the run has: it would be passed over."""
+    from ..train.loop import OPEN
+    from ..train.run_folder import recorded
+
+    for name, value in recorded(out).get("settings", {}).items():
+        source = typed.get_parameter_source(name)
+        if (
+            source is not None
+            and source.name == "COMMANDLINE"
+            and name not in OPEN
+            and getattr(settings, name, value) != value
+        ):
+            raise ValueError(
+                f"train: {name} is {getattr(settings, name)!r}, but the run in {out} has {value!r}; resume takes the same "
+                "latents and settings"
+            )
 
 
 def _leave_group() -> bool:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from ..allocator import keep_freed_memory
@@ -106,4 +107,4 @@ def bench(
     for name, by_depth in result.get("memory", {}).get("systems", {}).items():
         parts = ", ".join(f"{depth} blocks {row['above_gradients']:.0f} MiB" for depth, row in by_depth.items())
         console.print(f"peak memory above gradients, {name}: {parts}", highlight=False)
-    console.print(f"written to {out}")
+    console.print(f"written to {escape(str(out))}")

@@ -13,21 +13,23 @@ from ..arrays import MISSING, to_numpy
 __all__ = ["Concept", "bin_edges", "in_bins", "read_concept"]
 
 MOST_BINS, ROWS_PER_BIN = 10, 20
+FAR, GAPS = 1000, 10  # numbers of classes from here on, and above so many times their count, are coded without gaps
 
 
 class Concept(NamedTuple):
     """One column of labels."""
 
     codes: NDArray[np.int64]  # [n], -1 where unknown
-    classes: tuple[str, ...] = ()  # what texts the codes stand for
+    classes: tuple[str, ...] = ()  # what texts, or numbers with far gaps, the codes stand for
     values: NDArray[np.float64] | None = None  # [n], NaN where unknown, of a continuous concept
     edges: tuple[float, ...] = ()  # between the bins that its codes are
 
 
-def read_concept(where: str, name: str, column: Any) -> Concept:
+def read_concept(where: str, name: str, column: Any, continuous: bool = False) -> Concept:
     """Classes of one concept from integers, booleans, texts or floats ``[n]``; NaN, None and empty texts are unknown.
 
-    Floats that are whole numbers are classes. Other floats are a continuous concept: its codes are bins of equal counts.
+    Floats that are whole numbers are classes. Other floats are a continuous concept, and so are all numbers of a ``continuous``
+    one: its codes are bins of equal counts.
 
     Raises:
         TypeError, ValueError: a column of another kind or shape, infinite values, classes below 0 other than -1.
@@ -48,12 +50,12 @@ def read_concept(where: str, name: str, column: Any) -> Concept:
         raise TypeError(
             f"{where}: {name} is {array.dtype}, expected integers (-1 where a label is missing), texts or real numbers"
         )
-    if array.dtype.kind == "f":
+    if array.dtype.kind == "f" or continuous:
         values = array.astype(np.float64)
         if np.isinf(values).any():
             raise ValueError(f"{where}: {name} has Inf, expected finite numbers, or NaN where a label is missing")
         known = ~np.isnan(values)
-        if (values[known] != np.round(values[known])).any():
+        if continuous or (values[known] != np.round(values[known])).any():
             edges = bin_edges(values)
             return Concept(in_bins(values, edges), values=values, edges=edges)
         array = np.where(known, values, MISSING)
@@ -62,12 +64,21 @@ def read_concept(where: str, name: str, column: Any) -> Concept:
     codes = array.astype(np.int64)
     if codes.min(initial=MISSING) < MISSING:
         raise ValueError(f"{where}: {name} has the value {codes.min()}, expected classes from 0, or -1 for unknown")
+    last = codes.max(initial=0)
+    if last >= FAR:
+        known = codes != MISSING
+        numbers, places = np.unique(codes[known], return_inverse=True)
+        if last > GAPS * len(numbers):
+            codes[known] = places
+            return Concept(codes, tuple(map(str, numbers.tolist())))
     return Concept(codes)
 
 
 def bin_edges(values: NDArray[np.float64]) -> tuple[float, ...]:
     """The inner edges of bins of about equal counts: ten, or fewer where a bin would have less than 20 values. None is empty."""
     known = values[~np.isnan(values)]
+    if not len(known):
+        return ()
     bins = min(MOST_BINS, max(2, len(known) // ROWS_PER_BIN))
     edges = np.unique(np.quantile(known, np.arange(1, bins) / bins))
     edges = edges[edges > known.min()]

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -47,6 +47,7 @@ _LABEL = ("y", "label", "target", "class")  # of one concept, whatever it holds
 _IMAGES = ("images", "image", "text", "texts", "sentence", "sentences", "caption")
 _NOTES = ("names", "donor", "position", "log_prob", "outlier_score")  # of the commands that write latents
 _PAIRS = ("za", "zb", "factor", "shared")
+_INDEX = ("", "Unnamed: 0", "__index_level_0__")  # of a column that pandas adds
 _OWN = (
     0.5  # a column of texts or integers in which more than this share of the rows has a value of its own is no concept
 )
@@ -72,6 +73,7 @@ class Latents:
         values: concept to numbers ``[n]``, NaN where unknown, of a continuous one; its labels are bins of equal counts.
         edges: concept to the inner edges of these bins.
         sampled_from: rows of the file, where these are a random sample of them; or None.
+        columns: of a table, the columns that ``z`` was made of, in order; empty where it was one of lists, or no table.
         notes: sentences that say what was taken for what, and what was left out.
     """
 
@@ -85,6 +87,7 @@ class Latents:
     values: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
     edges: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     sampled_from: int | None = None
+    columns: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
     @classmethod
@@ -94,6 +97,7 @@ class Latents:
         labels: Tensor | ArrayLike | Mapping[str, Tensor | ArrayLike] | Any = None,
         names: Sequence[str] | None = None,
         *,
+        continuous: Collection[str] = (),
         images: Any = None,
         path: Path | None = None,
     ) -> Latents:
@@ -105,8 +109,10 @@ class Latents:
                 others are concepts.
             labels: ``[n, concepts]``, ``[n]`` for one, name to ``[n]``, or a table; by default none. Integers, texts, or floats
                 that are whole numbers are classes; other floats are a continuous concept, which pairs see in bins of equal
-                counts. Unknown are -1, NaN, None and the empty text.
+                counts. Unknown are -1, NaN, None and the empty text. Classes with far gaps (from 1000 on, and more than ten
+                times their count) are coded without gaps; ``classes`` has their numbers as texts.
             names: of the columns of ``labels``; by default ``"0"``, ``"1"``, …, or ``"label"``.
+            continuous: concepts whose numbers are values even where all are whole: -1 is one of them, too.
             images: one for each row of ``z``: numbers ``[n, …]`` or texts.
             path: named in errors, and recorded by a training.
 
@@ -125,7 +131,7 @@ class Latents:
                 raise ValueError(
                     f"{where}: z is a table and labels or names are given, expected the table alone, or arrays"
                 )
-            return _of_table(where, z, images, path)
+            return _of_table(where, z, images, path, continuous=continuous)
         values = _floats(where, "z", z)
         pictures = _images(where, images, len(values))
         if labels is None:
@@ -154,8 +160,12 @@ class Latents:
                 raise ValueError(f"{where}: {name} has shape {list(column.shape)}, expected [{len(values)}] like z")
         if not columns:
             raise ValueError(f"{where}: labels are empty, expected at least one concept")
-        found = [read_concept(where, name, column) for name, column in columns.items()]
-        return cls(values, images=pictures, path=path, **_labels(_names(where, names, len(found)), found))
+        named = _names(where, names, len(columns))
+        found = [
+            read_concept(where, what, column, continuous=name in continuous)
+            for name, (what, column) in zip(named, columns.items(), strict=True)
+        ]
+        return cls(values, images=pictures, path=path, **_labels(named, found))
 
     @classmethod
     def of_pairs(
@@ -257,21 +267,30 @@ class Latents:
         for name in set(self.values) & set(names) - set(edges):
             raise ValueError(f"{where}: values of {name!r} are continuous, expected classes, as in the training")
         labels, known, values = self.labels.clone(), dict(self.classes), dict(self.values)
+        for name in (set(names) | set(edges)) & set(known) - set(classes):  # of the training numbers
+            texts = known.pop(name)
+            if not _are_numbers(texts):
+                raise ValueError(f"{where}: labels of {name!r} are texts, expected numbers, as in the training")
+            k = self.names.index(name)
+            labels[:, k] = torch.tensor([*map(int, texts), MISSING])[labels[:, k]]
         for name in set(classes) & set(self.names):
             k, order = self.names.index(name), list(classes[name])
-            if name not in self.classes:
+            if name not in self.classes and not _are_numbers(order):
                 raise ValueError(
                     f"{where}: labels of {name!r} are numbers, expected texts like {order[:5]}, as in the training"
                 )
-            order += [text for text in self.classes[name] if text not in order]
-            place = torch.tensor([order.index(text) for text in self.classes[name]] + [MISSING])
-            labels[:, k], known[name] = place[labels[:, k]], tuple(order)
+            codes, own = labels[:, k], self.classes.get(name)
+            if own is None:  # few of the training's numbers, or others
+                found = codes[codes != MISSING].unique()
+                own = tuple(map(str, found.tolist()))
+                codes = torch.where(codes == MISSING, MISSING, torch.searchsorted(found, codes))
+            place = {text: code for code, text in enumerate(dict.fromkeys((*order, *own)))}
+            labels[:, k] = torch.tensor([*(place[text] for text in own), MISSING])[codes]
+            known[name] = tuple(place)
         for name in set(edges) & set(self.names):
             k = self.names.index(name)
-            if name in known:
-                raise ValueError(f"{where}: labels of {name!r} are texts, expected numbers, as in the training")
-            codes = labels[:, k].numpy()  # of whole numbers the numbers themselves
-            values.setdefault(name, np.where(codes == MISSING, np.nan, codes.astype(np.float64)))
+            whole = labels[:, k].numpy()  # of whole numbers the numbers themselves
+            values.setdefault(name, np.where(whole == MISSING, np.nan, whole.astype(np.float64)))
             labels[:, k] = torch.from_numpy(in_bins(values[name], edges[name]))
         bins = {name: tuple(edges.get(name, self.edges.get(name, ()))) for name in values}
         return replace(self, labels=labels, classes=known, values=values, edges=bins)
@@ -293,6 +312,8 @@ def load_latents(
     sample: int | None = None,
     shard: tuple[int, int] | None = None,
     concepts: Sequence[str] = (),
+    columns: Sequence[str] = (),
+    continuous: Collection[str] = (),
 ) -> Latents:
     """Latents from a file of arrays (.npz, .npy, .safetensors, .pt) or a table (.csv, .parquet, .arrow, a dataset's folder).
 
@@ -317,6 +338,9 @@ def load_latents(
         shard: (i, n): part i of n, counted from 0, of the rows in order.
         concepts: arrays or columns that are labels for sure. Others are not taken for labels where each row has its own, or all
             have the same one.
+        columns: of a table, those that the latents are made of, in this order (``columns`` of the latents of a training); by
+            default they are told by their names and values.
+        continuous: concepts whose numbers are values even where all are whole: -1 is one of them, too.
 
     Raises:
         FileNotFoundError: no such file.
@@ -337,7 +361,7 @@ def load_latents(
     rows = None if sample is None and shard is None else partial(chosen_rows, sample=sample, shard=shard)
     if file.suffix in tables.ENDINGS and file.is_file() or tables.is_table_folder(file):
         table, n = tables.read_table(file, rows)
-        return _sampled(_of_table(str(file), table, None, file, concepts), n if sample else None)
+        return _sampled(_of_table(str(file), table, None, file, concepts, columns, continuous), n if sample else None)
     arrays = _read_any(file, whole=rows is None)
     if rows is not None:
         if any(key in arrays for key in _PAIRS):
@@ -348,7 +372,7 @@ def load_latents(
         arrays = {
             k: read_rows(array, chosen) if array.ndim and len(array) == n else array for k, array in arrays.items()
         }
-        found = _of_arrays(str(file), arrays, _names_of(file, arrays), file, sure=concepts)
+        found = _of_arrays(str(file), arrays, _names_of(file, arrays), file, (), concepts, continuous)
         return _sampled(found, n if sample else None)
     names = _names_of(file, arrays)
     pair_keys = [key for key in _PAIRS if key in arrays]
@@ -363,7 +387,7 @@ def load_latents(
         factor, shared = arrays.get("factor"), arrays.get("shared")
         options: dict[str, Any] = {"shared": shared, "images": arrays.get("images"), "path": file}
         return Latents.of_pairs(arrays["za"], arrays["zb"], factor, names, **options)
-    return _of_arrays(str(file), arrays, names, file, sure=concepts)
+    return _of_arrays(str(file), arrays, names, file, (), concepts, continuous)
 
 
 def _sampled(latents: Latents, n: int | None) -> Latents:
@@ -381,11 +405,26 @@ def _names_of(file: Path, arrays: Mapping[str, Any]) -> list[str] | None:
     return names
 
 
-def _of_table(where: str, table: Any, images: Any, path: Path | None, sure: Sequence[str] = ()) -> Latents:
+def _of_table(
+    where: str,
+    table: Any,
+    images: Any,
+    path: Path | None,
+    sure: Sequence[str] = (),
+    known: Sequence[str] = (),
+    continuous: Collection[str] = (),
+) -> Latents:
     columns, other = tables.columns_of(table)
-    single = {name: column for name, column in columns.items() if column.ndim == 1}
     notes = [f"left out: {', '.join(map(repr, other))} (no numbers, texts or lists of one length)"] if other else []
-    if single == columns:  # no lists: numbered columns, else those with fractions
+    index = [name for name, column in columns.items() if name in _INDEX and name not in known and _counts(column)]
+    if index:
+        notes.append(f"left out: {', '.join(map(repr, index))}, an index that pandas wrote")
+        columns = {name: column for name, column in columns.items() if name not in index}
+    single = {name: column for name, column in columns.items() if column.ndim == 1}
+    chosen: list[str] = []
+    if known and (single == columns or any(name in columns for name in known)):
+        chosen = _known_columns(where, single, known)
+    elif single == columns:  # no lists: numbered columns, else those with fractions
         numbered: dict[str, list[tuple[int, str]]] = {}
         for name, column in single.items():
             stem = re.fullmatch(r"(.*?)(\d+)", name)
@@ -400,17 +439,44 @@ def _of_table(where: str, table: Any, images: Any, path: Path | None, sure: Sequ
                 f"{where}: has the columns {list(columns)[:12]}, but none with lists of numbers, and no two numbered ones "
                 f"(z0, z1, …) or of measurements, which would be the latents; {_CONVERT} writes what you mean"
             )
+    if chosen:
+        for name in chosen:
+            gaps = np.flatnonzero(~np.isfinite(columns[name]))
+            if len(gaps):
+                raise ValueError(
+                    f"{where}: the column {name!r}, a feature, has no finite number in {len(gaps)} places (first: row "
+                    f"{gaps[0]}), expected one in each row; fill it, or leave the row or the column out"
+                )
         z = np.stack([columns.pop(name) for name in chosen], axis=1)
         notes.append(f"latents are the {len(chosen)} columns {chosen[0]} … {chosen[-1]}")
         columns = {"z": z.astype(z.dtype if z.dtype.kind == "f" else np.float32), **columns}
-    return _of_arrays(where, columns | ({} if images is None else {"images": images}), None, path, notes, sure)
+    arrays = columns | ({} if images is None else {"images": images})
+    return replace(_of_arrays(where, arrays, None, path, notes, sure, continuous), columns=tuple(chosen))
+
+
+def _known_columns(where: str, columns: Mapping[str, np.ndarray[Any, Any]], known: Sequence[str]) -> list[str]:
+    """The columns that latents were made of before, which must be there."""
+    missing = [name for name in known if name not in columns or columns[name].dtype.kind not in "fiu"]
+    if missing:
+        shown = ", ".join(map(repr, missing[:8])) + (", …" if len(missing) > 8 else "")
+        raise ValueError(
+            f"{where}: has no column of numbers {shown}, expected the {len(known)} columns that the training had as features; "
+            f"there are: {', '.join(map(repr, list(columns)[:12]))}"
+        )
+    return list(known)
+
+
+def _counts(column: np.ndarray[Any, Any]) -> bool:
+    """Whether whole numbers only rise, as an index does."""
+    return column.ndim == 1 and column.dtype.kind in "iu" and bool((column[1:] > column[:-1]).all())
 
 
 def _is_measured(column: np.ndarray[Any, Any]) -> bool:
     """Whether a column holds measurements, not classes: fractions, or more whole numbers than there would be classes."""
-    if column.dtype.kind not in "fiu" or not np.isfinite(column).all():
+    if column.dtype.kind not in "fiu":
         return False
-    return bool((column % 1 != 0).any() or len(np.unique(column)) > _MOST_CLASSES)
+    known = column[np.isfinite(column)]
+    return bool((known % 1 != 0).any() or len(np.unique(known)) > _MOST_CLASSES)
 
 
 def _of_arrays(
@@ -420,6 +486,7 @@ def _of_arrays(
     path: Path | None,
     notes: Sequence[str] = (),
     sure: Sequence[str] = (),
+    continuous: Collection[str] = (),
 ) -> Latents:
     """Latents and labels by their names; what is neither is left out, and noted."""
     notes = list(notes)
@@ -431,11 +498,10 @@ def _of_arrays(
     if key != "z":
         notes.append(f"latents are {key!r}")
     z = named.pop(key)
-    images = next(
-        (named.pop(name) for name in _IMAGES if name in named and (name == "images" or len(named[name]) == len(z))),
-        None,
-    )
-    options: dict[str, Any] = {"images": images, "path": path}
+    shown = next((k for k in _IMAGES if k in named and (k == "images" or len(named[k]) == len(z))), None)
+    if shown is not None and _concepts({"": named[shown]}, len(z))[0]:
+        notes.append(f"{shown!r} is taken for the samples themselves, which reports show, not for a concept")
+    options: dict[str, Any] = {"images": None if shown is None else named.pop(shown), "path": path}
     labels: Any
     if "labels" in named or any(name in named and named[name].ndim == 2 for name in _LABELS):
         labels = named.pop(next(name for name in _LABELS if name in named))
@@ -451,10 +517,15 @@ def _of_arrays(
         elif found and names is not None:
             notes.append("names are those of the arrays; 'names' is left out")
             names = None
+    reserved = [name for name in named if name in _NOTES and name != "names"]
+    if reserved:
+        notes.append(
+            f"left out: {', '.join(map(repr, reserved))}, as the commands write it; a concept needs another name"
+        )
     extra = [name for name in named if name not in _NOTES]
     if extra:
         notes.append(f"left out: {', '.join(f'{name!r} {list(named[name].shape)}' for name in extra)}")
-    latents = Latents.of(z, labels, names, **options)
+    latents = Latents.of(z, labels, names, continuous=continuous, **options)
     for name in latents.values:
         bins = len(latents.edges[name]) + 1
         notes.append(f"{name!r} is continuous: pairs share it where both are in one of {bins} bins of equal counts")
@@ -464,7 +535,9 @@ def _of_arrays(
 def _z_of(arrays: Mapping[str, Any]) -> str | None:
     """Which array holds the latents."""
     matrices = [name for name, array in arrays.items() if array.ndim == 2 and _is_float(array) and name not in _LABELS]
-    return next((name for name in _Z if name in arrays), matrices[0] if len(matrices) == 1 else None)
+    usual = [name for name in _Z if name in matrices] if "z" not in arrays else ["z"]
+    alone = matrices if len(matrices) == 1 else []
+    return next(iter((*usual, *alone, *(name for name in _Z if name in arrays))), None)
 
 
 def _concepts(
@@ -489,6 +562,11 @@ def _concepts(
         else:
             found[name] = array
     return found, own
+
+
+def _are_numbers(texts: Sequence[str]) -> bool:
+    """Whether classes are whole numbers, which codes with far gaps were."""
+    return all(text.isdecimal() and text == str(int(text)) for text in texts)
 
 
 def _is_float(array: Any) -> bool:

@@ -151,7 +151,8 @@ def _read_csv(path: Path) -> Any:
     comma = delimiter != "," and any(re.fullmatch(r"[-+]?\d+,\d+(e[-+]?\d+)?", x, re.I) for row in cells for x in row)
     first = [cell.replace(",", ".") if comma else cell for cell in cells[0]]
     numbers = [re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|nan", cell, re.I) for cell in first]
-    counted = first == [str(k) for k in range(len(first))]  # how pandas names columns without names
+    named = first[1:] if first[0] == "" else first  # behind an index
+    counted = named == [str(k) for k in range(len(named))]  # how pandas names columns without names
     bare = any(numbers) and all(number or not cell for number, cell in zip(numbers, first, strict=True)) and not counted
     return csv.read_csv(
         path,

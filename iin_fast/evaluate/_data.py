@@ -51,9 +51,9 @@ def checked_factors(where: str, factors: Mapping[str, Tensor | ArrayLike]) -> di
 
 
 def checked_labels(
-    where: str, labels: Tensor | ArrayLike, names: Sequence[str], n: int, argument: str = "labels"
+    where: str, labels: Tensor | ArrayLike, names: Sequence[str], n: int, argument: str = "labels", classes: int = 2
 ) -> Codes:
-    """Integers ``[n, concepts]``, -1 where unknown; each concept with two classes at least among the known ones."""
+    """Integers ``[n, concepts]``, -1 where unknown; each concept with two ``classes`` at least among the known ones."""
     names = list(names)
     table = to_numpy(labels)
     if table.dtype.kind not in "iub":
@@ -73,9 +73,9 @@ def checked_labels(
             f"{where}: {argument} has the value {codes.max()}, expected below {_MOST}; renumber the classes"
         )
     for k, name in enumerate(names):
-        classes = np.unique(codes[codes[:, k] != MISSING, k])
-        if len(classes) < 2:
-            found = f"only the class {classes[0]}" if len(classes) else "no label"
+        known = np.unique(codes[codes[:, k] != MISSING, k])
+        if len(known) < classes:
+            found = f"only the class {known[0]}" if len(known) else "no label"
             raise ValueError(
                 f"{where}: {argument} of {name!r} hold {found}, expected two classes at least; leave this concept out"
             )

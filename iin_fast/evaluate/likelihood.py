@@ -53,7 +53,9 @@ def gaussian_nats_per_dim(z: Tensor | ArrayLike, train: Tensor | ArrayLike) -> f
     centred = t - t.mean(0)
     covariance = centred.T @ centred / m
     share = dim / (dim + m)
-    floor = max(float(np.trace(covariance)) / dim, 1e-12)
+    floor = (
+        float(np.trace(covariance)) / dim or 1e-12 * float(np.mean(t * t)) or 1e-12
+    )  # of constants, and of zeros alone
     covariance = (1 - share) * covariance + share * floor * np.eye(dim)
     logdet = np.linalg.slogdet(covariance)[1]
     offset = x - t.mean(0)

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from ..arrays import checked_latents, to_numpy
+from ..arrays import MISSING, checked_latents, to_numpy
 from ..files import write_file
 from ..iin import IIN
 from ..iin.model import unwrapped
@@ -68,7 +68,8 @@ def evaluate(
         context, train_context: of ``z`` and ``train_z``, ``[n, context_dim]``, for a conditional model; swaps keep the
             context of what keeps the rest. The baselines do not see it.
         values, train_values: of ``z`` and ``train_z``, name to numbers ``[n]`` of continuous concepts, whose labels are bins.
-        concepts: which of ``names`` to look at; by default all.
+        concepts: which of ``names`` to swap and to take metrics of; by default all. The judge reads the others too, as swaps
+            should keep them, unless they have one class alone.
         decoder: latents ``[n, dim]`` (a tensor) to what ``judge`` reads; without it the judge reads latents.
         judge: what it gets to concept to class probabilities ``[n, classes]``; by default small networks trained on the
             latents ``train_z`` (which read latents, also where there is a decoder).
@@ -120,14 +121,18 @@ def evaluate(
             )
     else:
         train, train_codes = _data(where, "train_z", train_z, "train_labels", train_labels, names, concepts, model.dim)
-    if concepts is not None:
-        names = list(concepts)
-    codes = checked_labels(where, codes, names, len(x), "labels of the scored samples")
-    train_codes = checked_labels(where, train_codes, names, len(train), "labels of the samples to learn on")
+    asked = names if concepts is None else list(concepts)
+    for table, what in ((codes, "labels of the scored samples"), (train_codes, "labels of the samples to learn on")):
+        checked_labels(where, table[:, [names.index(name) for name in asked]], asked, len(table), what)
+    others = [
+        name for j, name in enumerate(names) if name not in asked and _two(codes[:, j]) and _two(train_codes[:, j])
+    ]
+    columns = [names.index(name) for name in (*asked, *others)]
+    names, codes, train_codes = asked, codes[:, columns], train_codes[:, columns]
 
     say("factors")
     scored, learned_on = _Samples(x, codes, context), _Samples(train, train_codes, train_context)
-    task = _Task(model, names, scored, learned_on, decoder, judge, max_samples, seed)
+    task = _Task(model, names, others, scored, learned_on, decoder, judge, max_samples, seed)
     result: dict[str, Any] = {
         "format": "iin_fast.evaluation",
         "version": 1,
@@ -153,7 +158,7 @@ class _Samples(NamedTuple):
     """Latents with what is known of them."""
 
     z: Array  # [n, dim]
-    codes: Codes  # [n, concepts]
+    codes: Codes  # [n, concepts], those that are asked for first
     context: Tensor | None  # [n, context_dim]
 
 
@@ -164,6 +169,7 @@ class _Task:
         self,
         model: IIN,
         names: list[str],
+        others: list[str],
         scored: _Samples,
         learned_on: _Samples,
         decoder: Callable[[Tensor], Any] | None,
@@ -172,13 +178,14 @@ class _Task:
         seed: int,
     ) -> None:
         self.model, self.names, self.scored, self.learned_on = model, names, scored, learned_on
+        self.judged = [*names, *others]  # swaps of the names should keep the others
         self.decoder, self.judge, self.max_samples, self.seed = decoder, judge, max_samples, seed
         self.swapped = [name for name in names if name in model.concepts]
         z, codes = learned_on.z, learned_on.codes
         self.linear: dict[str, LinearFactors | LinearRival] = {}
         for kind in ("raw", "pca"):
-            self.linear[kind] = LinearFactors(z, codes, names, model.sizes, kind, seed)  # type: ignore[arg-type]
-        rival = LinearRival.of(z, codes, names, self.swapped)
+            self.linear[kind] = LinearFactors(z, codes, self.judged, model.sizes, kind, seed)  # type: ignore[arg-type]
+        rival = LinearRival.of(z, codes, self.judged, [name for name in self.judged if name in model.concepts])
         if rival is not None:
             self.linear["linear_iin"] = rival
         # system to factor to [n, size]
@@ -190,9 +197,10 @@ class _Task:
     def each(self, metric: Callable[..., Any], learns: bool = False, **options: Any) -> dict[str, Any]:
         """System to what ``metric`` says of its factors; one that learns gets those of the samples to learn on."""
         found = {}
+        codes, train_codes = (of.codes[:, : len(self.names)] for of in (self.scored, self.learned_on))
         for who, factors in self.factors.items():
-            given = {"train_factors": self.train_factors[who], "train_labels": self.learned_on.codes} if learns else {}
-            found[who] = metric(factors, self.scored.codes, self.names, seed=self.seed, **given, **options)
+            given = {"train_factors": self.train_factors[who], "train_labels": train_codes} if learns else {}
+            found[who] = metric(factors, codes, self.names, seed=self.seed, **given, **options)
         return found
 
     def both(self, metric: Callable[..., Any], learns: bool) -> dict[str, Any]:
@@ -204,7 +212,7 @@ class _Task:
 
 def _swaps(task: _Task) -> dict[str, Any]:
     """How swaps end, of every system with one, and in words; nothing where no concept has a factor."""
-    model, names, seed = task.model, task.names, task.seed
+    model, names, seed = task.model, task.judged, task.seed
     x, codes, context = task.scored
     if not task.swapped:
         return {}
@@ -400,9 +408,15 @@ def _data(
     if x.shape[1] != dim:
         raise ValueError(f"{where}: {z_name} has shape {list(x.shape)}, expected [n, {dim}] like the model")
     table = to_numpy(labels)
-    if concepts is not None and table.ndim == 2 and table.shape[1] == len(names):
-        unknown = [name for name in concepts if name not in names]
-        if unknown or not concepts:
-            raise ValueError(f"{where}: concepts is {list(concepts)}, expected some of {names}")
-        table, names = table[:, [names.index(name) for name in concepts]], list(concepts)
-    return x, checked_labels(where, table, names, len(x), labels_name)
+    if concepts is None or table.ndim != 2 or table.shape[1] != len(names):
+        return x, checked_labels(where, table, names, len(x), labels_name)
+    unknown = [name for name in concepts if name not in names]
+    if unknown or not concepts:
+        raise ValueError(f"{where}: concepts is {list(concepts)}, expected some of {names}")
+    checked_labels(where, table[:, [names.index(name) for name in concepts]], list(concepts), len(x), labels_name)
+    return x, checked_labels(where, table, names, len(x), labels_name, classes=0)
+
+
+def _two(column: Codes) -> bool:
+    """Whether there are two classes at least."""
+    return len(np.unique(column[column != MISSING])) > 1

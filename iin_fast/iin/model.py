@@ -506,6 +506,8 @@ class IIN(nn.Module):
             raise TypeError(f"{where}: positions is {positions!r}, expected a list of numbers") from None
         if places.dim() != 1 or places.shape[0] == 0:
             raise ValueError(f"{where}: positions has shape {list(places.shape)}, expected a list of numbers")
+        if not torch.isfinite(places).all():
+            raise ValueError(f"{where}: positions is {places.tolist()}, expected finite numbers")
         start = self.encode(z, context).tensor
         return self._decode_line(start + (places[:, None, None] * axis).to(start), context)
 

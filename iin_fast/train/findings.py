@@ -46,7 +46,7 @@ class Findings:
     badly_scaled: list[int]
     outliers: str
     rank: int
-    few: dict[str, dict[int, int]]
+    few: dict[str, dict[int | str, int]]
     examples: dict[str, int]
 
     @property
@@ -91,8 +91,10 @@ class Findings:
 
 
 @torch.no_grad()
-def inspect_latents(latents: Latents) -> Findings:
+def inspect_latents(latents: Latents, replaced: bool = True) -> Findings:
     """Looks at latents before a training: what in them a flow can't learn from, or learns badly.
+
+    ``replaced``: whether the training takes usual values in place of outliers, as all do but those of the preset ``"paper"``.
 
     Example:
         >>> from iin_fast.data import Latents
@@ -117,7 +119,7 @@ def inspect_latents(latents: Latents) -> Findings:
         badly = live & ((deviation > SCALES * middle) | (deviation * SCALES < middle))
         x = Inputs.of(z)(z.double())[0]
         rank = int((torch.linalg.eigvalsh(x.T @ x / len(x)) > NULL_VARIANCE).sum())
-    few: dict[str, dict[int, int]] = {}
+    few: dict[str, dict[int | str, int]] = {}
     examples: dict[str, int] = {}
     for name, column in zip(latents.names, latents.shared.T if latents.shared is not None else (), strict=False):
         examples[name] = len(z[column.repeat(2)].unique(dim=0))
@@ -125,7 +127,12 @@ def inspect_latents(latents: Latents) -> Findings:
         for name, column in zip(latents.names, latents.labels.T, strict=True):
             examples[name] = int((column != MISSING).sum())
             labels, rows = column[column != MISSING].unique(return_counts=True)
-            small = {int(label): int(n) for label, n in zip(labels, rows, strict=True) if n < FEW_ROWS}
+            texts = latents.classes.get(name)
+            small = {
+                texts[label] if texts else int(label): int(n)
+                for label, n in zip(labels, rows, strict=True)
+                if n < FEW_ROWS
+            }
             if small:
                 few[name] = small
     return Findings(
@@ -135,20 +142,22 @@ def inspect_latents(latents: Latents) -> Findings:
         copies={j: int(first[j]) for j in _places(copies)},
         almost_constant=_places(almost),
         badly_scaled=_places(badly),
-        outliers=outlier_line(outliers),
+        outliers=outlier_line(outliers, replaced),
         rank=rank,
         few=few,
         examples={name: rows for name, rows in examples.items() if rows < FEW_EXAMPLES},
     )
 
 
-def outlier_line(outliers: torch.Tensor) -> str:
-    """What a training with standardised inputs does with outliers, bool ``[n, dim]``, and where they are; empty where there are none."""
+def outlier_line(outliers: torch.Tensor, replaced: bool = True) -> str:
+    """What a training, with standardised inputs if it has them ``replaced``, does with outliers, bool ``[n, dim]``, and where they are; empty where there are none."""
     if not outliers.any():
         return ""
     n, dim = outliers.shape
     taken = "the farthest usual value is taken in their place"
-    if mostly(outliers):
+    if not replaced:
+        taken = "they are taken as they are; standardised inputs take the farthest usual value in their place"
+    elif mostly(outliers):
         taken = "as most rows have some, they are taken as they are; try the arcsinh of such features"
     return (
         f"outliers in {_some(_places(outliers.any(1)), n, 'rows')} and {_some(_places(outliers.any(0)), dim, 'features')}, over "

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..data import MISSING, Latents, class_context, load_latents
+from ..data import MISSING, Latents, class_context
 from ..data.rows import training_rows
 from ..files import npz_bytes, read_json, safetensors_library, write_file
 from ..iin import IIN, FactorLoss, Factors, Inputs, LinearIIN, checkpoint
@@ -37,6 +37,7 @@ from .judge import SwapJudge
 from .lock import lock
 from .logs import Bar, Log, event_writer, held_out_rise, loss_rise
 from .numerics import first_not_finite, not_finite_part
+from .run_folder import read_like
 from .settings import PAPER, PATIENT, Facts, Settings
 from .summary import summary
 
@@ -142,8 +143,15 @@ def train(
         if rows is not None and rows != data.n:
             raise ValueError(f"train: rows is {rows} of latents in memory, expected a file of latents with it")
     else:
-        data = load_latents(
-            latents, sample=before.get("latents", {}).get("rows") or rows or training_rows(Path(latents))
+        drawn = before.get("latents", {}).get("rows")
+        if before and rows is not None and rows != (drawn or before.get("n")):
+            raise ValueError(
+                f"train: rows is {rows}, but the run in {run} has {drawn or before.get('n')}; resume takes the same"
+            )
+        data = read_like(before, latents, sample=drawn or rows or training_rows(Path(latents)))
+    if before and not isinstance(latents, Latents):
+        data = data.coded_like(
+            before.get("classes", {}), before.get("edges", {}), before.get("names", ()), str(latents)
         )
     given_steps = settings.steps
     settings = _resumed(settings, before, run)
@@ -151,6 +159,8 @@ def train(
     if settings.standardise is not False or settings.start != "random":
         usual, far = usual_values(data.z)
         data, outliers = replace(data, z=usual), outlier_line(far)
+    if not before:
+        _check_residual(data, settings)
     known = _facts(data, settings)
     if epochs is not None:
         if given_steps is not None:
@@ -158,7 +168,9 @@ def train(
         if isinstance(epochs, bool) or not isinstance(epochs, int | float) or not 0 < epochs < math.inf:
             raise ValueError(f"train: epochs is {epochs!r}, expected a number above 0")
         latents_in_a_step = 2 * (settings.chosen(known).batch or 1)
-        settings = replace(settings, steps=max(1, round(epochs * known.rows / latents_in_a_step)))
+        steps = max(1, round(epochs * known.rows / latents_in_a_step))
+        _check_steps(steps, before, run)
+        settings = replace(settings, steps=steps)
     settings = settings.chosen(known)
     fabric = _fabric(accelerator, devices, nodes, strategy, settings, device)
     with lock(run) if fabric.is_global_zero else nullcontext():
@@ -333,7 +345,9 @@ class _Training:
         if fabric.world_size == 1:
             device = device.replace("1 processes of ", "").replace(" 1 threads", " 1 thread")
         given, (trained, held) = settings.factors or {}, map(len, self.split)
-        return summary(self.data, self.model, given, settings.dims_method, trained, held, device, self.folder)
+        return summary(
+            self.data, self.model, given, settings.dims_method, trained, held, device, self.folder, settings.context
+        )
 
     def _fresh(self, concepts: tuple[str, ...], train_rows: np.ndarray[Any, Any], hidden: tuple[str, ...]) -> IIN:
         settings = self.settings
@@ -658,6 +672,13 @@ class _Training:
                 "other latents"
             )
 
+    def _context_classes(self) -> list[int]:
+        """The classes that the context has; empty without one."""
+        if self.settings.context is None or self.data.labels is None:
+            return []
+        found: list[int] = self.data.labels[:, self.data.names.index(self.settings.context)].unique().tolist()
+        return found
+
     def _write_record(self) -> None:
         fabric, data, settings = self.fabric, self.data, self.settings
         path = None if data.path is None else str(data.path.resolve())
@@ -668,9 +689,11 @@ class _Training:
             | ({"rows": data.n, "of": data.sampled_from} if data.sampled_from else {}),
             "n": data.n,
             "dim": data.dim,
+            "columns": list(data.columns),
             "names": list(data.names),
             "classes": {name: list(texts) for name, texts in data.classes.items()},
             "edges": {name: list(edges) for name, edges in data.edges.items()},
+            "context_classes": self._context_classes(),
             "factors": self.model.sizes,
             "steps": settings.steps,
             "settings": settings.record(),
@@ -717,6 +740,16 @@ def _concepts(data: Latents, settings: Settings) -> tuple[str, ...]:
     return tuple(name for name in named if name not in (RESIDUAL, settings.context) and given.get(name) != 0)
 
 
+def _check_residual(data: Latents, settings: Settings) -> None:
+    """Refuse a size of the residual that is not what the concepts leave over."""
+    given = settings.factors or {}
+    if RESIDUAL in given and sum(given.values()) != data.dim:
+        raise ValueError(
+            f"train: factors is {dict(given)}, which sums to {sum(given.values())}, expected {data.dim}, the features of the "
+            "latents, where residual is among them; leave residual out, and it is what the concepts leave over"
+        )
+
+
 def _facts(data: Latents, settings: Settings) -> Facts:
     """What the settings are chosen by."""
     train_rows, held_rows = split_rows(data, settings.held_out, settings.seed)
@@ -735,6 +768,11 @@ def _facts(data: Latents, settings: Settings) -> Facts:
         hidden = judge.hidden() if settings.start != "linear" else ()
         variance = judge.enough_variance()
     least = leading_directions(inputs(rows.double())[0], settings.variance or variance)[2]
+    if settings.start != "random" and inputs.live - least < 2:
+        raise ValueError(
+            f"train: latents vary in {inputs.live - least} direction beside constants and copies, expected 2 at least; "
+            "start='random' with standardise=False trains on all features as they are"
+        )
     whole = data.labels is None or not bool((data.labels == MISSING).any())
     return Facts(len(train_rows), held, inputs.live - least, data.kind, hidden, whole, variance)
 
@@ -846,7 +884,16 @@ def _resumed(settings: Settings, record: dict[str, Any], run: Path) -> Settings:
                 f"train: {name} is {value!r}, but the run in {run} has {known[name]!r}; resume takes the same latents "
                 "and settings"
             )
+    _check_steps(given.get("steps"), record, run)
     return replace(own, **{name: value for name, value in given.items() if name in OPEN})
+
+
+def _check_steps(steps: int | None, record: dict[str, Any], run: Path) -> None:
+    """Refuse fewer steps than a run has."""
+    if steps is not None and steps < record.get("steps", 0):
+        raise ValueError(
+            f"train: steps is {steps}, but the run in {run} has {record['steps']}; resume takes as many or more"
+        )
 
 
 def _clear(run: Path) -> None:

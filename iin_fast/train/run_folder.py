@@ -73,12 +73,17 @@ def dims(
     Raises:
         TypeError, ValueError: latents without labels and pairs, an unknown concept or method.
     """
-    from . import Batches, estimate_sizes, split_rows
+    from . import Batches, Settings, estimate_sizes, split_rows
     from .batches import fit_linear, units
 
     data = _latents(latents)
     if data.kind == "unlabelled":
         raise ValueError(f"dims: {data.path or 'latents'} has neither labels nor pairs, which the estimate needs")
+    if method not in ("linear", "published", "paper"):
+        raise ValueError(f"dims: method is {method!r}, expected 'linear', 'published' or 'paper'")
+    if context is not None and context not in data.names:
+        raise ValueError(f"dims: context is {context!r}, expected a concept of the latents: {', '.join(data.names)}")
+    Settings(held_out=held_out, seed=seed)  # refuses what is out of range
     if concepts is None:
         concepts = [name for name in data.names if name != context]
     train = split_rows(data, held_out, seed)[0]
@@ -354,7 +359,7 @@ def evaluate(
         latents: by default those it was trained on: the held-out rows are scored, and judge, probes and baselines learn
             on the others. Other latents are all held out; one half is scored, the other is learned on.
         learn_on: labelled latents that judge, probes and baselines learn on instead; then all that is held out is scored.
-        concepts: which to look at; by default all.
+        concepts: which to swap and to take metrics of; by default all. The judge reads the others too, as swaps should keep them.
         decoder, judge: who reads the swaps, as for :func:`iin_fast.evaluate.evaluate`; or where they are, for
             :func:`load_function`. A decoder is there for a judge of your own.
         features: without labels: a function from what the decoder makes (or from latents) to ``[n, features]``, or where it is;
@@ -416,6 +421,11 @@ def evaluate(
         if train_rows is not None and learned_context is not None:
             settings |= {"train_context": learned_context[train_rows]}
         concepts = concepts or names
+        told = [k for k, name in enumerate(data.names) if name in names or name in concepts]
+        data = replace(data, labels=data.labels[:, told], names=tuple(data.names[k] for k in told))
+        if "train_labels" in settings:
+            settings["train_labels"] = settings["train_labels"][:, told]
+    assert data.labels is not None
     return write_evaluation(
         folder, data.z[held_rows], data.labels[held_rows], data.names, concepts=concepts, **settings
     )
@@ -496,33 +506,64 @@ def _latents(latents: Source, run: PathLike | None = None, whole: bool = True) -
 
     ``whole``: else of the file that the training drew a sample of, the same sample.
     """
-    record = {} if run is None else recorded(Path(run))
+    if run is None:
+        return latents if isinstance(latents, Latents) else load_latents(latents)
+    record = recorded(Path(run))
     trained = record.get("latents", {})
     same = not whole and not isinstance(latents, Latents) and str(Path(latents).resolve()) == trained.get("path")
-    data = (
-        latents
-        if isinstance(latents, Latents)
-        else load_latents(latents, sample=trained.get("rows") if same else None, concepts=record.get("names", ()))
-    )
-    if run is None:
-        return data
+    data = read_like(record, latents, sample=trained.get("rows") if same else None)
     return data.coded_like(
         record.get("classes", {}), record.get("edges", {}), record.get("names", ()), str(data.path or "latents")
     )
 
 
-def _z(run: PathLike, model: IIN, latents: Source) -> tuple[Tensor, Tensor | None]:
-    """Latents and their context, in the model's type, on the CPU."""
-    data = _latents(latents, run)
-    if data.dim != model.dim:
-        where = data.path or "latents"
-        raise ValueError(f"{where}: z has {data.dim} features, expected {model.dim} like the model in {os.fspath(run)}")
+def read_like(record: Mapping[str, Any], latents: Source, **part: Any) -> Latents:
+    """Latents with the features that a training had, in their order, as its ``record`` names them.
 
+    ``part``: the sample or shard of a file, as for :func:`iin_fast.data.load_latents`.
+    """
+    columns = tuple(record.get("columns", ()))
+    if not isinstance(latents, Latents):
+        known: dict[str, Any] = {"concepts": record.get("names", ()), "continuous": record.get("edges", ())}
+        return load_latents(latents, columns=columns, **known, **part)
+    if not columns or not latents.columns or latents.columns == columns:
+        return latents
+    missing = [name for name in columns if name not in latents.columns]
+    if missing:
+        raise ValueError(
+            f"latents: have no feature {', '.join(map(repr, missing[:8]))}, expected the columns of the training; "
+            "load_latents(…, columns=…) says which columns of a table are features"
+        )
+    order = [latents.columns.index(name) for name in columns]
+    return replace(latents, z=latents.z[:, order], columns=columns)
+
+
+def _z(run: PathLike, model: IIN, latents: Source) -> tuple[Tensor, Tensor | None]:
+    """Latents and their context, in the model's type, on the CPU. Other labels than the context's may be of any kind."""
+    record = recorded(Path(run))
+    data = read_like(record, latents)
+    where = str(data.path or "latents")
+    if data.dim != model.dim:
+        raise ValueError(f"{where}: z has {data.dim} features, expected {model.dim} like the model in {os.fspath(run)}")
     if not model.context_dim:
         return data.z.to(model.dtype), None
-    where = str(data.path or "latents")
-    context = class_context(where, data.labels, data.names, _context_name(run), model.context_dim)
+    context = _class_context(run, model, data)
     return data.z.to(model.dtype), context.to(model.dtype)
+
+
+def _class_context(run: PathLike, model: IIN, data: Latents) -> Tensor:
+    """The context of latents, by their labels."""
+    record, name, where = recorded(Path(run)), _context_name(run), str(data.path or "latents")
+    classes, edges = ({k: v for k, v in record.get(key, {}).items() if k == name} for key in ("classes", "edges"))
+    data = data.coded_like(classes, edges, (name,), where)
+    if data.labels is not None and name in classes and name in data.names:
+        texts, last = data.classes[name], int(data.labels[:, data.names.index(name)].max())
+        if last >= model.context_dim:
+            raise ValueError(
+                f"{where}: labels of {name!r}, the context, have the class {texts[last]!r}, expected one of the training: "
+                f"{', '.join(classes[name][:20])}"
+            )
+    return class_context(where, data.labels, data.names, name, model.context_dim)
 
 
 def _context_name(run: PathLike) -> str:
@@ -544,28 +585,33 @@ def _given_context(where: str, run: PathLike, model: IIN, context: Context, n: i
     name = _context_name(run)
     if context is None:
         raise ValueError(f"{where}: context is missing, expected a class of {name!r}, or latents with labels of it")
-    classes = recorded(Path(run)).get("classes", {}).get(name, [])
-    if isinstance(context, int | str) and not (isinstance(context, str) and os.path.exists(context)):
-        if classes:
-            if str(context) not in classes:
-                raise ValueError(
-                    f"{where}: context is {context!r}, expected a class of {name!r}: {', '.join(classes[:20])}"
-                )
-            code = classes.index(str(context))
-        elif isinstance(context, int):
-            code = context
-        else:
+    record = recorded(Path(run))
+    classes = record.get("classes", {}).get(name, [])
+    text = str(context)
+    a_class = text in classes or (not classes and text.isdecimal())  # before a file of that name
+    if a_class or (isinstance(context, int | str) and not os.path.exists(text)):
+        if not a_class and classes:
+            raise ValueError(
+                f"{where}: context is {context!r}, expected a class of {name!r}: {', '.join(classes[:20])}"
+            )
+        if not a_class and isinstance(context, str):
             raise FileNotFoundError(
                 f"{where}: context is {context!r}, which is no file and no number of a class of {name!r}"
             )
+        code = classes.index(text) if classes else int(text)
         if not 0 <= code < model.context_dim:
             raise ValueError(f"{where}: context is {context}, expected a class from 0 to {model.context_dim - 1}")
+        seen = record.get("context_classes")
+        if seen and code not in seen:
+            raise ValueError(
+                f"{where}: context is {context}, expected a class of the training: {', '.join(map(str, seen[:20]))}"
+            )
         return torch.eye(model.context_dim, dtype=model.dtype)[code].repeat(n, 1)
-    data = _latents(context, run)
+    assert not isinstance(context, int)
+    data = read_like(record, context)
     if data.n != n:
         raise ValueError(f"{where}: context has {data.n} rows, expected {n}, one for each that comes out")
-    found = class_context(str(data.path or "context"), data.labels, data.names, name, model.context_dim)
-    return found.to(model.dtype)
+    return _class_context(run, model, data).to(model.dtype)
 
 
 def recorded(run: Path) -> dict[str, Any]:
@@ -671,7 +717,8 @@ def _factor_table(file: Path, sizes: Mapping[str, int]) -> dict[str, Tensor]:
             raise ValueError(f"{file}: has no column {missing[0]!r}, expected {size} of the factor {name!r}")
         own = [columns[f"{name}{k}"] for k in range(size)]
         try:
-            factors[name] = torch.tensor([[float(row[k]) for k in own] for row in rows[1:]]).reshape(-1, size)
+            values = [[float(row[k]) for k in own] for row in rows[1:]]
+            factors[name] = torch.tensor(values, dtype=torch.float64).reshape(-1, size)
         except (ValueError, IndexError) as error:
             raise ValueError(f"{file}: {name} holds what is no number, or a row is cut ({error})") from error
     return factors

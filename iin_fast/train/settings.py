@@ -93,7 +93,8 @@ class Settings:
 
     Args:
         factors: sizes like digit=22,color=11, a mapping of concept to number of dimensions; the rest is residual. Sizes of
-            concepts that are not named are estimated, see ``dims_method``; a concept of size 0 is left out.
+            concepts that are not named are estimated, see ``dims_method``; a concept of size 0 is left out. With a size of
+            ``residual``, all sizes sum to the features, and concepts that are not named are left out.
         context: a concept that is not a factor but known: the flow is conditional on its class (see ``context_dim`` of
             :class:`iin_fast.IIN`). Every latent needs its label.
         preset: ``"auto"``: what is not given is chosen from the latents; or ``"paper"``: it is as published.

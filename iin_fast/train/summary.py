@@ -14,7 +14,15 @@ SHOWN = 6  # classes of a concept
 
 
 def summary(
-    data: Latents, model: IIN, given: Mapping[str, int], method: str, train: int, held_out: int, device: str, run: Path
+    data: Latents,
+    model: IIN,
+    given: Mapping[str, int],
+    method: str,
+    train: int,
+    held_out: int,
+    device: str,
+    run: Path,
+    context: str | None = None,
 ) -> list[str]:
     """A line for each thing, of at most 80 columns unless a name is long.
 
@@ -26,6 +34,7 @@ def summary(
         train, held_out: rows.
         device: where the training runs, in words.
         run: the run folder.
+        context: the concept that is no factor but known.
     """
     lines = [("latents", f"{data.n:,} rows × {data.dim} features: {train:,} to train on, {held_out:,} held out")]
     if data.sampled_from:
@@ -42,6 +51,9 @@ def summary(
     ]
     rest = [f"{name} {size}" for name, size in model.sizes.items() if name not in data.names]
     lines.append(("factors", ", ".join([*sizes, *(rest or ["no residual"])])))
+    left = [name for name in data.names if name not in model.sizes and name != context]
+    if left:
+        lines.append(("left out", f"{', '.join(left)}: no factor"))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     lines.append(
         (

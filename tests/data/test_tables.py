@@ -361,3 +361,86 @@ def test_what_is_sure_to_be_a_concept_is_one(tmp_path):
     np.savez(tmp_path / "one.npz", z=Z[:4], animal=np.full(4, "dog"))
     assert load_latents(tmp_path / "one.npz").labels is None
     assert load_latents(tmp_path / "one.npz", concepts=["animal"]).classes == {"animal": ("dog",)}
+
+
+MEASURED = {"size": Z[:, 0], "weight": np.arange(N) + 100, "grade": np.arange(N) % 7, "acid": Z[:, 1]}
+
+
+def test_columns_that_are_known_are_the_features_in_their_order(tmp_path):
+    frames = pytest.importorskip("pandas")
+    frame = frames.DataFrame(MEASURED)
+    trained = Latents.of(frame)
+    assert trained.columns == ("size", "weight", "acid") and trained.names == ("grade",)
+    frame[["acid", "grade", "size", "weight"]].to_csv(tmp_path / "turned.csv", index=False)
+    frame[:3].to_csv(tmp_path / "few.csv", index=False)  # three weights alone would be classes
+    for name, rows in (("turned.csv", N), ("few.csv", 3)):
+        found = load_latents(tmp_path / name, columns=trained.columns)
+        assert found.columns == trained.columns and torch.allclose(found.z, trained.z[:rows].to(found.z))
+    frame.drop(columns="acid").to_csv(tmp_path / "less.csv", index=False)
+    with pytest.raises(ValueError, match="less.csv: has no column of numbers 'acid', expected the 3 columns"):
+        load_latents(tmp_path / "less.csv", columns=trained.columns)
+
+
+def test_an_empty_cell_makes_no_concept_of_a_feature():
+    frames = pytest.importorskip("pandas")
+    for name in ("acid", "weight"):
+        frame = frames.DataFrame(MEASURED).astype({"weight": float})
+        frame.loc[7, name] = np.nan
+        with pytest.raises(
+            ValueError, match=rf"the column '{name}', a feature, has no finite .* 1 places \(first: row 7\)"
+        ):
+            Latents.of(frame)
+    frame = frames.DataFrame(MEASURED).astype({"grade": float})
+    frame.loc[7, "grade"] = np.nan
+    assert Latents.of(frame).labels[7].tolist() == [-1]
+
+
+@pytest.mark.parametrize("names", [("a", "b"), (0, 1)])
+def test_an_index_of_pandas_is_left_out(names, tmp_path):
+    frames = pytest.importorskip("pandas")
+    frame = frames.DataFrame({names[0]: Z[:, 0], names[1]: Z[:, 1]})
+    frame.to_csv(tmp_path / "once.csv")
+    frames.read_csv(tmp_path / "once.csv").to_csv(tmp_path / "twice.csv")
+    frame[frame[names[0]] > 0].rename(columns=str).to_parquet(tmp_path / "some.parquet")
+    for file in sorted(tmp_path.iterdir()):
+        latents = load_latents(file)
+        assert latents.columns == tuple(map(str, names)) and "an index that pandas wrote" in latents.notes[0], file
+
+
+def test_what_has_a_name_of_another_use_is_noted(tmp_path):
+    def saved(**arrays):
+        np.savez(tmp_path / "a.npz", **arrays)
+        return load_latents(tmp_path / "a.npz")
+
+    found = saved(z=Z, position=ANIMALS, donor=np.arange(N), caption=ANIMALS, color=CODES)
+    assert found.names == ("color",) and found.notes == (
+        "'caption' is taken for the samples themselves, which reports show, not for a concept",
+        "left out: 'position', 'donor', as the commands write it; a concept needs another name",
+    )
+    assert saved(emb=Z, x=np.arange(N) % 3).names == ("x",)
+
+
+def test_classes_with_far_gaps_are_coded_without():
+    def of(*values):
+        return Latents.of(Z[: len(values)], {"shop": np.array(values)})
+
+    trained = of(70_000, 5, -1, 8_000_007, 5)
+    assert trained.labels[:, 0].tolist() == [1, 0, -1, 2, 0] and trained.classes == {"shop": ("5", "70000", "8000007")}
+    for other, codes in ((of(5, 5, 70_000), [0, 0, 1]), (of(5, -1, 6), [0, -1, 3])):
+        coded = other.coded_like(trained.classes, {}, ["shop"])
+        assert coded.labels[:, 0].tolist() == codes and coded.classes["shop"][:3] == trained.classes["shop"]
+    assert of(2, 999).labels[:, 0].tolist() == [2, 999] and not of(2, 999).classes
+    older = trained.coded_like({}, {}, ["shop"])  # a run that took numbers as they are
+    assert older.labels[:, 0].tolist() == [70_000, 5, -1, 8_000_007, 5] and not older.classes
+    assert of(2000, 3000).coded_like({}, {"shop": (2500.0,)}, ["shop"]).labels[:, 0].tolist() == [0, 1]
+    with pytest.raises(ValueError, match="labels of 'shop' are texts, expected numbers"):
+        of("a", "b").coded_like({}, {}, ["shop"])
+
+
+def test_a_continuous_concept_may_be_whole_and_below_zero(tmp_path):
+    np.savez(tmp_path / "a.npz", z=Z[:4], age=np.array([-1, -2, 3, 0]))
+    found = load_latents(tmp_path / "a.npz", concepts=["age"], continuous=["age"]).coded_like(
+        {}, {"age": (-1.5, 1)}, ["age"]
+    )
+    assert found.values["age"].tolist() == [-1, -2, 3, 0] and found.labels[:, 0].tolist() == [1, 0, 2, 1]
+    assert Latents.of(Z[:3], {"age": [np.nan] * 3}, continuous=["age"]).labels[:, 0].tolist() == [-1] * 3

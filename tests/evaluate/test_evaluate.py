@@ -128,7 +128,11 @@ def test_missing_labels_other_concepts_and_unsupervised_models(trained):
     more[:, 2] = torch.arange(len(z)) % 2
     found = evaluate(model, z, more, [*NAMES, "still"], concepts=["shape", "still"], max_samples=150)
     assert found["concepts"] == ["shape", "still"]
-    assert list(found["swap"]["iin"]) == ["shape"] and list(found["swap"]["iin"]["shape"]["keep"]) == ["still"]
+    assert list(found["swap"]["iin"]) == ["shape"] and list(found["mig"]["iin"]["gaps"]) == ["shape", "still"]
+    assert list(found["swap"]["iin"]["shape"]["keep"]) == ["still", "color"]  # what is not asked for is kept, too
+    more[:, 2] = 0  # one class says nothing of what is kept
+    found = evaluate(model, z, more, [*NAMES, "still"], concepts=["shape"], max_samples=150)
+    assert list(found["swap"]["iin"]["shape"]["keep"]) == ["color"]
     plain = iin_fast.IIN(10, n_flows=1, hidden_dim=8, generator=torch.Generator().manual_seed(1))
     plain(z)  # starts its ActNorm
     found = evaluate(plain, z, labels, NAMES, max_samples=150)
@@ -181,6 +185,16 @@ def test_likelihoods_of_known_distributions(trained):
         assert nats_per_dim(model, held_out, batch=70) == pytest.approx(
             -model.log_prob(held_out).mean().item() / 10, rel=1e-5
         )
+
+
+def test_the_gaussian_has_the_scale_of_the_latents():
+    z = np.random.default_rng(0).standard_normal((400, 8))
+    wanted = gaussian_nats_per_dim(z[:40], z[40:])
+    for scale in (1e-5, 1e-8, 1e-20):
+        found = gaussian_nats_per_dim(scale * z[:40], scale * z[40:])
+        assert abs(found - np.log(scale) - wanted) < 1e-9
+    assert np.isfinite(gaussian_nats_per_dim(np.ones((4, 2)), np.ones((4, 2))))
+    assert np.isfinite(gaussian_nats_per_dim(np.zeros((4, 2)), np.zeros((4, 2))))
 
 
 def test_invertibility_error_is_that_of_the_round_trip(trained):

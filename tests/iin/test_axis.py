@@ -1,5 +1,7 @@
 """Directions of factor space, and outlier scores."""
 
+import math
+
 import pytest
 import torch
 
@@ -86,6 +88,7 @@ def test_outlier_score_is_calibrated(make):
         (lambda m, z: m.traverse(z, z[0], 1.0), ValueError, r"positions has shape \[\]"),
         (lambda m, z: m.traverse(z, z[0], []), ValueError, "positions has shape"),
         (lambda m, z: m.traverse(z, z[0], ["a"]), TypeError, "positions is"),
+        (lambda m, z: m.traverse(z, z[0], [0, math.nan]), ValueError, "positions is .*, expected finite numbers"),
         (lambda m, z: m.outlier_score(z, z[:0]), ValueError, "held_in has shape"),
         (lambda m, z: m.outlier_score(z, 3), TypeError, "held_in is a int"),
         (lambda m, z: m.outlier_score(z, z[:, :3]), ValueError, r"z has shape \[6, 3\]"),

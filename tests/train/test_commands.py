@@ -204,6 +204,20 @@ def test_the_settings_say_what_each_option_is():
     assert list(docstring_entries(Settings.__doc__)) == [field.name for field in fields(Settings)]
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--context", "nope"), "context is 'nope', expected a concept of the latents: digit, color"),
+        (("--held-out", "-0.5"), "held_out is -0.5, expected 0 to below 1"),
+        (("--held-out", "5"), "held_out is 5.0, expected 0 to below 1"),
+        (("--method", "foo"), "method is 'foo', expected 'linear', 'published' or 'paper'"),
+    ],
+)
+def test_dims_refuses_what_is_out_of_range(file, words, message):
+    code, output = run("dims", file, *words)
+    assert code == 2 and message in output, output
+
+
 def test_dims(file, latents):
     code, output = run("dims", file)
     assert code == 0
@@ -471,6 +485,72 @@ def test_from_a_table_to_numbers_of_a_continuous_concept(latents, tmp_path):
     code, output = run("evaluate", folder, tmp_path / "some.csv", "--max-samples", 200)
     assert code == 0, output
     assert run_folder._latents(tmp_path / "some.csv", folder).labels[:, 0].unique().tolist() == [1, 2, 3]
+
+
+def test_a_run_knows_the_columns_of_its_table(latents, tmp_path):
+    """Columns in another order, a few rows and shards, labels of another kind: what is a feature says the run."""
+    frames = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    names = ["ash", "acid", "proline", "hue", "malic", "phenols", "tint", "tannin"]
+    table = frames.DataFrame(latents.z.numpy().astype(float), columns=names)
+    table["proline"] = (100 * table["proline"]).round().astype(int)
+    table["cultivar"] = np.array(["ant", "bee", "cat", "dog"])[latents.labels[:, 0]]
+    table.to_csv(tmp_path / "all.csv", index=False)
+    table[[*names[::-1], "cultivar"]].to_csv(tmp_path / "turned.csv", index=False)
+    table[:5].assign(cultivar=range(5)).to_csv(tmp_path / "few.csv", index=False)
+    table.drop(columns="hue").to_csv(tmp_path / "less.csv", index=False)
+    small = ("--steps", 4, "--n-flows", 1, "--hidden-dim", 8)
+    code, output = run("train", tmp_path / "all.csv", "--out", tmp_path / "run", *small)
+    assert code == 0 and record(tmp_path / "run")["columns"] == names, output
+    whole = run_folder.encode(tmp_path / "run", tmp_path / "all.csv").tensor
+    for source, rows in (("turned.csv", 600), ("few.csv", 5)):
+        assert torch.equal(run_folder.encode(tmp_path / "run", tmp_path / source).tensor, whole[:rows])
+    turned = Latents.of(table[[*names[::-1], "cultivar"]])
+    assert torch.allclose(run_folder.encode(tmp_path / "run", turned).tensor, whole, atol=1e-5)
+    for words in (("encode",), ("score",)):
+        code, output = run(
+            *words, tmp_path / "run", tmp_path / "all.csv", "--shard", "3/100", "--out", tmp_path / "x.npz"
+        )
+        assert code == 0 and "6 " in output, output
+    code, output = run("encode", tmp_path / "run", tmp_path / "less.csv", "--out", tmp_path / "x.npz")
+    assert code == 2 and "less.csv: has no column of numbers 'hue', expected the 8 columns" in output
+    code, output = run("evaluate", tmp_path / "run", "--max-samples", 50)
+    assert code == 0, output
+    code, output = run("train", "--out", tmp_path / "run", "--resume", "--steps", 6)
+    assert code == 0, output
+
+
+def test_a_resume_refuses_what_it_would_pass_over(file, tmp_path):
+    run_ = ("train", file, "--out", tmp_path / "run")
+    small = ("--steps", 10, "--n-flows", 1, "--hidden-dim", 8, "--seed", 3, "--held-out", 0.2)
+    code, output = run(*run_, *small)
+    assert code == 0, output
+    before = record(tmp_path / "run")
+    for words, message in (
+        (("--seed", 0), "seed is 0, but the run in"),
+        (("--held-out", 0.1), "held_out is 0.1, but the run in"),
+        (("--steps", 3), "steps is 3, but the run in"),
+        (("--epochs", 0.01), "steps is 1, but the run in"),
+        (("--rows", 20), "rows is 20, but the run in"),
+    ):
+        code, output = run(*run_, "--resume", *words)
+        assert code == 2 and message in output, output
+    assert record(tmp_path / "run") == before
+
+
+def test_paths_with_brackets_are_printed_as_they_are(file, tmp_path):
+    folder = tmp_path / "a [" / "b]"
+    code, output = run("train", file, "--out", folder, "--steps", 2, "--n-flows", 1, "--hidden-dim", 8)
+    assert code == 0 and f"written to {folder}; next: iin-fast evaluate {folder}" in output, output
+
+
+def test_the_note_on_outliers_says_what_the_preset_does(latents, tmp_path):
+    z = latents.z.clone()
+    z[0, 0] = 1e4
+    np.savez(tmp_path / "z.npz", z=z)
+    for preset, taken in (("paper", "they are taken as they are"), ("auto", "the farthest usual value is taken")):
+        small = ("--preset", preset, "--steps", 2, "--n-flows", 1, "--hidden-dim", 8)
+        assert taken in run("train", tmp_path / "z.npz", "--out", tmp_path / preset, *small)[1]
 
 
 def test_a_concept_from_two_groups_of_examples(tmp_path):

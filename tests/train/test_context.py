@@ -184,6 +184,32 @@ def test_classes_that_are_texts(tmp_path):
     assert len(factors["color"]) == 3
 
 
+def test_a_class_is_known_before_a_number_or_a_file(tmp_path, monkeypatch):
+    random = np.random.default_rng(0)
+    for name, classes in (("text", np.array(["01", "02", "10"])), ("far", np.array([7, 20_007, 8_000_007]))):
+        np.savez(tmp_path / f"{name}.npz", z=random.normal(size=(120, 4)), kind=classes[np.arange(120) % 3])
+        settings = Settings(context="kind", n_flows=1, hidden_dim=8, steps=2)
+        assert train(tmp_path / f"{name}.npz", tmp_path / name, settings, accelerator="cpu").context_dim == 3
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "02").mkdir()
+    for name, given in (("text", "01"), ("text", "02"), ("far", "20007")):
+        code, output = run("sample", tmp_path / name, "--context", given, "--out", tmp_path / "x.npz", "--n", 3)
+        assert code == 0, output
+        place = {"01": 0, "02": 1, "20007": 1}[given]
+        context = torch.eye(3)[place].repeat(3, 1)
+        drawn = IIN.load(tmp_path / name).sample(3, torch.Generator().manual_seed(0), context=context)
+        assert np.array_equal(np.load(tmp_path / "x.npz")["z"], drawn.detach())
+    code, output = run("sample", tmp_path / "far", "--context", "8", "--out", tmp_path / "x.npz")
+    assert code == 2 and "expected a class of 'kind': 7, 20007, 8000007" in output
+    np.savez(tmp_path / "other.npz", z=random.normal(size=(6, 4)), kind=np.arange(6))
+    with pytest.raises(ValueError, match="the context, have the class '5', expected one of the training: 7, 20007"):
+        run_folder.encode(tmp_path / "far", tmp_path / "other.npz")
+    np.savez(tmp_path / "gap.npz", z=random.normal(size=(120, 4)), kind=np.array([0, 1, 3])[np.arange(120) % 3])
+    train(tmp_path / "gap.npz", tmp_path / "gap", settings, accelerator="cpu")
+    with pytest.raises(ValueError, match="context is 2, expected a class of the training: 0, 1, 3"):
+        run_folder.sample(tmp_path / "gap", 3, context=2)
+
+
 def test_factors_in_a_table_come_back(tmp_path):
     random = np.random.default_rng(0)
     np.savez(tmp_path / "z.npz", z=random.normal(size=(60, 4)), color=random.integers(2, size=60))
@@ -198,6 +224,11 @@ def test_factors_in_a_table_come_back(tmp_path):
     wanted = run_folder.decode(tmp_path / "run", factors)
     found = run_folder.decode(tmp_path / "run", tmp_path / "factors.csv")
     assert torch.allclose(found, wanted, atol=1e-6)
+    settings = Settings({"color": 2}, n_flows=1, hidden_dim=8, steps=2, precision="64-true")
+    train(tmp_path / "z.npz", tmp_path / "double", settings, accelerator="cpu")
+    save_arrays(tmp_path / "factors.csv", run_folder.encode(tmp_path / "double", tmp_path / "z.npz"))
+    found = run_folder.decode(tmp_path / "double", tmp_path / "factors.csv")
+    assert torch.allclose(found, torch.from_numpy(np.load(tmp_path / "z.npz")["z"]), rtol=0, atol=1e-12)
     (tmp_path / "cut.csv").write_text("color0\n1.0\n")
     with pytest.raises(ValueError, match="has no column 'color1', expected 2 of the factor 'color'"):
         run_folder.decode(tmp_path / "run", tmp_path / "cut.csv")

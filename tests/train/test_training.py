@@ -442,6 +442,20 @@ def test_a_missing_package_is_named(latents, settings, tmp_path, monkeypatch, pa
     assert not (tmp_path / "run").exists()
 
 
+def test_a_residual_is_what_the_concepts_leave_over(latents, settings, tmp_path, capsys):
+    with pytest.raises(ValueError, match="which sums to 5, expected 8, the features of the latents, where residual"):
+        train(latents, tmp_path / "a", settings(factors={"digit": 2, "residual": 3}), accelerator="cpu")
+    given = settings(factors={"digit": 2, "residual": 6}, steps=2)
+    assert train(latents, tmp_path / "a", given, accelerator="cpu", progress=True).sizes == {"digit": 2, "residual": 6}
+    assert "color: no factor" in capsys.readouterr().out
+
+
+def test_latents_of_one_direction_are_refused(tmp_path):
+    z = torch.randn(60, 1, generator=torch.Generator().manual_seed(0)) * torch.arange(1, 5) + torch.arange(4)
+    with pytest.raises(ValueError, match="latents vary in 1 direction beside constants and copies, expected 2"):
+        train(Latents.of(z), tmp_path / "run", None, accelerator="cpu")
+
+
 def test_what_does_not_fit_is_refused(latents, settings, tmp_path):
     run = tmp_path / "run"
     with pytest.raises(TypeError, match="settings is a dict, expected iin_fast.train.Settings"):
