@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ..arrays import MISSING, checked_latents, to_numpy
+from ..checks import checked_int
 from ..files import write_file
 from ..iin import IIN
 from ..iin.model import unwrapped
@@ -105,6 +106,7 @@ def evaluate(
     model = unwrapped(where, model)
     say = progress or (lambda what: None)
     names = list(names)
+    checked_int(where, "max_samples", max_samples)
     x, codes = _data(where, "z", z, "labels", labels, names, concepts, model.dim)
     source = "training samples"
     if (train_z is None) != (train_labels is None):

@@ -147,6 +147,8 @@ def test_what_does_not_fit_is_refused(trained):
         evaluate(model, z[:, :9], labels, NAMES)
     with pytest.raises(ValueError, match="train_z and train_labels are needed together"):
         evaluate(model, z, labels, NAMES, train_z=train_z)
+    with pytest.raises(ValueError, match="max_samples is 0, expected a positive integer"):
+        evaluate(model, z, labels, NAMES, max_samples=0)
     with pytest.raises(ValueError, match=r"concepts is \['size'\]"):
         evaluate(model, z, labels, NAMES, concepts=["size"])
 
