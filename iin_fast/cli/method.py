@@ -55,7 +55,6 @@ Factor = Annotated[list[str], typer.Option(show_default=False, help="a factor's 
 
 @settings_options
 def train(
-    typed: typer.Context,
     out: Annotated[Path, typer.Option(show_default=False, help="the run folder; all that comes of it goes there")],
     settings: Settings,
     latents: Annotated[Path | None, LATENTS] = None,
@@ -88,6 +87,7 @@ def train(
             help="a function that gives a logger of Lightning Fabric (MLflow, Weights & Biases): package.module:name or file.py:name"
         ),
     ] = "",
+    typed: typer.Context = None,  # type: ignore[assignment]
 ) -> None:
     """Train an IIN on the latents of any pretrained model.
 
@@ -104,7 +104,7 @@ def train(
     keep_freed_memory()
     if latents is None and not resume:
         raise ValueError("LATENTS is missing: iin-fast train LATENTS --out RUN; --resume alone knows those of its run")
-    if resume:
+    if resume and typed is not None:
         _check_given(typed, out, settings)
     fresh = latents is not None and not (resume and (out / "run.json").is_file())
     data: Any = latents  # of a resume the training knows the rows

@@ -601,7 +601,7 @@ def test_errors_are_one_line_with_code_2(trained, file, latents, tmp_path):
         (("train", file, *new, "--accelerator", "abacus"), "accelerator"),
         (("train", constant, *new), "concept 'fixed' has only the class 3 in all samples to train on, expected two"),
         (("dims", alone), "has neither labels nor pairs"),
-        (("dims", file, "--method", "guess"), "method is 'guess', expected 'paper' or 'published'"),
+        (("dims", file, "--method", "guess"), "method is 'guess', expected 'linear', 'published' or 'paper'"),
         (("encode", tmp_path, file, *out), "config.json: no such file"),
         (("encode", trained, narrow, *out), "narrow.npz: z has 5 features, expected 8 like the model in"),
         (("encode", trained, file, "--out", tmp_path / "out.pt"), "ends in '.pt', expected .npz, .safetensors or .csv"),
