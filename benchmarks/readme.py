@@ -589,11 +589,11 @@ def peers_list() -> str:
         differ = len(found["different_under_patch"])
         how = "the same with `patch`" if differ == 0 else f"{differ} end otherwise with `patch`"
         calls = sum(found["op_calls_under_patch"].values())
-        lines.append(f"- {name} {at}: {', '.join(ended)}; {how}, in {calls} calls of fused ops")
+        lines.append(f"- {name} {at}: {', '.join(ended)}; {how}, in {calls} calls of fused ops.")
     lines += ["", f"`tests/dropin` on repositories (torch {sources['machine']['torch']}):", ""]
     for name, found in sources["sources"].items():
         failed = f"{len(found['failed'])} failed" if found["failed"] else "none failed"
-        lines.append(f"- {name} at {found['commit'][:7]}: {sum(found['passed'].values())} passed, {failed}")
+        lines.append(f"- {name} at {found['commit'][:7]}: {sum(found['passed'].values())} passed, {failed}.")
     return "\n".join(lines)
 
 

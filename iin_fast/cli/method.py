@@ -553,21 +553,13 @@ def _part(run: Path, latents: Path, shard: str) -> Any:
 
 def _check_given(typed: typer.Context, out: Path, settings: Settings) -> None:
     """Refuse an option of a resume that names a default which is not what the run has: it would be passed over."""
-    from ..train.loop import OPEN
+    from ..train.loop import check_setting
     from ..train.run_folder import recorded
 
-    for name, value in recorded(out).get("settings", {}).items():
+    for name, known in recorded(out).get("settings", {}).items():
         source = typed.get_parameter_source(name)
-        if (
-            source is not None
-            and source.name == "COMMANDLINE"
-            and name not in OPEN
-            and getattr(settings, name, value) != value
-        ):
-            raise ValueError(
-                f"train: {name} is {getattr(settings, name)!r}, but the run in {out} has {value!r}; resume takes the same "
-                "latents and settings"
-            )
+        if source is not None and source.name == "COMMANDLINE":
+            check_setting(name, getattr(settings, name, known), known, out)
 
 
 def _leave_group() -> bool:

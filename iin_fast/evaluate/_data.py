@@ -53,7 +53,7 @@ def checked_factors(where: str, factors: Mapping[str, Tensor | ArrayLike]) -> di
 def checked_labels(
     where: str, labels: Tensor | ArrayLike, names: Sequence[str], n: int, argument: str = "labels", classes: int = 2
 ) -> Codes:
-    """Integers ``[n, concepts]``, -1 where unknown; each concept with two ``classes`` at least among the known ones."""
+    """Integers ``[n, concepts]``, -1 where unknown; each concept with so many ``classes`` at least among the known ones."""
     names = list(names)
     table = to_numpy(labels)
     if table.dtype.kind not in "iub":

@@ -13,7 +13,7 @@ from ..ops.flow_program import flow_program
 from ..ops.types import accumulator_type
 from .actnorm import DataDependentStart
 from .net_steps import NotAProgram, own
-from .program_flow import Read
+from .program_flow import Seen
 from .row_flow import RowFlow, with_base
 from .state_dict_layout import is_sharded
 
@@ -68,7 +68,7 @@ class _Plan(NamedTuple):
     tensors: tuple[tuple[dict[str, Any], str], ...]  # for each tensor the dictionary of its module, and its name there
     layers: nn.ModuleList
     parts: tuple[_Part, ...]
-    permutations: tuple[tuple[dict[str, Any], Read], ...]  # what the program was made of
+    permutations: tuple[tuple[dict[str, Any], Seen], ...]  # what the program was made of
     starts: tuple[DataDependentStart, ...]
 
     def holds(self, layers: nn.Module | None) -> bool:
@@ -256,7 +256,7 @@ class Compose(RowFlow, nn.Module):
             for module in modules
         )
         held = [vars(module)["_buffers"] for module in modules]
-        permutations = tuple((b, Read.of(b["permutation"])) for b in held if "permutation" in b)
+        permutations = tuple((b, Seen.of(b["permutation"])) for b in held if "permutation" in b)
         starts = tuple(m for m in modules if isinstance(m, DataDependentStart))
         return _Plan(program, obstacle, tuple(places), self.layers, parts, permutations, starts)
 

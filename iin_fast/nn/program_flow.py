@@ -20,7 +20,7 @@ from .net_steps import NotAProgram
 from .row_flow import RowFlow, with_base
 from .state_dict_layout import check_permutation
 
-__all__ = ["Orders", "ProgramFlow", "Read", "Stacked", "draw_linear", "empty", "identity_spline_"]
+__all__ = ["Orders", "ProgramFlow", "Seen", "Stacked", "draw_linear", "empty", "identity_spline_"]
 
 Stacked = Callable[
     ..., Ref
@@ -100,7 +100,7 @@ class ProgramFlow(RowFlow, DataDependentStart):
         self._parameter_names = tuple(name for name, value in self._parameters.items() if value is not None)
         self._mask_names = tuple(name for name in self._buffers if name.startswith("mask"))
         self._orders: Orders | None = None
-        self._seen: Read | None = None  # of the permutations
+        self._seen: Seen | None = None  # of the permutations
         self.reset_parameters(generator)
         self._refresh()
 
@@ -123,7 +123,7 @@ class ProgramFlow(RowFlow, DataDependentStart):
         seen = None
         if permutation is not None and readable(permutation):
             orders = tuple(map(tuple, permutation.tolist()))
-            seen = Read.of(permutation)
+            seen = Seen.of(permutation)
         elif permutation is not None:  # no values yet; a program of the right sizes will do
             orders = (tuple(range(self.dim)),) * permutation.shape[0]
         if orders != self._orders:
@@ -296,7 +296,7 @@ def _stacked(builder: ProgramBuilder, tensors: Mapping[str, Tensor], name: str, 
     return builder.ref(tensor, sum(i * math.prod(shape[axis + 1 :]) for axis, i in enumerate(index)))
 
 
-class Read(NamedTuple):
+class Seen(NamedTuple):
     """A tensor as it was when its values went into a program."""
 
     tensor: Tensor
@@ -306,8 +306,8 @@ class Read(NamedTuple):
     )  # on the CPU, where a look at them does not wait: writes through .data and numpy count nowhere
 
     @staticmethod
-    def of(tensor: Tensor) -> "Read":
-        return Read(tensor, version(tensor), tensor.detach().clone() if readable(tensor) and tensor.is_cpu else None)
+    def of(tensor: Tensor) -> "Seen":
+        return Seen(tensor, version(tensor), tensor.detach().clone() if readable(tensor) and tensor.is_cpu else None)
 
     def holds(self, tensor: Tensor | None) -> bool:
         """Whether ``tensor`` is that one, with the same values."""

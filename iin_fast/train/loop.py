@@ -879,13 +879,18 @@ def _resumed(settings: Settings, record: dict[str, Any], run: Path) -> Settings:
     values = {name: getattr(settings, name) for name in names}
     given = {name: x for name, x in values.items() if x != names[name] and x != preset.get(name, names[name])}
     for name, value in given.items():
-        if name not in OPEN and name in known and known[name] != value:
-            raise ValueError(
-                f"train: {name} is {value!r}, but the run in {run} has {known[name]!r}; resume takes the same latents "
-                "and settings"
-            )
+        if name in known:
+            check_setting(name, value, known[name], run)
     _check_steps(given.get("steps"), record, run)
     return replace(own, **{name: value for name, value in given.items() if name in OPEN})
+
+
+def check_setting(name: str, value: Any, known: Any, run: Path) -> None:
+    """Refuse another value of a setting than that which a run has, unless a resume may change it."""
+    if name not in OPEN and value != known:
+        raise ValueError(
+            f"train: {name} is {value!r}, but the run in {run} has {known!r}; resume takes the same latents and settings"
+        )
 
 
 def _check_steps(steps: int | None, record: dict[str, Any], run: Path) -> None:

@@ -22,22 +22,25 @@ template <class F> const char *report(F &&f) {
 #define ONLY_TYPE ""
 #endif
 
+template <class Storage> constexpr std::string_view torch_name = "";
+template <> constexpr std::string_view torch_name<float> = "float32";
+template <> constexpr std::string_view torch_name<double> = "float64";
+template <> constexpr std::string_view torch_name<__nv_bfloat16> = "bfloat16";
+template <> constexpr std::string_view torch_name<__half> = "float16";
+
+template <class Storage, class F> bool ran(const char *name, F &f) {
+  if constexpr (std::string_view(ONLY_TYPE).empty() || torch_name<Storage> == ONLY_TYPE)
+    if (torch_name<Storage> == name) {
+      f(Storage());
+      return true;
+    }
+  return false;
+}
+
 // f(Storage()) for a torch dtype's name. Of the others nothing is compiled where there is only one.
 template <class F> void with_type(const char *name, F &&f) {
-  constexpr std::string_view only = ONLY_TYPE;
-  if constexpr (only.empty() || only == "float32")
-    if (!std::strcmp(name, "float32"))
-      return f(float());
-  if constexpr (only.empty() || only == "float64")
-    if (!std::strcmp(name, "float64"))
-      return f(double());
-  if constexpr (only.empty() || only == "bfloat16")
-    if (!std::strcmp(name, "bfloat16"))
-      return f(__nv_bfloat16());
-  if constexpr (only.empty() || only == "float16")
-    if (!std::strcmp(name, "float16"))
-      return f(__half());
-  throw emulator::Fault(std::string("no type ") + name);
+  if (!(ran<float>(name, f) || ran<double>(name, f) || ran<__nv_bfloat16>(name, f) || ran<__half>(name, f)))
+    throw emulator::Fault(std::string("no type ") + name);
 }
 
 struct Matrix {

@@ -251,7 +251,7 @@ def another_list(stack: Compose) -> None:
 
 
 def add_bias(stack: Compose) -> None:
-    stack.layers[2].conditioner[2].bias = nn.Parameter(torch.ones(7).double())
+    stack.layers[2].conditioner[4].bias = nn.Parameter(torch.ones(7).double())
 
 
 def set_option(stack: Compose) -> None:
