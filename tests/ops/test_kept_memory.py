@@ -187,12 +187,13 @@ for _ in range(12):
     (z.square().sum() / 2 - logdet.sum()).backward()
     optimizer.step()
     pages.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-print(max(pages[6:]))
+print(sorted(pages[6:])[3])
 """
 
 
 @needs_new_torch
 @pytest.mark.skipif(sys.platform != "linux", reason="counts page faults of Linux")
 def test_a_plain_training_step_maps_no_new_memory() -> None:
+    # The median: torch gives a buffer of 400 kB back to the system now and then.
     done = subprocess.run([sys.executable, "-c", PAGES], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 100  # else 6600 pages of 4 KiB, or 13 of 2 MiB and the rest
