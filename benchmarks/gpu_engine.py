@@ -77,6 +77,20 @@ def with_maps(call: Call, maps: Any) -> Call:
     return forced
 
 
+def with_tf32(call: Call, products: int) -> Call:
+    """A call that makes each product of float32 of one product of TF32 on tensor cores, or of three."""
+    from iin_fast.ops.flow_program import walk
+
+    def forced() -> object:
+        before, walk.FLOAT32_PRODUCTS = walk.FLOAT32_PRODUCTS, products
+        try:
+            return call()
+        finally:
+            walk.FLOAT32_PRODUCTS = before
+
+    return forced
+
+
 def compiled_call(run: Run, case: Case) -> Call:
     """The step of the definition, whose density torch.compile has made."""
     import torch
@@ -109,9 +123,15 @@ def systems(run: Run, case: Case) -> Iterator[tuple[str, Callable[[], Call]]]:
     def ours(**adam: Any) -> Call:
         return prepare("iin-fast", engine.ours, **adam)
 
+    def captured(products: int) -> Call:
+        call = with_tf32(ours() if run.dry else ours(capturable=True), products)
+        return call if run.dry else graphed(call)
+
     yield "iin-fast", ours
     if not run.dry:
-        yield "iin-fast, CUDA graph", lambda: graphed(ours(capturable=True))
+        yield "iin-fast, CUDA graph", lambda: captured(0)
+    for products in (3,) if run.dry else (1, 3):
+        yield f"iin-fast, {products} x TF32, CUDA graph", lambda products=products: captured(products)  # type: ignore[misc]
     yield "iin-fast, layer by layer", lambda: with_maps(ours(), LAYER_BY_LAYER)
     yield "plain torch", lambda: with_maps(ours(), reference.DEFINITION)
     for side, model in engine.SIDES.items():

@@ -50,6 +50,7 @@ EXPECTED = {
         "tensor cores",
     ),
     r"^program_(forward|backward)_kernel<": ("async copy",),
+    r"^program_(forward|backward)_kernel<float, [13]>": ("tensor cores",),
     r"^spline_forward_kernel<\w+, (true|1)>": ("load 16",),
     r"^spline_backward_kernel<\w+, (true|1)>": ("load 16", "store 16"),
 }

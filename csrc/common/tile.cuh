@@ -52,6 +52,47 @@ template <class Precision> constexpr bool sums_leave = std::is_same_v<Precision,
 // Blocks of a multiprocessor at once that the compiler leaves registers for; about as many fit the shared memory.
 template <class Precision> constexpr int blocks_at_once = sizeof(typename Precision::Storage) == 8 ? 2 : 3;
 
+// A float32 as one number of TF32, or as two. The large one is rounded by hand: what cvt does beside it is for infinity
+// and NaN, and takes as many instructions again. Of the small one tensor cores leave the last bits out.
+struct Tf32Parts {
+  uint32_t big, small;
+};
+template <bool split> __device__ __forceinline__ Tf32Parts tf32_parts(float value) {
+  if constexpr (!split)
+    return {to_tf32(value), 0};
+  // Infinity is split into a finite number and infinity. Split into infinity and NaN, or infinity and 0, its products
+  // would be NaN.
+  constexpr float largest = 0x1p100f;
+  const float finite = fminf(fmaxf(value, -largest), largest);
+  Tf32Parts parts;
+  memcpy(&parts.big, &finite, 4);
+  parts.big = (parts.big + 0x1000u) & ~0x1fffu; // to 10 bits after the point
+  float rounded;
+  memcpy(&rounded, &parts.big, 4);
+  const float rest = value - rounded;
+  memcpy(&parts.small, &rest, 4);
+  return parts;
+}
+
+// sum[j] += left right[j] for a warp's tiles of 16 rows x 8 columns, over 8 of the depth.
+template <bool split, int tiles>
+__device__ __forceinline__ void multiply_tf32(float (&sum)[tiles][4], const Tf32Parts (&left)[4],
+                                              const Tf32Parts (&right)[tiles][2]) {
+  const uint32_t big[4] = {left[0].big, left[1].big, left[2].big, left[3].big};
+  if constexpr (split) {
+    const uint32_t small[4] = {left[0].small, left[1].small, left[2].small, left[3].small};
+#pragma unroll
+    for (int j = 0; j < tiles; ++j)
+      mma_tf32(sum[j], small, {right[j][0].big, right[j][1].big});
+#pragma unroll
+    for (int j = 0; j < tiles; ++j)
+      mma_tf32(sum[j], big, {right[j][0].small, right[j][1].small});
+  }
+#pragma unroll
+  for (int j = 0; j < tiles; ++j)
+    mma_tf32(sum[j], big, {right[j][0].big, right[j][1].big});
+}
+
 // sum[i][j] += a w for a warp's tiles of 16 rows × 8 columns, over one step of the depth. `a` and `w` point into shared
 // memory; a_turned: rows of it are the depth; w_turned: rows of it are columns of the product.
 template <class Precision, int row_tiles, int column_tiles, bool a_turned, bool w_turned, int lda, int ldw>
@@ -82,40 +123,19 @@ __device__ __forceinline__ void multiply_step(compute_t<typename Precision::Stor
     }
   } else if constexpr (sizeof(Storage) == 4) {
     constexpr bool split = std::is_same_v<Precision, Tf32x3>;
-    const auto take = [&](float value, uint32_t &big, uint32_t &small) {
-      // Infinity is split into a finite number and infinity. Split into infinity and NaN, or infinity and 0, its
-      // products would be NaN.
-      constexpr float largest = 0x1p100f;
-      big = to_tf32(split ? fminf(fmaxf(value, -largest), largest) : value);
-      if constexpr (split) {
-        float rounded;
-        memcpy(&rounded, &big, 4);
-        small = to_tf32(value - rounded);
-      }
-    };
-    uint32_t right[column_tiles][2], right_small[column_tiles][2];
+    Tf32Parts right[column_tiles][2];
 #pragma unroll
     for (int j = 0; j < column_tiles; ++j)
 #pragma unroll
       for (int e = 0; e < 2; ++e)
-        take(w[w_at(pair + 4 * e, 8 * j + group)], right[j][e], right_small[j][e]);
+        right[j][e] = tf32_parts<split>(w[w_at(pair + 4 * e, 8 * j + group)]);
 #pragma unroll
     for (int i = 0; i < row_tiles; ++i) {
-      uint32_t left[4], left_small[4];
+      Tf32Parts left[4];
 #pragma unroll
       for (int e = 0; e < 4; ++e)
-        take(a[a_at(16 * i + group + e % 2 * 8, pair + e / 2 * 4)], left[e], left_small[e]);
-      if constexpr (split) {
-#pragma unroll
-        for (int j = 0; j < column_tiles; ++j)
-          mma_tf32(sum[i][j], left_small, right[j]);
-#pragma unroll
-        for (int j = 0; j < column_tiles; ++j)
-          mma_tf32(sum[i][j], left, right_small[j]);
-      }
-#pragma unroll
-      for (int j = 0; j < column_tiles; ++j)
-        mma_tf32(sum[i][j], left, right[j]);
+        left[e] = tf32_parts<split>(a[a_at(16 * i + group + e % 2 * 8, pair + e / 2 * 4)]);
+      multiply_tf32<split>(sum[i], left, right);
     }
   } else {
     static_assert(column_tiles % 2 == 0, "load_matrices brings two column tiles at once");

@@ -103,7 +103,7 @@ template <class T> int64_t chosen(const Plan &plan, int64_t batch, bool inverse,
 std::tuple<Tensor, Tensor, Tensor> flow_program(const Tensor &x,                      // [batch, dim]
                                                 const std::optional<Tensor> &context, // [batch, context]
                                                 const std::vector<Tensor> &parameters, StringHandle program,
-                                                bool inverse, bool base, int64_t keep) {
+                                                bool inverse, bool base, int64_t keep, int64_t /* tf32 */) {
   const std::shared_ptr<const Plan> plan = plan_of(text_of(program));
   check_keep(*plan, keep);
   const Inputs in = checked_on_cpu(*plan, x, context, parameters);
@@ -212,7 +212,7 @@ flow_program_backward(const std::optional<Tensor> &grad_y, // [batch, dim], none
                       const Tensor &x,                     // [batch, dim]
                       const Tensor &saved, const std::optional<Tensor> &context, const std::vector<Tensor> &parameters,
                       StringHandle program, bool inverse, bool base, int64_t keep, bool context_grad,
-                      StringHandle wanted) {
+                      StringHandle wanted, int64_t /* tf32 */) {
   const std::string wanted_text = text_of(wanted);
   const std::shared_ptr<const Plan> plan = plan_of(text_of(program));
   check_keep(*plan, keep);
@@ -251,11 +251,11 @@ flow_program_ahead(const Tensor &grad_logdet, // [batch]
 } // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(iin_fast, m) {
-  m.def("flow_program(Tensor x, Tensor? context, Tensor[] parameters, str program, bool inverse, bool base, int keep)"
-        " -> (Tensor, Tensor, Tensor)");
+  m.def("flow_program(Tensor x, Tensor? context, Tensor[] parameters, str program, bool inverse, bool base, int keep,"
+        " int tf32=0) -> (Tensor, Tensor, Tensor)");
   m.def("flow_program_backward(Tensor? grad_y, Tensor grad_logdet, Tensor x, Tensor saved, Tensor? context,"
-        " Tensor[] parameters, str program, bool inverse, bool base, int keep, bool context_grad, str wanted)"
-        " -> (Tensor, Tensor, Tensor[])");
+        " Tensor[] parameters, str program, bool inverse, bool base, int keep, bool context_grad, str wanted,"
+        " int tf32=0) -> (Tensor, Tensor, Tensor[])");
   m.def("flow_program_ahead(Tensor grad_logdet, Tensor x, Tensor? context, Tensor[] parameters, str program,"
         " bool inverse, bool base, bool context_grad, str wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor[])");
   m.def("flow_program_gains_ahead(str program, int batch, int item, bool inverse) -> bool");

@@ -13,7 +13,8 @@ using torch::stable::contiguous;
 using torch::stable::new_empty;
 using torch::stable::new_zeros;
 
-// The tables of a text for elements of `item` bytes, made once and kept with their copies on devices.
+// The tables of a text for elements of `item` bytes, with or without tensor cores, made once and kept with their copies
+// on devices.
 struct KeptTable {
   std::shared_ptr<const Plan> plan;
   Table tables[2]; // of the walk forward, and of that back
@@ -21,24 +22,25 @@ struct KeptTable {
   std::unordered_map<int, Tensor> copies[2]; // by device
 };
 
-std::shared_ptr<KeptTable> kept_table(const std::string &text, int item) {
+std::shared_ptr<KeptTable> kept_table(const std::string &text, int item, bool tensor) {
   thread_local std::string last_text;
   thread_local int last_item = 0;
+  thread_local bool last_tensor = false;
   thread_local std::shared_ptr<KeptTable> last;
-  if (last != nullptr && item == last_item && text == last_text)
+  if (last != nullptr && item == last_item && tensor == last_tensor && text == last_text)
     return last;
   static std::mutex mutex;
   static auto &tables = *new std::unordered_map<std::string, std::shared_ptr<KeptTable>>; // outlives torch's CUDA
   const std::lock_guard<std::mutex> lock(mutex);
-  std::shared_ptr<KeptTable> &kept = tables[text + (item == 8 ? " double" : " float")];
+  std::shared_ptr<KeptTable> &kept = tables[text + (tensor ? " tensor" : item == 8 ? " double" : " float")];
   if (kept == nullptr) {
     auto made = std::make_shared<KeptTable>();
     made->plan = plan_of(text);
     for (const bool back : {false, true})
-      made->tables[back] = table_of(made->plan->view, item, back);
+      made->tables[back] = table_of(made->plan->view, item, back, tensor);
     kept = made;
   }
-  last_text = text, last_item = item, last = kept;
+  last_text = text, last_item = item, last_tensor = tensor, last = kept;
   if (tables.size() > 256) // a search over architectures must not fill the memory
     tables.clear();
   return last;
@@ -61,18 +63,43 @@ Tensor on_device(KeptTable &kept, bool back, const CudaCall &call, const Tensor 
   return copy;
 }
 
+// What a walk can do where a block has `room` bytes of shared memory: the sum of 1, forward; 2, inverse; 4 and 8,
+// backward of these.
+int64_t walks_of(const KeptTable &kept, int item, int64_t room) {
+  const Table &table = kept.tables[false];
+  if (!table.fits || choose_tile(table.view, 1, item, room, false) < 0)
+    return 0;
+  const bool back = choose_tile(kept.tables[true].view, 1, item, room, true) >= 0;
+  return 3 + (back && !table.sequential[false] ? 4 : 0) + (back && !table.sequential[true] ? 8 : 0);
+}
+
+// f(T(), products of TF32 that make one of T) of a call: none of float64, and where the wider panels of tensor cores
+// leave no room for what plain products can walk.
+template <class F>
+void with_products(const CudaCall &call, const Tensor &x, const std::string &text, int64_t tf32, F &&f) {
+  STD_TORCH_CHECK(tf32 == 0 || tf32 == 1 || tf32 == 3, "flow_program: tf32 must be 0, 1 or 3");
+  with_type(x.scalar_type(), [&](auto type) {
+    if constexpr (sizeof(type) == 4) {
+      const auto walks = [&](bool tensor) { return walks_of(*kept_table(text, 4, tensor), 4, call.shared_room()); };
+      if (tf32 != 0 && walks(true) == walks(false))
+        return tf32 == 1 ? f(type, std::integral_constant<int, 1>()) : f(type, std::integral_constant<int, 3>());
+    }
+    f(type, std::integral_constant<int, 0>());
+  });
+}
+
 // What both directions of a call have in common.
-template <class T> struct Call {
+template <class T, int tf32> struct Call {
   const CudaCall &call;
   const std::shared_ptr<KeptTable> kept;
   const Table &table; // of the walk forward; parts and packed parameters are the same for both
   const Inputs in;
   Tensor packed, orders, bytes;
-  DeviceWalk<T> walk{};
+  DeviceWalk<T, tf32> walk{};
 
   Call(const CudaCall &call, const std::string &program, const Tensor &x, const std::optional<Tensor> &context,
        const std::vector<Tensor> &parameters, bool inverse, bool base)
-      : call(call), kept(kept_table(program, sizeof(T))), table(kept->tables[false]),
+      : call(call), kept(kept_table(program, sizeof(T), tf32 != 0)), table(kept->tables[false]),
         in(checked(*kept->plan, x, context, parameters,
                    [&](const Tensor &t) { return t.is_cuda() && t.get_device_index() == x.get_device_index(); })),
         packed(new_empty(x, {table.packed})), orders(new_empty(x, {table.view.orders}, ScalarType::Int)),
@@ -121,13 +148,13 @@ template <class T> struct Call {
 std::tuple<Tensor, Tensor, Tensor> flow_program(const Tensor &x,                      // [batch, dim]
                                                 const std::optional<Tensor> &context, // [batch, context]
                                                 const std::vector<Tensor> &parameters, StringHandle program,
-                                                bool inverse, bool base, int64_t keep) {
+                                                bool inverse, bool base, int64_t keep, int64_t tf32) {
   const std::string text = text_of(program);
   const CudaCall cuda("flow_program", x);
   Tensor y = new_empty(x, x.sizes()), logdet = new_empty(x, {x.size(0)}), saved = new_empty(x, {0});
-  with_type(x.scalar_type(), [&](auto type) {
+  with_products(cuda, x, text, tf32, [&](auto type, auto products) {
     using T = decltype(type);
-    Call<T> call(cuda, text, x, context, parameters, inverse, base);
+    Call<T, decltype(products)::value> call(cuda, text, x, context, parameters, inverse, base);
     STD_TORCH_CHECK(keep == 0 || !call.sequential(), "flow_program: a GPU has no backward of an autoregressive layer's "
                                                      "sampling direction");
     if (call.walk.batch == 0)
@@ -148,14 +175,14 @@ flow_program_backward(const std::optional<Tensor> &grad_y, // [batch, dim], none
                       const Tensor &x,                     // [batch, dim]
                       const Tensor &saved_in, const std::optional<Tensor> &context,
                       const std::vector<Tensor> &parameters, StringHandle program, bool inverse, bool base,
-                      int64_t keep, bool context_grad, StringHandle wanted_text) {
+                      int64_t keep, bool context_grad, StringHandle wanted_text, int64_t tf32) {
   const std::string wanted = text_of(wanted_text), text = text_of(program);
   const CudaCall cuda("flow_program_backward", x);
   Tensor grad_x = new_empty(x, x.sizes()), grad_context = new_empty(x, {0});
   std::vector<Tensor> grads;
-  with_type(x.scalar_type(), [&](auto type) {
+  with_products(cuda, x, text, tf32, [&](auto type, auto products) {
     using T = decltype(type);
-    Call<T> call(cuda, text, x, context, parameters, inverse, base);
+    Call<T, decltype(products)::value> call(cuda, text, x, context, parameters, inverse, base);
     const int64_t batch = call.walk.batch;
     check_gradients(*call.kept->plan, call.in, grad_y, grad_logdet, wanted);
     STD_TORCH_CHECK(!call.sequential(),
@@ -177,7 +204,7 @@ flow_program_backward(const std::optional<Tensor> &grad_y, // [batch, dim], none
     Tensor inputs = keep != 0 ? contiguous(saved_in) : new_empty(x, {call.table.view.layer_count, batch, x.size(1)});
     STD_TORCH_CHECK(inputs.numel() == call.table.view.layer_count * x.numel(),
                     "flow_program: saved is not of this program and batch");
-    DeviceWalkBack<T> back{};
+    DeviceWalkBack<T, decltype(products)::value> back{};
     call.walk.inputs = mutable_data<T>(inputs);
     call.pack();
     if (keep == 0) {
@@ -203,8 +230,7 @@ flow_program_backward(const std::optional<Tensor> &grad_y, // [batch, dim], none
   return {grad_x, grad_context, grads};
 }
 
-// What a GPU can do with a program of elements of `item` bytes: the sum of 1, the walk in the forward direction; 2, in
-// the inverse one; 4 and 8, backward of these.
+// walks_of() a program of elements of `item` bytes on a GPU.
 int64_t cuda_program_walks(StringHandle program, int64_t item, int64_t device) {
   const std::string text = text_of(program);
   const CudaDriver *const driver = cuda_driver();
@@ -214,12 +240,7 @@ int64_t cuda_program_walks(StringHandle program, int64_t item, int64_t device) {
       driver->cuDeviceGetAttribute(&room, CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, handle) !=
           CUDA_SUCCESS)
     return 0;
-  const std::shared_ptr<KeptTable> kept = kept_table(text, static_cast<int>(item));
-  const Table &table = kept->tables[false];
-  if (!table.fits || choose_tile(table.view, 1, static_cast<int>(item), room, false) < 0)
-    return 0;
-  const bool back = choose_tile(kept->tables[true].view, 1, static_cast<int>(item), room, true) >= 0;
-  return 3 + (back && !table.sequential[false] ? 4 : 0) + (back && !table.sequential[true] ? 8 : 0);
+  return walks_of(*kept_table(text, static_cast<int>(item), false), static_cast<int>(item), room);
 }
 
 } // namespace

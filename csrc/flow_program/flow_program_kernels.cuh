@@ -4,8 +4,9 @@
 // Bytes: x, y and the log-det once, and the input of every layer where backward follows. Weights come from the L2 cache
 // to shared memory once a tile: panels of columns in the order in which the walk reads them, the next one on its way
 // while one is at work. Activations never leave shared memory. Arithmetic: 2 flops a weight and row each way, 4 more
-// for the gradients; plain float32 or float64 multiply-adds (exact like the definition; no tensor cores), of which a
-// thread has 4 rows x 1 to 4 columns in registers.
+// for the gradients; plain float32 or float64 multiply-adds, of which a thread has 4 rows x 1 to 4 columns in
+// registers, or one or three products of TF32 on tensor cores for each of float32 (common/tile.cuh), of which a warp
+// has 16 columns x 8 to 32 rows.
 //
 // Small nets are what it is for: the published IIN has flow_kernels.cuh, where blocks share each net.
 //
@@ -24,13 +25,15 @@
 #include "common/affine.h"
 #include "common/mma.cuh"
 #include "common/rows.cuh"
+#include "common/tile.cuh"
 #include "flow_program/flow_program_parts.cuh"
 #include "spline_coupling/spline_coupling_kernels.cuh"
 
 namespace iin_fast {
 
-// What a walk reads and writes.
-template <class T> struct DeviceWalk {
+// What a walk reads and writes. tf32: products of TF32, on tensor cores, that make one of float32; 0: plain
+// multiply-adds.
+template <class T, int tf32> struct DeviceWalk {
   const unsigned char *table; // of flow_program_table.h
   TableView view;             // where its parts begin
   T *packed;                  // parameters as the walk reads them
@@ -43,8 +46,8 @@ template <class T> struct DeviceWalk {
   bool inverse, base;
 };
 
-template <class T> struct DeviceWalkBack {
-  DeviceWalk<T> walk;
+template <class T, int tf32> struct DeviceWalkBack {
+  DeviceWalk<T, tf32> walk;
   const T *grad_y, *grad_logdet; // [batch, dim] or null for 0, [batch]
   T *grad_x, *grad_context;      // null where not wanted
   T *accumulators;               // [blocks, view.accumulator]
@@ -62,18 +65,20 @@ template <class T> struct Strided {
   __device__ __forceinline__ T &operator[](int k) const { return first[k * stride]; }
 };
 
-// Vectors of 16 bytes.
-template <class T> struct Vector {
-  static constexpr int size = 16 / sizeof(T);
+// Vectors of 16 bytes, or of 8.
+template <class T, int size_ = 16 / sizeof(T)> struct Vector {
+  static constexpr int size = size_;
+  using Access = std::conditional_t<size * sizeof(T) == 16, uint4, uint2>;
   T at[size];
 };
-template <class T> __device__ __forceinline__ Vector<T> load_shared(const T *from) {
-  Vector<T> v;
-  *reinterpret_cast<uint4 *>(&v) = *reinterpret_cast<const uint4 *>(from);
+template <class V, class T> __device__ __forceinline__ V load_shared(const T *from) {
+  V v;
+  *reinterpret_cast<typename V::Access *>(&v) = *reinterpret_cast<const typename V::Access *>(from);
   return v;
 }
-template <class T> __device__ __forceinline__ void store_shared(const Vector<T> &v, T *to) {
-  *reinterpret_cast<uint4 *>(to) = *reinterpret_cast<const uint4 *>(&v);
+template <class T, int size> __device__ __forceinline__ void store_shared(const Vector<T, size> &v, T *to) {
+  using Access = typename Vector<T, size>::Access;
+  *reinterpret_cast<Access *>(to) = *reinterpret_cast<const Access *>(&v);
 }
 
 // Panels of weights on their way to shared memory, two at a time, in the order of the list.
@@ -110,9 +115,11 @@ template <class T> struct PanelStream {
 
 // The layers of a program on the tile of a block. Every function is called by all threads, finds what it reads in
 // shared memory, and ends behind a barrier.
-template <class T> struct TileWalk {
+template <class T, int tf32> struct TileWalk {
   static constexpr int vector = Vector<T>::size;
-  const DeviceWalk<T> &job;
+  static constexpr bool tensor = tf32 != 0, split = tf32 == 3; // products on tensor cores, of numbers split in two
+
+  const DeviceWalk<T, tf32> &job;
   const TableView &view;
   const int rows, ld; // of the tile, and from feature to feature
   const int thread;
@@ -130,7 +137,7 @@ template <class T> struct TileWalk {
   int valid = 0;                           // rows of the batch in it
 
   // Cuts shared memory as shared_bytes() counts it, and brings what all tiles read of the table.
-  __device__ __forceinline__ TileWalk(const DeviceWalk<T> &job, bool backward, int list)
+  __device__ __forceinline__ TileWalk(const DeviceWalk<T, tf32> &job, bool backward, int list)
       : job(job), view(job.view), rows(1 << job.log_rows), ld(rows + vector), thread(threadIdx.x) {
     even_record = shared_program(), odd_record = even_record + view.record;
     int2 *const table = reinterpret_cast<int2 *>(odd_record + view.record);
@@ -369,28 +376,29 @@ template <class T> struct TileWalk {
   // ---- nets
 
   // out[o][rows] (+)= sum over i of w[i][o] a[i][rows] + bias[o], for the columns of each panel; a thread has 4 rows
-  // (2 in float64) of `columns` neighbouring columns. The bias is the row behind the last. f(o, vector) takes the sums.
-  template <int columns, class F>
+  // (2 in float64) of `columns` neighbouring columns. The bias is the row behind the last. all(sums) may change a
+  // thread's sums before f(o, vector, rows) takes them.
+  template <int columns, class All, class F>
   __device__ __forceinline__ void panel_product(const T *w, const TableMatrix &m, int across, const T *a, int item,
-                                                const F &f) const {
-    const int in = m.in, width = m.width;
+                                                const All &all, const F &f) const {
+    const int in = m.in, stride = m.stride;
     const int o = item % across * columns, r = item / across * vector;
     T sums[columns][vector];
     const T *from = a + r;
     w += o;
 #pragma unroll
     for (int c = 0; c < columns; ++c) {
-      const T start = m.bias ? w[in * width + c] : T(0);
+      const T start = m.bias ? w[in * stride + c] : T(0);
 #pragma unroll
       for (int k = 0; k < vector; ++k)
         sums[c][k] = start;
     }
 #pragma unroll 8
-    for (int i = 0; i < in; ++i, from += ld, w += width) {
-      const Vector<T> v = load_shared(from);
+    for (int i = 0; i < in; ++i, from += ld, w += stride) {
+      const Vector<T> v = load_shared<Vector<T>>(from);
       T weights[columns];
       if constexpr (columns * sizeof(T) == 16) {
-        const Vector<T> wide = load_shared(w);
+        const Vector<T> wide = load_shared<Vector<T>>(w);
 #pragma unroll
         for (int c = 0; c < columns; ++c)
           weights[c] = wide.at[c];
@@ -406,6 +414,7 @@ template <class T> struct TileWalk {
         for (int k = 0; k < vector; ++k)
           sums[c][k] += weights[c] * v.at[k];
     }
+    all(sums);
 #pragma unroll
     for (int c = 0; c < columns; ++c) {
       Vector<T> sum;
@@ -416,42 +425,119 @@ template <class T> struct TileWalk {
     }
   }
 
-  template <class F> __device__ __forceinline__ void product(const TableMatrix &m, const T *a, const F &f) {
-    const int groups = rows / vector;
+  // The same on tensor cores: a warp has 16 columns of 8 rows, or of several times 8. Of 8 of the depth the first of a
+  // pair in TF32's order is 2 pair, the second 2 pair + 1: so four features, two apart, meet 32 banks.
+  template <int tiles, class All, class F>
+  __device__ __forceinline__ void tensor_product(const T *w, const TableMatrix &m, const T *a, int item, const All &all,
+                                                 const F &f) const {
+    const int in = m.in, across = m.width / 16, lane = thread % warp_lanes, group = lane / 4, pair = lane % 4 * 2;
+    const int o = item % across * 16 + group, r = item / across * 8 * tiles;
+    float sums[tiles][4];
+#pragma unroll
+    for (int j = 0; j < tiles; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        sums[j][e] = m.bias ? w[in * m.stride + o + e / 2 * 8] : 0.0f;
+    for (int begin = 0; begin < in; begin += 64) { // sums leave the tensor cores, which cut them
+      float part[tiles][4] = {};
+      const auto step = [&](int k, auto whole) {
+        Tf32Parts left[4], right[tiles][2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const bool inside = decltype(whole)::value || k + pair + e < in;
+          const T *const weights = w + (k + pair + e) * m.stride + o, *const from = a + (k + pair + e) * ld + r + group;
+          left[2 * e] = tf32_parts<split>(inside ? weights[0] : 0.0f);
+          left[2 * e + 1] = tf32_parts<split>(inside ? weights[8] : 0.0f);
+#pragma unroll
+          for (int j = 0; j < tiles; ++j)
+            right[j][e] = tf32_parts<split>(inside ? from[8 * j] : 0.0f);
+        }
+        multiply_tf32<split>(part, left, right);
+      };
+      const int end = in < begin + 64 ? in : begin + 64;
+      int k = begin;
+#pragma unroll 2
+      for (; k + 8 <= end; k += 8)
+        step(k, std::true_type());
+      if (k < end)
+        step(k, std::false_type());
+#pragma unroll
+      for (int j = 0; j < tiles; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          sums[j][e] += part[j][e];
+    }
+    all(sums);
+#pragma unroll
+    for (int j = 0; j < tiles; ++j)
+#pragma unroll
+      for (int e = 0; e < 2; ++e)
+        f(o + 8 * e, Vector<T, 2>{{sums[j][2 * e], sums[j][2 * e + 1]}}, r + 8 * j + pair);
+  }
+
+  // Calls f(the tiles of 8 that a warp takes at once, its items), of `across` times `eights` of them: so that all warps
+  // have some.
+  template <class F> __device__ __forceinline__ static void with_tiles(int across, int eights, const F &f) {
+    constexpr int warps = program_threads / warp_lanes;
+    if (across * eights >= 4 * warps && eights >= 4)
+      f(std::integral_constant<int, 4>(), across * ((eights + 3) / 4));
+    else if (across * eights >= 2 * warps && eights >= 2)
+      f(std::integral_constant<int, 2>(), across * ((eights + 1) / 2));
+    else
+      f(std::integral_constant<int, 1>(), across * eights);
+  }
+
+  template <class All, class F>
+  __device__ __forceinline__ void plain_product(const T *w, const TableMatrix &m, const T *a, const All &all,
+                                                const F &f) const {
+    const int items = m.width * (rows / vector); // of one column
+    if (items <= program_threads) {
+      if (thread < items)
+        panel_product<1>(w, m, m.width, a, thread, all, f);
+      return;
+    }
+    constexpr int most = vector; // columns of a 16-byte access
+    const int columns = items <= 2 * program_threads ? 2 : most;
+    for (int item = thread; item < items / columns; item += program_threads)
+      if (columns == 2)
+        panel_product<2>(w, m, m.width / 2, a, item, all, f);
+      else
+        panel_product<most>(w, m, m.width / most, a, item, all, f);
+  }
+
+  template <class All, class F>
+  __device__ __forceinline__ void product(const TableMatrix &m, const T *a, const All &all, const F &f) {
     for (int p = 0; p < m.panels; ++p) {
       const T *const w = stream.next();
-      const auto put = [&](int o, const Vector<T> &sum, int r) {
+      const auto put = [&](int o, const auto &sum, int r) {
         if (p * m.width + o < m.out)
           f(p * m.width + o, sum, r);
       };
-      const int all = m.width * groups; // items of one column
-      if (all <= program_threads) {
-        if (thread < all)
-          panel_product<1>(w, m, m.width, a, thread, put);
-      } else {
-        constexpr int most = vector; // columns of a 16-byte access
-        const int columns = all <= 2 * program_threads ? 2 : most;
-        for (int item = thread; item < all / columns; item += program_threads)
-          if (columns == 2)
-            panel_product<2>(w, m, m.width / 2, a, item, put);
-          else
-            panel_product<most>(w, m, m.width / most, a, item, put);
-      }
+      if constexpr (tensor)
+        with_tiles(m.width / 16, rows / 8, [&](auto tiles, int items) {
+          for (int item = thread / warp_lanes; item < items; item += program_threads / warp_lanes)
+            tensor_product<decltype(tiles)::value>(w, m, a, item, all, put);
+        });
+      else
+        plain_product(w, m, a, all, put);
     }
     __syncthreads();
   }
 
   __device__ __forceinline__ void dense_forward(const TableStep &s) {
     T *const out = values + s.out * ld;
-    with_activation(static_cast<Activation>(s.fused), [&](auto activation) {
-      const T slope = static_cast<T>(s.slope);
-      product(s.forward, values + s.a * ld, [&](int o, Vector<T> sum, int r) {
+    const auto activate = [&](auto &sums) {
+      with_activation(static_cast<Activation>(s.fused), [&](auto activation) {
+        const T slope = static_cast<T>(s.slope);
 #pragma unroll
-        for (int k = 0; k < vector; ++k)
-          sum.at[k] = activated<decltype(activation)::value>(sum.at[k], slope);
-        store_shared(sum, out + o * ld + r);
+        for (auto &row : sums)
+#pragma unroll
+          for (T &sum : row)
+            sum = activated<decltype(activation)::value>(sum, slope);
       });
-    });
+    };
+    product(s.forward, values + s.a * ld, activate,
+            [&](int o, const auto &sum, int r) { store_shared(sum, out + o * ld + r); });
   }
 
   // The net of a coupling; leaves its values, the raw sizes of a spline multiplied by their gain.
@@ -660,10 +746,10 @@ template <class T> struct TileWalk {
             return elementwise(s, i, r);
           const TableMatrix &m = s.forward;
           const int panel = i / m.width;
-          const T *w = job.packed + m.at + panel * (m.in + m.bias) * m.width + (i - panel * m.width);
+          const T *w = job.packed + m.at + panel * (m.in + m.bias) * m.stride + (i - panel * m.width);
           const T *a = values + s.a * ld + r;
-          T sum = m.bias ? w[m.in * m.width] : T(0);
-          for (int j = 0; j < m.in; ++j, w += m.width, a += ld)
+          T sum = m.bias ? w[m.in * m.stride] : T(0);
+          for (int j = 0; j < m.in; ++j, w += m.stride, a += ld)
             if (const T weight = *w; weight != T(0)) // what is masked is not known yet
               sum += weight * *a;
           with_activation(static_cast<Activation>(s.fused), [&](auto activation) {
@@ -686,7 +772,7 @@ template <class T> struct TileWalk {
 
   // ---- backward
 
-  __device__ __forceinline__ void backward(const DeviceWalkBack<T> &back, int tile, T *accumulator, bool add) {
+  __device__ __forceinline__ void backward(const DeviceWalkBack<T, tf32> &back, int tile, T *accumulator, bool add) {
     const bool context_grad = back.grad_context != nullptr;
     begin_tile(tile, view.layer_count - 1);
     const int dim = view.dim;
@@ -769,7 +855,7 @@ template <class T> struct TileWalk {
 
   // to[o][i] (+)= sum over rows of d[o] a[i]; a thread has 4 x 4 of them, their columns and rows apart so that
   // neighbouring threads read neighbouring features. Rows beyond the batch have d = 0.
-  __device__ __forceinline__ void outer(const T *d, int out, const T *a, int in, T *to, bool add) const {
+  __device__ __forceinline__ void plain_outer(const T *d, int out, const T *a, int in, T *to, bool add) const {
     constexpr int by = 4;
     const int across = (in + by - 1) / by, down = (out + by - 1) / by;
     for (int item = thread; item < across * down; item += program_threads) {
@@ -780,8 +866,8 @@ template <class T> struct TileWalk {
         Vector<T> left[by], right[by];
 #pragma unroll
         for (int k = 0; k < by; ++k) { // what lies outside is read once more, and not stored
-          left[k] = load_shared(d + (o + k * down < out ? o + k * down : o) * ld + r);
-          right[k] = load_shared(a + (i + k * across < in ? i + k * across : i) * ld + r);
+          left[k] = load_shared<Vector<T>>(d + (o + k * down < out ? o + k * down : o) * ld + r);
+          right[k] = load_shared<Vector<T>>(a + (i + k * across < in ? i + k * across : i) * ld + r);
         }
 #pragma unroll
         for (int p = 0; p < by; ++p)
@@ -812,6 +898,59 @@ template <class T> struct TileWalk {
         for (int q = 0; q < by; ++q)
           if (inside(p, q))
             *place(p, q) = sums[p][q];
+    }
+  }
+
+  // The same on tensor cores, for 16 rows of d from o on and tiles of 8 of a from i on.
+  template <int tiles>
+  __device__ __forceinline__ void tensor_outer(const T *d, int out, const T *a, int in, T *to, bool add, int o,
+                                               int i) const {
+    const int lane = thread % warp_lanes, group = lane / 4, pair = lane % 4;
+    const auto row = [&](const T *from, int feature, int count) { // what lies outside is read again, and not stored
+      return from + (feature < count ? feature : count - 1) * ld + pair;
+    };
+    const T *const first = row(d, o + group, out), *const second = row(d, o + group + 8, out);
+    const T *columns[tiles];
+#pragma unroll
+    for (int j = 0; j < tiles; ++j)
+      columns[j] = row(a, i + 8 * j + group, in);
+    float sums[tiles][4] = {};
+    for (int r = 0; r < valid; r += 8) {
+      Tf32Parts left[4], right[tiles][2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        left[2 * e] = tf32_parts<split>(first[r + 4 * e]), left[2 * e + 1] = tf32_parts<split>(second[r + 4 * e]);
+#pragma unroll
+        for (int j = 0; j < tiles; ++j)
+          right[j][e] = tf32_parts<split>(columns[j][r + 4 * e]);
+      }
+      multiply_tf32<split>(sums, left, right);
+    }
+    const auto each_inside = [&](const auto &f) {
+#pragma unroll
+      for (int j = 0; j < tiles; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          const int down = o + group + e / 2 * 8, across = i + 8 * j + 2 * pair + e % 2;
+          if (down < out && across < in)
+            f(to[down * in + across], sums[j][e]);
+        }
+    };
+    if (add) // all loads under way before the first store
+      each_inside([](T before, float &sum) { sum += before; });
+    each_inside([](T &place, float sum) { place = sum; });
+  }
+
+  __device__ __forceinline__ void outer(const T *d, int out, const T *a, int in, T *to, bool add) const {
+    if constexpr (tensor) {
+      const int down = (out + 15) / 16;
+      with_tiles(down, (in + 7) / 8, [&](auto tiles, int items) {
+        constexpr int count = decltype(tiles)::value;
+        for (int item = thread / warp_lanes; item < items; item += program_threads / warp_lanes)
+          tensor_outer<count>(d, out, a, in, to, add, item % down * 16, item / down * 8 * count);
+      });
+    } else {
+      plain_outer(d, out, a, in, to, add);
     }
   }
 
@@ -882,16 +1021,18 @@ template <class T> struct TileWalk {
           sum_rows(s.rows, accumulator + s.weight_gradient + s.rows * s.forward.in, add,
                    [&](int o, int r) { return d[o * ld + r]; });
         if (to_a)
-          product(s.backward, d, [&](int i, Vector<T> sum, int r) {
-            T *const to = ga + i * ld + r;
-            if (s.add_a) {
-              const Vector<T> before = load_shared(to);
+          product(
+              s.backward, d, [](auto &) {},
+              [&](int i, auto sum, int r) {
+                T *const to = ga + i * ld + r;
+                if (s.add_a) {
+                  const auto before = load_shared<decltype(sum)>(to);
 #pragma unroll
-              for (int c = 0; c < vector; ++c)
-                sum.at[c] += before.at[c];
-            }
-            store_shared(sum, to);
-          });
+                  for (int c = 0; c < sum.size; ++c)
+                    sum.at[c] += before.at[c];
+                }
+                store_shared(sum, to);
+              });
         else
           __syncthreads();
         break;
@@ -950,19 +1091,19 @@ template <class T> struct TileWalk {
   }
 };
 
-template <class T>
-__global__ void __launch_bounds__(program_threads, 1)
-    program_forward_kernel(const __grid_constant__ DeviceWalk<T> job) {
-  TileWalk<T> walk(job, false, job.inverse ? list_inverse : list_forward);
+template <class T, int tf32>
+__global__ void __launch_bounds__(program_threads, sizeof(T) == 4 ? 2 : 1)
+    program_forward_kernel(const __grid_constant__ DeviceWalk<T, tf32> job) {
+  TileWalk<T, tf32> walk(job, false, job.inverse ? list_inverse : list_forward);
   for (int tile = blockIdx.x; tile < job.tiles; tile += gridDim.x)
     walk.forward(tile);
 }
 
-template <class T>
-__global__ void __launch_bounds__(program_threads, 1)
-    program_backward_kernel(const __grid_constant__ DeviceWalkBack<T> job) {
+template <class T, int tf32>
+__global__ void __launch_bounds__(program_threads, sizeof(T) == 4 ? 2 : 1)
+    program_backward_kernel(const __grid_constant__ DeviceWalkBack<T, tf32> job) {
   const int list = list_backward + (job.walk.inverse ? 1 : 0) + (job.grad_context != nullptr ? 2 : 0);
-  TileWalk<T> walk(job.walk, true, list);
+  TileWalk<T, tf32> walk(job.walk, true, list);
   T *const accumulator = job.accumulators + static_cast<int64_t>(blockIdx.x) * job.walk.view.accumulator;
   for (int tile = blockIdx.x; tile < job.walk.tiles; tile += gridDim.x)
     walk.backward(job, tile, accumulator, tile != static_cast<int>(blockIdx.x));
@@ -971,7 +1112,7 @@ __global__ void __launch_bounds__(program_threads, 1)
 // ---- launches
 
 // Accumulators, and blocks, of a walk back: one for each multiprocessor of an H100, or two where two blocks fit one.
-template <class T> unsigned program_accumulators(const DeviceWalk<T> &walk) {
+template <class T, int tf32> unsigned program_accumulators(const DeviceWalk<T, tf32> &walk) {
   const int most = shared_bytes(walk.view, 1 << walk.log_rows, sizeof(T), true) <= 110 * 1024 ? 256 : 128;
   return static_cast<unsigned>(walk.tiles < most ? walk.tiles : most);
 }
@@ -1006,10 +1147,11 @@ void each_parts(const Table &table, const Data &data, const Gradient &gradient, 
     DevicePart<T> &part = parts.parts[count++];
     part.kind = p.kind, part.in = p.in, part.out = p.out, part.panels = p.panels, part.inverted = p.inverted;
     part.bool_mask = dense && p.b.present() && is_bool(p.b), part.storage = p.storage, part.form = p.form;
-    part.width = p.forward.width, part.back_width = p.backward.width;
+    part.way = {p.forward.at, p.forward.width, p.forward.stride};
+    part.back = {p.backward.at, p.backward.width, p.backward.stride};
     part.gain = p.gain, part.gain_rows = p.gain_rows, part.gain_count = p.gain_count, part.eps = p.eps;
     part.a = data(p.a), part.b = data(p.b), part.c = data(p.c), part.d = data(p.d);
-    part.packed = p.packed, part.forward = p.forward.at, part.backward = p.backward.at, part.gradient = p.gradient;
+    part.packed = p.packed, part.gradient = p.gradient;
     part.to_a = gradient(p.a), part.to_b = dense ? nullptr : gradient(p.b);
     part.to_c = gradient(p.c), part.to_d = gradient(p.d);
     const int64_t elements = dense                         ? static_cast<int64_t>(p.in) * p.out
@@ -1032,9 +1174,9 @@ void launch_program_pack(const Table &table, const Data &data, const IsBool &is_
 }
 
 // The gradients of parameters, after launch_program_backward.
-template <class T, class Data, class Gradient, class IsBool, class Launch>
-void launch_program_sum(const Table &table, const DeviceWalkBack<T> &back, const Data &data, const Gradient &gradient,
-                        const IsBool &is_bool, Launch &&launch) {
+template <class T, int tf32, class Data, class Gradient, class IsBool, class Launch>
+void launch_program_sum(const Table &table, const DeviceWalkBack<T, tf32> &back, const Data &data,
+                        const Gradient &gradient, const IsBool &is_bool, Launch &&launch) {
   each_parts<T>(table, data, gradient, is_bool, [&](const DeviceParts<T> &parts, int count, unsigned blocks) {
     launch(program_sum_kernel<T>, dim3(blocks, count), dim3(program_threads), parts,
            static_cast<const T *>(back.walk.packed), static_cast<const T *>(back.accumulators), table.view.accumulator,
@@ -1043,19 +1185,20 @@ void launch_program_sum(const Table &table, const DeviceWalkBack<T> &back, const
 }
 
 // `blocks`: of the walk.
-template <class T, class Launch>
-void launch_program_forward(const DeviceWalk<T> &walk, int *orders, unsigned blocks, Launch &&launch) {
+template <class T, int tf32, class Launch>
+void launch_program_forward(const DeviceWalk<T, tf32> &walk, int *orders, unsigned blocks, Launch &&launch) {
   if (orders != nullptr)
     launch(program_order_kernel<T>, dim3(walk.view.layer_count), dim3(program_threads), walk.table, walk.view,
            static_cast<const T *>(walk.packed), orders, walk.inverse);
   const size_t bytes = shared_bytes(walk.view, 1 << walk.log_rows, sizeof(T), false);
-  launch.with_shared(bytes)(program_forward_kernel<T>, dim3(blocks), dim3(program_threads), walk);
+  launch.with_shared(bytes)(program_forward_kernel<T, tf32>, dim3(blocks), dim3(program_threads), walk);
 }
 
-template <class T, class Launch> void launch_program_backward(const DeviceWalkBack<T> &back, Launch &&launch) {
+template <class T, int tf32, class Launch>
+void launch_program_backward(const DeviceWalkBack<T, tf32> &back, Launch &&launch) {
   const size_t bytes = shared_bytes(back.walk.view, 1 << back.walk.log_rows, sizeof(T), true);
-  launch.with_shared(bytes)(program_backward_kernel<T>, dim3(program_accumulators(back.walk)), dim3(program_threads),
-                            back);
+  launch.with_shared(bytes)(program_backward_kernel<T, tf32>, dim3(program_accumulators(back.walk)),
+                            dim3(program_threads), back);
 }
 
 } // namespace iin_fast

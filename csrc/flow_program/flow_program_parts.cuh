@@ -9,13 +9,18 @@
 
 namespace iin_fast {
 
+// Of a TableMatrix what the packing of its panels needs.
+struct DevicePanels {
+  int at, width, stride;
+};
+
 // A TablePart with its tensors.
 template <class T> struct DevicePart {
   int kind, in, out, panels, bool_mask, storage, form, inverted;
-  int width, back_width;             // dense, of panels
-  int gain_rows, gain_count;         // see TablePart
-  const void *a, *b, *c, *d;         // see TablePart; null: absent
-  int64_t packed, forward, backward; // dense: where both ways' panels begin
+  DevicePanels way, back;    // dense: the weight, and the same transposed
+  int gain_rows, gain_count; // see TablePart
+  const void *a, *b, *c, *d; // see TablePart; null: absent
+  int64_t packed;
   int64_t gradient;
   T *to_a, *to_b, *to_c, *to_d; // gradients; null: not wanted
   double eps, gain;
@@ -73,20 +78,17 @@ __global__ void __launch_bounds__(program_threads, 1)
       const int64_t at = weight_at(p, o, i);
       return gain_of(p, o) * (i < p.in ? a[at] * mask_at(p, at) : c[o]);
     };
-    const int rows = p.in + (c != nullptr ? 1 : 0);
-    const int64_t columns = (p.out + p.width - 1) / p.width * p.width, panel = static_cast<int64_t>(p.width) * rows;
-    for (int64_t e = first; e < columns * rows; e += step) {
-      const int o = static_cast<int>(e / panel) * p.width + static_cast<int>(e % p.width);
-      const int i = static_cast<int>(e % panel) / p.width;
-      packed[p.forward + e] = o < p.out ? weight(o, i) : T(0);
-    }
-    const int64_t back = (p.in + p.back_width - 1) / p.back_width * p.back_width;
-    const int64_t back_panel = static_cast<int64_t>(p.back_width) * p.out;
-    for (int64_t e = first; e < back * p.out; e += step) {
-      const int i = static_cast<int>(e / back_panel) * p.back_width + static_cast<int>(e % p.back_width);
-      const int o = static_cast<int>(e % back_panel) / p.back_width;
-      packed[p.backward + e] = i < p.in ? weight(o, i) : T(0);
-    }
+    const auto panels = [&](const DevicePanels &m, int rows, int columns, const auto &element) {
+      const int panel = m.stride * rows;
+      const int64_t all = static_cast<int64_t>((columns + m.width - 1) / m.width) * panel;
+      for (int64_t e = first; e < all; e += step) {
+        const int within = static_cast<int>(e % m.stride), column = static_cast<int>(e / panel) * m.width + within;
+        const int row = static_cast<int>(e % panel) / m.stride;
+        packed[m.at + e] = within < m.width && column < columns ? element(column, row) : T(0);
+      }
+    };
+    panels(p.way, p.in + (c != nullptr ? 1 : 0), p.out, weight);
+    panels(p.back, p.out, p.in, [&](int i, int o) { return weight(o, i); });
     break;
   }
   case TablePart::index:
@@ -216,8 +218,8 @@ __global__ void __launch_bounds__(program_threads)
         if (kind == StepKind::dense) {
           const TableMatrix &m = s.forward;
           const int panel = i / m.width;
-          const T *w = packed + m.at + panel * (m.in + m.bias) * m.width + (i - panel * m.width);
-          for (int j = 0; j < m.in && known; ++j, w += m.width)
+          const T *w = packed + m.at + panel * (m.in + m.bias) * m.stride + (i - panel * m.width);
+          for (int j = 0; j < m.in && known; ++j, w += m.stride)
             known = rows[s.a + j] <= now || *w == T(0);
         } else if (kind == StepKind::concat) {
           known = rows[i < s.a_rows ? s.a + i : s.b + i - s.a_rows] <= now;

@@ -48,7 +48,8 @@ public:
 
 class Builder {
 public:
-  Builder(const ProgramView &program, int item, bool tape) : program_(program), item_(item), tape_(tape) {}
+  Builder(const ProgramView &program, int item, bool tape, bool tensor)
+      : program_(program), item_(item), tape_(tape), tensor_(tensor) {}
 
   Table build() {
     TableView &v = table_.view;
@@ -111,13 +112,16 @@ private:
 
   TableMatrix matrix(int64_t in, int64_t out, bool bias) {
     const int64_t rows = in + bias;
-    const int64_t most = std::min<int64_t>(widest_panel, std::max<int64_t>(panel_bytes / (rows * item_) / 4 * 4, 4));
+    const int64_t by = tensor_ ? 16 : 4, apart = tensor_ ? 4 : 0;
+    const int64_t room = (panel_bytes / (rows * item_) - apart) / by * by; // columns
+    const int64_t most = std::min<int64_t>(widest_panel, std::max<int64_t>(room, by));
     TableMatrix m{};
     m.in = static_cast<int>(in), m.out = static_cast<int>(out), m.bias = bias;
     m.panels = static_cast<int>((out + most - 1) / most);
-    m.width = static_cast<int>(rounded((out + m.panels - 1) / m.panels, 4));
-    m.at = pack(int64_t(m.panels) * m.width * rows);
-    table_.view.panel = std::max<int>(table_.view.panel, static_cast<int>(m.width * rows));
+    m.width = static_cast<int>(rounded((out + m.panels - 1) / m.panels, by));
+    m.stride = static_cast<int>(m.width + apart);
+    m.at = pack(int64_t(m.panels) * m.stride * rows);
+    table_.view.panel = std::max<int>(table_.view.panel, static_cast<int>(m.stride * rows));
     return m;
   }
 
@@ -318,7 +322,7 @@ private:
   }
 
   void add_panels(const TableMatrix &m) {
-    const int size = m.width * (m.in + m.bias);
+    const int size = m.stride * (m.in + m.bias);
     for (int p = 0; p < m.panels; ++p)
       panels_.push_back({m.at + p * size, size});
   }
@@ -350,7 +354,7 @@ private:
 
   const ProgramView &program_;
   const int item_;
-  const bool tape_;
+  const bool tape_, tensor_;
   Table table_;
   int64_t accumulator_ = 0;
   std::vector<TableLayer> layers_;
@@ -363,6 +367,8 @@ private:
 
 } // namespace
 
-Table table_of(const ProgramView &program, int item, bool tape) { return Builder(program, item, tape).build(); }
+Table table_of(const ProgramView &program, int item, bool tape, bool tensor) {
+  return Builder(program, item, tape, tensor).build();
+}
 
 } // namespace iin_fast

@@ -17,10 +17,12 @@ struct TablePanel {
   int at, size;
 };
 
-// A matrix as panels of `width` columns, [in, width] each, and one row more for the bias; columns beyond `out` are 0.
+// A matrix as panels of `width` columns, [in, stride] each, and one row more for the bias; columns beyond `out` are 0.
+// For tensor cores the width is of whole tiles of 16, and a stride of 4 more takes what a warp reads to different
+// banks.
 struct TableMatrix {
   int at;
-  int in, out, width, panels;
+  int in, out, width, stride, panels;
   int bias; // whether it has that row
 };
 
@@ -115,8 +117,9 @@ struct Table {
   bool fits = false;       // whether the walk on a GPU can run this program
 };
 
-// `item`: bytes of an element; `tape`: for the walk back, which needs all values of a net at once.
-Table table_of(const ProgramView &program, int item, bool tape);
+// `item`: bytes of an element; `tape`: for the walk back, which needs all values of a net at once; `tensor`: whether
+// tensor cores multiply.
+Table table_of(const ProgramView &program, int item, bool tape, bool tensor);
 
 // What a walk holds in shared memory, in bytes, for tiles of `rows`. TileWalk cuts it in this order.
 inline int64_t shared_bytes(const TableView &v, int rows, int item, bool backward) {

@@ -34,7 +34,7 @@ def weights_of(output: Tensor) -> Tensor:
     return torch.linspace(0.5, 1.5, output.numel(), dtype=output.dtype).reshape(output.shape)
 
 
-def results(drawn: Drawn, backend: str, **options) -> list[Tensor]:
+def results(drawn: Drawn, backend: str, weights_of: Callable[[Tensor], Tensor] = weights_of, **options) -> list[Tensor]:
     """Outputs, and the gradients of a number that weights all of them differently."""
     with iin_fast.backend(backend):
         outputs = flow_program(drawn.x, drawn.context, drawn.parameters, drawn.program, **options)

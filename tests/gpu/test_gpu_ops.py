@@ -14,6 +14,7 @@ from torch import Tensor
 from iin_fast.backends import NAMES, available, backend
 from iin_fast.nn import Flow
 from iin_fast.ops.flow import torch_products
+from iin_fast.ops.flow_program import walk
 from iin_fast.ops.types import HALF
 from iin_fast.testing.backends import CASES, _run, dtypes_of
 
@@ -87,6 +88,19 @@ def test_flows_of_narrow_nets_as_programs(device: str) -> None:
     errors: dict[str, float] = {}
     for label, call, inputs in CASES["flow"][0](torch.float32, device):
         found = worst_errors(call, inputs, "cpp", lambda key: tolerance("flow", torch.float32, key))
+        errors |= {f"{label} {key}": error for key, error in found.items()}
+    demand(errors)
+
+
+@pytest.mark.needs_cuda
+@pytest.mark.parametrize("products", [1, 3])
+def test_programs_on_tensor_cores(products: int, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One product of TF32, as torch's setting allows, and three, which are held to float32."""
+    monkeypatch.setattr(walk, "FLOAT32_PRODUCTS", products)
+    judged = torch.float16 if products == 1 else torch.float32
+    errors: dict[str, float] = {}
+    for label, call, inputs in CASES["flow_program"][0](torch.float32, device):
+        found = worst_errors(call, inputs, "cpp", lambda key: tolerance("flow_program", judged, key))
         errors |= {f"{label} {key}": error for key, error in found.items()}
     demand(errors)
 

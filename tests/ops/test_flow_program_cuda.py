@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from iin_fast.flow import NetBuilder, ProgramBuilder, Weights, spline
+from iin_fast.flow import ABSENT, NetBuilder, ProgramBuilder, Weights, affine, spline
 from iin_fast.flow import layers as L
 
 ROOM = 227 * 1024
@@ -42,9 +43,16 @@ def pointers(tensors: list[Tensor | None]) -> ctypes.Array:
 
 
 def walk(
-    drawn: Drawn, inverse: bool = False, base: bool = False, backward: bool = True, room: int = ROOM, tile: int = 0
+    drawn: Drawn,
+    inverse: bool = False,
+    base: bool = False,
+    backward: bool = True,
+    room: int = ROOM,
+    tile: int = 0,
+    tf32: int = 0,
+    weights_of: Callable[[Tensor], Tensor] = weights_of,
 ) -> ProgramCall:
-    """The call, its results in the attributes ``results``."""
+    """The call, its results in the attributes ``results``. tf32: products on tensor cores for each of float32; float64 has none."""
     x, context = drawn.x.detach(), None if drawn.context is None else drawn.context.detach()
     parameters = [p.detach().contiguous() for p in drawn.parameters]
     kinds = bytes(1 if p.dtype == torch.bool else 2 if p.dtype == torch.int64 else 0 for p in parameters)
@@ -63,7 +71,10 @@ def walk(
         job.grad_x = grad_x.data_ptr()
         job.grad_context = None if grad_context is None else grad_context.data_ptr()
         job.grads = ctypes.cast(given[2], ctypes.c_void_p)
-    call(load("flow_program").program_run, type_name(x.dtype, "flow_program"), ctypes.byref(job))
+    if tf32 and x.dtype == torch.float32:
+        call(load("flow_program_tensor").program_run_tensor, ctypes.c_int64(tf32), ctypes.byref(job))
+    else:
+        call(load("flow_program").program_run, type_name(x.dtype, "flow_program"), ctypes.byref(job))
     learned = [g for g in grads if g is not None]
     job.results = [y, logdet, grad_x, *learned, *([] if grad_context is None else [grad_context])]
     return job
@@ -97,6 +108,60 @@ def test_equals_the_definition(drawn: Drawn, inverse: bool, base: bool) -> None:
 def test_tiles_of_every_size(drawn: Drawn, tile: int) -> None:
     assume(not sequential(drawn, False))
     check(drawn, ours=partial(results, tile=tile))
+
+
+@settings(max_examples=int(os.environ.get("IIN_FAST_EXAMPLES", 15)), deadline=None, suppress_health_check=SLOW)
+@given(programs(batches=(1, 70), dims=(1, 12), layers=(1, 3), hidden=(1, 40)), st.booleans())
+def test_three_products_of_tf32_are_as_exact_as_float32(drawn: Drawn, inverse: bool) -> None:
+    assume(not sequential(drawn, inverse))
+    check(drawn, ours=partial(results, tf32=3), inverse=inverse)
+
+
+def whole_numbers(batch: int, hidden: int, dim: int) -> Drawn:
+    """Additive couplings and an autoregressive layer whose values, and gradients of whole gradients, are small whole numbers."""
+    random = torch.Generator().manual_seed(batch)
+
+    def some(*shape: int) -> Tensor:
+        return torch.randint(-1, 2, shape, generator=random).float()
+
+    build = ProgramBuilder(dim, 3)
+    ends = list(range(dim // 2)), list(range(dim // 2, dim))
+    for conditioning, transformed in (ends, ends[::-1]):
+        net, widths = NetBuilder(), (len(conditioning) + 3, hidden, hidden, len(transformed))
+        value = net.concat(0, 1)
+        for number, (inputs, units) in enumerate(pairwise(widths)):
+            value = net.act(value, "relu") if number else value
+            weight = some(units, inputs) * (torch.rand(units, inputs, generator=random) < 4 / inputs)
+            bias = build.ref(some(units).requires_grad_()) if number else ABSENT
+            value = net.dense(value, Weights(units, build.ref(weight.requires_grad_()), bias))
+        build.coupling(conditioning, transformed, net.build(value), affine(len(transformed), "none"))
+    build.linear(build.ref((some(dim, dim).tril(-1) + torch.eye(dim)).requires_grad_()), storage="square", form="plain")
+    return Drawn(build.build(), list(build.tensors), some(batch, dim).requires_grad_(), some(batch, 3).requires_grad_())
+
+
+@pytest.mark.parametrize("tf32", [3] if ONLY_TYPE else [1, 3])
+@pytest.mark.parametrize(
+    ("batch", "hidden", "dim", "tile"), [(70, 70, 7, 64), (21, 33, 9, 16), (40, 130, 5, 32), (9, 3, 2, 8)]
+)
+def test_whole_numbers_are_the_same_on_tensor_cores(tf32: int, batch: int, hidden: int, dim: int, tile: int) -> None:
+    """TF32 has them all, so that no entry may be off, in tiles and panels of any size."""
+    drawn = whole_numbers(batch, hidden, dim)
+
+    def grads(t: Tensor) -> Tensor:
+        return (torch.arange(t.numel()) % 3 - 1).reshape(t.shape).to(t.dtype)
+
+    found = walk(drawn, tile=tile, tf32=tf32, weights_of=grads).results
+    wanted = definition(drawn.to(torch.float64), "reference", weights_of=grads)
+    assert all(float(t.abs().max()) < 2**11 for t in wanted)
+    for place, (have, want) in enumerate(zip(found, wanted, strict=True)):
+        assert torch.equal(have.double(), want), f"result {place}"
+
+
+@pytest.mark.values
+def test_one_product_of_tf32_is_near() -> None:
+    drawn = small(40, hidden=30).to(torch.float32)
+    for found, want in zip(walk(drawn, tf32=1).results, definition(drawn, "reference"), strict=True):
+        assert float((found - want).norm() / want.norm()) < 5e-3
 
 
 @settings(max_examples=int(os.environ.get("IIN_FAST_EXAMPLES", 20)), deadline=None, suppress_health_check=SLOW)

@@ -31,7 +31,7 @@ from ..flow_program import engine
 from ..flow_program.walk import walks
 from ..inversion import check_inverse
 from ..registry import OPS, Op, eager_call, register
-from ..types import FLOATING, FULL, accumulator_type
+from ..types import FLOATING, FULL, accumulator_type, tf32_is_allowed
 from ..vmap import Rule, front, one_by_one
 from . import flops, reference, torch_products
 from .layout import pack, unpack
@@ -126,7 +126,7 @@ def flow(
     if backend == "reference":
         return reference.flow(*tensors, leaky_slope, activation_slope, exact_logdet, inverse)
     learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    tf32 = x.is_cuda and _tf32_is_allowed()
+    tf32 = x.is_cuda and tf32_is_allowed()
     products = (
         backend == "cpp"
         and (memory in ("auto", "save") or not learns)
@@ -210,15 +210,6 @@ def _check_permutation(permutation: Tensor) -> None:
     for block, index in enumerate(permutation):
         if index.sort().values.ne(torch.arange(len(index), device=index.device)).any():
             raise RuntimeError(f"flow: permutation[{block}] is not a permutation of 0 .. {len(index) - 1}")
-
-
-def _tf32_is_allowed() -> bool:
-    """Whether the user lets torch multiply float32 matrices as TF32 on NVIDIA GPUs."""
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
-
-
-# torch.compile cannot trace the setting. This is torch.compiler.assume_constant_result without an import of the compiler.
-_tf32_is_allowed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _check(x: Tensor, context: Tensor | None, parameters: tuple[Tensor, ...], permutation: Tensor) -> str:

@@ -23,7 +23,7 @@ from ..spline_coupling import spline_coupling as fused_spline
 from ..types import FLOATING, FULL, HALF
 from . import engine, reference
 from .checks import KEEP, check_data, check_parameters, check_rows
-from .walk import runs, walks
+from .walk import runs, tf32_products, walks
 
 __all__ = ["flow_program"]
 
@@ -97,7 +97,7 @@ def flow_program(
     if backend == "cpp" and x.dtype in HALF:  # what computes them in float32 is the walk, where there is one
         wide, around, *values = map(engine.in_float32, (x, context, *parameters))
         if walks(wide, around, values, program, inverse):
-            y, logdet = engine.call(wide, around, values, program, inverse, base, KEEP[memory])
+            y, logdet = engine.call(wide, around, values, program, inverse, base, KEEP[memory], tf32_products(x))
             return y.to(x.dtype), logdet
     plain = backend == "reference" and (backends.needs_definition() or backends._forced == "reference")
     return reference.flow_program(
@@ -132,11 +132,12 @@ def _run(
     base: bool,
     keep: int,
 ) -> tuple[Tensor, Tensor]:
+    tf32 = tf32_products(x)
     if not has_values(x):  # traced or mapped: the fake kernel checks
-        return engine.call(x, context, parameters, program, inverse, base, keep)
+        return engine.call(x, context, parameters, program, inverse, base, keep, tf32)
     _check_once(x, parameters, program)
     try:
-        return engine.call(x, context, parameters, program, inverse, base, keep)
+        return engine.call(x, context, parameters, program, inverse, base, keep, tf32)
     except RuntimeError:
         check_parameters(x, parameters, program)  # a better message, if the parameters are to blame
         raise

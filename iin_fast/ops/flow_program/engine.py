@@ -37,21 +37,21 @@ def call(
     inverse: bool,
     base: bool,
     keep: int,
+    tf32: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """Run the compiled op."""
+    """Run the compiled op. tf32: see ``walk.tf32_products``."""
     op = torch.ops.iin_fast.flow_program.default
     if followed():
         tensors = (x, *parameters) if context is None else (x, context, *parameters)
         learns = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        found = op(
-            x, context, list(parameters), program.text, inverse, base, keep if learns and keep != KEEP["auto"] else 0
-        )
+        keep = keep if learns and keep != KEEP["auto"] else 0
+        found = op(x, context, list(parameters), program.text, inverse, base, keep, tf32)
         return found[0], found[1]
     if torch.is_grad_enabled() and torch._C._any_requires_grad(x, context, *parameters):
         x, context = _alive(x), context if context is None else _alive(context)
-        return _apply(x, context, program, inverse, base, keep, *parameters)  # type: ignore[no-any-return]
+        return _apply(x, context, program, inverse, base, keep, tf32, *parameters)  # type: ignore[no-any-return]
     with torch._C._AutoDispatchBelowAutograd():
-        y, logdet, _ = op(x, context, parameters, program.text, inverse, base, 0)
+        y, logdet, _ = op(x, context, parameters, program.text, inverse, base, 0, tf32)
     return y, logdet
 
 
@@ -71,6 +71,7 @@ class _Options(NamedTuple):
     inverse: bool
     base: bool
     keep: int
+    tf32: int
 
 
 def _gradients(
@@ -87,7 +88,7 @@ def _gradients(
     _, need_context, need_parameters = needed
     if grad_y is None and grad_logdet is None:
         return None, None, [None] * len(parameters)
-    program, inverse, base, keep = options
+    program, inverse, base, keep, tf32 = options
     if keep == INVERT:
         op = torch.ops.iin_fast.flow_program.default
 
@@ -99,7 +100,8 @@ def _gradients(
     wanted = _wanted(program, need_parameters)
     grad_logdet = x.new_zeros(x.shape[0]) if grad_logdet is None else grad_logdet
     found = torch.ops.iin_fast.flow_program_backward.default(
-        grad_y, grad_logdet, x, saved, context, parameters, program.text, inverse, base, keep, need_context, wanted
+        *(grad_y, grad_logdet, x, saved, context, parameters, program.text),
+        *(inverse, base, keep, need_context, wanted, tf32),
     )
     return _asked(program, found, needed)
 
@@ -150,11 +152,11 @@ def _ready(ctx: Any, grads: tuple[Tensor | None, Tensor | None], needed: ahead.N
 
 def _definition(ctx: Any) -> tuple[Callable[..., Any], Sequence[Any]]:
     x, _, context, *parameters = ctx.saved_tensors
-    program, inverse, base, _ = ctx.options
+    program, inverse, base, *_ = ctx.options
     return partial(reference.flow_program, program=program, inverse=inverse, base=base), (x, context, parameters)
 
 
-FIRST = 6
+FIRST = 7
 """Where parameters begin among the arguments of ``_Function``."""
 
 
@@ -170,6 +172,7 @@ class _Function(torch.autograd.Function):
         inverse: bool,
         base: bool,
         keep: int,
+        tf32: int,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
         habit = guess = None
@@ -179,7 +182,7 @@ class _Function(torch.autograd.Function):
         with torch._C._AutoDispatchBelowAutograd():
             if habit is None or guess is None:
                 y, logdet, saved = torch.ops.iin_fast.flow_program.default(
-                    x, context, parameters, program.text, inverse, base, keep
+                    x, context, parameters, program.text, inverse, base, keep, tf32
                 )
             else:
                 _, of_context, of_parameters = habit.needed
@@ -188,7 +191,7 @@ class _Function(torch.autograd.Function):
                     guess, x, context, parameters, program.text, inverse, base, of_context, wanted
                 )
                 saved, ctx.ahead = None, (guess, found)
-        ctx.options, ctx.habit = _Options(program, inverse, base, keep), habit
+        ctx.options, ctx.habit = _Options(program, inverse, base, keep, tf32), habit
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, saved, context, *parameters)
         return y, logdet
@@ -206,7 +209,7 @@ class _Function(torch.autograd.Function):
             else:
                 saved = x.new_empty(0) if saved is None else saved
                 found = _gradients(ctx.options, grads, x, saved, context, parameters, needed)
-        return found[0], found[1], None, None, None, None, *found[2]
+        return found[0], found[1], None, None, None, None, None, *found[2]
 
 
 # Function.apply looks in Python at every argument for wrappers of torch.func that outlived it. Parameters are many, and never
@@ -216,8 +219,8 @@ _apply = super(torch.autograd.Function, _Function).apply
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, context, parameters, text, inverse, base, keep = inputs
-    ctx.options = _Options(FlowProgram.parse(text), inverse, base, keep)
+    x, context, parameters, text, *options = inputs
+    ctx.options = _Options(FlowProgram.parse(text), *options)
     ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, output[2], context, *parameters)
@@ -228,7 +231,7 @@ def _backward(kernel: Any, ctx: Any, grad_y: Tensor | None, grad_logdet: Tensor 
     need_x, need_context, need_parameters, *_ = ctx.needs_input_grad
     needed = need_x, need_context, tuple(need_parameters)
     found = _gradients(ctx.options, (grad_y, grad_logdet), x, saved, context, parameters, needed)
-    return *found, None, None, None, None
+    return *found, *(None,) * (len(ctx.needs_input_grad) - len(found))  # torch leaves a default of the schema out
 
 
 # ---------------------------------------------------------------- fake kernels and vmap
@@ -242,6 +245,7 @@ def _fake(
     inverse: bool,
     base: bool,
     keep: int,
+    tf32: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_parameters(x, parameters, FlowProgram.parse(program))
     try:  # what is kept is the business of the engine
@@ -264,6 +268,7 @@ def _fake_backward(
     keep: int,
     context_grad: bool,
     wanted: str,
+    tf32: int = 0,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     grad_context = x.new_empty(context.shape if context_grad and context is not None else (0,))
     found = [x.new_empty(p.shape if w == "1" else (0,)) for p, w in zip(parameters, wanted, strict=True)]

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from ...flow import FlowProgram
-from ..types import FULL
+from ..types import FULL, HALF, tf32_is_allowed
 
-__all__ = ["runs", "walks"]
+__all__ = ["runs", "tf32_products", "walks"]
 
 
 def runs(x: Tensor, context: Tensor | None, parameters: Sequence[Tensor], program: FlowProgram, inverse: bool) -> bool:
@@ -25,6 +25,19 @@ def walks(x: Tensor, context: Tensor | None, parameters: Sequence[Tensor], progr
     learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, context, *parameters))
     needed = (5 if learns else 1) << inverse
     return _walks(program.text, x.dtype.itemsize, x.device.index) & needed == needed
+
+
+FLOAT32_PRODUCTS = 0
+"""What ``tf32_products`` says of float32: 0, or 3 for three products on tensor cores, of about the same error. The benchmark
+benchmarks/gpu.py times both; no GPU has run it since there are three."""
+
+
+def tf32_products(x: Tensor) -> int:
+    """How many products of TF32, on tensor cores, make one of float32 in a walk on a GPU; 0: its plain multiply-adds. Of 16 bits all
+    numbers are exact in TF32, whose sums are float32."""
+    if not x.is_cuda:
+        return 0
+    return 1 if x.dtype in HALF or (x.dtype == torch.float32 and tf32_is_allowed()) else FLOAT32_PRODUCTS
 
 
 @lru_cache(maxsize=1024)
