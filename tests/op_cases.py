@@ -157,6 +157,7 @@ FLOW = {
     FlowShape(130, 8, 2, 16, 1): ALL,
     FlowShape(131, 7, 1, 65, 1, 4): "cpp cuda",
     FlowShape(3, 140, 1, 8, 1): ALL,
+    FlowShape(19, 16, 2, 24, 1): "cuda",  # all rows of tiles begin at multiples of 16 bytes
     FlowShape(129, 133, 1, 12, 0, 1): "cpp cuda",
     ALIGNED_FLOW: "cpp",
     FlowShape(1, 2, 2, 1, 0): "cpp",

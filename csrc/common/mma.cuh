@@ -73,6 +73,9 @@ inline __device__ void copy_async_16(void *shared, const void *global, int bytes
                : "memory");
 }
 
+// Brings the 128 bytes around an address to the L2 cache, some time.
+inline __device__ void prefetch(const void *global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
+
 // Ends a group of copies.
 inline __device__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 

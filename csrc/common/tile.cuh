@@ -173,13 +173,13 @@ template <class Storage> __device__ __forceinline__ bool copies_wide(const Stora
 }
 
 // A tile of rows × columns from global to shared memory; beyond valid_rows and valid_columns it is 0. `wide`: by
-// asynchronous copies, of which the caller ends the group.
-template <int rows, int columns, int ld, class Storage>
+// asynchronous copies, of which the caller ends the group; always_wide: the other way is not compiled.
+template <int rows, int columns, int ld, bool always_wide = false, class Storage>
 __device__ __forceinline__ void load_tile(Storage *to, const Storage *from, int64_t stride, int64_t valid_rows,
                                           int valid_columns, bool wide) {
   constexpr int vector = wide_vector<Storage>, chunks = columns / vector;
   static_assert(columns % vector == 0 && ld % vector == 0, "rows of whole vectors");
-  if (wide) {
+  if (always_wide || wide) {
 #pragma unroll 2 // more take registers for addresses, which the sums need
     for (int i = 0; i < (rows * chunks + tile_threads - 1) / tile_threads; ++i) {
       const int at = threadIdx.x + i * tile_threads, row = at / chunks, column = at % chunks * vector;
@@ -212,10 +212,12 @@ __device__ __forceinline__ void compute_tile(Storage *to, int64_t valid_rows, in
   }
 }
 
-// The shape of a block's part. warps over products × rows × columns × depth: 4.
+// The shape of a block's part. warps over products × rows × columns × depth: 4. always_wide: of what it loads, that is
+// not computed, all rows can be copied 16 bytes at a time.
 template <class Precision_, int rows_, int columns_, int depth_, int products_, int row_warps, int column_warps,
-          int depth_warps, int buffers_, bool a_turned = false, bool w_turned = false>
+          int depth_warps, int buffers_, bool a_turned = false, bool w_turned = false, bool always_wide_ = false>
 struct Tile {
+  static constexpr bool always_wide = always_wide_;
   using Precision = Precision_;
   using Storage = typename Precision::Storage;
   using T = compute_t<Storage>;

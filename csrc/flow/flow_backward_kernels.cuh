@@ -52,9 +52,9 @@ __global__ void __launch_bounds__(tile_threads, blocks_at_once<Precision>)
   using Tile = OuterTile<Precision>;
   const int layers = kind == Layers::hidden ? back.walk.depth() : 1;
   const Layers known = first ? Layers::first : kind == Layers::hidden ? Layers::hidden : Layers::last;
-  weight_gradient_tile<Precision>(back, shared_tiles(), known, first_step + blockIdx.z / 2 / layers,
-                                  blockIdx.z / 2 % layers, blockIdx.z % 2, blockIdx.x * Tile::rows,
-                                  blockIdx.y * Tile::columns);
+  weight_gradient_tile<Precision, false>(back, shared_tiles(), known, first_step + blockIdx.z / 2 / layers,
+                                         blockIdx.z / 2 % layers, blockIdx.z % 2, blockIdx.x * Tile::rows,
+                                         blockIdx.y * Tile::columns);
 }
 
 template <class Storage>
@@ -75,11 +75,11 @@ __global__ void __launch_bounds__(tile_threads)
 
 // The persistent kernel's buffers hold as many bytes of weights that are on their way as the forward's: a tile of the
 // depth ends with its panel, so 16-bit ones are half as long. With 77 KiB two blocks fit a multiprocessor of 164 KiB.
-template <class P>
-using PersistentBack = BackTile<P, false, sizeof(typename P::Storage) == 2 ? 10 : persistent_buffers>;
+template <class P, bool even>
+using PersistentBack = BackTile<P, false, sizeof(typename P::Storage) == 2 ? 10 : persistent_buffers, even>;
 // `again`: the map is walked again, for nothing was saved.
 template <class P> constexpr int persistent_backward_bytes(bool again) {
-  constexpr int back = PersistentBack<P>::shared_bytes, outer = OuterTile<P>::shared_bytes;
+  constexpr int back = PersistentBack<P, true>::shared_bytes, outer = OuterTile<P>::shared_bytes;
   constexpr int most = back > outer ? back : outer;
   return again && persistent_bytes<P> > most ? persistent_bytes<P> : most;
 }
@@ -101,7 +101,7 @@ template <class Precision> struct WeightTiles {
   }
 };
 
-template <class Precision>
+template <class Precision, bool even>
 __device__ __forceinline__ void weight_gradient_of(const FlowBackwardWalk<typename Precision::Storage> &back,
                                                    unsigned char *shared, int step, int tile) {
   using Tile = OuterTile<Precision>;
@@ -111,15 +111,15 @@ __device__ __forceinline__ void weight_gradient_of(const FlowBackwardWalk<typena
   const int of_layer = 2 * tiles.hidden * tiles.hidden, inputs = kind == Layers::first ? tiles.inside : tiles.hidden;
   const int after = kind == Layers::hidden ? (tile - last) / of_layer : 0; // hidden layers between it and the last one
   const int at = tile - (kind == Layers::last ? 0 : kind == Layers::hidden ? last + after * of_layer : all_but_first);
-  weight_gradient_tile<Precision>(back, shared, kind, step, tiles.depth - 1 - after, at % 2,
-                                  at / 2 % inputs * Tile::rows, at / 2 / inputs * Tile::columns);
+  weight_gradient_tile<Precision, even>(back, shared, kind, step, tiles.depth - 1 - after, at % 2,
+                                        at / 2 % inputs * Tile::rows, at / 2 / inputs * Tile::columns);
 }
 
 // Phases of a step: where nothing was saved, the layers of the map; then the layers from the last to the first.
-template <class Precision>
+template <class Precision, bool even>
 __global__ void __launch_bounds__(tile_threads, 2)
     flow_persistent_backward_kernel(const FlowBackwardWalk<typename Precision::Storage> back) {
-  using Tile = PersistentBack<Precision>;
+  using Tile = PersistentBack<Precision, even>;
   const FlowWalk<typename Precision::Storage> &walk = back.walk;
   const cooperative_groups::grid_group grid = cooperative_groups::this_grid();
   unsigned char *const shared = shared_tiles();
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(tile_threads, 2)
       [&](int phase) {
         const int layer = layer_of(phase);
         if (layer < 0)
-          return persistent_tiles<Precision>(walk, layer + again);
+          return persistent_tiles<Precision, even>(walk, layer + again);
         const int inputs = layer == layers - 1 ? walk.inside() : walk.hidden(); // the first layers' sum is of both nets
         return back.row_tiles * (layer == layers - 1 ? 1 : 2) * ((inputs + Tile::columns - 1) / Tile::columns);
       },
@@ -159,15 +159,16 @@ __global__ void __launch_bounds__(tile_threads, 2)
       [&](int phase, int tile, Do what) {
         const int walked = phase / phases_of_step, layer = layer_of(phase), step = back.step_of(walked);
         if (layer < 0)
-          return persistent_tile<Precision>(walk, shared, step, layer + again, !walk.inverse, tile, what);
+          return persistent_tile<Precision, even>(walk, shared, step, layer + again, !walk.inverse, tile, what);
         const int nets = layer == layers - 1 ? 1 : 2, column = tile / back.row_tiles;
         const Layers kind = layer == 0 ? Layers::last : nets == 2 ? Layers::hidden : Layers::first;
         backward_tile<Tile>(back, shared, kind, step, walk.depth() - layer, walked, column % nets,
                             tile % back.row_tiles, column / nets * Tile::columns, what);
       },
       [&](int phase, int tile) {
-        weight_gradient_of<Precision>(back, shared, back.step_of(phase / phases_of_step), computed + tile);
-      });
+        weight_gradient_of<Precision, even>(back, shared, back.step_of(phase / phases_of_step), computed + tile);
+      },
+      [](int, int, int) {});
   for (int64_t at = thread; at < walk.sizes.n_flows * walk.dim(); at += threads)
     finish_backward_column(back, at);
 }
@@ -238,22 +239,20 @@ void launch_flow_backward(const FlowBackwardWalk<typename Precision::Storage> &b
   if (walk.sizes.batch == 0)
     return;
   if (walk.sizes.batch <= persistent_rows) {
+    using Tile = PersistentBack<Precision, true>;
     const int bytes = persistent_backward_bytes<Precision>(!walk.every);
-    const int64_t blocks = launch.blocks_together(flow_persistent_backward_kernel<Precision>, tile_threads, bytes);
-    if (blocks > 0) {
-      FlowBackwardWalk<Storage> one = back;
-      one.group = 1;
-      using Tile = PersistentBack<Precision>;
-      const int64_t hidden = 2 * tiles_of(walk.hidden(), Tile::columns),
-                    inside = tiles_of(walk.inside(), Tile::columns);
-      const int64_t weights =
-          back.grads.weight_in == nullptr ? 0 : WeightTiles<Precision>(walk).count(walk.depth() + 2);
-      const int64_t tiles =
-          back.row_tiles * (hidden > inside ? hidden : inside) + weights; // more blocks would only meet
-      if (launch.together(bytes)(flow_persistent_backward_kernel<Precision>,
-                                 dim3(static_cast<unsigned>(tiles < blocks ? tiles : blocks)), dim3(tile_threads), one))
-        return;
-    }
+    const int64_t hidden = 2 * tiles_of(walk.hidden(), Tile::columns), inside = tiles_of(walk.inside(), Tile::columns);
+    const int64_t weights = back.grads.weight_in == nullptr ? 0 : WeightTiles<Precision>(walk).count(walk.depth() + 2);
+    const int64_t tiles = back.row_tiles * (hidden > inside ? hidden : inside) + weights; // more blocks would only meet
+    FlowBackwardWalk<Storage> one = back;
+    one.group = 1;
+    const auto run = [&](auto kernel) {
+      const int64_t most = launch.blocks_together(kernel, tile_threads, bytes), blocks = tiles < most ? tiles : most;
+      return blocks > 0 && launch.together(bytes)(kernel, dim3(static_cast<unsigned>(blocks)), dim3(tile_threads), one);
+    };
+    if (is_even(walk) ? run(flow_persistent_backward_kernel<Precision, true>)
+                      : run(flow_persistent_backward_kernel<Precision, false>))
+      return;
   }
   launch_table(walk, walk.inverse, launch);
   launch(flow_enter_backward_kernel<Storage>, dim3(back.row_tiles, tiles_of(walk.dim(), tile_threads)),

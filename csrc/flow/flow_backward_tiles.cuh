@@ -101,13 +101,14 @@ __device__ __forceinline__ void enter_backward_column(const FlowBackwardWalk<Sto
 
 // Shapes of blocks: tiles of weights lie turned, as rows of outputs, so a step of the depth stays inside a panel.
 template <class P> constexpr int panel_depth = depth_of<P>(256) < panel_width ? depth_of<P>(256) : panel_width;
-template <class P, bool wide, int buffers = wide ? 2 : 3>
+template <class P, bool wide, int buffers = wide ? 2 : 3, bool even = false>
 using BackTile = std::conditional_t<wide, Tile<P, 64, 64, depth_of<P>(128), 1, 2, 2, 1, buffers, false, true>,
-                                    Tile<P, 32, 16, panel_depth<P>, 1, 1, 1, 4, buffers, false, true>>;
+                                    Tile<P, 32, 16, panel_depth<P>, 1, 1, 1, 4, buffers, false, true, even>>;
 template <class P, bool wide>
 using FirstBackTile =
     std::conditional_t<wide, Tile<P, 64, 32, depth_of<P>(128), 1, 4, 1, 1, 2, false, true>, BackTile<P, false>>;
-template <class P> using OuterTile = Tile<P, 64, 64, depth_of<P>(128), 1, 2, 2, 1, 2, true, false>;
+template <class P, bool even = false>
+using OuterTile = Tile<P, 64, 64, depth_of<P>(128), 1, 2, 2, 1, 2, true, false, even>;
 
 // Tile of a weight [inside, outside] in panels: inputs from input0 on, and outputs from k on, that lie in one panel.
 template <class Tile>
@@ -117,8 +118,8 @@ __device__ __forceinline__ void load_turned(typename Tile::Storage *to, const ty
             width = outside - start < panel_width ? outside - start : panel_width;
   const typename Tile::Storage *const from =
       weight + static_cast<int64_t>(start) * inside + static_cast<int64_t>(input0) * width + (k - start);
-  load_tile<Tile::columns, Tile::depth, Tile::ldw>(to, from, width, inside - input0, width - (k - start),
-                                                   copies_wide(from, width));
+  load_tile<Tile::columns, Tile::depth, Tile::ldw, Tile::always_wide>(to, from, width, inside - input0,
+                                                                      width - (k - start), copies_wide(from, width));
 }
 
 enum class Layers : int { first, hidden, last };
@@ -233,7 +234,8 @@ __device__ __forceinline__ void backward_tile(const FlowBackwardWalk<typename Ti
       });
     else {
       const Storage *const d = back.d_of(step, of_net, layer + 1) + row0 * hidden;
-      load_tile<Tile::rows, Tile::depth, Tile::lda>(a_tile, d + k, hidden, rows, hidden - k, copies_wide(d, hidden));
+      load_tile<Tile::rows, Tile::depth, Tile::lda, Tile::always_wide>(a_tile, d + k, hidden, rows, hidden - k,
+                                                                       copies_wide(d, hidden));
     }
   };
   const int all_parts = first ? 2 * parts : parts;
@@ -268,11 +270,11 @@ __device__ __forceinline__ void backward_tile(const FlowBackwardWalk<typename Ti
 
 // Gradients of weights and, where input0 is 0, of biases of a layer: input × gradient of the output, summed over rows.
 // `layer` counts the hidden ones.
-template <class Precision>
+template <class Precision, bool even>
 __device__ __forceinline__ void weight_gradient_tile(const FlowBackwardWalk<typename Precision::Storage> &back,
                                                      unsigned char *shared, Layers kind, int step, int layer, int net,
                                                      int input0, int output0) {
-  using Tile = OuterTile<Precision>;
+  using Tile = OuterTile<Precision, even>;
   using Storage = typename Tile::Storage;
   using T = typename Tile::T;
   const FlowWalk<Storage> &walk = back.walk;
@@ -307,8 +309,8 @@ __device__ __forceinline__ void weight_gradient_tile(const FlowBackwardWalk<type
       shared, static_cast<int>((batch + Tile::depth - 1) / Tile::depth),
       [&](int, int part, Storage *a_tile, Storage *d_tile) {
         const int64_t row0 = static_cast<int64_t>(part) * Tile::depth, rows = batch - row0;
-        load_tile<Tile::depth, Tile::columns, Tile::ldw>(d_tile, d + row0 * outside, outside, rows, outside - output0,
-                                                         wide_d);
+        load_tile<Tile::depth, Tile::columns, Tile::ldw, Tile::always_wide>(d_tile, d + row0 * outside, outside, rows,
+                                                                            outside - output0, wide_d);
         if (first)
           compute_tile<Tile::depth, Tile::rows, Tile::lda>(a_tile, rows, inside - input0, [&](int at, int input) {
             const int64_t row = row0 + at;
@@ -317,8 +319,8 @@ __device__ __forceinline__ void weight_gradient_tile(const FlowBackwardWalk<type
                                         : widen(context[row * walk.context_dim() + input - conditioning]);
           });
         else
-          load_tile<Tile::depth, Tile::rows, Tile::lda>(a_tile, a + row0 * hidden, hidden, rows, inside - input0,
-                                                        wide_a);
+          load_tile<Tile::depth, Tile::rows, Tile::lda, Tile::always_wide>(a_tile, a + row0 * hidden, hidden, rows,
+                                                                           inside - input0, wide_a);
       },
       false,
       [&](const Storage *, const Storage *d_tile) {

@@ -245,12 +245,12 @@ template <class Storage> struct PanelTiles {
 template <class Precision> constexpr int depth_of(int bytes) {
   return bytes / static_cast<int>(sizeof(typename Precision::Storage));
 }
-template <class P, bool wide, int buffers = wide ? 2 : 3>
+template <class P, bool wide, int buffers = wide ? 2 : 3, bool even = false>
 using LayerTile = std::conditional_t<wide, Tile<P, 64, 64, depth_of<P>(128), 1, 2, 2, 1, buffers>,
-                                     Tile<P, 32, 16, depth_of<P>(256), 1, 1, 1, 4, buffers>>;
-template <class P, bool wide, int buffers = 3>
+                                     Tile<P, 32, 16, depth_of<P>(256), 1, 1, 1, 4, buffers, false, false, even>>;
+template <class P, bool wide, int buffers = 3, bool even = false>
 using LastTile = std::conditional_t<wide, Tile<P, 64, 32, depth_of<P>(64), 2, 2, 1, 1, buffers>,
-                                    Tile<P, 32, 16, depth_of<P>(128), 2, 1, 1, 2, buffers>>;
+                                    Tile<P, 32, 16, depth_of<P>(128), 2, 1, 1, 2, buffers, false, false, even>>;
 
 // What a block does of its part: all, only begin to fetch its weights, or the rest.
 enum class Do { all, fetch, rest };
@@ -281,8 +281,8 @@ __device__ __forceinline__ void layer_tile(const FlowWalk<typename Tile::Storage
   const auto load = [&](int, int part, Storage *a_tile, Storage *w_tile) {
     const int k = part * Tile::depth;
     if (w_tile != nullptr)
-      load_tile<Tile::depth, Tile::columns, Tile::ldw>(w_tile, panel.data + static_cast<int64_t>(k) * panel.width,
-                                                       panel.width, inside - k, panel.valid, panel.wide);
+      load_tile<Tile::depth, Tile::columns, Tile::ldw, Tile::always_wide>(
+          w_tile, panel.data + static_cast<int64_t>(k) * panel.width, panel.width, inside - k, panel.valid, panel.wide);
     if (a_tile == nullptr)
       return;
     if (first)
@@ -293,7 +293,7 @@ __device__ __forceinline__ void layer_tile(const FlowWalk<typename Tile::Storage
                    : widen(context[static_cast<int64_t>(row) * walk.context_dim() + column - conditioning]);
       });
     else
-      load_tile<Tile::rows, Tile::depth, Tile::lda>(a_tile, a + k, hidden, rows, inside - k, wide);
+      load_tile<Tile::rows, Tile::depth, Tile::lda, Tile::always_wide>(a_tile, a + k, hidden, rows, inside - k, wide);
   };
   if (what == Do::fetch)
     return Tile::fetch(shared, parts, load);
@@ -331,12 +331,12 @@ __device__ __forceinline__ void last_tile(const FlowWalk<typename Tile::Storage>
   const auto load = [&](int net, int part, Storage *a_tile, Storage *w_tile) {
     const int k = part * Tile::depth;
     if (w_tile != nullptr)
-      load_tile<Tile::depth, columns, Tile::ldw>(w_tile,
-                                                 (net ? second : first).data + static_cast<int64_t>(k) * first.width,
-                                                 first.width, hidden - k, first.valid, wide_w);
+      load_tile<Tile::depth, columns, Tile::ldw, Tile::always_wide>(
+          w_tile, (net ? second : first).data + static_cast<int64_t>(k) * first.width, first.width, hidden - k,
+          first.valid, wide_w);
     if (a_tile != nullptr)
-      load_tile<Tile::rows, Tile::depth, Tile::lda>(a_tile, a + net * walk.activation_net() + k, hidden, rows,
-                                                    hidden - k, wide);
+      load_tile<Tile::rows, Tile::depth, Tile::lda, Tile::always_wide>(a_tile, a + net * walk.activation_net() + k,
+                                                                       hidden, rows, hidden - k, wide);
   };
   if (what == Do::fetch)
     return Tile::fetch(shared, steps, load);
@@ -421,29 +421,39 @@ __global__ void __launch_bounds__(tile_threads) flow_finish_kernel(const FlowWal
 // the layer before ends. 90 KB, so that they fit GPUs of compute capability 8.6 and 8.9 too.
 constexpr int64_t persistent_rows = 64;
 constexpr int persistent_buffers = 6;
-template <class P> using PersistentLayer = LayerTile<P, false, persistent_buffers>;
-template <class P> using PersistentLast = LastTile<P, false, persistent_buffers>;
+template <class P, bool even> using PersistentLayer = LayerTile<P, false, persistent_buffers, even>;
+template <class P, bool even> using PersistentLast = LastTile<P, false, persistent_buffers, even>;
 template <class P>
-constexpr int persistent_bytes =
-    PersistentLayer<P>::shared_bytes > PersistentLast<P>::shared_bytes ? PersistentLayer<P>::shared_bytes
-                                                                       : PersistentLast<P>::shared_bytes;
+constexpr int persistent_bytes = PersistentLayer<P, true>::shared_bytes > PersistentLast<P, true>::shared_bytes
+                                     ? PersistentLayer<P, true>::shared_bytes
+                                     : PersistentLast<P, true>::shared_bytes;
+
+// Whether all rows that the tiles copy begin at multiples of 16 bytes. The persistent kernels have code for such sizes
+// alone, beside code for all, which is twice as long: every phase walks through it.
+template <class Storage> bool is_even(const FlowWalk<Storage> &walk) {
+  const int64_t vector = wide_vector<Storage>;
+  const auto *const weights = &walk.weights;
+  const auto at = reinterpret_cast<uintptr_t>(weights->weight_in) | reinterpret_cast<uintptr_t>(weights->weight_out) |
+                  reinterpret_cast<uintptr_t>(weights->weight_hidden);
+  return walk.hidden() % vector == 0 && walk.transformed() % vector == 0 && at % 16 == 0;
+}
 
 // Tiles of layer 0 … depth + 1 of both nets.
-template <class Precision>
+template <class Precision, bool even>
 __device__ __forceinline__ int persistent_tiles(const FlowWalk<typename Precision::Storage> &walk, int layer) {
-  using Layer = PersistentLayer<Precision>;
+  using Layer = PersistentLayer<Precision, even>;
   const int row_tiles = static_cast<int>((walk.sizes.batch + Layer::rows - 1) / Layer::rows);
   return row_tiles *
          (layer == walk.depth() + 1 ? walk.tiles : 2 * ((walk.hidden() + Layer::columns - 1) / Layer::columns));
 }
 
 // One of them. `inverse`: the direction of the walk.
-template <class Precision>
+template <class Precision, bool even>
 __device__ __forceinline__ void persistent_tile(const FlowWalk<typename Precision::Storage> &walk,
                                                 unsigned char *shared, int step, int layer, bool inverse, int tile,
                                                 Do what) {
-  using Layer = PersistentLayer<Precision>;
-  using Last = PersistentLast<Precision>;
+  using Layer = PersistentLayer<Precision, even>;
+  using Last = PersistentLast<Precision, even>;
   const int row_tiles = static_cast<int>((walk.sizes.batch + Layer::rows - 1) / Layer::rows);
   const int64_t row0 = static_cast<int64_t>(tile % row_tiles) * Layer::rows;
   tile /= row_tiles;
@@ -453,18 +463,41 @@ __device__ __forceinline__ void persistent_tile(const FlowWalk<typename Precisio
     layer_tile<Layer>(walk, shared, layer == 0, step, layer, tile % 2, row0, tile / 2 * Layer::columns, what);
 }
 
+// Brings the weights of a layer of both nets to the L2 cache: this block has part `part` of `parts`.
+template <class Storage>
+__device__ __forceinline__ void prefetch_weights(const FlowWalk<Storage> &walk, int step, int layer, int part,
+                                                 int parts) {
+  const int64_t hidden = walk.hidden();
+  const bool last = layer == walk.depth() + 1, first = layer == 0;
+  const int64_t size = hidden * (first  ? walk.inside()
+                                 : last ? walk.transformed()
+                                        : hidden),
+                line = 128 / sizeof(Storage);
+  for (int net = 0; net < 2; ++net) {
+    const int64_t net_at = 2 * static_cast<int64_t>(step) + net;
+    const Storage *const from = first  ? walk.weights.weight_in + net_at * size
+                                : last ? walk.weights.weight_out + net_at * size
+                                       : walk.weights.weight_hidden + (net_at * walk.depth() + layer - 1) * size;
+    for (int64_t at = (static_cast<int64_t>(part) * tile_threads + threadIdx.x) * line; at < size;
+         at += static_cast<int64_t>(parts) * tile_threads * line)
+      prefetch(from + at);
+  }
+}
+
 // Phases whose tiles the blocks share, and after each of which they meet: part(phase, tile, what) for tiles(phase) of
 // them, then other(phase, tile) for more(phase, tiles) that fetch nothing. A block fetches its first tile's weights
-// while it waits for the others in front of a phase. part() is called in one place, for all tiles' code is compiled
-// into it.
-template <class Tiles, class More, class Part, class Other>
+// while it waits for the others in front of a phase; a block without a tile has idle(next phase, which of these blocks
+// it is, how many they are). part() is called in one place, for all tiles' code is compiled into it.
+template <class Tiles, class More, class Part, class Other, class Idle>
 __device__ __forceinline__ void share_phases(const cooperative_groups::grid_group &grid, int phases, Tiles &&tiles,
-                                             More &&more, Part &&part, Other &&other) {
+                                             More &&more, Part &&part, Other &&other, Idle &&idle) {
   const int mine = blockIdx.x, blocks = gridDim.x;
   for (int phase = -1; phase < phases; ++phase) {
     const int count = phase < 0 ? 0 : tiles(phase), all = phase < 0 ? 0 : count + more(phase, count);
     const bool goes_on = phase + 1 < phases && mine < tiles(phase + 1);
     const int rounds = mine < all ? (all - mine + blocks - 1) / blocks : 0;
+    if (rounds == 0 && phase + 1 < phases)
+      idle(phase + 1, mine - all, blocks - all);
     cooperative_groups::grid_group::arrival_token token = 0;
     for (int round = 0; round <= rounds; ++round) {
       const int tile = mine + round * blocks;
@@ -486,7 +519,7 @@ __device__ __forceinline__ void share_phases(const cooperative_groups::grid_grou
 }
 
 // The map in one launch of as many blocks as run at once.
-template <class Precision>
+template <class Precision, bool even>
 __global__ void __launch_bounds__(tile_threads, 2)
     flow_persistent_kernel(const FlowWalk<typename Precision::Storage> walk) {
   const cooperative_groups::grid_group grid = cooperative_groups::this_grid();
@@ -498,14 +531,15 @@ __global__ void __launch_bounds__(tile_threads, 2)
   if (walk.inverse)
     grid.sync(); // the first stage needs the table
   enter_rows(walk, walk.inverse, thread / warp_lanes, threads / warp_lanes);
+  const auto step_of = [&](int phase) { return walk.inverse ? walk.steps() - 1 - phase / layers : phase / layers; };
   share_phases(
-      grid, walk.steps() * layers, [&](int phase) { return persistent_tiles<Precision>(walk, phase % layers); },
+      grid, walk.steps() * layers, [&](int phase) { return persistent_tiles<Precision, even>(walk, phase % layers); },
       [](int, int) { return 0; },
       [&](int phase, int tile, Do what) {
-        const int walked = phase / layers, step = walk.inverse ? walk.steps() - 1 - walked : walked;
-        persistent_tile<Precision>(walk, shared, step, phase % layers, walk.inverse, tile, what);
+        persistent_tile<Precision, even>(walk, shared, step_of(phase), phase % layers, walk.inverse, tile, what);
       },
-      [](int, int) {});
+      [](int, int) {},
+      [&](int phase, int part, int parts) { prefetch_weights(walk, step_of(phase), phase % layers, part, parts); });
   finish_rows(walk, shared, thread, threads);
 }
 
@@ -587,14 +621,18 @@ void launch_flow_forward(const FlowWalk<typename Precision::Storage> &walk, cons
   if (walk.sizes.batch == 0)
     return;
   if (walk.sizes.batch <= persistent_rows) {
+    using Layer = PersistentLayer<Precision, true>;
     constexpr int bytes = persistent_bytes<Precision>;
-    const int64_t row_tiles = tiles_of(walk.sizes.batch, PersistentLayer<Precision>::rows);
-    const int64_t columns = 2 * tiles_of(walk.sizes.hidden, PersistentLayer<Precision>::columns);
-    const int64_t tiles = row_tiles * (columns > walk.tiles ? columns : walk.tiles); // more blocks would only meet
-    const int64_t blocks = launch.blocks_together(flow_persistent_kernel<Precision>, tile_threads, bytes);
-    if (blocks > 0 &&
-        launch.together(bytes)(flow_persistent_kernel<Precision>,
-                               dim3(static_cast<unsigned>(tiles < blocks ? tiles : blocks)), dim3(tile_threads), walk))
+    const int64_t row_tiles = tiles_of(walk.sizes.batch, Layer::rows);
+    const int64_t columns = 2 * tiles_of(walk.sizes.hidden, Layer::columns);
+    const int64_t tiles = row_tiles * (columns > walk.tiles ? columns : walk.tiles);
+    const auto run = [&](auto kernel) { // those beyond one for each multiprocessor, or tile, would only meet
+      const int64_t most = launch.blocks_together(kernel, tile_threads, bytes), enough = launch.multiprocessors();
+      const int64_t wanted = tiles > enough ? tiles : enough, blocks = wanted < most ? wanted : most;
+      return blocks > 0 &&
+             launch.together(bytes)(kernel, dim3(static_cast<unsigned>(blocks)), dim3(tile_threads), walk);
+    };
+    if (is_even(walk) ? run(flow_persistent_kernel<Precision, true>) : run(flow_persistent_kernel<Precision, false>))
       return;
   }
   launch_table(walk, !walk.inverse, launch);

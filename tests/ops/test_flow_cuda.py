@@ -203,7 +203,7 @@ def test_more_rows_than_one_kernel_takes() -> None:
 def test_weights_that_go_round_the_buffers_of_one_kernel(dtype: torch.dtype, batch: int, hidden: int) -> None:
     if dtype == torch.float32 and ONLY_TYPE or dtype != torch.float64 and SANITIZE:
         pytest.skip("takes long under a checker; float64 touches the same places of the buffers")
-    given = arguments((batch, 6, 1, hidden, 1), dtype)
+    given = arguments((batch, 16, 1, hidden, 1), dtype)
     options = (0.8, True, False, True, True)
     y, logdet, saved, _ = forward(given, *options)
     got = forward(given, *options, resident=40)

@@ -137,6 +137,9 @@ inline void copy_async_16(void *shared, const void *global, int bytes, EMULATOR_
   emulator::Block::running().copy_async({"copy_async_16", file, line}, shared, global, bytes);
 }
 
+// Does nothing but look at the address, for those who watch accesses.
+inline void prefetch(const void *global) { static_cast<void>(*static_cast<const volatile unsigned char *>(global)); }
+
 inline void commit_copies() { emulator::Block::running().commit_copies(); }
 
 template <int groups> __forceinline__ void wait_copies() { emulator::Block::running().wait_copies(groups); }
