@@ -39,14 +39,16 @@ SLOW_FILES = {Path(__file__).parent / f"{name}.py" for name in SLOW.split()}
 assert all(file.exists() for file in SLOW_FILES), "SLOW names a file that is no longer there"
 
 
-# Files that take a process for minutes come first, so that none runs alone at the end.
-LONG = """cuda_emulator/test_emulator backends/test_triton packaging/test_distribution packaging/test_aarch64
-    composition/test_compile composition/test_export train/test_chosen train/test_commands""".split()
+# Files that take a process for a minute or more, the longest first, so that none runs alone at the end.
+LONG = """cuda_emulator/test_emulator backends/test_triton train/test_commands packaging/test_aarch64
+    packaging/test_distribution docs/test_examples flow/test_sanitized train/test_chosen packaging/test_vector_code
+    composition/test_compile composition/test_onnx benchmarks/test_gpu_script composition/test_export""".split()
 LONG_FILES = [Path(__file__).parent / f"{name}.py" for name in LONG]
+assert all(file.exists() for file in LONG_FILES), "LONG names a file that is no longer there"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path not in LONG_FILES)
+    items.sort(key=lambda item: LONG_FILES.index(item.path) if item.path in LONG_FILES else len(LONG))
     for item in items:
         if item.path in SLOW_FILES:
             item.add_marker(pytest.mark.slow)

@@ -22,6 +22,7 @@ __all__ = [
     "SMALL_FLOW",
     "AFFINE_COUPLING",
     "BACKEND",
+    "DEFINED",
     "DTYPES",
     "FLOW",
     "FLOW_BOUNDS",
@@ -49,6 +50,9 @@ __all__ = [
 
 BACKEND = os.environ.get("IIN_FAST_BACKEND") or "cpp"
 """The backend that this process tests. tests/backends/test_triton.py runs tests marked "triton" with that one."""
+
+DEFINED = [BACKEND] if BACKEND == "triton" else [BACKEND, "reference"]
+"""The backend, and the definition: tests on the C++ code have checked that by the time Triton's interpreter is at it."""
 
 DTYPES = list(FLOATING)
 TAILS = list(TAIL_CODES)

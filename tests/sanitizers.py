@@ -1,5 +1,8 @@
-"""Programs of C++ that tests compile with the sanitizers of g++."""
+"""Programs of C++ that tests compile, with the sanitizers of g++ and without, and keep in build/programs."""
 
+import fcntl
+import functools
+import hashlib
 import os
 import re
 import shutil
@@ -12,9 +15,10 @@ import torch
 from iin_fast.ops.flow.program import flow_as_program
 from iin_fast.ops.registry import OPS
 
-__all__ = ["ISAS", "LIBRARIES", "ON_THREADS", "PROGRAMS", "ROOT", "compiled", "run"]
+__all__ = ["ISAS", "LIBRARIES", "ON_THREADS", "PROGRAMS", "ROOT", "compiled", "kept", "run"]
 
 ROOT = Path(__file__).parents[1]
+KEPT = ROOT / "build" / "programs"
 ISAS = os.environ.get("IIN_FAST_TEST_ISAS", "baseline").split()
 """Instruction sets for the CPU loops; make sanitize asks for all."""
 
@@ -34,7 +38,37 @@ PROGRAMS = "\n".join(
 LIBRARIES = {"address,undefined": "libasan.so", "thread": "libtsan.so"}
 
 
-def compiled(program: Path, *sources: Path, sanitizer: str = "", isa: str = "baseline", optimized: str = "-O1") -> Path:
+@functools.cache
+def _sources() -> bytes:
+    """All C++ that a program may be made of, digested."""
+    digest = hashlib.sha256(torch.__version__.encode())
+    for folder in (ROOT / "csrc", ROOT / "tests"):
+        for path in sorted(folder.rglob("*")):
+            if path.suffix in (".h", ".cpp"):
+                digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    return digest.digest()
+
+
+def kept(name: str, compiler: str, *words: str) -> Path:
+    """What the compiler makes under that name, and beside it as .txt what it says: anew if a word or a source has changed."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True).stdout
+    key = hashlib.sha256(_sources() + version + repr((compiler, words)).encode()).hexdigest()[:16]
+    KEPT.mkdir(parents=True, exist_ok=True)
+    made = KEPT / f"{name}-{key}"
+    with open(KEPT / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # tests may run in several processes
+        if not made.exists():
+            for old in KEPT.glob(f"{name}-{'[0-9a-f]' * 16}*"):
+                old.unlink()
+            unfinished = KEPT / f"{name}.tmp"
+            done = subprocess.run([compiler, *words, "-o", str(unfinished)], capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr[-3000:]
+            made.with_suffix(".txt").write_text(done.stderr)
+            unfinished.rename(made)
+    return made
+
+
+def compiled(name: str, *sources: Path, sanitizer: str = "", isa: str = "baseline", optimized: str = "-O1") -> Path:
     """The program, compiled of its sources, or the test is skipped where g++ can't."""
     if shutil.which("g++") is None:
         pytest.skip("no g++")
@@ -49,8 +83,7 @@ def compiled(program: Path, *sources: Path, sanitizer: str = "", isa: str = "bas
     flags += ["-isystem", str(Path(torch.__file__).parent / "include"), f"-DIIN_FAST_ISA={isa}"]
     flags += known[1].replace('"', "").split()
     flags += [f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"] if sanitizer else []
-    subprocess.run(["g++", *flags, *map(str, sources), "-o", str(program)], check=True)
-    return program
+    return kept("-".join(filter(None, [name, sanitizer.partition(",")[0], isa])), "g++", *flags, *map(str, sources))
 
 
 def run(program: Path, *words: str, text: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:

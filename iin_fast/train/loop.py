@@ -161,7 +161,7 @@ def train(
         data, outliers = replace(data, z=usual), outlier_line(far)
     if not before:
         _check_residual(data, settings)
-    known = _facts(data, settings)
+    known, judge = _facts(data, settings)
     if epochs is not None:
         if given_steps is not None:
             raise ValueError(f"train: epochs is {epochs} and steps is {given_steps}, expected one of them")
@@ -182,7 +182,7 @@ def train(
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
             training = _Training(
-                fabric, data, fingerprint, run, settings, found, before, progress, known.hidden, loggers
+                fabric, data, fingerprint, run, settings, found, before, progress, known.hidden, loggers, judge
             )
             training.open_folder(force)
             if progress and fabric.is_global_zero:
@@ -250,6 +250,7 @@ class _Training:
         progress: bool,
         hidden: tuple[str, ...] = (),
         loggers: Sequence[Any] = (),
+        judge: SwapJudge | None = None,
     ) -> None:
         self.fabric, self.data, self.folder, self.settings, self.show = fabric, data, run, settings, progress
         self.loggers, self.fingerprint = loggers, fingerprint
@@ -282,7 +283,8 @@ class _Training:
             )
         self.judge: SwapJudge | None = None
         if settings.keep == "swaps" and data.labels is not None and fabric.is_global_zero:
-            judge = SwapJudge(data, train_rows, held_rows, concepts, self.context, settings.seed)
+            judge = judge or SwapJudge(data, train_rows, held_rows, concepts, seed=settings.seed)
+            judge.context = self.context
             self.judge = judge if judge.keepers else None
         self.dtype = torch.float64 if settings.precision == "64-true" else torch.float32
         self.z = data.z.to(self.dtype)
@@ -750,11 +752,11 @@ def _check_residual(data: Latents, settings: Settings) -> None:
         )
 
 
-def _facts(data: Latents, settings: Settings) -> Facts:
-    """What the settings are chosen by."""
+def _facts(data: Latents, settings: Settings) -> tuple[Facts, SwapJudge | None]:
+    """What the settings are chosen by; and the judge, if they took one."""
     train_rows, held_rows = split_rows(data, settings.held_out, settings.seed)
     if settings.preset == "paper":
-        return Facts(len(train_rows), len(held_rows), data.dim, data.kind)
+        return Facts(len(train_rows), len(held_rows), data.dim, data.kind), None
     options: dict[str, Any] = {"others": settings.others or "any", "unlabelled": settings.unlabelled, "lenient": True}
     held = 0
     if len(held_rows) and not Batches(data, units(data, held_rows), _concepts(data, settings), **options).empty:
@@ -762,7 +764,7 @@ def _facts(data: Latents, settings: Settings) -> Facts:
     rows = data.z[torch.from_numpy(train_rows)]
     inputs = Inputs.of(rows)
     hidden: tuple[str, ...] = ()
-    variance = 1.0
+    variance, judge = 1.0, None
     if settings.start != "random" and data.labels is not None and held:
         judge = SwapJudge(data, train_rows, held_rows, _concepts(data, settings), seed=settings.seed)
         hidden = judge.hidden() if settings.start != "linear" else ()
@@ -774,7 +776,7 @@ def _facts(data: Latents, settings: Settings) -> Facts:
             "start='random' with standardise=False trains on all features as they are"
         )
     whole = data.labels is None or not bool((data.labels == MISSING).any())
-    return Facts(len(train_rows), held, inputs.live - least, data.kind, hidden, whole, variance)
+    return Facts(len(train_rows), held, inputs.live - least, data.kind, hidden, whole, variance), judge
 
 
 def _fabric(accelerator: str, devices: int, nodes: int, strategy: str, settings: Any, device: str | None = None) -> Any:

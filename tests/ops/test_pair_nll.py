@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from numerics import RHOS, SIZES, check_near_one, compare_with_definition, pairs_near_one
-from op_cases import BACKEND, DTYPES, LAYOUTS, PAIR_NLL, cases, pair_inputs
+from op_cases import BACKEND, DEFINED, DTYPES, LAYOUTS, PAIR_NLL, cases, pair_inputs
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
@@ -48,7 +48,7 @@ def test_first_and_second_derivatives(normalized: bool) -> None:
 
 @pytest.mark.triton
 @pytest.mark.parametrize("rho", RHOS)
-@pytest.mark.parametrize("backend", ["reference", BACKEND])
+@pytest.mark.parametrize("backend", DEFINED)
 def test_correlations_next_to_one(rho: float, backend: str) -> None:
     given, shared = pairs_near_one(rho)
     leaves = [t.requires_grad_() for t in given]

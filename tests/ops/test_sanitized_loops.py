@@ -17,9 +17,8 @@ def test_every_op_is_here() -> None:
 
 
 @pytest.fixture(scope="module", params=ISAS)
-def program(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("loops") / "on_threads"
-    return compiled(place, *ON_THREADS, sanitizer="thread", isa=request.param)
+def program(request: pytest.FixtureRequest) -> Path:
+    return compiled("on_threads", *ON_THREADS, sanitizer="thread", isa=request.param)
 
 
 @pytest.mark.parametrize("op", OPS)

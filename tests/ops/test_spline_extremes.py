@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import check_sums
-from op_cases import BACKEND, DTYPES, FORMS, TAILS, few
+from op_cases import DEFINED, DTYPES, FORMS, TAILS, few
 from spline_cases import definition, elements, weights
 from torch import Tensor
 
@@ -28,7 +28,7 @@ def run(
     return [t.detach() for t in (*outputs, *grads)]
 
 
-@pytest.fixture(params=[BACKEND, "reference"])
+@pytest.fixture(params=DEFINED)
 def backend(request: pytest.FixtureRequest):
     with iin_fast.backend(request.param):
         yield request.param

@@ -700,12 +700,39 @@ def torchrun(*words, processes=2):
     )
 
 
+# Three processes with the environment that torchrun gives them, forked, so that one of them imports for all.
+RANKS = """
+import os, socket, sys
+import lightning_fabric, safetensors.torch, torch._dynamo, torch.utils.tensorboard
+import iin_fast.train
+from iin_fast.cli import main
+
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="3", LOCAL_WORLD_SIZE="3")
+os.environ.update(TORCHELASTIC_RUN_ID="forked", GROUP_RANK="0")
+children = []
+for rank in range(3):
+    if not (child := os.fork()):
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
+        main()
+    children.append(child)
+sys.exit(any([os.waitpid(child, 0)[1] for child in children]))
+"""
+
+
 def test_three_processes_resume_bit_for_bit(file, tmp_path):
     """A sum of three numbers depends on their order; one of two does not."""
     steps = "--steps 200 --log-every 20 --save-every 100 --noise 0.1 --batch 18".split()
     words = ("train", file, "--factors", "digit=3,color=2", *SMALL, *steps)
-    code, _, err = finish(torchrun(*words, "--out", tmp_path / "whole", processes=3))
-    assert code == 0, err
+
+    def ranks(*more):
+        code = [sys.executable, "-c", RANKS, *map(str, (*words, *more))]
+        done = subprocess.run(code, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    ranks("--out", tmp_path / "whole")
     process = torchrun(*words, "--out", tmp_path / "cut", processes=3)
     while not list(tmp_path.glob("cut/state/step-*")):
         assert process.poll() is None, process.communicate()
@@ -714,8 +741,7 @@ def test_three_processes_resume_bit_for_bit(file, tmp_path):
     assert finish(process)[0] != 0
     (checkpoint,) = (tmp_path / "cut" / "state").glob("step-*")
     assert "step-000000000" < checkpoint.name < "step-000000200"
-    code, _, err = finish(torchrun(*words, "--out", tmp_path / "cut", "--resume", processes=3))
-    assert code == 0, err
+    ranks("--out", tmp_path / "cut", "--resume")
     models = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "cut")]
     assert models[0] == models[1]
     lines = [[{**line, "samples_per_second": ""} for line in metrics(tmp_path / name)] for name in ("whole", "cut")]
