@@ -34,8 +34,8 @@ public:
     done_.store(0, std::memory_order_relaxed);
     ++steps_;
     ticket_.store(steps_ << member_bits | static_cast<uint64_t>(members), std::memory_order_release);
-    share(0);
-    wait([&] { return done_.load(std::memory_order_acquire) == members; });
+    const Clock::duration took = share(0);
+    wait(took, [&] { return done_.load(std::memory_order_acquire) == members; });
   }
 
   void close() { ticket_.store(closed, std::memory_order_release); }
@@ -43,9 +43,9 @@ public:
   // Every other thread, once.
   void work() {
     // a pool that runs its pieces one after the other may call this before start; then the leader will do without
-    const auto patience = std::chrono::steady_clock::now() + std::chrono::milliseconds(1);
+    const auto patience = Clock::now() + std::chrono::milliseconds(1);
     while (!started_.load(std::memory_order_acquire)) {
-      if (std::chrono::steady_clock::now() > patience)
+      if (Clock::now() > patience)
         return;
       std::this_thread::yield();
     }
@@ -54,21 +54,23 @@ public:
     if (seen == closed)
       return;
     const uint64_t id = static_cast<uint64_t>(joined_.fetch_add(1, std::memory_order_acq_rel)) + 1;
-    for (;;) {
+    for (Clock::duration took{};;) {
       uint64_t now = seen;
-      wait([&] { return (now = ticket_.load(std::memory_order_acquire)) != seen; });
+      wait(took, [&] { return (now = ticket_.load(std::memory_order_acquire)) != seen; });
       if (now == closed)
         return;
       seen = now;
       // the leader waits for members alone, so only they may look at the step
       if (id <= (now & ((uint64_t(1) << member_bits) - 1))) {
-        share(static_cast<int64_t>(id));
+        took = share(static_cast<int64_t>(id));
         done_.fetch_add(1, std::memory_order_release);
       }
     }
   }
 
 private:
+  using Clock = std::chrono::steady_clock;
+
   struct Step {
     int64_t count, parts;
     Body body;
@@ -78,16 +80,27 @@ private:
   static constexpr int member_bits = 16;
   static constexpr uint64_t closed = ~uint64_t(0);
 
-  void share(int64_t part) const {
+  // Gives the time that it took.
+  Clock::duration share(int64_t part) const {
     const int64_t begin = step_.count * part / step_.parts, end = step_.count * (part + 1) / step_.parts;
+    const Clock::time_point start = Clock::now();
     if (begin < end)
       step_.body(begin, end, step_.data);
+    return Clock::now() - start;
   }
 
-  // Spins for about as long as a step takes, then lets others run in between: the machine may be busy.
-  template <class Ready> static void wait(const Ready &ready) {
+  // Spins for about as long as a step takes, then lets others run in between: the machine may be busy. Who yields may
+  // get the processor back after milliseconds alone, so after a long step this spins for as long as that took.
+  template <class Ready> static void wait(Clock::duration took, const Ready &ready) {
+    constexpr int few = 4000;
+    Clock::time_point patience;
+    bool spins = true;
     for (int spin = 0; !ready(); ++spin) {
-      if (spin < 4000) {
+      if (spin == few)
+        patience = Clock::now() + took;
+      else if (spin > few && spins && spin % 64 == 0)
+        spins = Clock::now() < patience;
+      if (spin < few || spins) {
 #if defined(__x86_64__)
         __builtin_ia32_pause();
 #elif defined(__aarch64__)
