@@ -214,6 +214,9 @@ def test_more_tiles_than_accumulators() -> None:
     assert 2100 > 256 << job.log_rows_back
     for found, want in zip(job.results, definition(drawn, "reference"), strict=True):
         assert_close(found, want, rtol=1e-9, atol=1e-11)
+    drawn = whole_numbers(2100, 5, 3)
+    found, wanted = (walk(drawn, tile=8, tf32=tf32, weights_of=torch.ones_like).results for tf32 in (3, 0))
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 def test_launches() -> None:
