@@ -156,6 +156,8 @@ class Shuffle(nn.Module):
         self.backward_shuffle_idx.copy_(index.argsort())
 
     def forward(self, x: Tensor, reverse: bool = False, conditioning: Any = None) -> Any:
+        if x.dim() < 2 or x.shape[1] != self.in_channels:
+            raise ValueError(f"Shuffle: x has shape {list(x.shape)}, expected [batch, {self.in_channels}, …]")
         if reverse:
             return x[:, self.backward_shuffle_idx]
         return x[:, self.forward_shuffle_idx], 0

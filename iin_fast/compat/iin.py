@@ -15,7 +15,7 @@ References:
     (CVPR, arXiv 2004.13166).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -287,7 +287,7 @@ class FactorTransformer(VectorTransformer):
 
     def reverse(self, out: Sequence[Tensor]) -> Tensor:
         """Map a sequence of factors back to ``[batch, in_channel, 1, 1]``."""
-        return super().reverse(torch.cat(list(out), dim=1))
+        return super().reverse(torch.cat(_factors(type(self).__name__, "out", out), dim=1))
 
 
 def nll(sample: Tensor) -> Tensor:
@@ -299,9 +299,20 @@ def _no_train_op() -> None:
     """The published losses return an operation to run in training; it does nothing."""
 
 
-def _check_logdet(where: str, logdet: Tensor) -> None:
+def _factors(where: str, name: str, factors: Sequence[Tensor]) -> list[Tensor]:
+    """The factors as a list; one tensor would be taken apart along its batch."""
+    parts = list(factors) if isinstance(factors, Iterable) and not isinstance(factors, Tensor) else []
+    if not parts:
+        kind = type(factors).__name__
+        raise TypeError(f"{where}: {name} is a {kind}, expected a sequence of one or more factors [batch, size, 1, 1]")
+    return parts
+
+
+def _check_logdet(where: str, logdet: Tensor, batch: int) -> None:
     if logdet.dim() != 1:
         raise ValueError(f"{where}: logdet has shape {list(logdet.shape)}, expected [batch]")
+    if len(logdet) != batch:
+        raise ValueError(f"{where}: logdet has shape {list(logdet.shape)}, expected [{batch}] like the sample's batch")
 
 
 class Loss(nn.Module):
@@ -323,7 +334,7 @@ class Loss(nn.Module):
         ``log["scalars"]`` has loss, reference_nll_loss (of noise, drawn from torch's global generator), nlogdet_loss
         and nll_loss.
         """
-        _check_logdet("Loss", logdet)
+        _check_logdet("Loss", logdet, sample.shape[0])
         nll_loss = nll(sample).mean()
         nlogdet_loss = -logdet.mean()
         loss = nll_loss + nlogdet_loss
@@ -379,13 +390,25 @@ class FactorLoss(nn.Module):
             (loss, log, train_op); ``log["scalars"]`` has loss, loss1 (of example1) and loss2 (of
             example2 given example1).
         """
-        a, b = samples["example1"], samples["example2"]
+        a, b = (_factors("FactorLoss", f"samples[{name!r}]", samples[name]) for name in ("example1", "example2"))
         logdet_a, logdet_b = logdets["example1"], logdets["example2"]
-        _check_logdet("FactorLoss", logdet_a)
-        _check_logdet("FactorLoss", logdet_b)
-        za, zb = torch.cat(list(a), dim=1).flatten(1), torch.cat(list(b), dim=1).flatten(1)
-        sizes = [factor[0].numel() for factor in b]
-        codes = torch.as_tensor(factors, device=zb.device)[:, None]
+        shapes_a, shapes_b = [list(factor.shape) for factor in a], [list(factor.shape) for factor in b]
+        if shapes_a != shapes_b:
+            raise ValueError(
+                f"FactorLoss: samples['example2'] has shapes {shapes_b}, expected {shapes_a} like 'example1'"
+            )
+        za, zb = torch.cat(a, dim=1).flatten(1), torch.cat(b, dim=1).flatten(1)
+        _check_logdet("FactorLoss", logdet_a, za.shape[0])
+        _check_logdet("FactorLoss", logdet_b, za.shape[0])
+        sizes = [factor.shape[1:].numel() for factor in b]
+        codes = torch.as_tensor(factors, device=zb.device)
+        if codes.is_floating_point() or codes.is_complex():
+            raise TypeError(f"FactorLoss: factors is {codes.dtype}, expected integers")
+        if codes.shape != za.shape[:1]:
+            raise ValueError(
+                f"FactorLoss: factors has shape {list(codes.shape)}, expected [{za.shape[0]}], one for each pair"
+            )
+        codes = codes.to(torch.int64)[:, None]
         numbers = torch.arange(len(b), device=zb.device)
         shared = (codes == numbers) | ((codes < 0) & (codes != -numbers))
         loss = pair_nll(za, zb, logdet_a, logdet_b, shared, sizes, self.rho).mean()

@@ -608,6 +608,10 @@ class NLL(nn.Module):
         """
         if logdet.dim() != 1:
             raise ValueError(f"NLL: logdet has shape {list(logdet.shape)}, expected [batch]")
+        if len(logdet) != len(sample):
+            raise ValueError(
+                f"NLL: logdet has shape {list(logdet.shape)}, expected [{len(sample)}] like sample's batch"
+            )
         nll_loss = nll(sample).mean()
         nlogdet_loss = -logdet.mean()
         loss = nll_loss + nlogdet_loss

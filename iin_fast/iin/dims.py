@@ -82,13 +82,18 @@ def estimate_factor_dims(
     if method not in ("paper", "published"):
         raise ValueError(f"{where}: method is {method!r}, expected 'paper' or 'published'")
 
+    lacking = np.setdiff1d(np.arange(min(n_named, n + 1)), codes)  # n pairs show n factors at most
+    if len(lacking):
+        raise ValueError(
+            f"{where}: factor has no pair with the value {lacking[0]}, expected at least one for each factor"
+        )
+    exponent = -np.frexp(max(np.abs(a).max(), np.abs(b).max()))[1]
+    a, b = np.ldexp(a, exponent), np.ldexp(b, exponent)  # exact, and squares neither overflow nor vanish
     everything = np.concatenate([a, b])
     total_variance = everything.var(0).sum()
     scores = np.zeros(n_named + 1)
     for k in range(n_named):
         pairs = codes == k
-        if not pairs.any():
-            raise ValueError(f"{where}: factor has no pair with the value {k}, expected at least one for each factor")
         ak, bk = a[pairs], b[pairs]
         if method == "paper":
             ak, bk = ak - ak.mean(0), bk - bk.mean(0)

@@ -138,7 +138,8 @@ class Inputs(nn.Module):
         """The map that latents ``[n, dim]`` ask for.
 
         Raises:
-            TypeError, ValueError: latents that are not finite ``[n, dim]``, or none of whose features varies.
+            TypeError, ValueError: latents that are not finite ``[n, dim]``, or none of whose features varies; a variance
+                beyond float64.
         """
         where = "Inputs.of"
         check_floating(where, "z", z)
@@ -153,8 +154,16 @@ class Inputs(nn.Module):
             raise ValueError(f"{where}: z has no feature that varies, expected one at least")
         made = cls(z.shape[1], int(aside.sum()), dtype=z.dtype)
         values = z.double()
+        deviation = values.std(0, correction=0)
+        beyond = ~constant & ~((deviation >= torch.finfo(torch.float64).tiny ** 0.5) & (deviation < torch.inf))
+        if beyond.any():
+            feature = int(beyond.nonzero()[0])
+            raise ValueError(
+                f"{where}: feature {feature} of z has values up to {values[:, feature].abs().max():g}, expected ones whose "
+                "variance float64 can hold; multiply it by a constant"
+            )
         made.mean = torch.where(constant, values[0], values.mean(0)).to(z.dtype)
-        made.scale = torch.where(constant, 1.0, values.std(0, correction=0)).to(z.dtype)
+        made.scale = torch.where(constant, 1.0, deviation).to(z.dtype)
         made.keep, made.left = own[~aside], own[aside]
         made.source = torch.where(constant, own, first)[aside]
         return made

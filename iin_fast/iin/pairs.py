@@ -396,6 +396,8 @@ def _integers(name: str, values: Tensor | ArrayLike) -> NDArray[np.int64]:
         raise ValueError(f"PairSampler: {name} is empty, of shape {list(array.shape)}, expected at least one sample")
     if array.dtype.kind not in "iub":
         raise TypeError(f"PairSampler: {name} is {array.dtype}, expected integers")
+    if array.max() >= (most := np.iinfo(np.int64).max):  # beyond it lies -1, and codes are counted one up
+        raise ValueError(f"PairSampler: {name} has the value {array.max()}, expected less than {most}")
     return array.astype(np.int64)
 
 
@@ -429,11 +431,18 @@ def _weights(weights: Mapping[str, float] | Sequence[float] | None, names: tuple
         if set(weights) != set(names):
             raise ValueError(f"PairSampler: weights has the names {list(weights)}, expected {list(names)}")
         weights = [weights[name] for name in names]
-    array = np.asarray(weights, dtype=np.float64)
+    try:
+        array = np.asarray(weights, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(f"PairSampler: weights are {weights!r}, expected numbers") from None
     if array.shape != (len(names),):
         raise ValueError(
             f"PairSampler: weights has shape {list(array.shape)}, expected [{len(names)}], one per concept"
         )
-    if not np.isfinite(array).all() or (array < 0).any() or not array.any():
-        raise ValueError(f"PairSampler: weights are {array.tolist()}, expected finite numbers from 0, not all 0")
+    with np.errstate(over="ignore"):
+        total = array.sum()
+    if not np.isfinite(total) or (array < 0).any() or not array.any():
+        raise ValueError(
+            f"PairSampler: weights are {array.tolist()}, expected finite numbers from 0, not all 0, of a finite sum"
+        )
     return array

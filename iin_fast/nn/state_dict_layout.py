@@ -88,6 +88,8 @@ def import_tensors(
         key = prefix + entry.key
         if key not in state:
             missing.append(key)
+        elif not isinstance(state[key], Tensor):
+            errors.append(f"{key} is a {type(state[key]).__name__}, expected a torch.Tensor")
         elif tuple(state[key].shape) != entry.shape:
             errors.append(
                 f"size mismatch for {key}: copying a param with shape {state[key].shape} from checkpoint, "

@@ -225,6 +225,48 @@ def test_losses_refuse_a_logdet_of_another_rank():
         Loss({})(torch.zeros(4, 2, 1, 1), torch.zeros(()), 0)
 
 
+def test_losses_refuse_a_logdet_of_another_batch():
+    samples, logdets = pair()
+    logdets["example2"] = logdets["example2"][:3]
+    with pytest.raises(ValueError, match=r"FactorLoss: logdet has shape \[3\], expected \[4\]"):
+        FactorLoss({})(samples, logdets, np.zeros(4, dtype=int), 0)
+    with pytest.raises(ValueError, match=r"Loss: logdet has shape \[3\], expected \[4\]"):
+        Loss({})(torch.zeros(4, 2, 1, 1), torch.zeros(3), 0)
+
+
+@pytest.mark.parametrize(
+    "codes, error, message",
+    [
+        (torch.full((4,), 0.5), TypeError, "factors is torch.float32, expected integers"),
+        (np.zeros((4, 1), dtype=int), ValueError, r"factors has shape \[4, 1\], expected \[4\], one for each pair"),
+        (0, ValueError, r"factors has shape \[\], expected \[4\]"),
+    ],
+)
+def test_factor_codes_that_are_none(codes, error, message):
+    with pytest.raises(error, match=message):
+        FactorLoss({})(*pair(), codes, 0)
+
+
+def test_factors_of_other_sizes_are_refused():
+    samples, logdets = pair()
+    samples["example1"] = samples["example1"][::-1]
+    with pytest.raises(ValueError, match=r"'example2'\] has shapes \[\[4, 2, 1, 1\], .*, expected \[\[4, 4, 1, 1\], "):
+        FactorLoss({})(samples, logdets, np.zeros(4, dtype=int), 0)
+
+
+@pytest.mark.parametrize("out", [torch.zeros(6, 6, 1, 1), [], None])
+def test_one_tensor_is_no_sequence_of_factors(out):
+    with pytest.raises(TypeError, match="out is a .*, expected a sequence of one or more factors"):
+        FactorTransformer(small()).reverse(out)
+    with pytest.raises(TypeError, match=r"samples\['example1'\] is a .*, expected a sequence of one or more factors"):
+        FactorLoss({})({"example1": out, "example2": out}, {}, np.zeros(6, dtype=int), 0)
+
+
+def test_no_pairs_give_nan_as_published():
+    samples, logdets = pair(batch=0)
+    assert FactorLoss({})(samples, logdets, np.zeros(0, dtype=int), 0)[0].isnan()
+
+
 def test_nll():
     torch.testing.assert_close(nll(torch.full((3, 2, 2, 1), 2.0)), torch.full((3,), 8.0))
 
@@ -369,6 +411,15 @@ def test_loading_reports_published_names():
     assert "size mismatch for realnvp.flow.0.flow.1.s.0.main.0.weight: copying a param with shape" in text
 
 
+def test_loading_an_array_names_its_key():
+    model = VectorTransformer(small())
+    state = model.state_dict()
+    key = "realnvp.flow.1.flow.1.t.0.main.2.bias"
+    state[key] = state[key].numpy()
+    with pytest.raises(RuntimeError, match=rf"{key} is a ndarray, expected a torch\.Tensor"):
+        model.load_state_dict(state)
+
+
 def test_loading_part_of_a_checkpoint():
     model, other = VectorTransformer(small()), VectorTransformer(small())
     key = "realnvp.flow.1.flow.1.s.1.main.2.weight"
@@ -510,6 +561,9 @@ def test_shuffle():
     y, logdet = shuffle(x)
     assert logdet == 0 and torch.equal(shuffle(y, reverse=True), x)
     assert list(shuffle.state_dict()) == ["forward_shuffle_idx", "backward_shuffle_idx"]
+    for shape in ((4, 7), (4, 5), (6,)):
+        with pytest.raises(ValueError, match=r"Shuffle: x has shape .*, expected \[batch, 6, …\]"):
+            shuffle(torch.zeros(shape))
 
 
 def test_fully_connected_net():

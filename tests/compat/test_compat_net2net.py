@@ -329,6 +329,8 @@ def test_nll():
     assert loss == 0 and list(log) == [f"val/{k}_loss" for k in ("total", "reference_nll", "nlogdet", "nll")]
     with pytest.raises(ValueError, match=r"NLL: logdet has shape \[2, 1\], expected \[batch\]"):
         NLL()(z, logdet[:, None])
+    with pytest.raises(ValueError, match=r"NLL: logdet has shape \[1\], expected \[2\]"):
+        NLL()(z, logdet[:1])
 
 
 # Errors

@@ -66,6 +66,13 @@ def test_scale_of_features_matters_to_published_only():
 
 
 @pytest.mark.parametrize("method", ["paper", "published"])
+@pytest.mark.parametrize("unit", [1e-200, 1e300])
+def test_any_unit(method, unit):
+    za, zb, factor = pairs([12, 6])
+    assert estimate_factor_dims(za * unit, zb * unit, factor, method) == estimate_factor_dims(za, zb, factor, method)
+
+
+@pytest.mark.parametrize("method", ["paper", "published"])
 @pytest.mark.parametrize("constant", [slice(0, 3), slice(None)], ids=["some", "all"])
 def test_features_that_do_not_vary(method, constant):
     za, zb, factor = pairs([10, 9])
@@ -91,6 +98,7 @@ def test_features_that_do_not_vary(method, constant):
         (dict(factor=np.array([0, 1, 2, 0]), n_factors=3), ValueError, "values from 0 to 2, expected 0 to 1"),
         (dict(factor=np.array([0, 1, -1, 0])), ValueError, "values from -1 to 1, expected 0 to 1"),
         (dict(factor=np.array([0, 0, 2, 2])), ValueError, "no pair with the value 1"),
+        (dict(factor=np.array([0, 0, 2, 10**12])), ValueError, "no pair with the value 1"),
         (dict(n_factors=4), ValueError, "no pair with the value 2"),
         (dict(n_factors=0), ValueError, "n_factors is 0"),
         (dict(n_factors=2.0), TypeError, "n_factors is 2.0"),

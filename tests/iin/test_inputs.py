@@ -41,12 +41,18 @@ def test_features_are_standardised_or_set_aside(dtype):
     assert torch.linalg.slogdet(jacobian.double()).logabsdet.item() == pytest.approx(logdet.item(), rel=1e-5)
 
 
+def unit(size: float) -> torch.Tensor:
+    return torch.tensor([[1.0, size], [2.0, 2 * size], [0.0, size]], dtype=torch.float64)
+
+
 def test_what_is_no_latents_is_refused():
     for error, match, call in (
         (TypeError, "z has dtype int64", lambda: Inputs.of(torch.ones(3, 2, dtype=torch.int64))),
         (ValueError, r"expected latents \[n, dim\]", lambda: Inputs.of(torch.ones(3))),
         (ValueError, "NaN or Inf", lambda: Inputs.of(torch.full((3, 2), torch.nan))),
         (ValueError, "no feature that varies", lambda: Inputs.of(torch.ones(3, 2))),
+        (ValueError, r"feature 1 of z has values up to 2e\+300, .* multiply it", lambda: Inputs.of(unit(1e300))),
+        (ValueError, r"feature 1 of z has values up to 2e-200, .* multiply it", lambda: Inputs.of(unit(1e-200))),
         (ValueError, "left_out is 4, expected less than dim = 4", lambda: Inputs(4, 4)),
         (ValueError, "inputs are of 10 features, expected 4", lambda: IIN(4, inputs=Inputs.of(draw()))),
         (TypeError, "inputs is a bool", lambda: IIN(4, inputs=True)),
