@@ -132,12 +132,11 @@ def _run(
     base: bool,
     keep: int,
 ) -> tuple[Tensor, Tensor]:
-    tf32 = tf32_products(x)
     if not has_values(x):  # traced or mapped: the fake kernel checks
-        return engine.call(x, context, parameters, program, inverse, base, keep, tf32)
+        return engine.call(x, context, parameters, program, inverse, base, keep)
     _check_once(x, parameters, program)
     try:
-        return engine.call(x, context, parameters, program, inverse, base, keep, tf32)
+        return engine.call(x, context, parameters, program, inverse, base, keep)
     except RuntimeError:
         check_parameters(x, parameters, program)  # a better message, if the parameters are to blame
         raise

@@ -16,6 +16,7 @@ from ..types import FULL
 from ..vmap import Rule, front, one_by_one
 from . import ahead, flops, reference
 from .checks import KEEP, check_parameters
+from .walk import tf32_products
 
 __all__ = ["INVERT", "call", "in_float32"]
 
@@ -37,9 +38,10 @@ def call(
     inverse: bool,
     base: bool,
     keep: int,
-    tf32: int = 0,
+    tf32: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run the compiled op. tf32: see ``walk.tf32_products``."""
+    """Run the compiled op. tf32: see ``walk.tf32_products``, which None asks."""
+    tf32 = tf32_products(x) if tf32 is None else tf32
     op = torch.ops.iin_fast.flow_program.default
     if followed():
         tensors = (x, *parameters) if context is None else (x, context, *parameters)
