@@ -29,10 +29,12 @@ def net(dim: int, hidden: int, context: int, dtype: torch.dtype) -> list[Tensor]
     return [*(torch.ones(shape, dtype=dtype) for shape in shapes), torch.arange(dim).repeat(2, 1)]
 
 
-def flow(rows: int, dtype: torch.dtype, tf32: bool = False, inverse: bool = False, context: int = 0) -> None:
-    x = torch.randn(rows, 8, dtype=torch.float64).to(dtype)
+def flow(
+    rows: int, dtype: torch.dtype, tf32: bool = False, inverse: bool = False, context: int = 0, dim: int = 8
+) -> None:
+    x = torch.randn(rows, dim, dtype=torch.float64).to(dtype)
     given = torch.ones(1, rows, context, dtype=dtype) if context else None
-    tensors = net(8, 16, context, dtype)
+    tensors = net(dim, 16, context, dtype)
     y, logdet, saved = call("flow", x, given, *tensors, 0.01, 1.0, False, inverse, 2, tf32)
     for kept, weights in itertools.product((saved, saved[:0]), (True, False)):
         call(
@@ -59,7 +61,7 @@ def others(rows: int, features: int, dtype: torch.dtype) -> None:
             call("spline_coupling_backward", x, row, x, raw, None, None, *spline, inverse)
 
 
-def program(rows: int, dtype: torch.dtype) -> None:
+def program(rows: int, dtype: torch.dtype, tf32: int = 0) -> None:
     """A coupling and an autoregressive layer, forward and back, and the sampling direction."""
     build = ProgramBuilder(4, 0)
 
@@ -76,18 +78,21 @@ def program(rows: int, dtype: torch.dtype) -> None:
     build.coupling((0, 1), (2, 3), dense(4, 2), affine(2, "tanh"))
     build.autoregressive(dense(8, 4, torch.ones(4, 4, dtype=dtype).tril(-1).repeat(2, 1)), affine(4, "tanh"))
     text, tensors, x = build.build().text, list(build.tensors), torch.randn(rows, 4, dtype=dtype)
-    y, logdet, saved = call("flow_program", x, None, tensors, text, False, True, 2)
+    y, logdet, saved = call("flow_program", x, None, tensors, text, False, True, 2, tf32)
     wanted = "1" * len(tensors)
-    call("flow_program_backward", y, logdet, x, saved, None, tensors, text, False, True, 2, False, wanted)
-    call("flow_program", x, None, tensors, text, True, False, 0)
+    call("flow_program_backward", y, logdet, x, saved, None, tensors, text, False, True, 2, False, wanted, tf32)
+    call("flow_program", x, None, tensors, text, True, False, 0, tf32)
 
 
 def everything() -> None:
-    for rows, dtype in itertools.product((5, 3000), (torch.float32, torch.float64)):
-        program(rows, dtype)
+    for rows in (5, 3000):
+        program(rows, torch.float64)
+        for products in (0, 1, 3):
+            program(rows, torch.float32, products)
     for dtype in DTYPES:
-        for rows, tf32, inverse, context in itertools.product((5, 300), (False, True), (False, True), (0, 3)):
-            flow(rows, dtype, tf32, inverse, context)
+        turns = (False, True)
+        for rows, tf32, inverse, context, dim in itertools.product((5, 300), turns, turns, (0, 3), (6, 16)):
+            flow(rows, dtype, tf32, inverse, context, dim)  # rows of 3 features begin anywhere, those of 8 at 16 bytes
         for rows, features in ((3, 7), (64, 64), (1, 100004)):
             others(rows, features, dtype)
 
