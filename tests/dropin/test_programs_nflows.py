@@ -275,7 +275,8 @@ def test_what_a_gpu_has_no_room_for_cuts_a_program(calls: list[int], monkeypatch
         assert calls == found
 
 
-def test_the_report_knows_which_backend_runs() -> None:
+def test_the_report_knows_which_backend_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("iin_fast.dropin.replace._warned", set())  # of earlier tests, which may have warned
     made = flow(*layered("affine", None))
     with iin_fast.backend("reference"), pytest.warns(UserWarning, match="nothing of nflows was replaced"):
         (line,) = (line for line in iin_fast.accelerate(made).lines if line.path == "_transform")
