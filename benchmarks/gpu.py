@@ -185,7 +185,8 @@ def run_command(run: Run, command: list[str], log: Path, environment: dict[str, 
 
 def tests(run: Run) -> None:
     """Those of the compiled library here, those of Triton, which compile for long, in a stage of their own."""
-    variables = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"} | ({"IIN_FAST_TEST_DEVICE": "cpu"} if run.dry else {})
+    path = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    variables = {"PYTHONPATH": os.pathsep.join(path)} | ({"IIN_FAST_TEST_DEVICE": "cpu"} if run.dry else {})
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "tests/gpu"]  # -v: names as they end
     if importlib.util.find_spec("xdist") and not run.dry:
         command += ["-n", "12" if run.stage == "triton" else "5"]

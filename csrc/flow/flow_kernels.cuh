@@ -32,6 +32,9 @@ namespace iin_fast {
 enum class Move : int { keep, swap, unswap, table };
 enum class Pass : int { keep, normalize, denormalize };
 
+// How a call runs. best: as its size says; the others are asked for by tests.
+enum class FlowWay : int64_t { best, layers, clusters, nets };
+
 // The transition of a row from a step to the next.
 struct Transition {
   Move move;
@@ -49,6 +52,7 @@ template <class Storage> struct FlowWalk {
   const Storage *context;     // [context_count, batch, context_dim]
   double leaky_slope, activation_slope, log_slope;
   bool inverse;             // the map that is computed
+  FlowWay way;
   bool every, keep, keep_v; // buffers of all steps; s and all activations are kept; what couplings put out is, too
 
   const Storage *x; // [batch, dim], rows x_row apart

@@ -21,6 +21,7 @@ struct FlowCall {
       *grad_bias_hidden, *grad_weight_out, *grad_bias_out;
   int64_t pending;               // bytes of gradients that wait for those of weights
   int64_t resident;              // blocks that run at once, or 0: no cooperative launch
+  FlowWay way;
   int64_t launches, saved_bytes; // learned
 
   template <class Storage> FlowWalk<Storage> walk() const {
@@ -33,7 +34,7 @@ struct FlowCall {
     walk.context = in(context);
     walk.leaky_slope = leaky_slope, walk.activation_slope = activation_slope;
     walk.log_slope = exact_logdet ? std::log(activation_slope) : 0.0;
-    walk.inverse = inverse;
+    walk.inverse = inverse, walk.way = way;
     walk.x = in(x), walk.x_row = x_row;
     walk.y = static_cast<Storage *>(y), walk.logdet = static_cast<compute_t<Storage> *>(logdet);
     return walk;

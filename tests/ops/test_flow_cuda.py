@@ -23,6 +23,9 @@ TENSORS = (
 )
 
 
+WAYS = ("best", "layers", "clusters", "nets")  # FlowWay in csrc/flow/flow_kernels.cuh
+
+
 class FlowSizes(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_int64) for name in ("batch", "dim", "n_flows", "hidden", "depth", "context_dim", "contexts")
@@ -41,7 +44,7 @@ class FlowCall(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("y", "logdet", "saved", "grad_y", "grad_logdet")),
         ("grad_y_row", ctypes.c_int64),
         *((f"grad_{name}", ctypes.c_void_p) for name in TENSORS[:-1]),
-        *((name, ctypes.c_int64) for name in ("pending", "resident", "launches", "saved_bytes")),
+        *((name, ctypes.c_int64) for name in ("pending", "resident", "way", "launches", "saved_bytes")),
     ]
 
 
@@ -69,6 +72,7 @@ def forward(
     save: bool = False,
     tf32: bool = False,
     resident: int = 0,
+    way: str = "best",
 ) -> tuple[Tensor, Tensor, Tensor, FlowCall]:
     x = given[0]
     y = torch.full(x.shape, torch.nan, dtype=x.dtype)
@@ -77,7 +81,7 @@ def forward(
     c.y, c.logdet = y.data_ptr(), logdet.data_ptr()
     size = saved_bytes(x, given[5].shape[3], given[7].shape[3], given[2].shape[0], inverse) if save else 0
     saved = torch.full((size,), 255, dtype=torch.uint8)
-    c.saved, c.resident = saved.data_ptr() if save else None, resident
+    c.saved, c.resident, c.way = saved.data_ptr() if save else None, resident, WAYS.index(way)
     call(load("flow").flow_forward, type_name(x.dtype), ctypes.byref(c))
     return y, logdet, saved, c
 
