@@ -91,25 +91,46 @@ public:
     return blocks * multiprocessors();
   }
 
-  // The same with dynamic shared memory; `cooperative`: all blocks at once, so that they may meet. False: the device
-  // refuses a cooperative launch, and nothing has run.
+  // Clusters of `size` blocks that run at once on this device; 0 if it has none, or none of this size.
+  template <class... Parameters>
+  int clusters_together(void (*kernel)(Parameters...), int threads, size_t shared, unsigned size) const {
+    if (driver_->cuOccupancyMaxActiveClusters == nullptr || !attribute(CU_DEVICE_ATTRIBUTE_CLUSTER_LAUNCH) ||
+        shared > static_cast<size_t>(shared_room()))
+      return 0;
+    const CUfunction function = function_of(kernel, shared);
+    if (size > portable_cluster &&
+        driver_->cuFuncSetAttribute(function, CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1) != CUDA_SUCCESS)
+      return 0;
+    CUlaunchAttribute attribute = of_cluster(size);
+    const CUlaunchConfig config = configured(dim3(size), dim3(threads), shared, &attribute, 1);
+    int clusters = 0;
+    const bool known = driver_->cuOccupancyMaxActiveClusters(&clusters, function, &config) == CUDA_SUCCESS;
+    return known ? clusters : 0;
+  }
+
+  // The same with dynamic shared memory. `together`: all blocks at once, so that they may meet; false: the device
+  // refuses that, and nothing has run. `cluster`: blocks of a cluster, or 0.
   struct WithShared {
     const CudaCall &call;
     size_t bytes;
-    bool cooperative;
+    bool together;
+    unsigned cluster;
     template <class... Parameters, class... Arguments>
     bool operator()(void (*kernel)(Parameters...), dim3 grid, dim3 block, Arguments &&...arguments) const {
       std::tuple<Parameters...> values(std::forward<Arguments>(arguments)...); // of the kernel's own types
       return std::apply(
           [&](auto &...value) {
             void *addresses[] = {&value...};
-            return call.launch(call.function_of(kernel, bytes), bytes, cooperative, grid, block, addresses);
+            return call.launch(call.function_of(kernel, bytes), *this, grid, block, addresses);
           },
           values);
     }
   };
-  WithShared with_shared(size_t bytes) const { return {*this, bytes, false}; }
-  WithShared together(size_t bytes) const { return {*this, bytes, true}; }
+  WithShared with_shared(size_t bytes) const { return {*this, bytes, false, 0}; }
+  WithShared together(size_t bytes) const { return {*this, bytes, true, 0}; }
+  WithShared in_clusters(unsigned size, size_t bytes) const {
+    return {*this, bytes, false, size};
+  } // see clusters_together
 
 private:
   int attribute(CUdevice_attribute which) const {
@@ -129,19 +150,35 @@ private:
     return function;
   }
 
-  bool launch(CUfunction kernel, size_t shared, bool cooperative, dim3 grid, dim3 block, void **addresses) const {
+  static constexpr unsigned portable_cluster = 8; // blocks that every GPU with clusters takes
+
+  static CUlaunchAttribute of_cluster(unsigned size) {
     CUlaunchAttribute attribute{};
-    attribute.id = CU_LAUNCH_ATTRIBUTE_COOPERATIVE;
-    attribute.value.cooperative = 1;
+    attribute.id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+    attribute.value.clusterDim = {size, 1, 1};
+    return attribute;
+  }
+
+  CUlaunchConfig configured(dim3 grid, dim3 block, size_t shared, CUlaunchAttribute *attributes, unsigned count) const {
     CUlaunchConfig config{};
     config.gridDimX = grid.x, config.gridDimY = grid.y, config.gridDimZ = grid.z;
     config.blockDimX = block.x, config.blockDimY = block.y, config.blockDimZ = block.z;
     config.sharedMemBytes = static_cast<unsigned>(shared);
     config.hStream = static_cast<CUstream>(stream_);
-    config.attrs = &attribute;
-    config.numAttrs = cooperative;
+    config.attrs = attributes;
+    config.numAttrs = count;
+    return config;
+  }
+
+  bool launch(CUfunction kernel, const WithShared &how, dim3 grid, dim3 block, void **addresses) const {
+    CUlaunchAttribute attribute = of_cluster(how.cluster);
+    if (how.together) {
+      attribute.id = CU_LAUNCH_ATTRIBUTE_COOPERATIVE;
+      attribute.value.cooperative = 1;
+    }
+    const CUlaunchConfig config = configured(grid, block, how.bytes, &attribute, how.together || how.cluster > 0);
     const CUresult result = driver_->cuLaunchKernelEx(&config, kernel, addresses, nullptr);
-    if (cooperative && (result == CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE || result == CUDA_ERROR_NOT_SUPPORTED))
+    if (how.together && (result == CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE || result == CUDA_ERROR_NOT_SUPPORTED))
       return false;
     check(result, "the launch of a kernel");
     return true;

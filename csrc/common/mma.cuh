@@ -84,4 +84,17 @@ template <int groups> __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(groups) : "memory");
 }
 
+// All threads of a cluster of blocks meet, on compute capability 9.0 and later. What a thread with `fence` and those
+// that have met it at a barrier of its block have written before, others may read behind it.
+inline __device__ void cluster_barrier(bool fence) {
+#if __CUDA_ARCH__ >= 900
+  if (fence)
+    asm volatile("fence.acq_rel.cluster;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#else
+  __trap();
+#endif
+}
+
 } // namespace iin_fast

@@ -123,19 +123,28 @@ __device__ __forceinline__ void multiply_step(compute_t<typename Precision::Stor
     }
   } else if constexpr (sizeof(Storage) == 4) {
     constexpr bool split = std::is_same_v<Precision, Tf32x3>;
-    Tf32Parts right[column_tiles][2];
-#pragma unroll
-    for (int j = 0; j < column_tiles; ++j)
-#pragma unroll
-      for (int e = 0; e < 2; ++e)
-        right[j][e] = tf32_parts<split>(w[w_at(pair + 4 * e, 8 * j + group)]);
-#pragma unroll
-    for (int i = 0; i < row_tiles; ++i) {
-      Tf32Parts left[4];
+    constexpr int together = column_tiles < 4 ? column_tiles : 4; // column tiles: more take registers that sums need
+    static_assert(column_tiles % together == 0, "whole groups of column tiles");
+    Tf32Parts left[row_tiles][4];
+    const auto load_left = [&](int i) {
 #pragma unroll
       for (int e = 0; e < 4; ++e)
-        left[e] = tf32_parts<split>(a[a_at(16 * i + group + e % 2 * 8, pair + e / 2 * 4)]);
-      multiply_tf32<split>(sum[i], left, right);
+        left[i][e] = tf32_parts<split>(a[a_at(16 * i + group + e % 2 * 8, pair + e / 2 * 4)]);
+    };
+#pragma unroll
+    for (int first = 0; first < column_tiles; first += together) {
+      Tf32Parts right[together][2];
+#pragma unroll
+      for (int j = 0; j < together; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+          right[j][e] = tf32_parts<split>(w[w_at(pair + 4 * e, 8 * (first + j) + group)]);
+#pragma unroll
+      for (int i = 0; i < row_tiles; ++i) {
+        if (first == 0)
+          load_left(i);
+        multiply_tf32<split>(reinterpret_cast<float (&)[together][4]>(sum[i][first]), left[i], right);
+      }
     }
   } else {
     static_assert(column_tiles % 2 == 0, "load_matrices brings two column tiles at once");

@@ -51,7 +51,7 @@ template <class Storage> struct FlowWalk {
   const int64_t *permutation; // [n_flows, dim]
   const Storage *context;     // [context_count, batch, context_dim]
   double leaky_slope, activation_slope, log_slope;
-  bool inverse;             // the map that is computed
+  bool inverse; // the map that is computed
   FlowWay way;
   bool every, keep, keep_v; // buffers of all steps; s and all activations are kept; what couplings put out is, too
 
@@ -64,6 +64,7 @@ template <class Storage> struct FlowWalk {
   T *s, *v;             // [steps or 1, batch, transformed]
   Storage *activations; // [steps or 1, 2, layers, batch, hidden]
   T *parts;             // [1 + steps * tiles, batch], of the log-det
+  T *partial;           // clusters: [tiles of rows, blocks, rows of a tile, transformed], of last layers
   int *table;           // [n_flows, dim]: where columns go; of the permutations, or of their inverses (inverted_table)
   int tiles;            // column tiles of the last layers
 
@@ -129,44 +130,124 @@ __device__ __forceinline__ int move_column(const FlowWalk<Storage> &walk, const 
   }
 }
 
-// ActNorm with its activation, or the inverse; true if the activation scaled the value. `at` is the place of loc and
-// scale.
+// A column's passage to the next stage: where it goes, and the ActNorm that it passes.
+template <class T> struct Passage {
+  int to;
+  T loc, scale;
+};
+
 template <class Storage>
-__device__ __forceinline__ bool pass_value(const FlowWalk<Storage> &walk, Pass pass, int64_t at,
-                                           compute_t<Storage> &value) {
+__device__ __forceinline__ Passage<compute_t<Storage>> passage_of(const FlowWalk<Storage> &walk,
+                                                                  const Transition &transition, int column) {
+  Passage<compute_t<Storage>> passage{move_column(walk, transition, column), 0, 0};
+  if (transition.pass != Pass::keep) {
+    const int64_t at = static_cast<int64_t>(transition.block) * walk.dim() +
+                       (transition.pass == Pass::normalize ? passage.to : column);
+    passage.loc = widen(__ldg(walk.weights.loc + at)), passage.scale = widen(__ldg(walk.weights.scale + at));
+  }
+  return passage;
+}
+
+// ActNorm with its activation, or the inverse; true if the activation scaled the value.
+template <class Storage>
+__device__ __forceinline__ bool pass_value(const FlowWalk<Storage> &walk, Pass pass,
+                                           const Passage<compute_t<Storage>> &passage, compute_t<Storage> &value) {
   using T = compute_t<Storage>;
   if (pass == Pass::keep)
     return false;
-  const T loc = widen(__ldg(walk.weights.loc + at)), scale = widen(__ldg(walk.weights.scale + at));
   const T slope = static_cast<T>(walk.activation_slope);
   if (pass == Pass::normalize) {
-    value = affine<true, false>(value, loc, scale);
+    value = affine<true, false>(value, passage.loc, passage.scale);
     const bool negative = value < T(0);
     value = leaky(value, slope);
     return negative;
   }
   const bool negative = value < T(0);
-  value = affine<true, true>(leaky_inverse(value, slope), loc, scale);
+  value = affine<true, true>(leaky_inverse(value, slope), passage.loc, passage.scale);
   return negative;
 }
 
 // A column of a row goes to the next stage, or to the output; returns what the log-det gains (times the
 // sign of the map).
 template <class Storage>
-__device__ __forceinline__ compute_t<Storage> carry(const FlowWalk<Storage> &walk, const Transition &transition,
-                                                    compute_t<Storage> *target, Storage *output, int64_t row,
-                                                    int column, compute_t<Storage> value) {
+__device__ __forceinline__ compute_t<Storage>
+carry(const FlowWalk<Storage> &walk, const Transition &transition, const Passage<compute_t<Storage>> &passage,
+      compute_t<Storage> *target, Storage *output, int64_t row, compute_t<Storage> value) {
   using T = compute_t<Storage>;
-  const int to = move_column(walk, transition, column);
-  const int64_t at =
-      static_cast<int64_t>(transition.block) * walk.dim() + (transition.pass == Pass::normalize ? to : column);
-  const bool negative = pass_value(walk, transition.pass, at, value);
+  const bool negative = pass_value(walk, transition.pass, passage, value);
   if (output != nullptr)
-    narrow(value, output[row * walk.dim() + to]);
+    narrow(value, output[row * walk.dim() + passage.to]);
   else
-    target[row * walk.dim() + to] = value;
+    target[row * walk.dim() + passage.to] = value;
   return negative ? static_cast<T>(walk.log_slope) : T(0);
 }
+
+// The end of a step: coupling and the way of the columns of a row to the next stage, or to the output, if there is one.
+// `inverse`: the direction of the walk. Both functions return what the log-det gains.
+template <class Storage> struct StepEnd {
+  using T = compute_t<Storage>;
+  const FlowWalk<Storage> &walk;
+  int step;
+  bool inverse;
+  Transition transition;
+  const T *stage;
+  T *target;
+  Storage *output;
+
+  __device__ StepEnd(const FlowWalk<Storage> &walk, int step, bool inverse)
+      : walk(walk), step(step), inverse(inverse), transition(inverse ? walk.back(step) : walk.onward(step)),
+        stage(walk.stage(step)) {
+    const bool last = step == (inverse ? 0 : walk.steps() - 1);
+    target = last ? nullptr : walk.stage(inverse ? step - 1 : step + 1);
+    output = last ? walk.y : nullptr;
+  }
+
+  // What columns j of a row need, of those that are transformed and of those that condition, but for what the nets say.
+  struct Columns {
+    T value, bias, shift_bias, kept;
+    Passage<T> transformed, conditioning;
+  };
+
+  __device__ __forceinline__ Columns read(int64_t row, int j) const {
+    Columns columns{};
+    const int transformed = walk.transformed(), column = walk.conditioning() + j;
+    const bool both = j < transformed;
+    if (both) {
+      const Storage *const bias = walk.weights.bias_out + 2 * static_cast<int64_t>(step) * transformed;
+      columns.value = stage[row * walk.dim() + column];
+      columns.bias = widen(__ldg(bias + j)), columns.shift_bias = widen(__ldg(bias + transformed + j));
+    }
+    if (goes_on()) {
+      if (both)
+        columns.transformed = passage_of(walk, transition, column);
+      columns.kept = stage[row * walk.dim() + j], columns.conditioning = passage_of(walk, transition, j);
+    }
+    return columns;
+  }
+
+  // Both columns go on, as far as they exist; raw and shift without the biases.
+  __device__ __forceinline__ T write(int64_t row, int j, T raw, T shift, const Columns &columns) const {
+    T gained = 0;
+    if (j < walk.transformed()) {
+      shift += columns.shift_bias;
+      const T s = math::tanh(raw + columns.bias);
+      const T v = inverse ? couple_by<true>(s, columns.value, shift) : couple_by<false>(s, columns.value, shift);
+      if (walk.keep)
+        walk.of_step(walk.s, step)[row * walk.transformed() + j] = s;
+      if (walk.keep_v)
+        walk.of_step(walk.v, step)[row * walk.transformed() + j] = v;
+      gained = s;
+      if (goes_on())
+        gained += carry(walk, transition, columns.transformed, target, output, row, v);
+    }
+    if (goes_on())
+      gained += carry(walk, transition, columns.conditioning, target, output, row, columns.kept);
+    return gained;
+  }
+
+private:
+  __device__ __forceinline__ bool goes_on() const { return target != nullptr || output != nullptr; }
+};
 
 // table[b, j] = permutation[b, j], or its inverse; what is no index of a column is left out there.
 template <class Storage>
@@ -183,20 +264,32 @@ __device__ __forceinline__ void fill_table(const FlowWalk<Storage> &walk, bool i
   }
 }
 
-// The stage of the first step from the input, a warp a row. `inverse`: the direction of the walk.
+// The stage of the first step from a row of the input; a warp calls it, and each lane has its part of what the log-det
+// gains. `inverse`: the direction of the walk.
+template <class Storage>
+__device__ __forceinline__ CompensatedSum<compute_t<Storage>> enter_row(const FlowWalk<Storage> &walk, bool inverse,
+                                                                        int64_t row, int lane) {
+  using T = compute_t<Storage>;
+  const int last = static_cast<int>(walk.sizes.n_flows) - 1;
+  const Transition transition =
+      inverse ? Transition{Move::table, last, Pass::keep, 0} : Transition{Move::keep, 0, Pass::normalize, 0};
+  T *const target = walk.stage(inverse ? walk.steps() - 1 : 0);
+  CompensatedSum<T> sum;
+#pragma unroll 1 // rows are short, and registers few
+  for (int column = lane; column < walk.dim(); column += warp_lanes)
+    sum.add(carry<Storage>(walk, transition, passage_of(walk, transition, column), target, nullptr, row,
+                           widen(walk.x[row * walk.x_row + column])));
+  return sum;
+}
+
+// The same for all rows, a warp a row.
 template <class Storage>
 __device__ __forceinline__ void enter_rows(const FlowWalk<Storage> &walk, bool inverse, int64_t first_warp,
                                            int64_t warps) {
   using T = compute_t<Storage>;
-  const int lane = threadIdx.x % warp_lanes, last = static_cast<int>(walk.sizes.n_flows) - 1;
-  const Transition transition =
-      inverse ? Transition{Move::table, last, Pass::keep, 0} : Transition{Move::keep, 0, Pass::normalize, 0};
-  T *const target = walk.stage(inverse ? walk.steps() - 1 : 0);
+  const int lane = threadIdx.x % warp_lanes;
   for (int64_t row = first_warp; row < walk.sizes.batch; row += warps) {
-    CompensatedSum<T> sum;
-    for (int column = lane; column < walk.dim(); column += warp_lanes)
-      sum.add(carry<Storage>(walk, transition, target, nullptr, row, column, widen(walk.x[row * walk.x_row + column])));
-    T gained = sum.total();
+    T gained = enter_row(walk, inverse, row, lane).total();
     for (int offset = warp_lanes / 2; offset > 0; offset /= 2)
       gained += __shfl_xor_sync(whole_warp, gained, offset);
     if (lane == 0 && walk.parts != nullptr)
@@ -345,37 +438,17 @@ __device__ __forceinline__ void last_tile(const FlowWalk<typename Tile::Storage>
   if (what == Do::fetch)
     return Tile::fetch(shared, steps, load);
   Tile::run(shared, steps, load, what == Do::rest);
-  const Storage *const bias = walk.weights.bias_out + net_at * transformed;
-  const int last = inverse ? 0 : walk.steps() - 1;
-  const Transition transition = inverse ? walk.back(step) : walk.onward(step);
-  const T *const stage = walk.stage(step);
-  T *const target = step == last ? nullptr : walk.stage(inverse ? step - 1 : step + 1);
-  Storage *const output = step == last ? walk.y : nullptr;
-  const bool goes_on = target != nullptr || output != nullptr;
+  const StepEnd<Storage> end(walk, step, inverse);
   T *const parts = walk.parts == nullptr
                        ? nullptr
                        : walk.parts + (1 + static_cast<int64_t>(step) * walk.tiles + tile) * walk.sizes.batch;
   const int j = column0 + threadIdx.x % columns;
-  const int inside = j < transformed ? j : 0; // nvcc reads ahead of the condition
   for (int at = threadIdx.x / columns; at < Tile::rows; at += tile_threads / columns) {
     const int64_t row = row0 + at;
     T gained = 0;
-    if (at < rows && j < transformed) {
-      const T raw = Tile::result(shared, 0, at, j - column0) + widen(__ldg(bias + inside));
-      const T shift = Tile::result(shared, 1, at, j - column0) + widen(__ldg(bias + transformed + inside));
-      const T s = math::tanh(raw);
-      T v = stage[row * walk.dim() + conditioning + j];
-      v = inverse ? couple_by<true>(s, v, shift) : couple_by<false>(s, v, shift);
-      gained = s;
-      if (walk.keep)
-        walk.of_step(walk.s, step)[row * transformed + j] = s;
-      if (walk.keep_v)
-        walk.of_step(walk.v, step)[row * transformed + j] = v;
-      if (goes_on)
-        gained += carry<Storage>(walk, transition, target, output, row, conditioning + j, v);
-    }
-    if (at < rows && j < conditioning && goes_on)
-      gained += carry<Storage>(walk, transition, target, output, row, j, stage[row * walk.dim() + j]);
+    if (at < rows && j < conditioning)
+      gained = end.write(row, j, Tile::result(shared, 0, at, j - column0), Tile::result(shared, 1, at, j - column0),
+                         end.read(row, j));
     if (parts != nullptr) {
 #pragma unroll
       for (int offset = columns / 2; offset > 0; offset /= 2)

@@ -1,10 +1,10 @@
 // A race checker for the emulated kernels, behind the calls that g++ -fsanitize=thread puts at every access to memory.
 //
 // ThreadSanitizer's own library knows threads of the machine; a block's threads are fibers on one of them. This one
-// knows the order that a GPU promises: __syncthreads within a block, the barrier over the grid, the launch, and nothing
-// else. Whatever order the emulator runs threads in, two of them that touch the same bytes without a barrier between
-// are a race, if one writes. An asynchronous copy writes when it begins and when it is waited for. What __ldg reads no
-// thread may write in the same launch.
+// knows the order that a GPU promises: __syncthreads within a block, the barrier over the grid or a cluster, the
+// launch, and nothing else. Whatever order the emulator runs threads in, two of them that touch the same bytes without
+// a barrier between are a race, if one writes. An asynchronous copy writes when it begins and when it is waited for.
+// What __ldg reads no thread may write in the same launch.
 //
 // Of each two bytes it keeps the last write and the last reads, so of several races it tells one. Shuffles and
 // __syncwarp order nothing here, as no kernel counts on that; atomics are not looked at.
@@ -29,14 +29,15 @@ constexpr int64_t none = -1, several = -2;
 
 struct Access {
   int64_t block = none, thread = none;
-  uint32_t barriers = 0, grid_barriers = 0;
+  uint32_t barriers = 0, grid_barriers = 0, together = 0;
   const void *code = nullptr;
 
   bool is(const Place &place) const { return block == place.block && thread == place.thread; }
   // Whether no barrier lies between this and what the thread does now.
   bool meets(const Place &now) const {
-    return block != none && grid_barriers == now.grid_barriers && !is(now) &&
-           (block != now.block || barriers == now.barriers);
+    return block != none && !is(now) &&
+           (together != now.together ||
+            (grid_barriers == now.grid_barriers && (block != now.block || barriers == now.barriers)));
   }
 };
 
@@ -105,7 +106,7 @@ void look(Cell &c, uintptr_t at, bool write, bool constant, const void *code) {
   if (c.constant && (write || c.write.block != none))
     report(write ? c.read : c.write, write ? " reads by __ldg at " : " writes at ", code,
            write ? " writes at " : " reads by __ldg at ", at);
-  Access next{now.block, now.thread, now.barriers, now.grid_barriers, code};
+  Access next{now.block, now.thread, now.barriers, now.grid_barriers, now.together, code};
   if (!write && c.read.block != none && c.read.grid_barriers == now.grid_barriers) {
     if (c.read.block != now.block)
       next.block = next.thread = several;

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from iin_fast.backends import available
 from iin_fast.ops.flow import flow, reference
-from iin_fast.ops.flow.saved import saved_bytes
+from iin_fast.ops.flow.saved import pieces_of, saved_bytes, views
 from iin_fast.testing.backends import relative_error
 
 SHAPES = cases(FLOW, "cuda")
@@ -218,6 +218,35 @@ def test_weights_that_go_round_the_buffers_of_one_kernel(dtype: torch.dtype, bat
         expected, (grads, c) = backward(*call_of)[0], backward(*call_of, resident=40)
         assert c.launches == 1
         assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True) if a is not None)
+
+
+# Two clusters share two tiles, or three; panels that are not full; two panels of last layers; a context for each block; no
+# hidden layer, and as many as parts of the depth are on their way.
+IN_CLUSTERS = [
+    FlowShape(40, 16, 2, 72, 2, 3, 2),
+    FlowShape(70, 16, 1, 136, 0),
+    FlowShape(3, 160, 1, 192, 1),
+]
+
+
+@pytest.mark.parametrize("shape", IN_CLUSTERS, ids=str)
+@pytest.mark.parametrize(("dtype", "tf32", "inverse"), DIRECTED)
+def test_clusters_of_blocks(shape: FlowShape, dtype: torch.dtype, tf32: bool, inverse: bool) -> None:
+    given = arguments(shape, dtype)
+    judge = reference.flow(*wide(given), 0.01, 0.8, False, inverse)
+    options = (0.8, False, inverse)
+    y, logdet, saved, c = forward(given, *options, save=True, tf32=tf32, way="clusters")
+    assert c.launches == 2
+    for got, want in zip((y, logdet), judge, strict=True):
+        assert (got.double() - want).norm() < bounds(dtype, tf32)[0] * want.norm()
+    for got, same in zip(forward(given, *options, tf32=tf32, way="clusters")[:2], (y, logdet), strict=True):
+        assert torch.equal(got, same)
+    if dtype != torch.float32:  # what is kept differs by rounding alone
+        return
+    kept = forward(given, *options, save=True, tf32=tf32, way="layers")[2]
+    pieces = pieces_of(given[0], shape.hidden, shape.depth, shape.n_flows, inverse, True)
+    for got, want in zip(views(saved, pieces), views(kept, pieces), strict=True):
+        assert got.numel() == 0 or (got - want).norm() < bounds(dtype, tf32)[0] * want.norm()
 
 
 @pytest.mark.values

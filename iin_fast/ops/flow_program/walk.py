@@ -28,8 +28,11 @@ def walks(x: Tensor, context: Tensor | None, parameters: Sequence[Tensor], progr
 
 
 FLOAT32_PRODUCTS = 0
-"""What ``tf32_products`` says of float32: 0, or 3 for three products on tensor cores, of about the same error. The benchmark
-benchmarks/gpu.py times both; no GPU has run it since there are three."""
+"""What ``tf32_products`` says of float32 for any batch: 0, or 3 for three products on tensor cores, of about the same error. On an H100
+three gain 5 % of a density of 65,536 rows, and cost 10 to 27 % of training steps of 50 to 4096 (docs/performance.md)."""
+
+TENSOR_CORE_ROWS = 4096
+"""Rows of a batch from which one product of TF32 pays; a step of 256 takes 18 % longer with it (the same benchmark)."""
 
 
 def tf32_products(x: Tensor) -> int:
@@ -37,7 +40,8 @@ def tf32_products(x: Tensor) -> int:
     numbers are exact in TF32, whose sums are float32."""
     if not x.is_cuda:
         return 0
-    return 1 if x.dtype in HALF or (x.dtype == torch.float32 and tf32_is_allowed()) else FLOAT32_PRODUCTS
+    allowed = x.dtype in HALF or (x.dtype == torch.float32 and tf32_is_allowed())
+    return 1 if allowed and x.shape[0] >= TENSOR_CORE_ROWS else FLOAT32_PRODUCTS
 
 
 @lru_cache(maxsize=1024)

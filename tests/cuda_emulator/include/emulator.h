@@ -18,7 +18,7 @@
 // next one, up or down the block as drawn (but the same in each run) whenever all have had their turn.
 //
 // Shared memory is thread_local. Blocks of a plain launch run one after another, those of a cooperative launch each on
-// a thread of the machine, of which only one runs at a time.
+// a thread of the machine, of which only one runs at a time. Clusters run one after another, each as such a launch.
 #pragma once
 
 #include <ucontext.h>
@@ -98,11 +98,11 @@ struct Fiber {
       std::vector<std::vector<Copy>>(1); // asynchronous ones in groups; the last group is open
 };
 
-// The blocks of a cooperative launch. `turn` is held by the one block that runs.
+// The blocks of a cooperative launch, or of a cluster. `turn` is held by the one block that runs.
 struct Grid {
   std::mutex turn;
   std::condition_variable changed;
-  unsigned blocks = 0, waiting = 0, ended = 0, generation = 0;
+  unsigned first = 0, blocks = 0, waiting = 0, ended = 0, generation = 0;
   std::exception_ptr fault;
 
   void fail(std::exception_ptr reason) {
@@ -127,6 +127,7 @@ public:
     running_ = this;
     const unsigned threads = blockDim.x * blockDim.y * blockDim.z;
     place_.block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
+    place_.together = grid_ == nullptr ? 0 : grid_->first;
     races::begin_block();
     fibers_ = std::vector<Fiber>(threads);
     for (unsigned i = 0; i < threads; ++i) {
@@ -440,10 +441,14 @@ struct Launch {
   size_t shared_bytes = 0;  // dynamic shared memory
   bool cooperative = false; // all blocks at once, so that the kernel may use barriers over the grid
   int *launches = nullptr;  // counts, if given
-  int resident = 0; // blocks that run at once, for blocks_together; negative: so many, but the launch is refused
+  int resident = 0;     // blocks that run at once, for blocks_together; negative: so many, but the launch is refused
+  int clusters = 0;     // that run at once, for clusters_together
+  unsigned cluster = 0; // blocks of a cluster, which meet each other alone; 0: no clusters
 
-  Launch with_shared(size_t bytes) const { return {bytes, cooperative, launches, resident}; }
-  Launch together(size_t bytes) const { return {bytes, true, launches, resident}; }
+  Launch with_shared(size_t bytes) const { return {bytes, cooperative, launches, resident, clusters, cluster}; }
+  Launch together(size_t bytes) const { return {bytes, true, launches, resident, clusters, cluster}; }
+  Launch in_clusters(unsigned size, size_t bytes) const { return {bytes, true, launches, resident, clusters, size}; }
+  template <class Kernel> int clusters_together(Kernel *, int, size_t, unsigned) const { return clusters; }
   template <class Kernel> int blocks_together(Kernel *, int, size_t) const { return std::abs(resident); }
   int multiprocessors() const { return std::min(std::abs(resident), 12); }
 
@@ -478,10 +483,23 @@ struct Launch {
       check_races();
       return true;
     }
+    const unsigned group = cluster == 0 ? blocks : cluster;
+    if (blocks % group != 0)
+      throw Fault("invalid launch: " + std::to_string(blocks) + " blocks in clusters of " + std::to_string(group));
+    for (unsigned first = 0; first < blocks; first += group)
+      run_together(body, first, group, prepare);
+    check_races();
+    return true;
+  }
+
+private:
+  // Blocks that may meet, each on a thread of the machine.
+  template <class Prepare>
+  void run_together(const std::function<void()> &body, unsigned first, unsigned count, const Prepare &prepare) const {
     Grid all;
-    all.blocks = blocks;
+    all.blocks = count, all.first = first;
     std::vector<std::thread> workers;
-    for (unsigned i = 0; i < blocks; ++i)
+    for (unsigned i = first; i < first + count; ++i)
       workers.emplace_back([&, i] {
         all.turn.lock();
         prepare(i);
@@ -501,11 +519,8 @@ struct Launch {
       worker.join();
     if (all.fault)
       std::rethrow_exception(all.fault);
-    check_races();
-    return true;
   }
 
-private:
   static void check_races() {
     if (const std::string race = races::first(); !race.empty())
       throw Fault(race);

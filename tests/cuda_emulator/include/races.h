@@ -14,6 +14,7 @@ constexpr size_t stack_bytes = 128 * 1024; // of a thread
 struct Place {
   uint32_t block = 0, thread = 0;
   uint32_t barriers = 0, grid_barriers = 0; // that its block has passed
+  uint32_t together = 0;                    // the first of the blocks that it meets at barriers over the grid
   const char *stack = nullptr;              // memory that is its own
 };
 

@@ -144,4 +144,9 @@ inline void commit_copies() { emulator::Block::running().commit_copies(); }
 
 template <int groups> __forceinline__ void wait_copies() { emulator::Block::running().wait_copies(groups); }
 
+// In a launch of clusters each one is what meets at a barrier over the grid.
+inline void cluster_barrier(bool, EMULATOR_HERE) {
+  emulator::Block::running().sync_grid({"cluster_barrier", file, line});
+}
+
 } // namespace iin_fast
