@@ -7,6 +7,7 @@
 #include "common/cuda.h"
 #include "flow/flow_backward_kernels.cuh"
 #include "flow/flow_checks.h"
+#include "flow/flow_nets_kernels.cuh"
 
 namespace iin_fast {
 namespace {
@@ -104,8 +105,11 @@ std::tuple<Tensor, Tensor, Tensor> flow(const Tensor &x_in,                     
     walk.every = walk.keep = save;
     walk.keep_v = save && inverse;
     Tensor steps = arranged(t.x, [&](Arena &arena) { arrange_steps(walk, arena); });
-    const Tensor scratch = arranged(t.x, [&](Arena &arena) { arrange_forward(walk, arena); });
-    with_precision<Storage>(tf32, [&](auto precision) { launch_flow_forward<decltype(precision)>(walk, call); });
+    with_precision<Storage>(tf32, [&](auto precision) {
+      choose_way<decltype(precision)>(walk, call);
+      const Tensor scratch = arranged(t.x, [&](Arena &arena) { arrange_forward(walk, arena); });
+      launch_flow<decltype(precision)>(walk, call);
+    });
     if (save)
       saved = steps;
   });

@@ -51,7 +51,7 @@ template <class Storage> struct FlowWalk {
   const int64_t *permutation; // [n_flows, dim]
   const Storage *context;     // [context_count, batch, context_dim]
   double leaky_slope, activation_slope, log_slope;
-  bool inverse;             // the map that is computed
+  bool inverse; // the map that is computed
   FlowWay way;
   bool every, keep, keep_v; // buffers of all steps; s and all activations are kept; what couplings put out is, too
 
@@ -66,6 +66,7 @@ template <class Storage> struct FlowWalk {
   T *parts;             // [1 + steps * tiles, batch], of the log-det
   int *table;           // [n_flows, dim]: where columns go; of the permutations, or of their inverses (inverted_table)
   int tiles;            // column tiles of the last layers
+  T *raw;               // [2, batch, transformed], of the nets of a step, for FlowWay::nets
 
   __host__ __device__ int steps() const { return 2 * static_cast<int>(sizes.n_flows); }
   __host__ __device__ int dim() const { return static_cast<int>(sizes.dim); }
@@ -314,6 +315,49 @@ __device__ __forceinline__ void layer_tile(const FlowWalk<typename Tile::Storage
   }
 }
 
+// What the end of a step does with a column of a row: coupling, log-det, and the transition to the next stage.
+// `inverse`: the direction of the walk.
+template <class Storage> struct StepEnd {
+  using T = compute_t<Storage>;
+  const FlowWalk<Storage> &walk;
+  const bool inverse;
+  const Transition transition;
+  const T *const stage;
+  T *const target;
+  Storage *const output;
+  T *const s, *const v;
+
+  __device__ __forceinline__ StepEnd(const FlowWalk<Storage> &walk, int step, bool inverse)
+      : walk(walk), inverse(inverse), transition(inverse ? walk.back(step) : walk.onward(step)),
+        stage(walk.stage(step)),
+        target(is_last(walk, step, inverse) ? nullptr : walk.stage(inverse ? step - 1 : step + 1)),
+        output(is_last(walk, step, inverse) ? walk.y : nullptr), s(walk.of_step(walk.s, step)),
+        v(walk.of_step(walk.v, step)) {}
+
+  static __device__ __forceinline__ bool is_last(const FlowWalk<Storage> &walk, int step, bool inverse) {
+    return step == (inverse ? 0 : walk.steps() - 1);
+  }
+
+  __device__ __forceinline__ bool goes_on() const { return target != nullptr || output != nullptr; }
+
+  // Transformed column j, with what the nets put out for it; returns what the log-det gains.
+  __device__ __forceinline__ T couple(int64_t row, int j, T raw, T shift) const {
+    const int transformed = walk.transformed(), column = walk.conditioning() + j;
+    const T log_scale = math::tanh(raw), before = stage[row * walk.dim() + column];
+    const T value = inverse ? couple_by<true>(log_scale, before, shift) : couple_by<false>(log_scale, before, shift);
+    if (walk.keep)
+      s[row * transformed + j] = log_scale;
+    if (walk.keep_v)
+      v[row * transformed + j] = value;
+    return goes_on() ? log_scale + carry<Storage>(walk, transition, target, output, row, column, value) : log_scale;
+  }
+
+  // Conditioning column j; only where the walk goes on.
+  __device__ __forceinline__ T pass_on(int64_t row, int j) const {
+    return carry<Storage>(walk, transition, target, output, row, j, stage[row * walk.dim() + j]);
+  }
+};
+
 // Last layers of both nets, coupling, log-det, and the transition of these columns (those that condition go along) to
 // the next stage. `inverse`: the direction of the walk, of which this is step number `walked`.
 template <class Tile>
@@ -346,12 +390,7 @@ __device__ __forceinline__ void last_tile(const FlowWalk<typename Tile::Storage>
     return Tile::fetch(shared, steps, load);
   Tile::run(shared, steps, load, what == Do::rest);
   const Storage *const bias = walk.weights.bias_out + net_at * transformed;
-  const int last = inverse ? 0 : walk.steps() - 1;
-  const Transition transition = inverse ? walk.back(step) : walk.onward(step);
-  const T *const stage = walk.stage(step);
-  T *const target = step == last ? nullptr : walk.stage(inverse ? step - 1 : step + 1);
-  Storage *const output = step == last ? walk.y : nullptr;
-  const bool goes_on = target != nullptr || output != nullptr;
+  const StepEnd<Storage> end(walk, step, inverse);
   T *const parts = walk.parts == nullptr
                        ? nullptr
                        : walk.parts + (1 + static_cast<int64_t>(step) * walk.tiles + tile) * walk.sizes.batch;
@@ -360,22 +399,11 @@ __device__ __forceinline__ void last_tile(const FlowWalk<typename Tile::Storage>
   for (int at = threadIdx.x / columns; at < Tile::rows; at += tile_threads / columns) {
     const int64_t row = row0 + at;
     T gained = 0;
-    if (at < rows && j < transformed) {
-      const T raw = Tile::result(shared, 0, at, j - column0) + widen(__ldg(bias + inside));
-      const T shift = Tile::result(shared, 1, at, j - column0) + widen(__ldg(bias + transformed + inside));
-      const T s = math::tanh(raw);
-      T v = stage[row * walk.dim() + conditioning + j];
-      v = inverse ? couple_by<true>(s, v, shift) : couple_by<false>(s, v, shift);
-      gained = s;
-      if (walk.keep)
-        walk.of_step(walk.s, step)[row * transformed + j] = s;
-      if (walk.keep_v)
-        walk.of_step(walk.v, step)[row * transformed + j] = v;
-      if (goes_on)
-        gained += carry<Storage>(walk, transition, target, output, row, conditioning + j, v);
-    }
-    if (at < rows && j < conditioning && goes_on)
-      gained += carry<Storage>(walk, transition, target, output, row, j, stage[row * walk.dim() + j]);
+    if (at < rows && j < transformed)
+      gained = end.couple(row, j, Tile::result(shared, 0, at, j - column0) + widen(__ldg(bias + inside)),
+                          Tile::result(shared, 1, at, j - column0) + widen(__ldg(bias + transformed + inside)));
+    if (at < rows && j < conditioning && end.goes_on())
+      gained += end.pass_on(row, j);
     if (parts != nullptr) {
 #pragma unroll
       for (int offset = columns / 2; offset > 0; offset /= 2)
@@ -574,7 +602,9 @@ template <class Storage> void arrange_steps(FlowWalk<Storage> &walk, Arena &aren
 }
 
 template <class Storage> void arrange_forward(FlowWalk<Storage> &walk, Arena &scratch) {
-  walk.tiles = static_cast<int>(tiles_of(walk.conditioning(), walk.sizes.batch <= narrow_rows ? 16 : 32));
+  const bool nets = walk.way == FlowWay::nets;
+  walk.tiles = nets ? 1 : static_cast<int>(tiles_of(walk.conditioning(), walk.sizes.batch <= narrow_rows ? 16 : 32));
+  walk.raw = scratch.take<compute_t<Storage>>(nets ? 2 * walk.sizes.batch * walk.transformed() : 0);
   walk.parts =
       scratch.take<compute_t<Storage>>((1 + walk.steps() * static_cast<int64_t>(walk.tiles)) * walk.sizes.batch);
   walk.table = scratch.take<int>(walk.sizes.n_flows * walk.sizes.dim);
@@ -590,6 +620,11 @@ template <class Storage, class Launch>
 void launch_enter(const FlowWalk<Storage> &walk, bool inverse, const Launch &launch) {
   launch(flow_enter_kernel<Storage>, dim3(tiles_of(walk.sizes.batch, tile_threads / warp_lanes)), dim3(tile_threads),
          walk, inverse);
+}
+
+template <class Storage, class Launch> void launch_finish(const FlowWalk<Storage> &walk, const Launch &launch) {
+  launch.with_shared(tile_threads * sizeof(double))(
+      flow_finish_kernel<Storage>, dim3(tiles_of(walk.sizes.batch, tile_threads)), dim3(tile_threads), walk);
 }
 
 // One step of a walk: all layers of both nets.
@@ -621,7 +656,6 @@ void launch_step(const FlowWalk<typename Precision::Storage> &walk, int step, bo
 // run at once (0: none may); it gives false where the device refuses the launch, and nothing has run.
 template <class Precision, class Launch>
 void launch_flow_forward(const FlowWalk<typename Precision::Storage> &walk, const Launch &launch) {
-  using Storage = typename Precision::Storage;
   if (walk.sizes.batch == 0)
     return;
   if (walk.sizes.batch <= persistent_rows) {
@@ -643,8 +677,7 @@ void launch_flow_forward(const FlowWalk<typename Precision::Storage> &walk, cons
   launch_enter(walk, walk.inverse, launch);
   for (int i = 0; i < walk.steps(); ++i)
     launch_step<Precision>(walk, walk.inverse ? walk.steps() - 1 - i : i, walk.inverse, launch);
-  launch.with_shared(tile_threads * sizeof(double))(
-      flow_finish_kernel<Storage>, dim3(tiles_of(walk.sizes.batch, tile_threads)), dim3(tile_threads), walk);
+  launch_finish(walk, launch);
 }
 
 // f(Precision()) for a storage type; `tf32`: the user allows float32 products of TF32's precision.

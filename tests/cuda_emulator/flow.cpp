@@ -2,6 +2,7 @@
 #include "binding.h"
 
 #include "flow/flow_backward_kernels.cuh"
+#include "flow/flow_nets_kernels.cuh"
 
 using namespace iin_fast;
 
@@ -19,8 +20,8 @@ struct FlowCall {
   int64_t grad_y_row;
   void *grad_x, *grad_context, *grad_loc, *grad_scale, *grad_weight_in, *grad_bias_in, *grad_weight_hidden,
       *grad_bias_hidden, *grad_weight_out, *grad_bias_out;
-  int64_t pending;               // bytes of gradients that wait for those of weights
-  int64_t resident;              // blocks that run at once, or 0: no cooperative launch
+  int64_t pending;  // bytes of gradients that wait for those of weights
+  int64_t resident; // blocks that run at once, or 0: no cooperative launch
   FlowWay way;
   int64_t launches, saved_bytes; // learned
 
@@ -84,11 +85,12 @@ extern "C" const char *flow_forward(const char *type, FlowCall *call) {
         Arena arena{static_cast<unsigned char *>(call->saved)};
         arrange_steps(walk, arena);
       }
-      const Buffer scratch = arranged([&](Arena &arena) { arrange_forward(walk, arena); });
       int launches = 0;
+      const emulator::Launch launch{0, false, &launches, static_cast<int>(call->resident)};
       with_tested_precision<Storage>(call->tf32, [&](auto precision) {
-        launch_flow_forward<decltype(precision)>(
-            walk, emulator::Launch{0, false, &launches, static_cast<int>(call->resident)});
+        choose_way<decltype(precision)>(walk, launch);
+        const Buffer scratch = arranged([&](Arena &arena) { arrange_forward(walk, arena); });
+        launch_flow<decltype(precision)>(walk, launch);
       });
       call->launches = launches;
     });

@@ -445,6 +445,7 @@ struct Launch {
   Launch with_shared(size_t bytes) const { return {bytes, cooperative, launches, resident}; }
   Launch together(size_t bytes) const { return {bytes, true, launches, resident}; }
   template <class Kernel> int blocks_together(Kernel *, int, size_t) const { return std::abs(resident); }
+  int shared_room() const { return 48 * 1024; } // what every GPU has: more is asked for by name
   int multiprocessors() const { return std::min(std::abs(resident), 12); }
 
   template <class... Parameters, class... Arguments>
