@@ -20,17 +20,15 @@ namespace iin_fast {
 constexpr int nets_threads = 256, nets_warps = nets_threads / warp_lanes;
 constexpr int nets_columns = 256; // of a slot, and of a pass
 constexpr int nets_most = 2 * nets_columns;
-constexpr int narrow_columns = 64; // of the pass of a last layer that has no more
-constexpr int nets_stages = 4, nets_stage_bytes = 8192;
+constexpr int narrow_columns = 64;                      // of the pass of a last layer that has no more
+constexpr int nets_stages = 4, nets_stage_bytes = 8192; // stages: a power of 2
 
 // Nets as wide and batches as large as this run here.
 constexpr int nets_hidden = 256;
 constexpr int64_t nets_rows = 2048;
 
-// Rows of a block: where tiles are large, and where there are few rows. Large tiles read weights half as often; with
-// fewer tiles than this, both nets would leave multiprocessors of a large GPU idle.
+// Rows of a block at most; and half of them, where that takes less time.
 template <class Precision> constexpr int large_rows = sizeof(typename Precision::Storage) == 2 ? 128 : 64;
-constexpr int64_t large_tiles = 66;
 
 template <class Precision, int rows>
 constexpr int nets_bytes =
@@ -51,6 +49,9 @@ template <class Precision_, int rows_, int columns_> struct NetsPass {
   static constexpr int stage_steps = depth / Precision::depth;
   static constexpr int turns = stage_steps < 2 ? 2 : stage_steps; // steps of a round of the loop
   static constexpr int round_depth = turns * Precision::depth;
+  static __device__ __forceinline__ int stages_of(int inside) {
+    return (inside + round_depth - 1) / round_depth * (turns / stage_steps);
+  }
 };
 
 // Numbers of a warp that one step multiplies, as they lie.
@@ -94,8 +95,7 @@ template <class Precision, int rows> struct NetsWeights {
     else
       weight = walk.weights.weight_out + net_at * hidden * outside;
     const int chunks = is_narrow() ? Narrow::chunks : Wide::chunks;
-    const int depth = is_narrow() ? Narrow::round_depth : Wide::round_depth;
-    left = (inside + depth - 1) / depth * (is_narrow() ? 1 : Wide::turns / Wide::stage_steps);
+    left = is_narrow() ? Narrow::stages_of(inside) : Wide::stages_of(inside);
     const int chunk = threadIdx.x % chunks, k = threadIdx.x / chunks;
     const int column = pass * nets_columns + chunk * wide_vector<Storage>, start = column / panel_width * panel_width;
     apart = nets_threads / chunks;
@@ -137,42 +137,52 @@ template <class Storage> __device__ __forceinline__ int slot_at(int row, int chu
   return row * nets_columns * static_cast<int>(sizeof(Storage)) + 16 * (chunk ^ (row % 8));
 }
 
-// sum += the product of fragments, over one step of the depth.
-template <class Pass>
-__device__ __forceinline__ void multiply_fragments(float (&sum)[Pass::row_tiles][Pass::column_tiles][4],
-                                                   const NetsFragments<Pass> &f) {
+__device__ __forceinline__ float as_float(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+// The weights of fragments as factors of tensor cores.
+template <class Pass> __device__ __forceinline__ auto right_factors(const NetsFragments<Pass> &f) {
   using Precision = typename Pass::Precision;
-  if constexpr (sizeof(typename Pass::Storage) == 4) {
-    constexpr bool split = std::is_same_v<Precision, Tf32x3>;
-    const auto parts = [](uint32_t bits, bool rounded) -> Tf32Parts {
-      if (!split && rounded)
-        return {bits, 0};
-      float value;
-      memcpy(&value, &bits, 4);
-      return tf32_parts<split>(value);
-    };
-    Tf32Parts right[Pass::column_tiles][2];
+  constexpr bool tf32 = sizeof(typename Pass::Storage) == 4;
+  struct Factors {
+    std::conditional_t<tf32, Tf32Parts, uint32_t> of[Pass::column_tiles][2];
+  } right;
 #pragma unroll
-    for (int j = 0; j < Pass::column_tiles; ++j)
-      right[j][0] = parts(f.w[j][0], false), right[j][1] = parts(f.w[j][1], false);
+  for (int j = 0; j < Pass::column_tiles; ++j)
 #pragma unroll
-    for (int i = 0; i < Pass::row_tiles; ++i) {
+    for (int e = 0; e < 2; ++e)
+      if constexpr (tf32)
+        right.of[j][e] = tf32_parts<std::is_same_v<Precision, Tf32x3>>(as_float(f.w[j][e]));
+      else
+        right.of[j][e] = f.w[j][e];
+  return right;
+}
+
+// sum[i] += the products of row tiles `from` to `to`, over one step of the depth.
+template <class Pass, int from, int to, int tiles, class Factors>
+__device__ __forceinline__ void multiply_rows(float (&sum)[tiles][Pass::column_tiles][4], const NetsFragments<Pass> &f,
+                                              const Factors &right) {
+  using Precision = typename Pass::Precision;
+#pragma unroll
+  for (int i = from; i < to; ++i)
+    if constexpr (sizeof(typename Pass::Storage) == 4) {
+      constexpr bool split = std::is_same_v<Precision, Tf32x3>;
       Tf32Parts left[4];
 #pragma unroll
       for (int e = 0; e < 4; ++e)
-        left[e] = parts(f.a[i][e], true);
-      multiply_tf32<split>(sum[i], left, right);
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < Pass::row_tiles; ++i)
+        left[e] = split ? tf32_parts<split>(as_float(f.a[i][e])) : Tf32Parts{f.a[i][e], 0}; // rounded already
+      multiply_tf32<split>(sum[i], left, right.of);
+    } else {
 #pragma unroll
       for (int j = 0; j < Pass::column_tiles; ++j)
         if constexpr (std::is_same_v<typename Pass::Storage, __half>)
-          mma_f16(sum[i][j], f.a[i], f.w[j]);
+          mma_f16(sum[i][j], f.a[i], right.of[j]);
         else
-          mma_bf16(sum[i][j], f.a[i], f.w[j]);
-  }
+          mma_bf16(sum[i][j], f.a[i], right.of[j]);
+    }
 }
 
 // A pass: sum = the input in two slots, `inside` columns of it, times the weights of the stages that come. `stage`: the
@@ -220,25 +230,36 @@ __device__ __forceinline__ void run_pass(float (&sum)[Pass::row_tiles][Pass::col
   };
   constexpr int part_tiles = sums_leave<Precision> ? Pass::row_tiles : 1;
   float part[part_tiles][Pass::column_tiles][4] = {};
+  auto &to = *[&] {
+    if constexpr (sums_leave<Precision>)
+      return &part;
+    else
+      return &sum;
+  }();
   if (works)
     load(fragments[0], 0, 0);
   for (int step = 0; step < steps; step += Pass::turns) {
 #pragma unroll
     for (int turn = 0; turn < Pass::turns; ++turn) {
       const int next = (turn + 1) % Pass::stage_steps;
+      const NetsFragments<Pass> &now = fragments[turn % 2];
+      unsigned char *const read = ring + stage * nets_stage_bytes;
       if (next == 0) { // this thread has read all of the stage
         wait_copies<nets_stages - 2>();
         __syncthreads(); // so have the others, and the next stage has arrived
-        weights.bring(ring + stage * nets_stage_bytes);
-        stage = (stage + 1) % nets_stages;
+        stage = (stage + 1) & (nets_stages - 1);
       }
+      // what is under way while tensor cores multiply comes between their instructions
+      const auto right = right_factors(now);
+      constexpr int half = Pass::row_tiles / 2;
+      if (works)
+        multiply_rows<Pass, 0, half>(to, now, right);
+      if (next == 0)
+        weights.bring(read);
       if (works) {
         if (turn + 1 < Pass::turns || step + Pass::turns < steps)
           load(fragments[(turn + 1) % 2], step + turn + 1, next);
-        if constexpr (sums_leave<Precision>)
-          multiply_fragments<Pass>(part, fragments[turn % 2]);
-        else
-          multiply_fragments<Pass>(sum, fragments[turn % 2]);
+        multiply_rows<Pass, half, Pass::row_tiles>(to, now, right);
       }
     }
     if constexpr (sums_leave<Precision>) {
@@ -269,10 +290,8 @@ template <class Storage> __device__ __forceinline__ void store_pair(unsigned cha
 
 // What tensor cores take of an activation: TF32 is rounded once, when it is stored.
 template <class Precision> __device__ __forceinline__ float as_factor(float value) {
-  if constexpr (std::is_same_v<Precision, Tf32>) {
-    const uint32_t bits = to_tf32(value);
-    memcpy(&value, &bits, 4);
-  }
+  if constexpr (std::is_same_v<Precision, Tf32>)
+    return as_float(to_tf32(value));
   return value;
 }
 
@@ -462,7 +481,10 @@ void launch_flow(const FlowWalk<typename Precision::Storage> &walk, const Launch
   if constexpr (!std::is_same_v<Precision, Exact>) {
     constexpr int rows = large_rows<Precision>;
     if (walk.way == FlowWay::nets && walk.sizes.batch > 0) {
-      if (walk.sizes.batch >= rows * large_tiles)
+      // A multiprocessor runs one block, and one of half the rows takes about half the time.
+      const int64_t at_once = launch.multiprocessors() > 0 ? launch.multiprocessors() : 1;
+      const auto rounds = [&](int size) { return (2 * tiles_of(walk.sizes.batch, size) + at_once - 1) / at_once; };
+      if (2 * rounds(rows) <= rounds(rows / 2))
         launch_flow_nets<Precision, rows>(walk, launch);
       else
         launch_flow_nets<Precision, rows / 2>(walk, launch);

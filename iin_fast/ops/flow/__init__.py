@@ -437,5 +437,5 @@ _calls = register(
     )
 )
 _calls["products"] = eager_call(
-    OPS["flow"], "flow_in_torch_products", torch_products.flow, torch_products.flow_backward
+    OPS["flow"], "flow_in_torch_products", torch_products.forward, torch_products.flow_backward
 )

@@ -10,6 +10,9 @@ reads its input and writes its result, LeakyReLU reads and writes. Backward make
 writes one, the product that it follows writes one, the next product and the bias's gradient read one each, weight gradients two.
 Ops are counted in tests/ops/test_flow_products.py.
 
+Forward and inverse of nets of up to 512 outputs run in a kernel of ours where a GPU has the shared memory for it (``nets_fit``): one launch for
+both nets of a half, whose activations stay there. Backward runs here.
+
 Types: rows between halves, raw scales, shifts, couplings and log-dets are float32 at least. Activations, gradients of activations and
 results of products are of the type of x.
 """
@@ -29,7 +32,7 @@ from ..types import HALF, accumulator_type
 from .layout import matrices, pack
 from .saved import pieces_of, saved_bytes, views
 
-__all__ = ["flow", "flow_backward", "forced", "takes_products"]
+__all__ = ["flow", "flow_backward", "forced", "forward", "nets_fit", "takes_products"]
 
 HIDDEN = 256
 ROWS = {"tensor cores": 2048, "plain": 8192}
@@ -37,6 +40,12 @@ ROWS = {"tensor cores": 2048, "plain": 8192}
 
 Not measured yet; benchmarks/gpu.py times both ways with ``forced``.
 """
+
+NETS = 512
+"""The most inputs and outputs that layers of the kernel of both nets have: nets_most in csrc/flow/flow_nets_kernels.cuh."""
+
+NETS_ROOM = 228 * 1024
+"""Bytes of shared memory of a multiprocessor that this kernel needs, 1 KiB of them the system's."""
 
 _TANH = SQUASHES["tanh"].code
 _forced: list[bool] = []
@@ -62,6 +71,17 @@ def takes_products(x: Tensor, hidden: int, tf32: bool) -> bool:
     large = hidden >= HIDDEN and x.shape[0] >= ROWS["tensor cores" if fast else "plain"]
     # with deterministic algorithms torch refuses products, unless an environment variable is set
     return large and not torch.are_deterministic_algorithms_enabled()
+
+
+def nets_fit(x: Tensor, hidden: int, inside: int, transformed: int) -> bool:
+    """Whether a flow that runs here, with ``inside`` inputs of the nets, is one for the kernel of both nets (choose_way in
+    csrc/flow/flow_nets_kernels.cuh)."""
+    if _forced or not x.is_cuda or x.dtype == torch.float64:
+        return False
+    vector = 16 // x.element_size()
+    if hidden > NETS or inside > NETS or hidden % vector or transformed % vector:
+        return False
+    return torch.cuda.get_device_properties(x.device).shared_memory_per_multiprocessor >= NETS_ROOM
 
 
 Layer = tuple[Tensor, Tensor]  # weight [in, out], bias [out]
@@ -164,6 +184,23 @@ class _Flow:
         if self.inverse and self.saves:
             self.coupled[step].copy_(found)
         return found, logdet
+
+
+def forward(x: Tensor, context: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """torch.ops.iin_fast.flow with its arguments, by the kernel of both nets where it can, else by ``flow``; saves for ``flow_backward``."""
+    out, bias_in, bias_hidden = x.shape[1] // 2, rest[3], rest[5]
+    hidden, inside = bias_in.shape[3], x.shape[1] - out + (0 if context is None else context.shape[2])
+    if not nets_fit(x, hidden, inside, out):
+        return flow(x, context, *rest)
+    y, logdet, saved = torch.ops.iin_fast.flow(x, context, *rest)
+    if saved.numel():
+        raw_from_kernel(saved, x, hidden, bias_hidden.shape[3], len(bias_in), rest[12])
+    return y, logdet, saved
+
+
+def raw_from_kernel(saved: Tensor, x: Tensor, hidden: int, depth: int, n_flows: int, inverse: bool) -> None:
+    """In what a kernel saved, s becomes the raw scale, s = tanh(raw)."""
+    views(saved, pieces_of(x, hidden, depth, n_flows, inverse, True))[1].atanh_()
 
 
 def flow(x: Tensor, context: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
