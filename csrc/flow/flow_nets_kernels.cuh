@@ -17,11 +17,13 @@
 
 namespace iin_fast {
 
-constexpr int nets_threads = 256, nets_warps = nets_threads / warp_lanes;
+constexpr int log_nets_threads = 8, nets_threads = 1 << log_nets_threads, nets_warps = nets_threads / warp_lanes;
 constexpr int nets_columns = 256; // of a slot, and of a pass
 constexpr int nets_most = 2 * nets_columns;
 constexpr int narrow_columns = 64;                      // of the pass of a last layer that has no more
 constexpr int nets_stages = 4, nets_stage_bytes = 8192; // stages: a power of 2
+constexpr int nets_biases = 3;                          // passes whose biases are there or on their way
+template <class Storage> constexpr int nets_bias_bytes = nets_columns * static_cast<int>(sizeof(Storage));
 
 // Nets as wide and batches as large as this run here.
 constexpr int nets_hidden = 256;
@@ -32,7 +34,7 @@ template <class Precision> constexpr int large_rows = sizeof(typename Precision:
 
 template <class Precision, int rows>
 constexpr int nets_bytes =
-    3 * rows * nets_columns * static_cast<int>(sizeof(typename Precision::Storage)) + nets_stages * nets_stage_bytes;
+    (3 * rows + nets_biases) * nets_bias_bytes<typename Precision::Storage> + nets_stages * nets_stage_bytes;
 
 // How the warps of a block share the result of a pass, `columns` of it, and what a stage holds of the weights.
 template <class Precision_, int rows_, int columns_> struct NetsPass {
@@ -44,7 +46,8 @@ template <class Precision_, int rows_, int columns_> struct NetsPass {
   static constexpr int row_tiles = rows / row_warps / 16;
   static constexpr int column_warps = nets_warps / row_warps, column_tiles = columns / column_warps / 8;
   static_assert(row_warps * row_tiles * 16 == rows && column_warps * column_tiles * 8 == columns, "whole tiles");
-  static constexpr int chunks = columns / wide_vector<Storage>;                                // of a row of weights
+  static constexpr int log_chunks = (wide ? 5 : 3) + (sizeof(Storage) == 4),
+                       chunks = 1 << log_chunks;                                               // of a row of weights
   static constexpr int depth = nets_stage_bytes / columns / static_cast<int>(sizeof(Storage)); // of a stage
   static constexpr int stage_steps = depth / Precision::depth;
   static constexpr int turns = stage_steps < 2 ? 2 : stage_steps; // steps of a round of the loop
@@ -54,76 +57,81 @@ template <class Precision_, int rows_, int columns_> struct NetsPass {
   }
 };
 
+// A number about which the compiler knows nothing.
+inline __device__ int opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // Numbers of a warp that one step multiplies, as they lie.
 template <class Pass> struct NetsFragments {
   uint32_t a[Pass::row_tiles][4], w[Pass::column_tiles][2];
 };
 
-// The weights of a net, stage by stage in the order in which layers need them. Each thread copies two chunks.
+// The weights of a net, stage by stage in the order in which layers need them, and the biases of each pass ahead of its
+// first stage. Each thread copies two chunks of a stage.
 template <class Precision, int rows> struct NetsWeights {
   using Storage = typename Precision::Storage;
   using Wide = NetsPass<Precision, rows, nets_columns>;
   using Narrow = NetsPass<Precision, rows, narrow_columns>;
 
   const FlowWalk<Storage> &walk;
-  const int64_t net_at;
-  int layer = 0, pass = 0;
-  const Storage *from; // what this thread copies first
-  int target;          // where to, in a stage
-  int apart;           // inputs between its two chunks
-  int stride;          // elements from an input to the next
-  int inside;          // inputs that are left, from that of the first chunk on; none for columns beyond the layer
-  int left;            // stages of this pass
+  unsigned char *const biases;
+  const int net;             // of all nets
+  int layer = 0, column = 0; // of the pass
+  int place = 0;             // of the next biases
+  const Storage *from;       // what this thread copies next
+  int apart;                 // elements from there to what it copies then
+  int target;                // where to, in a stage
+  int chunks;                // that this thread has still to copy in this pass; beyond, it writes zeros
+  int left;                  // stages of this pass
 
-  __device__ __forceinline__ NetsWeights(const FlowWalk<Storage> &walk, int64_t net_at) : walk(walk), net_at(net_at) {
+  __device__ __forceinline__ NetsWeights(const FlowWalk<Storage> &walk, unsigned char *biases, int net)
+      : walk(walk), biases(biases), net(net) {
     enter();
-  }
-
-  __device__ __forceinline__ bool is_narrow() const {
-    return layer > walk.depth() && walk.transformed() <= narrow_columns;
   }
 
   // To the first stage of a pass.
   __device__ __forceinline__ void enter() {
-    const int hidden = walk.hidden(), outside = layer > walk.depth() ? walk.transformed() : hidden;
-    inside = layer == 0 ? walk.inside() : hidden;
-    const Storage *weight;
-    if (layer == 0)
-      weight = walk.weights.weight_in + net_at * inside * hidden;
-    else if (layer <= walk.depth())
-      weight = walk.weights.weight_hidden + (net_at * walk.depth() + layer - 1) * hidden * hidden;
-    else
-      weight = walk.weights.weight_out + net_at * hidden * outside;
-    const int chunks = is_narrow() ? Narrow::chunks : Wide::chunks;
-    left = is_narrow() ? Narrow::stages_of(inside) : Wide::stages_of(inside);
-    const int chunk = threadIdx.x % chunks, k = threadIdx.x / chunks;
-    const int column = pass * nets_columns + chunk * wide_vector<Storage>, start = column / panel_width * panel_width;
-    apart = nets_threads / chunks;
-    target = 16 * (k * chunks + (chunk ^ (sizeof(Storage) == 2 ? k % 8 : 2 * (k % 4))));
-    stride = outside - start < panel_width ? outside - start : panel_width;
-    from = weight;
-    if (column < outside) {
-      from += static_cast<int64_t>(start) * inside + column - start + k * stride;
-      inside -= k;
-    } else {
-      inside = stride = 0;
+    // nothing of this is computed ahead, which would take registers
+    const int hidden = opaque(walk.hidden()), depth = walk.depth();
+    const int inside = layer == 0 ? walk.inside() : hidden, outside = layer > depth ? walk.transformed() : hidden;
+    const bool narrow = layer > depth && outside <= narrow_columns;
+    const int64_t net_at = opaque(net), at = layer == 0 || layer > depth ? net_at : net_at * depth + layer - 1;
+    const FlowWeights<const Storage> &all = walk.weights;
+    const Storage *const weights = layer == 0 ? all.weight_in : layer > depth ? all.weight_out : all.weight_hidden;
+    const Storage *const bias = layer == 0 ? all.bias_in : layer > depth ? all.bias_out : all.bias_hidden;
+    if (threadIdx.x < Wide::chunks) {
+      const int first = column + static_cast<int>(threadIdx.x) * wide_vector<Storage>;
+      copy_async_16(biases + place * nets_bias_bytes<Storage> + 16 * threadIdx.x,
+                    bias + at * outside + (first < outside ? first : 0), first < outside ? 16 : 0);
     }
+    place = place + 1 == nets_biases ? 0 : place + 1;
+    const int log_chunks = narrow ? Narrow::log_chunks : Wide::log_chunks, thread = opaque(threadIdx.x);
+    const int chunk = thread & ((1 << log_chunks) - 1), k = thread >> log_chunks;
+    target = 16 * ((k << log_chunks) + (chunk ^ (sizeof(Storage) == 2 ? k & 7 : 2 * (k & 3))));
+    const int first = column + chunk * wide_vector<Storage>, start = first / panel_width * panel_width;
+    const int width = outside - start < panel_width ? outside - start : panel_width;
+    const int rows_apart = nets_threads >> log_chunks;
+    left = narrow ? Narrow::stages_of(inside) : Wide::stages_of(inside);
+    chunks = first < outside ? (inside - k + rows_apart - 1) >> (log_nets_threads - log_chunks) : 0;
+    apart = rows_apart * width;
+    from = weights + at * inside * outside + (first < outside ? start * inside + first - start + k * width : 0);
   }
 
   // Begins to copy the next stage, if there is one, and ends a group of copies.
   __device__ __forceinline__ void bring(unsigned char *stage) {
     if (layer < walk.depth() + 2) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
-        copy_async_16(stage + target + i * (nets_stage_bytes / 2), from + static_cast<int64_t>(i * apart) * stride,
-                      i * apart < inside ? 16 : 0); // where nothing is copied, the address is not used
-      inside -= 2 * apart;
-      from += static_cast<int64_t>(2 * apart) * stride;
+      for (int i = 0; i < 2; ++i) {
+        copy_async_16(stage + target + i * (nets_stage_bytes / 2), from, i < chunks ? 16 : 0); // or from nowhere
+        from += apart;
+      }
+      chunks -= 2;
       if (--left == 0) {
-        const bool more = layer <= walk.depth() && (pass + 1) * nets_columns < walk.hidden();
-        const bool more_last = layer > walk.depth() && (pass + 1) * nets_columns < walk.transformed();
-        pass = more || more_last ? pass + 1 : 0;
-        layer += pass == 0;
+        column += nets_columns;
+        if (column >= (layer > walk.depth() ? walk.transformed() : walk.hidden()))
+          column = 0, ++layer;
         if (layer < walk.depth() + 2)
           enter();
       }
@@ -134,7 +142,7 @@ template <class Precision, int rows> struct NetsWeights {
 
 // The place of a chunk in a slot, in bytes.
 template <class Storage> __device__ __forceinline__ int slot_at(int row, int chunk) {
-  return row * nets_columns * static_cast<int>(sizeof(Storage)) + 16 * (chunk ^ (row % 8));
+  return row * nets_columns * static_cast<int>(sizeof(Storage)) + 16 * (chunk ^ (row & 7));
 }
 
 __device__ __forceinline__ float as_float(uint32_t bits) {
@@ -279,13 +287,14 @@ __device__ __forceinline__ void run_pass(float (&sum)[Pass::row_tiles][Pass::col
 }
 
 // Two numbers side by side.
-template <class Storage> __device__ __forceinline__ void store_pair(unsigned char *to, float left, float right) {
-  using Bits = std::conditional_t<sizeof(Storage) == 2, uint32_t, uint2>;
-  Storage pair[2];
-  narrow(left, pair[0]), narrow(right, pair[1]);
-  Bits bits;
-  memcpy(&bits, pair, sizeof bits);
-  *reinterpret_cast<Bits *>(to) = bits;
+inline __device__ void store_pair(float left, float right, float *to) {
+  *reinterpret_cast<float2 *>(to) = make_float2(left, right);
+}
+inline __device__ void store_pair(float left, float right, __half *to) {
+  *reinterpret_cast<__half2 *>(to) = __floats2half2_rn(left, right);
+}
+inline __device__ void store_pair(float left, float right, __nv_bfloat16 *to) {
+  *reinterpret_cast<__nv_bfloat162 *>(to) = __floats2bfloat162_rn(left, right);
 }
 
 // What tensor cores take of an activation: TF32 is rounded once, when it is stored.
@@ -295,22 +304,44 @@ template <class Precision> __device__ __forceinline__ float as_factor(float valu
   return value;
 }
 
-// A pass of a layer, and what becomes of its sums: finish(row, column, sum of this column, sum of the next), rows of
-// the tile and columns of the layer, for all of the pass.
+// A pass of a layer, and what becomes of its sums: finish(row, column, sum) with sum(i, e) that of row + 8 i and
+// column + e, rows of the tile and columns of the pass. Columns beyond the layer are 0.
 template <class Pass, class Weights, class Finish>
 __device__ __forceinline__ void nets_pass(const unsigned char *first, const unsigned char *second, unsigned char *ring,
-                                          int &stage, Weights &weights, int inside, int pass, int outside,
+                                          int &stage, int &place, Weights &weights, int inside, int outside,
                                           Finish &&finish) {
+  using Storage = typename Pass::Storage;
   const int lane = threadIdx.x % warp_lanes, warp = threadIdx.x / warp_lanes;
   // neighbours have the same columns: where half of these lie beyond the layer, each scheduler has warps that work
   const int row0 = warp % Pass::row_warps * Pass::row_tiles * 16;
-  const int column0 = warp / Pass::row_warps * Pass::column_tiles * 8, shift = pass * Pass::columns;
-  float sum[Pass::row_tiles][Pass::column_tiles][4] = {};
-  run_pass<Pass>(sum, first, second, ring, stage, weights, inside, shift + column0 < outside, row0, column0);
+  const int column0 = warp / Pass::row_warps * Pass::column_tiles * 8, column = column0 + lane % 4 * 2;
+  const Storage *const bias =
+      reinterpret_cast<const Storage *>(weights.biases + place * nets_bias_bytes<Storage>) + column;
+  place = place + 1 == nets_biases ? 0 : place + 1;
+  float sum[Pass::row_tiles][Pass::column_tiles][4];
 #pragma unroll
   for (int j = 0; j < Pass::column_tiles; ++j)
-    finish(row0 + lane / 4, shift + column0 + 8 * j + lane % 4 * 2,
-           [&](int i, int e) { return sum[i / 2][j][i % 2 * 2 + e]; });
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const float value = widen(bias[8 * j + e]);
+#pragma unroll
+      for (int i = 0; i < Pass::row_tiles; ++i)
+        sum[i][j][e] = sum[i][j][e + 2] = value;
+    }
+  run_pass<Pass>(sum, first, second, ring, stage, weights, inside, column0 < outside, row0, column0);
+  if (column0 + 8 * Pass::column_tiles > outside)
+#pragma unroll
+    for (int j = 0; j < Pass::column_tiles; ++j)
+      if (column + 8 * j >= outside) // which is even
+#pragma unroll
+        for (int i = 0; i < Pass::row_tiles; ++i)
+#pragma unroll
+          for (int e = 0; e < 4; ++e)
+            sum[i][j][e] = 0;              // not so where the input is infinite
+  const int row = opaque(row0 + lane / 4); // places are not computed ahead
+#pragma unroll
+  for (int j = 0; j < Pass::column_tiles; ++j)
+    finish(row, column + 8 * j, [&](int i, int e) { return sum[i / 2][j][i % 2 * 2 + e]; });
 }
 
 // Both nets of a half: what they make of the stage of `step` comes to walk.raw, and the activations to where backward
@@ -322,14 +353,15 @@ __global__ void __launch_bounds__(nets_threads, 1)
   using Weights = NetsWeights<Precision, rows>;
   using Wide = typename Weights::Wide;
   using Narrow = typename Weights::Narrow;
-  constexpr int vector = wide_vector<Storage>, slot_chunks = nets_columns / vector;
+  constexpr int vector = wide_vector<Storage>, slot_chunks = nets_columns / vector, size = sizeof(Storage);
   constexpr int slot_bytes = rows * nets_columns * static_cast<int>(sizeof(Storage));
   unsigned char *const shared = shared_tiles(), *const ring = shared + 3 * slot_bytes;
+  unsigned char *const biases = ring + nets_stages * nets_stage_bytes;
   const int net = blockIdx.y, hidden = walk.hidden(), transformed = walk.transformed();
   const int lane = threadIdx.x % warp_lanes, warp = threadIdx.x / warp_lanes;
-  const int64_t net_at = 2 * static_cast<int64_t>(step) + net, row0 = static_cast<int64_t>(blockIdx.x) * rows;
+  const int64_t row0 = static_cast<int64_t>(blockIdx.x) * rows;
   const int valid = walk.sizes.batch - row0 < rows ? static_cast<int>(walk.sizes.batch - row0) : rows;
-  Weights weights(walk, net_at);
+  Weights weights(walk, biases, 2 * step + net);
 #pragma unroll 1
   for (int i = 0; i < nets_stages; ++i)
     weights.bring(ring + i * nets_stage_bytes);
@@ -356,27 +388,24 @@ __global__ void __launch_bounds__(nets_threads, 1)
   }
   wait_copies<nets_stages - 1>();
   __syncthreads();
-  int stage = 0, inside = walk.inside();
+  int stage = 0, place = 0, inside = walk.inside();
   const float leaky = static_cast<float>(walk.leaky_slope);
   for (int layer = 0; layer <= walk.depth(); ++layer) {
-    const Storage *const bias = layer == 0 ? walk.weights.bias_in + net_at * hidden
-                                           : walk.weights.bias_hidden + (net_at * walk.depth() + layer - 1) * hidden;
     for (int pass = 0; pass * nets_columns < hidden; ++pass) {
-      unsigned char *const to = pass == 0 ? free : first;
-      nets_pass<Wide>(first, second, ring, stage, weights, inside, pass, hidden, [&](int row, int column, auto &&sum) {
-        const bool there = column < hidden; // hidden is even
-        const int at = there ? column : 0;
-        const float left = widen(__ldg(bias + at)), right = widen(__ldg(bias + at + 1));
-        const auto activate = [&](float value) {
-          return there ? as_factor<Precision>(value > 0 ? value : value * leaky) : 0.0f;
-        };
-        const int in_slot = column % nets_columns;
+      Storage *const to = reinterpret_cast<Storage *>(pass == 0 ? free : first);
+      nets_pass<Wide>(first, second, ring, stage, place, weights, inside, hidden - pass * nets_columns,
+                      [&](int row, int column, auto &&sum) {
+                        Storage *const at = to + slot_at<Storage>(row, column / vector) / size + column % vector;
+                        const auto activated = [&](int i, int e) {
+                          float value = sum(i, e);
+                          if (!(value > 0))
+                            value *= leaky;
+                          return as_factor<Precision>(value);
+                        };
 #pragma unroll
-        for (int i = 0; i < 2 * Wide::row_tiles; ++i)
-          store_pair<Storage>(to + slot_at<Storage>(row + 8 * i, in_slot / vector) +
-                                  in_slot % vector * static_cast<int>(sizeof(Storage)),
-                              activate(sum(i, 0) + left), activate(sum(i, 1) + right));
-      });
+                        for (int i = 0; i < 2 * Wide::row_tiles; ++i) // 8 rows on, chunks lie the same
+                          store_pair(activated(i, 0), activated(i, 1), at + 8 * i * nets_columns);
+                      });
     }
     unsigned char *const unused = second;
     second = first, first = free, free = unused;
@@ -384,9 +413,9 @@ __global__ void __launch_bounds__(nets_threads, 1)
     __syncthreads();
     if (walk.keep) { // the next layer reads these slots, too, and what it writes first comes to the third
       Storage *const out = walk.activation(step, layer) + net * walk.activation_net() + row0 * hidden;
-      for (int chunk = lane; chunk < hidden / vector; chunk += warp_lanes)
+      for (int chunk = opaque(lane); chunk < hidden / vector; chunk += warp_lanes)
 #pragma unroll 4
-        for (int row = warp; row < valid; row += nets_warps) {
+        for (int row = opaque(warp); row < valid; row += nets_warps) {
           const unsigned char *const at =
               (chunk < slot_chunks ? first : second) + slot_at<Storage>(row, chunk % slot_chunks);
           __stwb(reinterpret_cast<uint4 *>(out + static_cast<int64_t>(row) * hidden + chunk * vector),
@@ -394,26 +423,23 @@ __global__ void __launch_bounds__(nets_threads, 1)
         }
     }
   }
-  const Storage *const bias = walk.weights.bias_out + net_at * transformed;
   float *const out = walk.raw + (net * walk.sizes.batch + row0) * transformed;
-  const auto store = [&](auto shape, int row, int column, auto &&sum) {
-    if (column >= transformed) // which is even
-      return;
-    const float left = widen(__ldg(bias + column)), right = widen(__ldg(bias + column + 1));
+  const auto last = [&](auto shape, int pass) {
+    using Pass = decltype(shape);
+    const int left = transformed - pass * nets_columns;
+    nets_pass<Pass>(first, second, ring, stage, place, weights, inside, left, [&](int row, int column, auto &&sum) {
 #pragma unroll
-    for (int i = 0; i < 2 * decltype(shape)::row_tiles; ++i)
-      if (row + 8 * i < valid)
-        store_pair<float>(
-            reinterpret_cast<unsigned char *>(out + static_cast<int64_t>(row + 8 * i) * transformed + column),
-            sum(i, 0) + left, sum(i, 1) + right);
+      for (int i = 0; i < 2 * Pass::row_tiles; ++i)
+        if (row + 8 * i < valid && column < left) // which is even
+          store_pair(sum(i, 0), sum(i, 1),
+                     out + static_cast<int64_t>(row + 8 * i) * transformed + pass * nets_columns + column);
+    });
   };
   if (transformed <= narrow_columns)
-    nets_pass<Narrow>(first, second, ring, stage, weights, inside, 0, transformed,
-                      [&](int row, int column, auto &&sum) { store(Narrow(), row, column, sum); });
+    last(Narrow(), 0);
   else
     for (int pass = 0; pass * nets_columns < transformed; ++pass)
-      nets_pass<Wide>(first, second, ring, stage, weights, inside, pass, transformed,
-                      [&](int row, int column, auto &&sum) { store(Wide(), row, column, sum); });
+      last(Wide(), pass);
 }
 
 // The coupling of a step from what its nets made, log-det, and the transition to the next stage: a warp a row.
@@ -440,9 +466,13 @@ __global__ void __launch_bounds__(tile_threads) flow_couple_kernel(const FlowWal
     walk.parts[(1 + static_cast<int64_t>(step)) * walk.sizes.batch + row] = gained;
 }
 
-// Whether nets fit the kernel: their widths the slots, and all weights copies of 16 bytes.
+// Whether nets fit the kernel: their widths the slots, and all weights and biases copies of 16 bytes.
 template <class Storage> bool nets_fit(const FlowWalk<Storage> &walk) {
-  return sizeof(Storage) < 8 && walk.hidden() <= nets_most && walk.inside() <= nets_most && is_even(walk);
+  const FlowWeights<const Storage> &weights = walk.weights;
+  const auto biases = reinterpret_cast<uintptr_t>(weights.bias_in) | reinterpret_cast<uintptr_t>(weights.bias_hidden) |
+                      reinterpret_cast<uintptr_t>(weights.bias_out);
+  return biases % 16 == 0 && sizeof(Storage) < 8 && walk.hidden() <= nets_most && walk.inside() <= nets_most &&
+         is_even(walk);
 }
 
 // Gives `walk` its way: before memory is arranged for it.
