@@ -390,21 +390,23 @@ __global__ void __launch_bounds__(nets_threads, 1)
   __syncthreads();
   int stage = 0, place = 0, inside = walk.inside();
   const float leaky = static_cast<float>(walk.leaky_slope);
+  const bool usual = leaky > 0 && leaky <= 1; // then LeakyReLU is a maximum
   for (int layer = 0; layer <= walk.depth(); ++layer) {
     for (int pass = 0; pass * nets_columns < hidden; ++pass) {
       Storage *const to = reinterpret_cast<Storage *>(pass == 0 ? free : first);
       nets_pass<Wide>(first, second, ring, stage, place, weights, inside, hidden - pass * nets_columns,
                       [&](int row, int column, auto &&sum) {
                         Storage *const at = to + slot_at<Storage>(row, column / vector) / size + column % vector;
-                        const auto activated = [&](int i, int e) {
-                          float value = sum(i, e);
-                          if (!(value > 0))
-                            value *= leaky;
-                          return as_factor<Precision>(value);
-                        };
+                        const auto store = [&](auto &&activate) {
 #pragma unroll
-                        for (int i = 0; i < 2 * Wide::row_tiles; ++i) // 8 rows on, chunks lie the same
-                          store_pair(activated(i, 0), activated(i, 1), at + 8 * i * nets_columns);
+                          for (int i = 0; i < 2 * Wide::row_tiles; ++i) // 8 rows on, chunks lie the same
+                            store_pair(as_factor<Precision>(activate(sum(i, 0))),
+                                       as_factor<Precision>(activate(sum(i, 1))), at + 8 * i * nets_columns);
+                        };
+                        if (usual)
+                          store([&](float value) { return fmaxf(value, value * leaky); });
+                        else
+                          store([&](float value) { return value > 0 ? value : value * leaky; });
                       });
     }
     unsigned char *const unused = second;

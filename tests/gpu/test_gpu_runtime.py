@@ -91,7 +91,8 @@ BOTH = [*((op, name) for op in gpu_ops() for name in NAMES[1:]), ("flow_program"
 def _sized(usual: int) -> list[tuple[str, str, int]]:
     """Every op and backend with its batches.
 
-    With CUDA C++ a flow of 50 rows is one cooperative launch, one of 300 a launch for each layer, one of 10000 products of torch's.
+    With CUDA C++ a flow of 50 rows is one cooperative launch, one of 300 a launch for each layer, one of 10000 two launches for each
+    half, or products of torch's, and a backward in these.
     """
     flows = {"cpp": (50, 300, 10_000), "triton": (50, 300)}
     return [(op, name, batch) for op, name in BOTH for batch in (flows[name] if op == "flow" else (usual,))]
@@ -239,19 +240,23 @@ def test_a_program_takes_five_launches(batch: int, device: str) -> None:
 
 @pytest.mark.needs_cuda
 @pytest.mark.parametrize("products", [True, False])
-def test_a_large_batch_of_wide_nets_runs_in_products_of_torch(products: bool, device: str) -> None:
+def test_a_large_batch_of_wide_nets_runs_in_one_launch_for_both_nets_or_in_products_of_torch(
+    products: bool, device: str
+) -> None:
     with chosen("flow", "cpp", device):
         call, leaves = _flow_case(device, 10_000)
         leaves[0].requires_grad_()
-        with nullcontext() if products else torch_products.forced(False):
+        fit = not products and torch_products.nets_fit(leaves[0], 256, 32, 32)
+        with torch_products.forced(True) if products else nullcontext():
             call(leaves)
             torch.cuda.synchronize()
             with profile(activities=[ProfilerActivity.CUDA]) as profiler:
                 call(leaves)
                 torch.cuda.synchronize()
     names = [event.name for event in profiler.events()]
-    assert any("coupling_forward_kernel" in name for name in names) == products
-    assert any("flow_" in name for name in names) != products
+    assert any("flow_nets_kernel" in name for name in names) == fit
+    assert any("coupling_forward_kernel" in name for name in names) != fit
+    assert any("coupling_backward_kernel" in name for name in names)  # backward is in products
 
 
 @pytest.mark.needs_cuda

@@ -73,12 +73,13 @@ def forward(
     tf32: bool = False,
     resident: int = 0,
     way: str = "best",
+    leaky: float = 0.01,
 ) -> tuple[Tensor, Tensor, Tensor, FlowCall]:
     x = given[0]
     y = torch.full(x.shape, torch.nan, dtype=x.dtype)
     logdet = torch.full(x.shape[:1], torch.nan, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
     c = flow_call(given, slope, exact, inverse, tf32)
-    c.y, c.logdet = y.data_ptr(), logdet.data_ptr()
+    c.y, c.logdet, c.leaky_slope = y.data_ptr(), logdet.data_ptr(), leaky
     size = saved_bytes(x, given[5].shape[3], given[7].shape[3], given[2].shape[0], inverse) if save else 0
     saved = torch.full((size,), 255, dtype=torch.uint8)
     c.saved, c.resident, c.way = saved.data_ptr() if save else None, resident, WAYS.index(way)
@@ -235,6 +236,8 @@ NETS = NETS[:2] if ONLY_TYPE else NETS
 @pytest.mark.parametrize("shape", NETS, ids=str)
 @pytest.mark.parametrize(("dtype", "tf32", "inverse"), DIRECTED)
 def test_both_nets_in_one_launch(dtype: torch.dtype, tf32: bool, inverse: bool, shape: FlowShape) -> None:
+    if shape.batch > 64 and inverse == (shape.hidden > 256):
+        pytest.skip("takes long; one direction each")
     given = arguments(shape, dtype)
     judge = reference.flow(*wide(given), 0.01, 0.8, False, inverse)
     y, logdet, saved, c = forward(given, 0.8, False, inverse, True, tf32, way="nets")
@@ -250,6 +253,14 @@ def test_both_nets_in_one_launch(dtype: torch.dtype, tf32: bool, inverse: bool, 
     if not ONLY_TYPE:  # what is kept changes no bit
         without = forward(given, 0.8, False, inverse, False, tf32, way="nets")
         assert torch.equal(without[0], y) and torch.equal(without[1], logdet)
+
+
+@pytest.mark.parametrize("leaky", [0.0, 1.0, 1.5])
+def test_slopes_of_the_nets_in_one_launch(leaky: float) -> None:
+    given = arguments(FlowShape(5, 16, 1, 24, 1), torch.float32)
+    expected = reference.flow(*wide(given), leaky, 1.0, False, False)
+    for got, want in zip(forward(given, way="nets", leaky=leaky), expected, strict=False):
+        assert (got.double() - want).norm() < bounds(torch.float32, False)[0] * want.norm()
 
 
 @pytest.mark.values

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from iin_fast.ops.flow import KEEP, _calls, flow, torch_products
 from iin_fast.ops.flow.flops import forward as forward_flops
-from iin_fast.ops.flow.saved import saved_bytes
+from iin_fast.ops.flow.saved import pieces_of, saved_bytes, views
 
 SHAPES = [*cases(FLOW, "cpp"), FlowShape(9, 7, 3, 70, 2, 5), FlowShape(9, 3, 2, 5, 0, 1, 2)]
 SLOPES = [(0.9, True), (0.9, False), (1.0, False)]
@@ -273,3 +273,47 @@ def test_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.use_deterministic_algorithms(False)
     monkeypatch.setattr(torch_products, "has_values", lambda x: False)
     assert not takes(many, hidden, torch.bfloat16)
+
+
+def test_what_fits_the_kernel_of_both_nets(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = SimpleNamespace(shared_memory_per_multiprocessor=torch_products.NETS_ROOM)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+    monkeypatch.setattr(torch_products, "_forced", [])
+
+    def fit(hidden: int, inside: int, out: int, dtype: torch.dtype = torch.bfloat16, is_cuda: bool = True) -> bool:
+        x: Any = SimpleNamespace(dtype=dtype, is_cuda=is_cuda, element_size=lambda: dtype.itemsize, device="cuda")
+        return torch_products.nets_fit(x, hidden, inside, out)
+
+    most = torch_products.NETS
+    assert fit(most, most, 1024) and fit(256, 1, 8) and fit(260, 1, 4, torch.float32)
+    assert not fit(most + 8, 32, 32) and not fit(most, most + 1, 32)
+    assert not fit(260, 32, 32) and not fit(256, 32, 4) and not fit(258, 32, 32, torch.float32)
+    assert not fit(256, 32, 32, torch.float64) and not fit(256, 32, 32, is_cuda=False)
+    device.shared_memory_per_multiprocessor -= 1
+    assert not fit(256, 32, 32)
+    with torch_products.forced(True):
+        assert not fit(256, 32, 32)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_backward_of_what_the_kernel_of_both_nets_saved(inverse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel saves s where products save the raw scale."""
+    arguments, calls = flow_inputs(SMALL_FLOW), 0
+
+    def kernel(x: Tensor, context: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+        nonlocal calls
+        calls += 1
+        y, logdet, saved = torch_products.flow(x, context, *rest)
+        if saved.numel():
+            pieces = pieces_of(x, SMALL_FLOW.hidden, SMALL_FLOW.depth, SMALL_FLOW.n_flows, inverse, True)
+            views(saved, pieces)[1].tanh_()
+        return y, logdet, saved
+
+    expected = with_gradients(partial(flow, inverse=inverse), arguments)
+    monkeypatch.setattr(torch_products, "nets_fit", lambda *_: True)
+    monkeypatch.setattr(torch.ops.iin_fast, "flow", kernel)
+    for got, want in zip(with_gradients(partial(flow, inverse=inverse), arguments), expected, strict=True):
+        assert got.numel() == 0 or relative(got, want) < 1e-12
+    with torch.no_grad():
+        assert relative(flow(*arguments, inverse=inverse)[0], expected[0]) < 1e-12
+    assert calls == 2
