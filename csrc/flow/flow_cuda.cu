@@ -1,4 +1,4 @@
-// flow on a GPU: tensor checks, memory and the launches. The kernels are in flow_kernels.cuh and
+// flow on a GPU: tensor checks, memory and the launches. The kernels are in flow_kernels.cuh, flow_nets_kernels.cuh and
 // flow_backward_kernels.cuh.
 //
 // What forward saves is bytes: stages, s, coupled values and activations of all steps (iin_fast/ops/flow/saved.py).

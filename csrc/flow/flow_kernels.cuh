@@ -13,7 +13,8 @@
 // bit for bit.
 //
 // The persistent kernel (up to persistent_rows rows) walks all layers in one launch, with a barrier over the grid
-// between them; a block begins to fetch its weights of the next layer before that barrier.
+// between them; a block begins to fetch its weights of the next layer before that barrier. Wide nets at large batches:
+// flow_nets_kernels.cuh.
 #pragma once
 
 #include <utility>
@@ -32,7 +33,7 @@ namespace iin_fast {
 enum class Move : int { keep, swap, unswap, table };
 enum class Pass : int { keep, normalize, denormalize };
 
-// How a call runs. best: as its size says; the others are asked for by tests.
+// How a call runs. best: as its size says, which choose_way() makes nets where that is so; tests ask for others.
 enum class FlowWay : int64_t { best, layers, clusters, nets };
 
 // The transition of a row from a step to the next.

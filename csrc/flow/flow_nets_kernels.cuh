@@ -259,15 +259,15 @@ __device__ __forceinline__ void run_pass(float (&sum)[Pass::row_tiles][Pass::col
       }
       // what is under way while tensor cores multiply comes between their instructions
       const auto right = right_factors(now);
-      constexpr int half = Pass::row_tiles / 2;
+      constexpr int early = Pass::row_tiles / 4;
       if (works)
-        multiply_rows<Pass, 0, half>(to, now, right);
+        multiply_rows<Pass, 0, early>(to, now, right);
       if (next == 0)
         weights.bring(read);
       if (works) {
         if (turn + 1 < Pass::turns || step + Pass::turns < steps)
           load(fragments[(turn + 1) % 2], step + turn + 1, next);
-        multiply_rows<Pass, half, Pass::row_tiles>(to, now, right);
+        multiply_rows<Pass, early, Pass::row_tiles>(to, now, right);
       }
     }
     if constexpr (sums_leave<Precision>) {
