@@ -9,7 +9,7 @@
 #include <string.h>
 
 enum { no_context = 201, invalid = 1, not_found = 500, too_large = 720, no_code = 209 };
-enum { multiprocessors = 4, blocks_on_each = 2, most_shared = 99 * 1024 }; // as on 8.6 and 12.0, which have least
+enum { multiprocessors = 4, blocks_on_each = 2 };
 
 struct Kernel {
   char name[256];
@@ -26,6 +26,9 @@ static const char *given(const char *name) {
   const char *value = getenv(name);
   return value ? value : "";
 }
+
+// Of a block: 99 KiB, as on 8.6 and 12.0, which have least, or FAKE_GPU_SHARED.
+static int most_shared(void) { return *given("FAKE_GPU_SHARED") ? atoi(given("FAKE_GPU_SHARED")) : 99 * 1024; }
 
 static FILE *log_file(void) {
   static FILE *file;
@@ -59,7 +62,7 @@ int cuGetErrorString(int error, const char **text) {
 }
 int cuDeviceGet(int *device, int index) { return *device = index, 0; }
 int cuDeviceGetAttribute(int *value, int which, int device) {
-  *value = which == 16 ? multiprocessors : which == 95 ? 1 : which == 97 ? most_shared : -1;
+  *value = which == 16 ? multiprocessors : which == 95 ? 1 : which == 97 ? most_shared() : -1;
   return *value < 0 || device != 0 ? invalid : 0;
 }
 int cuCtxGetCurrent(void **context) { return *context = current, 0; }
@@ -101,7 +104,7 @@ int cuLibraryGetKernel(void **kernel, void *library, const char *name) {
 }
 int cuKernelGetFunction(void **function, void *kernel) { return *function = kernel, current ? 0 : no_context; }
 int cuFuncSetAttribute(struct Kernel *kernel, int which, int value) {
-  if (which != 8 || value > most_shared)
+  if (which != 8 || value > most_shared())
     return invalid;
   return kernel->shared = value, 0;
 }
