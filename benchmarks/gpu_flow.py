@@ -239,13 +239,12 @@ class Flows:
         if batch >= LARGE_BATCH and not self.run.dry:
             from iin_fast.ops.flow.torch_products import forced
 
-            for products, name in ((True, "products of torch"), (False, "own tiles")):
-                yield (
-                    f"iin-fast, {name}, CUDA graph",
-                    lambda p=products: graphed(  # type: ignore[misc]
-                        within_context(lambda: forced(p), self.prepare("iin-fast, graph", case, capturable=True))
-                    ),
-                )
+            yield (
+                "iin-fast, products of torch, CUDA graph",
+                lambda: graphed(
+                    within_context(lambda: forced(True), self.prepare("iin-fast, graph", case, capturable=True))
+                ),
+            )
 
     def compiled_later(self, case: Case) -> Iterator[tuple[str, Callable[[], Call]]]:
         """The others: torch.compile in the modes that stage `compile` was done with, and our Triton kernels."""

@@ -23,6 +23,12 @@ constexpr int row_threads = 1 << log_row_threads; // threads of a block
 constexpr int warp_lanes = 32;
 constexpr unsigned whole_warp = 0xffffffffu;
 
+// A number about which the compiler knows nothing: what follows from it is not computed ahead, which takes registers.
+inline __device__ int opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // Rows of a [rows, features] matrix whose features are contiguous. Null data: a matrix that is not given.
 template <class Storage> struct DeviceRows {
   Storage *data;

@@ -20,7 +20,6 @@
 namespace iin_fast {
 
 constexpr int cluster_workers = 256, cluster_fetchers = 128, cluster_threads = cluster_workers + cluster_fetchers;
-constexpr int cluster_rows = 32;                          // of a tile
 constexpr int least_of_cluster = 4, most_of_cluster = 16; // blocks
 constexpr int cluster_inside = 512;                       // inputs of a layer, at most
 
@@ -50,12 +49,6 @@ template <class Precision_> struct ClusterShape {
 template <class Storage> struct alignas(4 * sizeof(Storage)) Four {
   Storage value[4];
 };
-
-// A number about which the compiler knows nothing: what follows from it is not computed ahead, which takes registers.
-inline __device__ int opaque(int value) {
-  asm volatile("" : "+r"(value));
-  return value;
-}
 
 // Barriers, for warps that meet at different places of the code.
 __device__ __forceinline__ void meet_block() { __syncthreads(); }
@@ -200,13 +193,6 @@ private:
   int step_ = 0, layer_ = 0, part_ = 0, buffer_ = 0;
 };
 
-template <class T> __device__ __forceinline__ T sum_over_lanes(T value) {
-#pragma unroll
-  for (int offset = warp_lanes / 2; offset > 0; offset /= 2)
-    value += __shfl_xor_sync(whole_warp, value, offset);
-  return value;
-}
-
 // A warp's part of the sum of log|scale|. By itself, for want of registers.
 template <class Storage>
 __attribute__((noinline)) __device__ compute_t<Storage> sum_of_scales(const Storage *scale, int64_t count) {
@@ -236,6 +222,17 @@ public:
 
 private:
   using End = StepEnd<Storage>;
+
+  // What the coupling of columns j of a row needs but for the sums of the last layers.
+  struct Said {
+    typename End::Columns columns;
+    T bias, shift_bias;
+  };
+  __device__ __forceinline__ Said read(const End &end, int64_t row, int j) const {
+    const int transformed = walk_.transformed(), inside = j < transformed ? j : 0;
+    const Storage *const bias = walk_.weights.bias_out + 2 * static_cast<int64_t>(end.step) * transformed;
+    return {end.read(row, j), widen(__ldg(bias + inside)), widen(__ldg(bias + transformed + inside))};
+  }
 
   __device__ Storage *input() const { return reinterpret_cast<Storage *>(shared_); }
   __device__ T *sums() const { return reinterpret_cast<T *>(shared_); } // in the place of the input
@@ -268,11 +265,11 @@ private:
           meet_cluster();
       }
       const int64_t block = static_cast<int64_t>(Shape::rows) * walk_.transformed();
-      T *const partial = walk_.partial + static_cast<int64_t>(tile) * place_.blocks * block;
+      T *const partial = walk_.raw + static_cast<int64_t>(tile) * place_.blocks * block;
       const End end(walk_, opaque(step), inverse);
-      typename End::Columns first;
+      Said first;
       if (couples && lane() < walk_.conditioning())
-        first = end.read(row0 + at, lane());
+        first = read(end, row0 + at, lane());
       last_layer(partial + place_.rank * block);
       meet_cluster();
       if (couples)
@@ -440,18 +437,19 @@ private:
 
   // The coupling of a row, a lane for some columns. `first`: what was read of this lane's first one; `partial`: of the
   // row and the first block.
-  __device__ void couple_row(const End &end, const typename End::Columns &first, int64_t row, const T *partial,
+  __device__ void couple_row(const End &end, const Said &first, int64_t row, const T *partial,
                              CompensatedSum<T> &gained) const {
     const int64_t block = static_cast<int64_t>(Shape::rows) * walk_.transformed();
 #pragma unroll 1
     for (int j = lane(); j < walk_.conditioning(); j += warp_lanes) {
+      const Said said = j == lane() ? first : read(end, row, j);
       T raw = 0, shift = 0;
       if (j < walk_.transformed()) {
 #pragma unroll 4
         for (int other = 0; other < place_.blocks; other += 2)
           raw += partial[other * block + j], shift += partial[(other + 1) * block + j];
       }
-      gained.add(end.write(row, j, raw, shift, j == lane() ? first : end.read(row, j)));
+      gained.add(end.write(row, j, raw + said.bias, shift + said.shift_bias, said.columns));
     }
   }
 
@@ -471,50 +469,28 @@ __global__ void __launch_bounds__(cluster_threads, 1)
     ClusterWalk<Precision>(walk, shared_tiles(), place).run();
 }
 
-// Rows of a batch up to which clusters walk; then other ways are faster. Measured on an H100 (docs/performance.md).
-constexpr int64_t cluster_batch = 8192;
-
-inline int blocks_of_cluster(const FlowSizes &sizes) {
-  return 2 * static_cast<int>(tiles_of(sizes.hidden, panel_width));
-}
-
-// Whether clusters can walk this, and should.
-template <class Storage> bool takes_clusters(const FlowWalk<Storage> &walk) {
+// Whether nets fit the blocks of a cluster, and all weights copies of 16 bytes.
+template <class Storage> bool clusters_fit(const FlowWalk<Storage> &walk) {
   const int blocks = blocks_of_cluster(walk.sizes);
-  if (sizeof(Storage) == 8 || blocks < least_of_cluster || blocks > most_of_cluster || walk.inside() > cluster_inside ||
-      !is_even(walk))
-    return false;
-  return walk.way == FlowWay::clusters || (walk.way == FlowWay::best && walk.sizes.batch <= cluster_batch);
+  return sizeof(Storage) < 8 && blocks >= least_of_cluster && blocks <= most_of_cluster &&
+         walk.inside() <= cluster_inside && is_even(walk);
 }
 
-template <class Storage> void arrange_clusters(FlowWalk<Storage> &walk, Arena &scratch) {
-  const int64_t tiles = takes_clusters(walk) ? tiles_of(walk.sizes.batch, cluster_rows) : 0;
-  walk.partial =
-      scratch.take<compute_t<Storage>>(tiles * blocks_of_cluster(walk.sizes) * cluster_rows * walk.transformed());
-}
-
-// The map in clusters; false: this GPU has none, or none of this size, and nothing has run.
+// Clusters that run at once; 0: this GPU has none, or none of this size.
 template <class Precision, class Launch>
-bool launch_clusters(const FlowWalk<typename Precision::Storage> &walk, const Launch &launch) {
-  constexpr int bytes = ClusterShape<Precision>::shared_bytes;
-  const auto kernel = flow_cluster_kernel<Precision>;
+int64_t clusters_at_once(const FlowWalk<typename Precision::Storage> &walk, const Launch &launch) {
+  return launch.clusters_together(flow_cluster_kernel<Precision>, cluster_threads,
+                                  ClusterShape<Precision>::shared_bytes, blocks_of_cluster(walk.sizes));
+}
+
+template <class Precision, class Launch>
+void launch_flow_clusters(const FlowWalk<typename Precision::Storage> &walk, const Launch &launch) {
   const unsigned blocks = blocks_of_cluster(walk.sizes), tiles = tiles_of(walk.sizes.batch, cluster_rows);
-  const unsigned most = launch.clusters_together(kernel, cluster_threads, bytes, blocks);
-  if (most == 0)
-    return false;
+  const unsigned most = static_cast<unsigned>(clusters_at_once<Precision>(walk, launch));
   launch_table(walk, !walk.inverse, launch);
-  launch.in_clusters(blocks, bytes)(kernel, dim3(blocks * (tiles < most ? tiles : most)), dim3(cluster_threads), walk,
-                                    static_cast<int>(blocks));
-  return true;
-}
-
-// The map, in the way that is best for it.
-template <class Precision, class Launch>
-void launch_flow(const FlowWalk<typename Precision::Storage> &walk, const Launch &launch) {
-  if constexpr (!std::is_same_v<Precision, Exact>)
-    if (walk.sizes.batch > 0 && takes_clusters(walk) && launch_clusters<Precision>(walk, launch))
-      return;
-  launch_flow_forward<Precision>(walk, launch);
+  launch.in_clusters(blocks, ClusterShape<Precision>::shared_bytes)(
+      flow_cluster_kernel<Precision>, dim3(blocks * (tiles < most ? tiles : most)), dim3(cluster_threads), walk,
+      static_cast<int>(blocks));
 }
 
 } // namespace iin_fast

@@ -1,4 +1,4 @@
-// flow on a GPU: tensor checks, memory and the launches. The kernels are in flow_kernels.cuh and
+// flow on a GPU: tensor checks, memory and the launches. The kernels are in flow_kernels.cuh, flow_nets_kernels.cuh and
 // flow_backward_kernels.cuh.
 //
 // What forward saves is bytes: stages, s, coupled values and activations of all steps (iin_fast/ops/flow/saved.py).
@@ -7,7 +7,7 @@
 #include "common/cuda.h"
 #include "flow/flow_backward_kernels.cuh"
 #include "flow/flow_checks.h"
-#include "flow/flow_cluster_kernels.cuh"
+#include "flow/flow_ways.cuh"
 
 namespace iin_fast {
 namespace {
@@ -105,11 +105,11 @@ std::tuple<Tensor, Tensor, Tensor> flow(const Tensor &x_in,                     
     walk.every = walk.keep = save;
     walk.keep_v = save && inverse;
     Tensor steps = arranged(t.x, [&](Arena &arena) { arrange_steps(walk, arena); });
-    const Tensor scratch = arranged(t.x, [&](Arena &arena) {
-      arrange_forward(walk, arena);
-      arrange_clusters(walk, arena);
+    with_precision<Storage>(tf32, [&](auto precision) {
+      choose_way<decltype(precision)>(walk, call);
+      const Tensor scratch = arranged(t.x, [&](Arena &arena) { arrange_forward(walk, arena); });
+      launch_flow<decltype(precision)>(walk, call);
     });
-    with_precision<Storage>(tf32, [&](auto precision) { launch_flow<decltype(precision)>(walk, call); });
     if (save)
       saved = steps;
   });

@@ -13,7 +13,8 @@
 // bit for bit.
 //
 // The persistent kernel (up to persistent_rows rows) walks all layers in one launch, with a barrier over the grid
-// between them; a block begins to fetch its weights of the next layer before that barrier.
+// between them; a block begins to fetch its weights of the next layer before that barrier. Wide nets at large batches:
+// flow_nets_kernels.cuh.
 #pragma once
 
 #include <utility>
@@ -32,7 +33,7 @@ namespace iin_fast {
 enum class Move : int { keep, swap, unswap, table };
 enum class Pass : int { keep, normalize, denormalize };
 
-// How a call runs. best: as its size says; the others are asked for by tests.
+// How a call runs. best: as its size says; choose_way() makes clusters or nets of it. Tests ask for others.
 enum class FlowWay : int64_t { best, layers, clusters, nets };
 
 // The transition of a row from a step to the next.
@@ -64,9 +65,9 @@ template <class Storage> struct FlowWalk {
   T *s, *v;             // [steps or 1, batch, transformed]
   Storage *activations; // [steps or 1, 2, layers, batch, hidden]
   T *parts;             // [1 + steps * tiles, batch], of the log-det
-  T *partial;           // clusters: [tiles of rows, blocks, rows of a tile, transformed], of last layers
   int *table;           // [n_flows, dim]: where columns go; of the permutations, or of their inverses (inverted_table)
   int tiles;            // column tiles of the last layers
+  T *raw;               // what the nets of a step say: [2, batch, transformed]; their partial sums in clusters
 
   __host__ __device__ int steps() const { return 2 * static_cast<int>(sizes.n_flows); }
   __host__ __device__ int dim() const { return static_cast<int>(sizes.dim); }
@@ -204,7 +205,7 @@ template <class Storage> struct StepEnd {
 
   // What columns j of a row need, of those that are transformed and of those that condition, but for what the nets say.
   struct Columns {
-    T value, bias, shift_bias, kept;
+    T value, kept;
     Passage<T> transformed, conditioning;
   };
 
@@ -212,11 +213,8 @@ template <class Storage> struct StepEnd {
     Columns columns{};
     const int transformed = walk.transformed(), column = walk.conditioning() + j;
     const bool both = j < transformed;
-    if (both) {
-      const Storage *const bias = walk.weights.bias_out + 2 * static_cast<int64_t>(step) * transformed;
+    if (both)
       columns.value = stage[row * walk.dim() + column];
-      columns.bias = widen(__ldg(bias + j)), columns.shift_bias = widen(__ldg(bias + transformed + j));
-    }
     if (goes_on()) {
       if (both)
         columns.transformed = passage_of(walk, transition, column);
@@ -225,12 +223,11 @@ template <class Storage> struct StepEnd {
     return columns;
   }
 
-  // Both columns go on, as far as they exist; raw and shift without the biases.
+  // Both columns go on, as far as they exist; raw and shift: what the nets say of the one that is transformed.
   __device__ __forceinline__ T write(int64_t row, int j, T raw, T shift, const Columns &columns) const {
     T gained = 0;
     if (j < walk.transformed()) {
-      shift += columns.shift_bias;
-      const T s = math::tanh(raw + columns.bias);
+      const T s = math::tanh(raw);
       const T v = inverse ? couple_by<true>(s, columns.value, shift) : couple_by<false>(s, columns.value, shift);
       if (walk.keep)
         walk.of_step(walk.s, step)[row * walk.transformed() + j] = s;
@@ -248,6 +245,13 @@ template <class Storage> struct StepEnd {
 private:
   __device__ __forceinline__ bool goes_on() const { return target != nullptr || output != nullptr; }
 };
+
+template <class T> __device__ __forceinline__ T sum_over_lanes(T value) {
+#pragma unroll
+  for (int offset = warp_lanes / 2; offset > 0; offset /= 2)
+    value += __shfl_xor_sync(whole_warp, value, offset);
+  return value;
+}
 
 // table[b, j] = permutation[b, j], or its inverse; what is no index of a column is left out there.
 template <class Storage>
@@ -289,9 +293,7 @@ __device__ __forceinline__ void enter_rows(const FlowWalk<Storage> &walk, bool i
   using T = compute_t<Storage>;
   const int lane = threadIdx.x % warp_lanes;
   for (int64_t row = first_warp; row < walk.sizes.batch; row += warps) {
-    T gained = enter_row(walk, inverse, row, lane).total();
-    for (int offset = warp_lanes / 2; offset > 0; offset /= 2)
-      gained += __shfl_xor_sync(whole_warp, gained, offset);
+    const T gained = sum_over_lanes(enter_row(walk, inverse, row, lane).total());
     if (lane == 0 && walk.parts != nullptr)
       walk.parts[row] = gained;
   }
@@ -438,16 +440,19 @@ __device__ __forceinline__ void last_tile(const FlowWalk<typename Tile::Storage>
   if (what == Do::fetch)
     return Tile::fetch(shared, steps, load);
   Tile::run(shared, steps, load, what == Do::rest);
+  const Storage *const bias = walk.weights.bias_out + net_at * transformed;
   const StepEnd<Storage> end(walk, step, inverse);
   T *const parts = walk.parts == nullptr
                        ? nullptr
                        : walk.parts + (1 + static_cast<int64_t>(step) * walk.tiles + tile) * walk.sizes.batch;
   const int j = column0 + threadIdx.x % columns;
+  const int inside = j < transformed ? j : 0; // nvcc reads ahead of the condition
   for (int at = threadIdx.x / columns; at < Tile::rows; at += tile_threads / columns) {
     const int64_t row = row0 + at;
     T gained = 0;
     if (at < rows && j < conditioning)
-      gained = end.write(row, j, Tile::result(shared, 0, at, j - column0), Tile::result(shared, 1, at, j - column0),
+      gained = end.write(row, j, Tile::result(shared, 0, at, j - column0) + widen(__ldg(bias + inside)),
+                         Tile::result(shared, 1, at, j - column0) + widen(__ldg(bias + transformed + inside)),
                          end.read(row, j));
     if (parts != nullptr) {
 #pragma unroll
@@ -646,8 +651,19 @@ template <class Storage> void arrange_steps(FlowWalk<Storage> &walk, Arena &aren
   walk.activations = arena.take<Storage>(steps * 2 * walk.layers() * batch * walk.sizes.hidden);
 }
 
+constexpr int cluster_rows = 32; // of a tile of a cluster
+
+// Blocks of a cluster: one for each 64 outputs of a hidden layer of each net.
+inline int blocks_of_cluster(const FlowSizes &sizes) {
+  return 2 * static_cast<int>(tiles_of(sizes.hidden, panel_width));
+}
+
 template <class Storage> void arrange_forward(FlowWalk<Storage> &walk, Arena &scratch) {
-  walk.tiles = static_cast<int>(tiles_of(walk.conditioning(), walk.sizes.batch <= narrow_rows ? 16 : 32));
+  const bool nets = walk.way == FlowWay::nets;
+  const int64_t row_tiles = walk.way == FlowWay::clusters ? tiles_of(walk.sizes.batch, cluster_rows) : 0;
+  walk.tiles = nets ? 1 : static_cast<int>(tiles_of(walk.conditioning(), walk.sizes.batch <= narrow_rows ? 16 : 32));
+  walk.raw = scratch.take<compute_t<Storage>>(
+      (nets ? 2 * walk.sizes.batch : row_tiles * cluster_rows * blocks_of_cluster(walk.sizes)) * walk.transformed());
   walk.parts =
       scratch.take<compute_t<Storage>>((1 + walk.steps() * static_cast<int64_t>(walk.tiles)) * walk.sizes.batch);
   walk.table = scratch.take<int>(walk.sizes.n_flows * walk.sizes.dim);
@@ -663,6 +679,11 @@ template <class Storage, class Launch>
 void launch_enter(const FlowWalk<Storage> &walk, bool inverse, const Launch &launch) {
   launch(flow_enter_kernel<Storage>, dim3(tiles_of(walk.sizes.batch, tile_threads / warp_lanes)), dim3(tile_threads),
          walk, inverse);
+}
+
+template <class Storage, class Launch> void launch_finish(const FlowWalk<Storage> &walk, const Launch &launch) {
+  launch.with_shared(tile_threads * sizeof(double))(
+      flow_finish_kernel<Storage>, dim3(tiles_of(walk.sizes.batch, tile_threads)), dim3(tile_threads), walk);
 }
 
 // One step of a walk: all layers of both nets.
@@ -694,10 +715,9 @@ void launch_step(const FlowWalk<typename Precision::Storage> &walk, int step, bo
 // run at once (0: none may); it gives false where the device refuses the launch, and nothing has run.
 template <class Precision, class Launch>
 void launch_flow_forward(const FlowWalk<typename Precision::Storage> &walk, const Launch &launch) {
-  using Storage = typename Precision::Storage;
   if (walk.sizes.batch == 0)
     return;
-  if (walk.sizes.batch <= persistent_rows) {
+  if (walk.way != FlowWay::layers && walk.sizes.batch <= persistent_rows) {
     using Layer = PersistentLayer<Precision, true>;
     constexpr int bytes = persistent_bytes<Precision>;
     const int64_t row_tiles = tiles_of(walk.sizes.batch, Layer::rows);
@@ -716,8 +736,7 @@ void launch_flow_forward(const FlowWalk<typename Precision::Storage> &walk, cons
   launch_enter(walk, walk.inverse, launch);
   for (int i = 0; i < walk.steps(); ++i)
     launch_step<Precision>(walk, walk.inverse ? walk.steps() - 1 - i : i, walk.inverse, launch);
-  launch.with_shared(tile_threads * sizeof(double))(
-      flow_finish_kernel<Storage>, dim3(tiles_of(walk.sizes.batch, tile_threads)), dim3(tile_threads), walk);
+  launch_finish(walk, launch);
 }
 
 // f(Precision()) for a storage type; `tf32`: the user allows float32 products of TF32's precision.

@@ -2,7 +2,7 @@
 #include "binding.h"
 
 #include "flow/flow_backward_kernels.cuh"
-#include "flow/flow_cluster_kernels.cuh"
+#include "flow/flow_ways.cuh"
 
 using namespace iin_fast;
 
@@ -85,15 +85,13 @@ extern "C" const char *flow_forward(const char *type, FlowCall *call) {
         Arena arena{static_cast<unsigned char *>(call->saved)};
         arrange_steps(walk, arena);
       }
-      const Buffer scratch = arranged([&](Arena &arena) {
-        arrange_forward(walk, arena);
-        arrange_clusters(walk, arena);
-      });
       int launches = 0;
-      const int clusters = walk.way == FlowWay::clusters ? 2 : 0;
+      const emulator::Launch launch{0, false, &launches, static_cast<int>(call->resident),
+                                    walk.way == FlowWay::clusters ? 2 : 0};
       with_tested_precision<Storage>(call->tf32, [&](auto precision) {
-        launch_flow<decltype(precision)>(
-            walk, emulator::Launch{0, false, &launches, static_cast<int>(call->resident), clusters});
+        choose_way<decltype(precision)>(walk, launch);
+        const Buffer scratch = arranged([&](Arena &arena) { arrange_forward(walk, arena); });
+        launch_flow<decltype(precision)>(walk, launch);
       });
       call->launches = launches;
     });

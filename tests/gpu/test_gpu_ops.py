@@ -156,7 +156,8 @@ def test_the_published_size(name: str, batch: int, device: str) -> None:
 
 @pytest.mark.parametrize("kind", ["float32", "tf32", "bfloat16", "float16"])
 def test_the_published_size_at_a_large_batch(kind: str, device: str) -> None:
-    # 16384 rows run in products of torch's. Outputs and gradients of every 64th row are judged by float64, of those rows alone.
+    # 16384 rows: both nets of a half in one launch, where they fit, and a backward in products of torch's. Outputs and gradients of
+    # every 64th row are judged by float64, of those rows alone.
     if "cpp" not in available("flow", device) or (device == "cpu" and kind != "float32"):
         pytest.skip(f"flow has no backend cpp for {kind} on {device}")
     flow, x = published(device, 16384 if device == "cuda" else 512)

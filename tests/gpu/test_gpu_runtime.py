@@ -91,7 +91,8 @@ BOTH = [*((op, name) for op in gpu_ops() for name in NAMES[1:]), ("flow_program"
 def _sized(usual: int) -> list[tuple[str, str, int]]:
     """Every op and backend with its batches.
 
-    With CUDA C++ a flow of 50 rows is one cooperative launch, one of 300 a launch for each layer, one of 10000 products of torch's.
+    With CUDA C++ a flow of 50 rows is one cooperative launch, one of 300 a launch for each layer, one of 10000 two launches for each
+    half, or products of torch's, and a backward in these.
     """
     flows = {"cpp": (50, 300, 10_000), "triton": (50, 300)}
     return [(op, name, batch) for op, name in BOTH for batch in (flows[name] if op == "flow" else (usual,))]
@@ -203,7 +204,9 @@ def test_the_same_bits_every_time(op: str, name: str, batch: int, device: str) -
 
 @pytest.mark.needs_cuda
 @pytest.mark.parametrize("memory", ["save", "invert"])
-def test_a_small_batch_takes_one_launch_each_way(memory: str, device: str) -> None:
+def test_a_small_batch_takes_a_launch_or_two_each_way(memory: str, device: str) -> None:
+    """In clusters of blocks a table of permutations comes before the launch that does it all."""
+    clusters = torch.cuda.get_device_capability()[0] >= 9
     with chosen("flow", "cpp", device):
         flow = Flow(64, n_flows=3, hidden_dim=128, memory=memory, device=device)
         x = torch.randn(50, 64, device=device, requires_grad=True)
@@ -215,8 +218,10 @@ def test_a_small_batch_takes_one_launch_each_way(memory: str, device: str) -> No
             torch.cuda.synchronize()
     launched = [event.name for event in profiler.events() if "flow_" in event.name]
     checks = 1 if memory == "invert" else 0  # backward looks whether the inverse finds the input of some rows
-    assert len(launched) == 2 + checks, launched
-    assert all("flow_persistent_kernel" in name for name in launched[:-1])
+    assert len(launched) == (1 + checks) * (1 + clusters) + 1, launched
+    whole = "flow_cluster_kernel" if clusters else "flow_persistent_kernel"
+    assert all(whole in name or "flow_table_kernel" in name for name in launched[:-1])
+    assert sum(whole in name for name in launched) == 1 + checks
     assert "flow_persistent_backward_kernel" in launched[-1]
 
 
@@ -239,19 +244,23 @@ def test_a_program_takes_five_launches(batch: int, device: str) -> None:
 
 @pytest.mark.needs_cuda
 @pytest.mark.parametrize("products", [True, False])
-def test_a_large_batch_of_wide_nets_runs_in_products_of_torch(products: bool, device: str) -> None:
+def test_a_large_batch_of_wide_nets_runs_in_one_launch_for_both_nets_or_in_products_of_torch(
+    products: bool, device: str
+) -> None:
     with chosen("flow", "cpp", device):
         call, leaves = _flow_case(device, 10_000)
         leaves[0].requires_grad_()
-        with nullcontext() if products else torch_products.forced(False):
+        fit = not products and torch_products.nets_fit(leaves[0], 256, 32, 32, False)
+        with torch_products.forced(True) if products else nullcontext():
             call(leaves)
             torch.cuda.synchronize()
             with profile(activities=[ProfilerActivity.CUDA]) as profiler:
                 call(leaves)
                 torch.cuda.synchronize()
     names = [event.name for event in profiler.events()]
-    assert any("coupling_forward_kernel" in name for name in names) == products
-    assert any("flow_" in name for name in names) != products
+    assert any("flow_nets_kernel" in name for name in names) == fit
+    assert any("coupling_forward_kernel" in name for name in names) != fit
+    assert any("coupling_backward_kernel" in name for name in names)  # backward is in products
 
 
 @pytest.mark.needs_cuda

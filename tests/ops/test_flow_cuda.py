@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from iin_fast.backends import available
-from iin_fast.ops.flow import flow, reference
+from iin_fast.ops.flow import flow, reference, torch_products
 from iin_fast.ops.flow.saved import pieces_of, saved_bytes, views
 from iin_fast.testing.backends import relative_error
 
@@ -73,12 +73,13 @@ def forward(
     tf32: bool = False,
     resident: int = 0,
     way: str = "best",
+    leaky: float = 0.01,
 ) -> tuple[Tensor, Tensor, Tensor, FlowCall]:
     x = given[0]
     y = torch.full(x.shape, torch.nan, dtype=x.dtype)
     logdet = torch.full(x.shape[:1], torch.nan, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
     c = flow_call(given, slope, exact, inverse, tf32)
-    c.y, c.logdet = y.data_ptr(), logdet.data_ptr()
+    c.y, c.logdet, c.leaky_slope = y.data_ptr(), logdet.data_ptr(), leaky
     size = saved_bytes(x, given[5].shape[3], given[7].shape[3], given[2].shape[0], inverse) if save else 0
     saved = torch.full((size,), 255, dtype=torch.uint8)
     c.saved, c.resident, c.way = saved.data_ptr() if save else None, resident, WAYS.index(way)
@@ -247,6 +248,106 @@ def test_clusters_of_blocks(shape: FlowShape, dtype: torch.dtype, tf32: bool, in
     pieces = pieces_of(given[0], shape.hidden, shape.depth, shape.n_flows, inverse, True)
     for got, want in zip(views(saved, pieces), views(kept, pieces), strict=True):
         assert got.numel() == 0 or (got - want).norm() < bounds(dtype, tf32)[0] * want.norm()
+
+
+# For the kernel of both nets of a half: layers of one pass and of two, last layers in a narrow pass and in wide ones, inputs in both
+# halves, tiles of rows with a rest. Up to 32 rows (64 of 16 bits) tiles are small.
+NETS = [
+    FlowShape(5, 16, 2, 24, 1),
+    FlowShape(7, 16, 1, 264, 2, 3),
+    FlowShape(2, 144, 1, 320, 0, 200),
+    FlowShape(67, 16, 1, 264, 1),
+    FlowShape(131, 32, 1, 64, 1, 5, 1),
+]
+NETS = NETS[:2] if ONLY_TYPE else NETS
+
+
+@pytest.mark.parametrize("shape", NETS, ids=str)
+@pytest.mark.parametrize(("dtype", "tf32", "inverse"), DIRECTED)
+def test_both_nets_in_one_launch(dtype: torch.dtype, tf32: bool, inverse: bool, shape: FlowShape) -> None:
+    if shape.batch > 64 and inverse == (shape.hidden > 256):
+        pytest.skip("takes long; one direction each")
+    given = arguments(shape, dtype)
+    judge = reference.flow(*wide(given), 0.01, 0.8, False, inverse)
+    y, logdet, saved, c = forward(given, 0.8, False, inverse, True, tf32, way="nets")
+    assert c.launches == 4 * shape.n_flows + 3  # it is this kernel that ran
+    for got, want in zip((y, logdet), judge, strict=True):
+        assert (got.double() - want).norm() < bounds(dtype, tf32)[0] * want.norm(), got.shape
+    if tf32:
+        assert (y.double() - judge[0]).norm() > 1e-6 * judge[0].norm()  # it is TF32 that multiplied
+    pieces = pieces_of(given[0], shape.hidden, shape.depth, shape.n_flows, inverse, True)
+    other = forward(given, 0.8, False, inverse, True, tf32)[2]
+    for got, want in zip(views(saved, pieces), views(other, pieces), strict=True):
+        assert (got.double() - want.double()).norm() <= bounds(dtype, tf32)[0] * want.double().norm(), got.shape
+    if not ONLY_TYPE:  # what is kept changes no bit
+        without = forward(given, 0.8, False, inverse, False, tf32, way="nets")
+        assert torch.equal(without[0], y) and torch.equal(without[1], logdet)
+
+
+@pytest.mark.parametrize("leaky", [0.0, 1.0, 1.5])
+def test_slopes_of_the_nets_in_one_launch(leaky: float) -> None:
+    given = arguments(FlowShape(5, 16, 1, 24, 1), torch.float32)
+    expected = reference.flow(*wide(given), leaky, 1.0, False, False)
+    for got, want in zip(forward(given, way="nets", leaky=leaky), expected, strict=False):
+        assert (got.double() - want).norm() < bounds(torch.float32, False)[0] * want.norm()
+
+
+@pytest.mark.values
+@pytest.mark.parametrize(("dtype", "tf32", "inverse"), DIRECTED)
+def test_gradients_from_what_both_nets_saved(dtype: torch.dtype, tf32: bool, inverse: bool) -> None:
+    """By our tiles, and by products of torch's."""
+    shape = FlowShape(33, 16, 2, 72, 1, 3, 2)
+    given = arguments(shape, dtype)
+    expected, grad_y, grad_logdet = true_gradients(given, 1.0, inverse)
+    y, _, saved, _ = forward(given, 1.0, False, inverse, True, tf32, way="nets")
+    grads = [grad_y.to(dtype), grad_logdet.float()]
+    by_tiles, _ = backward(given, y, saved, *grads, 1.0, inverse, tf32)
+    options = (0.01, 1.0, inverse, 2, True, True, tf32)
+    by_products = torch_products.flow_backward(*grads, y, saved, *given[1:], *options)
+    for found in (by_tiles, by_products):
+        for name, got, want in zip(TENSORS, found, expected, strict=False):
+            assert (got.double() - want).norm() < bounds(dtype, tf32)[1] * want.norm(), name
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        (FlowShape(3, 16, 1, 520, 0), torch.bfloat16),  # too wide
+        (FlowShape(3, 16, 1, 24, 0, 510), torch.float32),  # too many inputs
+        (FlowShape(3, 16, 1, 20, 0), torch.bfloat16),  # rows of weights that no copy of 16 bytes begins with
+        (FlowShape(3, 18, 1, 16, 0), torch.float32),
+        (FlowShape(3, 16, 1, 16, 0), torch.float64),
+    ],
+    ids=str,
+)
+def test_nets_that_do_not_fit_one_launch(shape: FlowShape, dtype: torch.dtype) -> None:
+    given = arguments(shape, dtype)
+    expected, got = forward(given), forward(given, way="nets")
+    assert got[3].launches == expected[3].launches
+    assert all(torch.equal(a, b) for a, b in zip(got[:2], expected[:2], strict=True))
+
+
+@pytest.mark.values
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("tf32", [False, True])
+def test_what_is_not_finite_in_one_launch(tf32: bool, inverse: bool) -> None:
+    clean = arguments((3, 8, 1, 24, 1, 2), torch.float32)
+    clean[0] = clean[0].contiguous()
+    for label, (*tensors, _) in spoiled([*clean[:-1], torch.ones(3)], False):
+        truth = reference.flow(*tensors, clean[-1], 0.01, 0.8, False, inverse)
+        found = forward([*tensors, clean[-1]], 0.8, False, inverse, tf32=tf32, way="nets")
+        for got, want in zip(found, truth, strict=False):
+            check_not_finite(got, want, label, "kinds")
+
+
+@pytest.mark.values
+def test_the_published_size_in_one_launch() -> None:
+    given = arguments((9, 64, 1, 512, 2), torch.float32)
+    judge, _ = reference.flow(*wide(given))
+    plain, _ = reference.flow(*given)
+    y, _, _, _ = forward(given, way="nets")
+    error = (y.double() - judge).norm()
+    assert error < 2 * (plain.double() - judge).norm() + 1e-7 * judge.norm()  # as good as float32
 
 
 @pytest.mark.values

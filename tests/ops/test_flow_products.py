@@ -120,12 +120,14 @@ def watched(n: int, depth: int, inverse: bool, context_dim: int = 0) -> tuple[Wa
 def test_ops_and_passes_are_those_of_the_docs(depth: int, inverse: bool) -> None:
     less, more = watched(3, depth, inverse), watched(4, depth, inverse)
     # a product of each layer, a LeakyReLU behind each but the last
-    block = Counter(addmm=4 * (depth + 2), leaky_relu_=4 * (depth + 1), affine_coupling=2, index_select=1, cat=2)
+    block = Counter(
+        addmm=4 * (depth + 2), leaky_relu_=4 * (depth + 1), affine_coupling=2, tanh_=2, index_select=1, cat=2
+    )
     block.update(["copy_", "copy_", "div_", "sub_"] if inverse else ["add", "mul_"])
     assert more[0].ops - less[0].ops == block
     assert more[0].passes == 4 * 4 * 4 * (depth + 1)
     block = Counter(mm=4 * (2 * depth + 3), addmm=4, leaky_relu_backward=4 * (depth + 1), sum=4 * (depth + 2) + 2)
-    block.update(affine_coupling_backward=2, copy_=2, index_select=1, mul=1, add=1, cat=1, div_=1)
+    block.update(affine_coupling_backward=2, tanh_backward=2, copy_=2, index_select=1, mul=1, add=1, cat=1, div_=1)
     block.update(["div", "cat", "neg", "neg_"] if inverse else ["mul_"])
     assert more[1].ops - less[1].ops == block
     assert more[1].passes == 4 * 4 * 8 * (depth + 1)
@@ -253,17 +255,14 @@ def test_memory_that_keeps_the_output_alone_stays_with_the_kernels() -> None:
 def test_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_products, "_forced", [])
     monkeypatch.setattr(torch_products, "has_values", lambda x: True)
-    few, many, hidden = *torch_products.ROWS.values(), torch_products.HIDDEN
+    many, hidden = torch_products.ROWS, torch_products.HIDDEN
 
     def takes(batch: int, hidden: int, dtype: torch.dtype, tf32: bool = False, is_cuda: bool = True) -> bool:
         x: Any = SimpleNamespace(shape=(batch, 64), dtype=dtype, is_cuda=is_cuda)
         return torch_products.takes_products(x, hidden, tf32)
 
-    assert takes(few, hidden, torch.bfloat16) and takes(few, hidden, torch.float16)
-    assert takes(few, hidden, torch.float32, tf32=True) and not takes(few, hidden, torch.float32)
-    assert takes(many, hidden, torch.float32) and takes(many, hidden, torch.float64)
-    assert not takes(few, hidden, torch.float64, tf32=True)
-    assert not takes(few - 1, hidden, torch.bfloat16) and not takes(many - 1, hidden, torch.float32)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        assert takes(many, hidden, dtype) and not takes(many - 1, hidden, dtype)
     assert not takes(many, hidden - 1, torch.bfloat16)
     assert not takes(many, hidden, torch.bfloat16, is_cuda=False)
     torch.use_deterministic_algorithms(True)
@@ -273,3 +272,56 @@ def test_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.use_deterministic_algorithms(False)
     monkeypatch.setattr(torch_products, "has_values", lambda x: False)
     assert not takes(many, hidden, torch.bfloat16)
+
+
+def test_what_fits_the_kernel_of_both_nets(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = SimpleNamespace(shared_memory_per_multiprocessor=torch_products.NETS_ROOM)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+    monkeypatch.setattr(torch_products, "_forced", [])
+
+    def fit(
+        hidden: int,
+        inside: int,
+        out: int,
+        dtype: torch.dtype = torch.bfloat16,
+        is_cuda: bool = True,
+        batch: int = 2**20,
+        tf32: bool = False,
+    ) -> bool:
+        x: Any = SimpleNamespace(
+            shape=(batch, 64), dtype=dtype, is_cuda=is_cuda, element_size=lambda: dtype.itemsize, device="cuda"
+        )
+        return torch_products.nets_fit(x, hidden, inside, out, tf32)
+
+    most = torch_products.NETS
+    assert fit(most, most, 1024) and fit(256, 1, 8) and fit(260, 1, 4, torch.float32)
+    assert not fit(most + 8, 32, 32) and not fit(most, most + 1, 32)
+    assert not fit(260, 32, 32) and not fit(256, 32, 4) and not fit(258, 32, 32, torch.float32)
+    assert not fit(256, 32, 32, torch.float64) and not fit(256, 32, 32, is_cuda=False)
+    few = torch_products.NETS_TF32_ROWS
+    assert fit(256, 32, 32, torch.float32, batch=few, tf32=True) and fit(256, 32, 32, tf32=True)
+    assert not fit(256, 32, 32, torch.float32, batch=few + 1, tf32=True)
+    device.shared_memory_per_multiprocessor -= 1
+    assert not fit(256, 32, 32)
+    with torch_products.forced(True):
+        assert not fit(256, 32, 32)
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_backward_of_what_the_kernel_of_both_nets_saved(inverse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel saves what products save."""
+    arguments, calls = flow_inputs(SMALL_FLOW), 0
+
+    def kernel(x: Tensor, context: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+        nonlocal calls
+        calls += 1
+        return torch_products.flow(x, context, *rest)
+
+    expected = with_gradients(partial(flow, inverse=inverse), arguments)
+    monkeypatch.setattr(torch_products, "nets_fit", lambda *_: True)
+    monkeypatch.setattr(torch.ops.iin_fast, "flow", kernel)
+    for got, want in zip(with_gradients(partial(flow, inverse=inverse), arguments), expected, strict=True):
+        assert got.numel() == 0 or relative(got, want) < 1e-12
+    with torch.no_grad():
+        assert relative(flow(*arguments, inverse=inverse)[0], expected[0]) < 1e-12
+    assert calls == 2

@@ -97,6 +97,12 @@ def everything() -> None:
             others(rows, features, dtype)
 
 
+def wide_nets() -> None:
+    for dtype, tf32, rows in itertools.product(DTYPES[1:], (False, True), (2048, 2049)):  # large tiles, small ones
+        x = torch.ones(rows, 16, dtype=dtype)
+        call("flow", x, None, *net(16, 256, 0, dtype), 0.01, 1.0, False, False, 2, tf32)
+
+
 def one() -> None:
     x = torch.arange(12.0).reshape(3, 4)
     y, logdet = call("affine_coupling", x, x, x, 1, 1.0, False)
@@ -115,6 +121,7 @@ CALLS: dict[str, Callable[[], None]] = {
     "everything": everything,
     "one": one,
     "in_a_thread": in_a_thread,
+    "wide nets": wide_nets,
     "few rows": lambda: flow(5, torch.float32),
 }
 

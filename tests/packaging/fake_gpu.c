@@ -9,7 +9,7 @@
 #include <string.h>
 
 enum { no_context = 201, invalid = 1, not_found = 500, too_large = 720, no_code = 209 };
-enum { multiprocessors = 4, blocks_on_each = 2, most_shared = 99 * 1024 }; // as on 8.6 and 12.0, which have least
+enum { multiprocessors = 4, blocks_on_each = 2 };
 
 struct Kernel {
   char name[256];
@@ -26,6 +26,12 @@ static const char *given(const char *name) {
   const char *value = getenv(name);
   return value ? value : "";
 }
+
+// Of a block: 99 KiB, as on 8.6 and 12.0, which have least, or FAKE_GPU_SHARED.
+static int most_shared(void) { return *given("FAKE_GPU_SHARED") ? atoi(given("FAKE_GPU_SHARED")) : 99 * 1024; }
+
+// Clusters of blocks that run at once: FAKE_GPU_CLUSTERS, or none.
+static int clusters(void) { return atoi(given("FAKE_GPU_CLUSTERS")); }
 
 static FILE *log_file(void) {
   static FILE *file;
@@ -59,7 +65,7 @@ int cuGetErrorString(int error, const char **text) {
 }
 int cuDeviceGet(int *device, int index) { return *device = index, 0; }
 int cuDeviceGetAttribute(int *value, int which, int device) {
-  *value = which == 16 ? multiprocessors : which == 95 ? 1 : which == 97 ? most_shared : -1;
+  *value = which == 16 ? multiprocessors : which == 95 ? 1 : which == 97 ? most_shared() : which == 120 ? clusters() : -1;
   return *value < 0 || device != 0 ? invalid : 0;
 }
 int cuCtxGetCurrent(void **context) { return *context = current, 0; }
@@ -101,7 +107,9 @@ int cuLibraryGetKernel(void **kernel, void *library, const char *name) {
 }
 int cuKernelGetFunction(void **function, void *kernel) { return *function = kernel, current ? 0 : no_context; }
 int cuFuncSetAttribute(struct Kernel *kernel, int which, int value) {
-  if (which != 8 || value > most_shared)
+  if (which == 14) // clusters of more than 8 blocks are asked for
+    return clusters() ? 0 : invalid;
+  if (which != 8 || value > most_shared())
     return invalid;
   return kernel->shared = value, 0;
 }
@@ -116,10 +124,14 @@ struct Config {
   unsigned grid[3], block[3], shared;
   void *stream;
   struct {
-    int id, pad, cooperative;
+    int id, pad, cooperative; // or blocks of a cluster
   } *attributes;
   unsigned attribute_count;
 };
+
+int cuOccupancyMaxActiveClusters(int *count, struct Kernel *kernel, const struct Config *c) {
+  return *count = clusters(), c->attributes->id != 4 || c->shared > (unsigned)kernel->shared ? invalid : 0;
+}
 
 int cuLaunchKernelEx(const struct Config *c, struct Kernel *kernel, void **parameters, void **extra) {
   const int cooperative = c->attribute_count == 1 && c->attributes->id == 2 && c->attributes->cooperative == 1;
@@ -128,6 +140,8 @@ int cuLaunchKernelEx(const struct Config *c, struct Kernel *kernel, void **param
     return no_context;
   if (extra || blocks == 0 || c->grid[1] > 65535 || c->grid[2] > 65535 || threads == 0 || threads > 1024 ||
       c->shared > (unsigned)kernel->shared)
+    return invalid;
+  if (c->attribute_count == 1 && c->attributes->id == 4 && (!clusters() || blocks % c->attributes->cooperative != 0))
     return invalid;
   if (cooperative && (blocks > multiprocessors * blocks_on_each || *given("FAKE_GPU_REFUSES")))
     return too_large;

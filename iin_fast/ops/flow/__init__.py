@@ -147,7 +147,7 @@ def flow(
     return y, logdet
 
 
-WALKED = {64: 0, 128: 512}
+WALKED = {64: 0, 128: 2048}
 """Flows that a GPU runs as programs, a block for some rows, in plain float32 or float64: width of the nets, at most, and rows of the
 batch, at least. Blocks share the layers of wider nets. Measured on an H100 (docs/performance.md)."""
 
@@ -437,5 +437,5 @@ _calls = register(
     )
 )
 _calls["products"] = eager_call(
-    OPS["flow"], "flow_in_torch_products", torch_products.flow, torch_products.flow_backward
+    OPS["flow"], "flow_in_torch_products", torch_products.forward, torch_products.flow_backward
 )

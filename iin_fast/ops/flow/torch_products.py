@@ -10,6 +10,9 @@ reads its input and writes its result, LeakyReLU reads and writes. Backward make
 writes one, the product that it follows writes one, the next product and the bias's gradient read one each, weight gradients two.
 Ops are counted in tests/ops/test_flow_products.py.
 
+Forward and inverse of nets of up to 512 outputs run in a kernel of ours where a GPU has the shared memory for it (``nets_fit``): one launch for
+both nets of a half, whose activations stay there. Backward runs here.
+
 Types: rows between halves, raw scales, shifts, couplings and log-dets are float32 at least. Activations, gradients of activations and
 results of products are of the type of x.
 """
@@ -25,20 +28,26 @@ from torch import Tensor
 
 from ..affine_coupling.reference import SQUASHES
 from ..autograd import has_values
-from ..types import HALF, accumulator_type
+from ..types import accumulator_type
 from .layout import matrices, pack
 from .saved import pieces_of, saved_bytes, views
 
-__all__ = ["flow", "flow_backward", "forced", "takes_products"]
+__all__ = ["flow", "flow_backward", "forced", "forward", "nets_fit", "takes_products"]
 
 HIDDEN = 256
-ROWS = {"tensor cores": 2048, "plain": 8192}
-"""Nets as wide and batches as large as this run here. "tensor cores": 16-bit types, and float32 where torch may use TF32.
+ROWS = 2048
+"""Nets as wide and batches as large as this run here, where our own tiles are slower, backward above all (benchmarks/gpu.py)."""
 
-Not measured yet; benchmarks/gpu.py times both ways with ``forced``.
-"""
+NETS = 512
+"""The most inputs and outputs that layers of the kernel of both nets have: nets_most in csrc/flow/flow_nets_kernels.cuh."""
 
-_TANH = SQUASHES["tanh"].code
+NETS_TF32_ROWS = 8192
+"""Rows up to which that kernel is faster in TF32: 2.5 ms for 3.0 at 4096 rows of the published size on an H100, 9.8 for 9.5 at 16,384."""
+
+NETS_ROOM = 228 * 1024
+"""Bytes of shared memory of a multiprocessor that this kernel needs, 1 KiB of them the system's."""
+
+_TANH, _IDENTITY = SQUASHES["tanh"].code, SQUASHES["identity"].code
 _forced: list[bool] = []
 
 
@@ -58,10 +67,22 @@ def takes_products(x: Tensor, hidden: int, tf32: bool) -> bool:
         return False
     if _forced:
         return _forced[-1]
-    fast = x.dtype in HALF or (tf32 and x.dtype == torch.float32)
-    large = hidden >= HIDDEN and x.shape[0] >= ROWS["tensor cores" if fast else "plain"]
+    large = hidden >= HIDDEN and x.shape[0] >= ROWS
     # with deterministic algorithms torch refuses products, unless an environment variable is set
     return large and not torch.are_deterministic_algorithms_enabled()
+
+
+def nets_fit(x: Tensor, hidden: int, inside: int, transformed: int, tf32: bool) -> bool:
+    """Whether a flow that runs here, with ``inside`` inputs of the nets, is one for the kernel of both nets (choose_way in
+    csrc/flow/flow_ways.cuh)."""
+    if _forced or not x.is_cuda or x.dtype == torch.float64:
+        return False
+    vector = 16 // x.element_size()
+    if hidden > NETS or inside > NETS or hidden % vector or transformed % vector:
+        return False
+    if tf32 and x.dtype == torch.float32 and x.shape[0] > NETS_TF32_ROWS:
+        return False
+    return torch.cuda.get_device_properties(x.device).shared_memory_per_multiprocessor >= NETS_ROOM
 
 
 Layer = tuple[Tensor, Tensor]  # weight [in, out], bias [out]
@@ -160,10 +181,23 @@ class _Flow:
         self.net(step, 1, u, shift)
         values = self.stage(step)[:, self.conditioning :]
         coupling = torch.ops.iin_fast.affine_coupling.default
-        found, logdet = coupling(values, raw, shift, _TANH, 1.0, self.inverse)
+        squash = _TANH
+        if self.saves:  # s, as our kernels do
+            raw.tanh_()
+            squash = _IDENTITY
+        found, logdet = coupling(values, raw, shift, squash, 1.0, self.inverse)
         if self.inverse and self.saves:
             self.coupled[step].copy_(found)
         return found, logdet
+
+
+def forward(x: Tensor, context: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """torch.ops.iin_fast.flow with its arguments, by the kernel of both nets where it can, else by ``flow``; saves for ``flow_backward``."""
+    out, hidden, tf32 = x.shape[1] // 2, rest[3].shape[3], rest[14]
+    inside = x.shape[1] - out + (0 if context is None else context.shape[2])
+    if not nets_fit(x, hidden, inside, out, tf32):
+        return flow(x, context, *rest)
+    return torch.ops.iin_fast.flow(x, context, *rest)  # type: ignore[no-any-return]
 
 
 def flow(x: Tensor, context: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -260,7 +294,9 @@ class _Backward:
         stage, conditioning, transformed = f.stage(step), g[:, : f.conditioning], g[:, f.conditioning :]
         values = f.coupled[step] if f.inverse else stage[:, f.conditioning :]
         kernel = torch.ops.iin_fast.affine_coupling_backward.default
-        found, *of_nets = kernel(transformed, self.grad_logdet, values, f.raw[step], _TANH, 1.0, f.inverse)
+        s = f.raw[step]
+        found, of_s, of_shift = kernel(transformed, self.grad_logdet, values, s, _IDENTITY, 1.0, f.inverse)
+        of_nets = torch.ops.aten.tanh_backward(of_s, s), of_shift
         transformed.copy_(found)
         u = f.input(step)
         for net, d in enumerate(of_nets):

@@ -25,3 +25,11 @@ inline __nv_bfloat16 __float2bfloat16_rn(float value) {
   const uint32_t rest = wide & 0xffff, kept = wide >> 16;
   return {static_cast<uint16_t>(kept + (rest > 0x8000 || (rest == 0x8000 && (kept & 1))))};
 }
+
+struct alignas(4) __nv_bfloat162 {
+  __nv_bfloat16 x, y;
+};
+
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
+  return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)};
+}

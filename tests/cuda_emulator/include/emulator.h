@@ -450,6 +450,7 @@ struct Launch {
   Launch in_clusters(unsigned size, size_t bytes) const { return {bytes, true, launches, resident, clusters, size}; }
   template <class Kernel> int clusters_together(Kernel *, int, size_t, unsigned) const { return clusters; }
   template <class Kernel> int blocks_together(Kernel *, int, size_t) const { return std::abs(resident); }
+  int shared_room() const { return 48 * 1024; } // what every GPU has: more is asked for by name
   int multiprocessors() const { return std::min(std::abs(resident), 12); }
 
   template <class... Parameters, class... Arguments>
