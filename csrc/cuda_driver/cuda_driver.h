@@ -15,8 +15,8 @@ struct CudaDriver {
   f(cuInit) f(cuDriverGetVersion) f(cuGetErrorString) f(cuDeviceGet) f(cuDeviceGetAttribute) f(cuCtxGetCurrent)        \
       f(cuCtxGetDevice) f(cuCtxSetCurrent) f(cuDevicePrimaryCtxRetain) f(cuDevicePrimaryCtxRelease)                    \
           f(cuThreadExchangeStreamCaptureMode) f(cuLibraryLoadData) f(cuLibraryGetKernel) f(cuKernelGetFunction)       \
-              f(cuFuncSetAttribute) f(cuOccupancyMaxActiveBlocksPerMultiprocessor) f(cuOccupancyMaxActiveClusters) f(cuLaunchKernelEx)                 \
-                  f(cuStreamIsCapturing) f(cuStreamSynchronize)
+              f(cuFuncSetAttribute) f(cuOccupancyMaxActiveBlocksPerMultiprocessor) f(cuOccupancyMaxActiveClusters)     \
+                  f(cuLaunchKernelEx) f(cuStreamIsCapturing) f(cuStreamSynchronize)
 #define IIN_FAST_DECLARE(name) decltype(&::name) name = nullptr;
   IIN_FAST_DRIVER_FUNCTIONS(IIN_FAST_DECLARE)
 #undef IIN_FAST_DECLARE
