@@ -147,8 +147,8 @@ void begin_launch() {
   found.clear();
 }
 
-void begin_block() {
-  dl_iterate_phdr(find_shared, reinterpret_cast<void *>(&begin_block));
+void new_owner() {
+  dl_iterate_phdr(find_shared, reinterpret_cast<void *>(&new_owner));
   for (uintptr_t at = shared.first; at < shared.second; at += 2)
     if (Cell *const old = cell(at, false))
       *old = Cell();

@@ -128,7 +128,7 @@ public:
     const unsigned threads = blockDim.x * blockDim.y * blockDim.z;
     place_.block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
     place_.together = grid_ == nullptr ? 0 : grid_->first;
-    races::begin_block();
+    races::new_owner();
     fibers_ = std::vector<Fiber>(threads);
     for (unsigned i = 0; i < threads; ++i) {
       Fiber &fiber = fibers_[i];
@@ -514,6 +514,7 @@ private:
           all.fail(std::current_exception());
         }
         prepare_dynamic_shared(largest_shared); // accessible again, before the thread gives its memory back
+        races::new_owner();
         all.turn.unlock();
       });
     for (std::thread &worker : workers)

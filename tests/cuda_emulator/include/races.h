@@ -23,13 +23,13 @@ namespace races {
 #if defined(EMULATOR_RACES)
 const Place *run(const Place *); // whose accesses follow, null: the emulator's own; gives the one before
 void begin_launch();             // all that was is ordered before
-void begin_block();              // shared memory has a new owner
+void new_owner();                // shared memory passes to the next block, or back to the machine
 void access(const void *at, size_t bytes, bool write, bool constant = false); // constant: as __ldg reads
 std::string first();                                                          // of this launch; empty: none
 #else
 inline const Place *run(const Place *) { return nullptr; }
 inline void begin_launch() {}
-inline void begin_block() {}
+inline void new_owner() {}
 inline void access(const void *, size_t, bool, bool = false) {}
 inline std::string first() { return {}; }
 #endif
