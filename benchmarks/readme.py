@@ -1,6 +1,7 @@
 """Writes the tables of README.md and docs/ from benchmarks/results: python benchmarks/readme.py [--check]"""
 
 import json
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -299,8 +300,13 @@ def gpu_machine(result: dict[str, Any]) -> str:
     if products and "copy_gbytes" in peaks:
         text += f" A copy moves {peaks['copy_gbytes']:.0f} GB/s there, and products of matrices reach {', '.join(products)} TFLOP/s."
     if "summary" in result.get("tests", {}):
-        text += f" Tests of the CUDA kernels: {result['tests']['summary'].strip('= ')}."
+        text += f" Tests of the CUDA kernels: {gpu_tests(result)}."
     return text
+
+
+def gpu_tests(result: dict[str, Any]) -> str:
+    """How many passed, from pytest's last line."""
+    return re.sub(r", \d+ warnings?\b| in [\d.]+s\b.*", "", result["tests"]["summary"].strip("= "))
 
 
 def gpu_state() -> str:
@@ -311,8 +317,10 @@ def gpu_state() -> str:
             "Every speed here was measured on CPUs. The GPU kernels are compiled, and tested in an emulator; they\n"
             "have never run on a GPU."
         )
-    tests = result["tests"]["summary"].strip("= ").partition(", whose")[0]
-    return f"Speeds were measured on CPUs and on one {result['environment']['gpu']}, where tests of the CUDA kernels ran too: {tests}."
+    return (
+        f"Speeds were measured on CPUs and on one {result['environment']['gpu']}, where tests of the CUDA kernels ran too: "
+        f"{gpu_tests(result)}."
+    )
 
 
 def gpu_cases(result: dict[str, Any], stage: str) -> dict[str, dict[str, Any]]:
