@@ -12,7 +12,7 @@ namespace iin_fast {
 template <class Precision>
 constexpr int cluster_rounds = std::is_same_v<Precision, Tf32x3> ? 5
                                : std::is_same_v<Precision, Tf32> ? 4
-                                                                 : 2;
+                                                                 : 3;
 constexpr int nets_hidden = 256;
 constexpr int64_t nets_rows = 512;
 
