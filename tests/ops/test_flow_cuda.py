@@ -233,6 +233,8 @@ IN_CLUSTERS = [
 @pytest.mark.parametrize("shape", IN_CLUSTERS, ids=str)
 @pytest.mark.parametrize(("dtype", "tf32", "inverse"), DIRECTED)
 def test_clusters_of_blocks(shape: FlowShape, dtype: torch.dtype, tf32: bool, inverse: bool) -> None:
+    if (dtype, tf32) != (torch.float32, False) and shape != IN_CLUSTERS[0] or RACES and inverse:
+        pytest.skip("takes long; what lies where is the same")
     given = arguments(shape, dtype)
     judge = reference.flow(*wide(given), 0.01, 0.8, False, inverse)
     options = (0.8, False, inverse)
@@ -240,14 +242,18 @@ def test_clusters_of_blocks(shape: FlowShape, dtype: torch.dtype, tf32: bool, in
     assert c.launches == 2
     for got, want in zip((y, logdet), judge, strict=True):
         assert (got.double() - want).norm() < bounds(dtype, tf32)[0] * want.norm()
-    for got, same in zip(forward(given, *options, tf32=tf32, way="clusters")[:2], (y, logdet), strict=True):
-        assert torch.equal(got, same)
-    if dtype != torch.float32:  # what is kept differs by rounding alone
+    if (dtype, tf32) != (torch.float32, False) or RACES:
         return
-    kept = forward(given, *options, save=True, tf32=tf32, way="layers")[2]
+    # nothing kept; and what is kept, and an exact log-det, differ from other ways by rounding alone
+    assert all(
+        torch.equal(a, b) for a, b in zip(forward(given, *options, way="clusters")[:2], (y, logdet), strict=True)
+    )
+    _, exact, kept, _ = forward(given, 0.8, True, inverse, save=True, way="layers")
     pieces = pieces_of(given[0], shape.hidden, shape.depth, shape.n_flows, inverse, True)
     for got, want in zip(views(saved, pieces), views(kept, pieces), strict=True):
         assert got.numel() == 0 or (got - want).norm() < bounds(dtype, tf32)[0] * want.norm()
+    assert not torch.allclose(exact, logdet)
+    torch.testing.assert_close(forward(given, 0.8, True, inverse, way="clusters")[1], exact)
 
 
 # For the kernel of both nets of a half: layers of one pass and of two, last layers in a narrow pass and in wide ones, inputs in both
@@ -330,12 +336,13 @@ def test_nets_that_do_not_fit_one_launch(shape: FlowShape, dtype: torch.dtype) -
 @pytest.mark.values
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize("tf32", [False, True])
-def test_what_is_not_finite_in_one_launch(tf32: bool, inverse: bool) -> None:
-    clean = arguments((3, 8, 1, 24, 1, 2), torch.float32)
+@pytest.mark.parametrize(("way", "hidden"), [("nets", 24), ("clusters", 72)])
+def test_what_is_not_finite_in_nets_and_clusters(way: str, hidden: int, tf32: bool, inverse: bool) -> None:
+    clean = arguments((3, 8, 1, hidden, 1, 2), torch.float32)
     clean[0] = clean[0].contiguous()
     for label, (*tensors, _) in spoiled([*clean[:-1], torch.ones(3)], False):
         truth = reference.flow(*tensors, clean[-1], 0.01, 0.8, False, inverse)
-        found = forward([*tensors, clean[-1]], 0.8, False, inverse, tf32=tf32, way="nets")
+        found = forward([*tensors, clean[-1]], 0.8, False, inverse, tf32=tf32, way=way)
         for got, want in zip(found, truth, strict=False):
             check_not_finite(got, want, label, "kinds")
 
