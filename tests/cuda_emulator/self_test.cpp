@@ -270,7 +270,17 @@ __global__ void faulty_kernel(int fault, int *data, int count) {
 }
 
 // Each with a barrier that orders what it does, or, `barrier` being false, without it.
-enum Race { write_read, read_write, write_write, across_blocks, block_barrier_across_blocks, constant, copy, matrix };
+enum Race {
+  write_read,
+  read_write,
+  write_write,
+  across_blocks,
+  block_barrier_across_blocks,
+  across_clusters_of_blocks,
+  constant,
+  copy,
+  matrix
+};
 
 __global__ void race_kernel(int race, bool barrier, int *data) {
   __shared__ __align__(16) int shared[256];
@@ -309,6 +319,13 @@ __global__ void race_kernel(int race, bool barrier, int *data) {
       __syncthreads();
     if (thread == 0)
       data[32 + blockIdx.x] = data[(blockIdx.x + 1) % gridDim.x];
+    break;
+  case across_clusters_of_blocks: // the barrier of a cluster orders what its own blocks do
+    if (thread == 0)
+      data[blockIdx.x] = blockIdx.x;
+    cluster_barrier(thread == 0);
+    if (thread == 0)
+      data[32 + blockIdx.x] = data[barrier ? blockIdx.x ^ 1 : (blockIdx.x + 2) % gridDim.x];
     break;
   case constant: // even a barrier does not help
     data[thread] = thread;
@@ -388,7 +405,9 @@ extern "C" const char *faulty(int fault, int *data, int count) {
 }
 
 extern "C" const char *race(int race, bool barrier, int *data, int blocks) {
-  return report([&] { emulator::Launch{0, true}(race_kernel, dim3(blocks), dim3(32), race, barrier, data); });
+  const emulator::Launch launch =
+      race == across_clusters_of_blocks ? emulator::Launch().in_clusters(2, 0) : emulator::Launch{0, true};
+  return report([&] { launch(race_kernel, dim3(blocks), dim3(32), race, barrier, data); });
 }
 
 extern "C" const char *launch_of(int grid_y, int block) {

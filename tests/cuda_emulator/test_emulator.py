@@ -201,6 +201,7 @@ RACES = {
     "write_write": "shared",
     "across_blocks": "global",
     "block_barrier_across_blocks": "global",
+    "across_clusters_of_blocks": "global",
     "constant": "global",
     "copy": "shared",
     "matrix": "shared",
@@ -210,7 +211,8 @@ RACES = {
 @pytest.mark.parametrize("race", RACES)
 def test_races_are_reported(race: str) -> None:
     data = np.zeros(256, np.int32)
-    arguments = list(RACES).index(race), pointer(data), 3 if "blocks" in race else 1
+    blocks = 4 if "clusters" in race else 3 if "blocks" in race else 1
+    arguments = list(RACES).index(race), pointer(data), blocks
     call(load("self_test", races=True).race, arguments[0], True, *arguments[1:])  # with the barrier all is well
     with pytest.raises(RuntimeError, match=f"race in {RACES[race]} memory: {THREAD}, {THREAD}, and no barrier"):
         call(load("self_test", races=True).race, arguments[0], False, *arguments[1:])
