@@ -49,7 +49,7 @@ EXPECTED = {
     r"^flow_((last_)?layer|(layer|first)_backward|weight_gradient|persistent(_backward)?)_kernel<(?!Exact)": (
         "tensor cores",
     ),
-    r"^flow_(cluster|nets)_kernel<": ("tensor cores", "async copy"),
+    r"^flow_nets_kernel<": ("tensor cores", "async copy"),
     r"^program_(forward|backward)_kernel<": ("async copy",),
     r"^program_(forward|backward)_kernel<float, [13]>": ("tensor cores",),
     r"^spline_forward_kernel<\w+, (true|1)>": ("load 16",),
