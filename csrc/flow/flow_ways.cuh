@@ -6,7 +6,7 @@
 
 namespace iin_fast {
 
-// Bounds, measured on an H100 with the published nets (docs/performance.md, benchmarks/gpu.py). Clusters walk up to so
+// Bounds, from times of the published nets on an H100 (docs/performance.md, benchmarks/gpu.py). Clusters walk up to so
 // many rounds, tiles of rows over clusters that run at once; behind them one launch for both nets of a half is faster,
 // for nets and batches of at least these.
 template <class Precision>
