@@ -128,9 +128,8 @@ public:
   };
   WithShared with_shared(size_t bytes) const { return {*this, bytes, false, 0}; }
   WithShared together(size_t bytes) const { return {*this, bytes, true, 0}; }
-  WithShared in_clusters(unsigned size, size_t bytes) const {
-    return {*this, bytes, false, size};
-  } // see clusters_together
+  // Blocks in clusters of `size`, of which clusters_together() has found some.
+  WithShared in_clusters(unsigned size, size_t bytes) const { return {*this, bytes, false, size}; }
 
 private:
   int attribute(CUdevice_attribute which) const {

@@ -122,6 +122,14 @@ __device__ __forceinline__ void store_vector(const compute_t<Storage> (&values)[
   }
 }
 
+// The sum of `value` over a warp, in all of its lanes.
+template <class T> __device__ __forceinline__ T sum_over_warp(T value) {
+#pragma unroll
+  for (int offset = warp_lanes / 2; offset > 0; offset /= 2)
+    value += __shfl_xor_sync(whole_warp, value, offset);
+  return value;
+}
+
 // The sum of `value` over the lanes of each row; valid in the first lane. All threads of the block must call it, with
 // `lanes` the same in all of them. `warp_sums` is shared memory.
 template <class T>

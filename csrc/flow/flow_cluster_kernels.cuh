@@ -199,7 +199,7 @@ __attribute__((noinline)) __device__ compute_t<Storage> sum_of_scales(const Stor
   CompensatedSum<compute_t<Storage>> sum;
   for (int64_t at = threadIdx.x; at < count; at += cluster_workers)
     sum.add(math::log(math::abs(widen(__ldg(scale + at)))));
-  return sum_over_lanes(sum.total());
+  return sum_over_warp(sum.total());
 }
 
 // The walk of the other warps.
@@ -277,7 +277,7 @@ private:
       meet_cluster();
     }
     if (couples) {
-      T total = sum_over_lanes(gained.total());
+      T total = sum_over_warp(gained.total());
       for (int i = 0; i < Shape::depth_warps; ++i)
         total += scales()[i];
       if (lane() == 0)

@@ -246,13 +246,6 @@ private:
   __device__ __forceinline__ bool goes_on() const { return target != nullptr || output != nullptr; }
 };
 
-template <class T> __device__ __forceinline__ T sum_over_lanes(T value) {
-#pragma unroll
-  for (int offset = warp_lanes / 2; offset > 0; offset /= 2)
-    value += __shfl_xor_sync(whole_warp, value, offset);
-  return value;
-}
-
 // table[b, j] = permutation[b, j], or its inverse; what is no index of a column is left out there.
 template <class Storage>
 __device__ __forceinline__ void fill_table(const FlowWalk<Storage> &walk, bool inverted, int64_t thread,
@@ -293,7 +286,7 @@ __device__ __forceinline__ void enter_rows(const FlowWalk<Storage> &walk, bool i
   using T = compute_t<Storage>;
   const int lane = threadIdx.x % warp_lanes;
   for (int64_t row = first_warp; row < walk.sizes.batch; row += warps) {
-    const T gained = sum_over_lanes(enter_row(walk, inverse, row, lane).total());
+    const T gained = sum_over_warp(enter_row(walk, inverse, row, lane).total());
     if (lane == 0 && walk.parts != nullptr)
       walk.parts[row] = gained;
   }

@@ -449,7 +449,7 @@ __global__ void __launch_bounds__(tile_threads) flow_couple_kernel(const FlowWal
     const bool both = j < walk.transformed();
     sum.add(end.write(row, j, both ? raw[j] : 0, both ? shift[j] : 0, end.read(row, j)));
   }
-  const T gained = sum_over_lanes(sum.total());
+  const T gained = sum_over_warp(sum.total());
   if (threadIdx.x % warp_lanes == 0 && walk.parts != nullptr)
     walk.parts[(1 + static_cast<int64_t>(step)) * walk.sizes.batch + row] = gained;
 }

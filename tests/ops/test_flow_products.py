@@ -257,9 +257,9 @@ def test_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_products, "has_values", lambda x: True)
     many, hidden = torch_products.ROWS, torch_products.HIDDEN
 
-    def takes(batch: int, hidden: int, dtype: torch.dtype, tf32: bool = False, is_cuda: bool = True) -> bool:
+    def takes(batch: int, hidden: int, dtype: torch.dtype, is_cuda: bool = True) -> bool:
         x: Any = SimpleNamespace(shape=(batch, 64), dtype=dtype, is_cuda=is_cuda)
-        return torch_products.takes_products(x, hidden, tf32)
+        return torch_products.takes_products(x, hidden)
 
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         assert takes(many, hidden, dtype) and not takes(many - 1, hidden, dtype)

@@ -130,7 +130,7 @@ def flow(
     products = (
         backend == "cpp"
         and (memory in ("auto", "save") or not learns)
-        and torch_products.takes_products(x, bias_in.shape[3], tf32)
+        and torch_products.takes_products(x, bias_in.shape[3])
     )
     slopes = leaky_slope, activation_slope, exact_logdet
     if backend == "cpp" and not products:

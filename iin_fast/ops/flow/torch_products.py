@@ -61,7 +61,7 @@ def forced(products: bool) -> Iterator[None]:
         _forced.pop()
 
 
-def takes_products(x: Tensor, hidden: int, tf32: bool) -> bool:
+def takes_products(x: Tensor, hidden: int) -> bool:
     """Whether a flow on ``x [batch, dim]`` runs here."""
     if not (x.is_cuda or _forced) or not has_values(x):  # what traces or maps the call sees one op
         return False
