@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from op_cases import DTYPES
+from sanitizers import WITHOUT_SCOPES
 from torch import Tensor
 
 __all__ = [
@@ -34,13 +35,19 @@ CACHE = ROOT / "build" / "cuda_emulator"
 FLAGS = [
     *("-std=c++17", "-O1", "-g1", "-shared", "-fPIC", "-pthread", "-Wall", "-Wextra"),
     *("-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"),
+    "-U_FORTIFY_SOURCE",  # which takes a jump to another stack for a mistake
     *(f"-I{Path(__file__).parent / 'include'}", f"-I{ROOT / 'csrc'}"),  # first what stands in for csrc's own
     *("-isystem", str(Path(torch.__file__).parent / "include")),  # for its headers without a library
 ]
 # each library with shared memory of its own, not that of the first one which a process loads; no guards of statics, which are
 # atomic
 RACE_FLAGS = ["-DEMULATOR_RACES", "-fno-gnu-unique", "-fno-threadsafe-statics"]
-SANITIZER_FLAGS = ["-fsanitize=address,alignment,bounds", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+SANITIZER_FLAGS = [
+    "-fsanitize=address,alignment,bounds",
+    "-fno-sanitize-recover=all",
+    "-fno-omit-frame-pointer",
+    WITHOUT_SCOPES,
+]
 
 RACES = os.environ.get("IIN_FAST_TEST_RACES") == "1"
 """Whether the kernels run under the race checker (races.cpp)."""
@@ -79,12 +86,14 @@ def load(name: str, races: bool = RACES) -> ctypes.CDLL:
         fcntl.flock(lock, fcntl.LOCK_EX)  # tests may run in several processes
         if not library.exists():
             unfinished = library.with_suffix(".tmp")
+            # not with a sanitizer in the compiler's own process
+            compile = functools.partial(subprocess.run, check=True, env=os.environ | {"LD_PRELOAD": ""})
             sources = [str(Path(__file__).parent / f"{name}.cpp")]
             if races:  # the checker takes the place of the library that -fsanitize=thread would link
                 instrumented = str(CACHE / f"{name}-{key}.o")
-                subprocess.run(["g++", *flags, "-fsanitize=thread", "-c", *sources, "-o", instrumented], check=True)
-                sources = [instrumented, str(Path(__file__).parent / "races.cpp")]
-            subprocess.run(["g++", *flags, *sources, "-o", str(unfinished)], check=True)
+                compile(["g++", *flags, "-fsanitize=thread", "-c", *sources, "-o", instrumented])
+                sources = ["-O2", instrumented, str(Path(__file__).parent / "races.cpp")]
+            compile(["g++", *flags, *sources, "-o", str(unfinished)])
             unfinished.rename(library)
     return ctypes.CDLL(str(library))
 

@@ -50,6 +50,7 @@ constexpr size_t page_bytes = 4096;
 using Page = std::array<Cell, page_bytes / 2>;
 
 std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages; // only one thread of the machine runs at a time
+std::pair<uintptr_t, Page *> latest;                        // of them: the next access is nearby, most times
 std::string found;
 thread_local std::pair<uintptr_t, uintptr_t> shared; // where the shared memory of this thread of the machine is
 
@@ -96,8 +97,7 @@ void report(const Access &before, const char *did, const void *code, const char 
           ", and no barrier is between";
 }
 
-void look(Cell &c, uintptr_t at, bool write, bool constant, const void *code) {
-  const Place &now = *running;
+void look(Cell &c, const Place &now, uintptr_t at, bool write, bool constant, const void *code) {
   if (c.write.meets(now))
     report(c.write, " writes at ", code, write ? " writes at " : " reads at ", at);
   if (write && c.read.meets(now))
@@ -118,10 +118,11 @@ void look(Cell &c, uintptr_t at, bool write, bool constant, const void *code) {
 
 void access_at(const void *from, size_t bytes, bool write, bool constant, const void *code) {
   const auto at = reinterpret_cast<uintptr_t>(from);
-  if (running == nullptr || at - reinterpret_cast<uintptr_t>(running->stack) < stack_bytes)
+  const Place *const now = running; // finding a thread_local takes as long as all the rest
+  if (now == nullptr || at - reinterpret_cast<uintptr_t>(now->stack) < stack_bytes)
     return;
   for (uintptr_t byte = at & ~uintptr_t(1); byte < at + bytes; byte += 2)
-    look(*cell(byte, true), byte, write, constant, code);
+    look(*cell(byte, true), *now, byte, write, constant, code);
 }
 
 int find_shared(dl_phdr_info *info, size_t, void *code) {

@@ -1,7 +1,7 @@
 // Runs CUDA kernels on the host, for tests: csrc/*/*_kernels.cuh compiles against the headers of this folder with g++.
 //
-// A block's threads are fibers (ucontext) on one thread of the machine, run in turn until each waits or ends. Kernels
-// compute what they would on a GPU, in a fixed order, and mistakes that a GPU may let pass are reported as Fault:
+// A block's threads are fibers on one thread of the machine, run in turn until each waits or ends. Kernels compute what
+// they would on a GPU, in a fixed order, and mistakes that a GPU may let pass are reported as Fault:
 //
 //   - a __syncthreads, or a barrier over the grid, that some threads don't reach, or reach at another line
 //   - a warp function whose mask lacks the caller, names lanes that never come, or reads a lane outside of it
@@ -21,6 +21,7 @@
 // a thread of the machine, of which only one runs at a time. Clusters run one after another, each as such a launch.
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -84,11 +85,19 @@ struct Copy {
   unsigned char begun[16]; // what lay there when it began: a GPU reads at any time from then on
 };
 
+// What a fiber runs on. It outlives its thread of the block: the next one goes on where that one ended, in
+// Block::enter().
+struct Stack {
+  std::unique_ptr<char[]> memory{new char[stack_bytes]};
+  ucontext_t beginning; // where it starts
+  jmp_buf context;      // where it goes on
+  bool begun = false;
+  void *fake_stack = nullptr; // AddressSanitizer's
+};
+
 struct Fiber {
   enum State { ready, at_block_barrier, at_grid_barrier, in_warp_function, done };
-  ucontext_t context;
-  std::unique_ptr<char[]> stack;
-  void *fake_stack = nullptr;
+  std::unique_ptr<Stack> stack;
   uint3 index;
   State state = ready;
   Site site{};
@@ -134,11 +143,6 @@ public:
       Fiber &fiber = fibers_[i];
       fiber.index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
       fiber.stack = take_stack();
-      getcontext(&fiber.context);
-      fiber.context.uc_stack.ss_sp = fiber.stack.get();
-      fiber.context.uc_stack.ss_size = stack_bytes;
-      fiber.context.uc_link = nullptr;
-      makecontext(&fiber.context, &Block::enter, 0);
     }
     try {
       schedule();
@@ -250,28 +254,30 @@ public:
   }
 
 private:
-  static std::unique_ptr<char[]> take_stack() {
+  static std::unique_ptr<Stack> take_stack() {
     if (spare_stacks_.empty())
-      return std::unique_ptr<char[]>(new char[stack_bytes]);
-    std::unique_ptr<char[]> stack = std::move(spare_stacks_.back());
+      return std::make_unique<Stack>();
+    std::unique_ptr<Stack> stack = std::move(spare_stacks_.back());
     spare_stacks_.pop_back();
     return stack;
   }
 
+  // One thread of a block after the other.
   static void enter() {
-    Block &block = *running_;
-    block.arrived(nullptr);
-    try {
-      block.body_();
-      for (const std::vector<Copy> &group : block.fibers_[block.current_].copies)
-        if (!group.empty())
-          throw Fault(describe(block.current_) + " ended before its asynchronous copies");
-    } catch (...) {
-      block.fault_ = std::current_exception();
+    Stack &stack = *running_->fibers_[running_->current_].stack;
+    for (arrived(nullptr);; leave(stack)) {
+      Block &block = *running_;
+      try {
+        block.body_();
+        for (const std::vector<Copy> &group : block.fibers_[block.current_].copies)
+          if (!group.empty())
+            throw Fault(describe(block.current_) + " ended before its asynchronous copies");
+      } catch (...) {
+        block.fault_ = std::current_exception();
+      }
+      races::run(nullptr);
+      block.fibers_[block.current_].state = Fiber::done;
     }
-    races::run(nullptr);
-    block.fibers_[block.current_].state = Fiber::done;
-    block.leave(true);
   }
 
   void schedule() {
@@ -384,41 +390,59 @@ private:
     return text.str();
   }
 
-  // Switching, with what AddressSanitizer must know of it.
+  // Switching, with what AddressSanitizer must know of it. The functions of <ucontext.h> ask the kernel for the mask of
+  // signals, which takes many times as long as a jump, so a fiber only begins with them.
   void resume(Fiber &fiber) {
+    Stack &stack = *fiber.stack;
 #if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_start_switch_fiber(&scheduler_fake_stack_, fiber.stack.get(), stack_bytes);
+    __sanitizer_start_switch_fiber(&scheduler_fake_stack_, stack.memory.get(), stack_bytes);
 #endif
-    place_.thread = current_, place_.stack = fiber.stack.get();
-    races::run(&place_);
-    swapcontext(&scheduler_, &fiber.context);
+    place_.thread = current_, place_.stack = stack.memory.get();
+    if (_setjmp(scheduler_) == 0) {
+      if (!stack.begun)
+        begin(stack);
+      races::run(&place_);
+      _longjmp(stack.context, 1);
+    }
     races::run(nullptr);
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(scheduler_fake_stack_, nullptr, nullptr);
 #endif
   }
 
-  void leave(bool for_good = false) {
-    Fiber &fiber = fibers_[current_];
-#if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_start_switch_fiber(for_good ? nullptr : &fiber.fake_stack, scheduler_stack_, scheduler_stack_bytes_);
-#else
-    (void)for_good;
-#endif
-    swapcontext(&fiber.context, &scheduler_);
-    arrived(fiber.fake_stack);
+  void begin(Stack &stack) {
+    stack.begun = true;
+    getcontext(&stack.beginning);
+    stack.beginning.uc_stack.ss_sp = stack.memory.get();
+    stack.beginning.uc_stack.ss_size = stack_bytes;
+    stack.beginning.uc_link = nullptr;
+    makecontext(&stack.beginning, &Block::enter, 0);
+    races::run(&place_);
+    setcontext(&stack.beginning);
   }
 
-  void arrived(void *fake_stack) {
+  // Back to the block's scheduler, until it resumes this stack: by then another block may be the one that runs.
+  static void leave(Stack &stack) {
 #if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_finish_switch_fiber(fake_stack, &scheduler_stack_, &scheduler_stack_bytes_);
+    __sanitizer_start_switch_fiber(&stack.fake_stack, running_->scheduler_stack_, running_->scheduler_stack_bytes_);
+#endif
+    if (_setjmp(stack.context) == 0)
+      _longjmp(running_->scheduler_, 1);
+    arrived(stack.fake_stack);
+  }
+
+  void leave() { leave(*fibers_[current_].stack); }
+
+  static void arrived(void *fake_stack) {
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(fake_stack, &running_->scheduler_stack_, &running_->scheduler_stack_bytes_);
 #else
     (void)fake_stack;
 #endif
   }
 
   inline static thread_local Block *running_ = nullptr;
-  inline static thread_local std::vector<std::unique_ptr<char[]>> spare_stacks_;
+  inline static thread_local std::vector<std::unique_ptr<Stack>> spare_stacks_;
 
   const std::function<void()> &body_;
   Grid *grid_;
@@ -427,7 +451,7 @@ private:
   Place place_;
   bool slept_ = false;
   std::exception_ptr fault_;
-  ucontext_t scheduler_;
+  jmp_buf scheduler_;
   void *scheduler_fake_stack_ = nullptr;
   const void *scheduler_stack_ = nullptr;
   size_t scheduler_stack_bytes_ = 0;
