@@ -30,6 +30,7 @@ __all__ = [
     "checked_ints",
     "checked_net",
     "checked_number",
+    "checked_seed",
     "readable",
     "version",
 ]
@@ -79,6 +80,14 @@ def checked_int(where: str, name: str, value: object, least: int = 1) -> int:
         raise TypeError(f"{where}: {name} is {value!r}, expected {expected}") from None
     if number < least:
         raise ValueError(f"{where}: {name} is {number}, expected {expected}")
+    return number
+
+
+def checked_seed(where: str, seed: object, name: str = "seed") -> int:
+    """``seed`` as an int of the range that torch's generators take, from 0; TypeError and ValueError name ``where`` and ``name``."""
+    number = checked_int(where, name, seed, least=0)
+    if number >= 2**64:
+        raise ValueError(f"{where}: {name} is {number}, expected an integer below 2**64")
     return number
 
 

@@ -8,6 +8,7 @@ import uuid
 import zipfile
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Any
@@ -46,9 +47,11 @@ def write_file(file: Path, data: bytes) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, file)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    except OSError as error:  # it names the temporary file, or none, as on a full disk
+        raise OSError(error.errno, error.strerror or str(error), str(file)) from error
+    finally:
+        with suppress(OSError):  # a folder that is read-only or gone, which the first error says
+            temporary.unlink(missing_ok=True)
     sync_folder(file.parent)
 
 

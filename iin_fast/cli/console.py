@@ -4,13 +4,14 @@ import os
 from typing import Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
+
+from .._output import Output
 
 __all__ = ["Commands", "console"]
 
-console = Console()
-errors = Console(stderr=True)
+console = Output()
+errors = Output(stderr=True)
 
 
 EXPECTED = (ArithmeticError, ImportError, OSError, RuntimeError, TypeError, ValueError)
@@ -22,7 +23,11 @@ class Commands(typer.core.TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except (typer.Abort, typer.Exit):  # RuntimeErrors themselves
+        except (
+            typer.Abort,
+            typer.Exit,
+            BrokenPipeError,
+        ):  # RuntimeErrors themselves; of --help, which typer ends without a word
             raise
         except KeyboardInterrupt:
             raise typer.Exit(130) from None

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import checked_int
+from ..checks import checked_int, checked_seed
 from ..iin import ConceptPairs
 from .adapters import Adapter
 from .encode import encode_all
@@ -73,7 +73,7 @@ def augmentation_pairs(
                 f"{where}: augment(x, {number}) gives {len(encoded[-1])} samples, expected {samples} like x"
             )
     z = torch.stack(encoded)  # [styles, samples, dim]
-    random = torch.Generator().manual_seed(checked_int(where, "seed", seed, least=0))
+    random = torch.Generator().manual_seed(checked_seed(where, seed))
 
     def two(most: int, size: int) -> tuple[Tensor, Tensor]:
         a = torch.randint(most, (size,), generator=random)

@@ -70,7 +70,7 @@ def dci(
         y = train_codes[seen, j]
         # All features at every split, and no tiny leaves: where one feature tells the class, noise is never chosen.
         forest = RandomForestClassifier(
-            trees, max_features=None, min_samples_leaf=5, class_weight="balanced", random_state=seed
+            trees, max_features=None, min_samples_leaf=5, class_weight="balanced", random_state=seed % 2**32
         ).fit(joined[seen], y)
         importances[:, j] = (
             forest.feature_importances_

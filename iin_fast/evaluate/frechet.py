@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from ..arrays import checked_latents, to_numpy
+from ..checks import checked_seed
 from ..iin import IIN
 
 __all__ = ["frechet_distance", "sample_quality"]
@@ -91,7 +92,7 @@ def sample_quality(
     """
     where = "sample_quality"
     held, learned = checked_latents(where, "z", z), checked_latents(where, "train_z", train_z)
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(checked_seed(where, seed))
     n = min(n, len(held), len(learned))
     rows = random.permutation(len(held))[:n]
     mean, covariance = learned.mean(0), np.cov(learned.T, bias=True)

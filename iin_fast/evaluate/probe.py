@@ -37,7 +37,7 @@ class Probe:
         if kind == "linear":
             self.model = LogisticRegression(C=1.0, max_iter=200, class_weight="balanced")
         else:
-            self.model = MLPClassifier((64,), alpha=1e-3, max_iter=200, n_iter_no_change=10, random_state=seed)
+            self.model = MLPClassifier((64,), alpha=1e-3, max_iter=200, n_iter_no_change=10, random_state=seed % 2**32)
             self.model.set_params(early_stopping=len(y) >= 200)
             x, y = _evened(x, y, np.random.default_rng(seed))
         with warnings.catch_warnings():  # a probe that would still improve a little is good enough

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ..arrays import MISSING, checked_latents, to_numpy
-from ..checks import checked_int
+from ..checks import checked_int, checked_seed
 from ..files import write_file
 from ..iin import IIN
 from ..iin.model import unwrapped
@@ -107,6 +107,7 @@ def evaluate(
     say = progress or (lambda what: None)
     names = list(names)
     checked_int(where, "max_samples", max_samples)
+    seed = checked_seed(where, seed)
     x, codes = _data(where, "z", z, "labels", labels, names, concepts, model.dim)
     source = "training samples"
     if (train_z is None) != (train_labels is None):
@@ -330,6 +331,7 @@ def evaluate_unlabelled(
         TypeError, ValueError: latents that don't fit the model, ``shared`` that doesn't fit them.
     """
     where = "evaluate_unlabelled"
+    seed = checked_seed(where, seed)
     x, train = checked_latents(where, "z", z), checked_latents(where, "train_z", train_z)
     if (shared is None) != (train_shared is None):
         raise ValueError(f"{where}: shared and train_shared are needed together, one is missing")

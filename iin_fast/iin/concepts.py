@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import check_dtype, check_floating, check_rank, check_shape, checked_int, checked_number
+from ..checks import check_dtype, check_floating, check_rank, check_shape, checked_int, checked_number, checked_seed
 from ..files import check_name
 from .factors import RESIDUAL
 
@@ -25,7 +25,7 @@ class ConceptPairs(NamedTuple):
     def batches(self, size: int, steps: int, *, seed: int = 0) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """``steps`` random batches ``(za, zb, shared)`` of ``size`` pairs, drawn with replacement."""
         size, steps = checked_int("ConceptPairs", "size", size), checked_int("ConceptPairs", "steps", steps)
-        random = torch.Generator().manual_seed(checked_int("ConceptPairs", "seed", seed, least=0))
+        random = torch.Generator().manual_seed(checked_seed("ConceptPairs", seed))
         for _ in range(steps):
             rows = torch.randint(len(self.za), (size,), generator=random).to(self.za.device)
             yield self.za[rows], self.zb[rows], self.shared[rows]
@@ -97,7 +97,7 @@ def concept_pairs(
             raise ValueError(f"{where}: {label} has {group.shape[0]} latents, expected at least 2")
         if not torch.isfinite(group).all():
             raise ValueError(f"{where}: {label} has NaN or Inf, expected finite numbers")
-    n, seed = checked_int(where, "n", n), checked_int(where, "seed", seed, least=0)
+    n, seed = checked_int(where, "n", n), checked_seed(where, seed)
     names = (name,) if rest is None else (name, rest)
     for label in names:
         check_name(f"{where}: name or rest is", label)

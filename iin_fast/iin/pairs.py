@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from ..arrays import MISSING, dense, to_numpy
-from ..checks import checked_int
+from ..checks import checked_int, checked_seed
 from ..files import check_name
 
 __all__ = ["PairBatches", "PairSampler", "Pairs"]
@@ -90,7 +90,7 @@ class PairSampler:
             raise ValueError(f"PairSampler: others is {others!r}, expected 'differ', 'any' or 'agree'")
         self.others = others
         table, self.names = _table(labels, names)
-        self.seed = checked_int("PairSampler", "seed", seed, least=0)
+        self.seed = checked_seed("PairSampler", seed)
         self.step = 0
         n, concepts = table.shape
         self._weights = _weights(weights, self.names)
@@ -178,7 +178,7 @@ class PairSampler:
             raise ValueError(f"PairSampler: state has the keys {sorted(state)}, expected ['labels', 'seed', 'step']")
         if state["labels"] != self._fingerprint:
             raise ValueError("PairSampler: state was taken over other labels than this sampler has")
-        seed = checked_int("PairSampler", "state['seed']", state["seed"], least=0)
+        seed = checked_seed("PairSampler", state["seed"], "state['seed']")
         step = checked_int("PairSampler", "state['step']", state["step"], least=0)
         self.seed, self.step = seed, step
 

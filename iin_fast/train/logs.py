@@ -87,10 +87,12 @@ class Bar:
             return
         try:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            from .._output import Output
         except ImportError as error:
             raise ImportError("the progress bar needs rich: pip install 'iin-fast[cli]'") from error
         columns = (BarColumn(12), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
-        self._bar = Progress(f"{name:<11}", *columns)
+        self._bar = Progress(f"{name:<11}", *columns, console=Output())
         self._task = self._bar.add_task(name, total=steps, completed=done, text="")
         self._said = time.monotonic()
 

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..checks import checked_int
+from ..checks import checked_seed
 from ..data import Latents, class_context, load_latents
 from ..data.latents import read_arrays, read_split
 from ..evaluate.likelihood import in_parts
@@ -193,7 +193,7 @@ def swap(
     if donors is None:
         if len(z) < 2:
             raise ValueError("swap: latents have one row, expected two at least, or donors")
-        order = np.random.default_rng(checked_int("swap", "seed", seed, least=0)).permutation(len(z))
+        order = np.random.default_rng(checked_seed("swap", seed)).permutation(len(z))
         rows = torch.empty(len(z), dtype=torch.int64)
         rows[torch.from_numpy(order)] = torch.from_numpy(np.roll(order, 1))  # one cycle: no row gives to itself
         given, given_context = z, context
@@ -294,7 +294,7 @@ def sample(run: PathLike, n: int, *, context: Context = None, seed: int = 0, dev
         TypeError, ValueError, FileNotFoundError: no model in ``run``, ``n`` below 1.
     """
     model = IIN.load(run, device=device)
-    generator = torch.Generator().manual_seed(checked_int("sample", "seed", seed, least=0))
+    generator = torch.Generator().manual_seed(checked_seed("sample", seed))
     given = _given_context("sample", run, model, context, n)
     return model.sample(n, generator, context=None if given is None else given.to(device)).cpu()
 

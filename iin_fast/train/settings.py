@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
-from ..checks import checked_int
+from ..checks import checked_int, checked_seed
 
 __all__ = ["PRECISIONS", "Facts", "Settings"]
 
@@ -28,7 +28,7 @@ RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
 }
 LEAST = {
     **dict.fromkeys(("n_flows", "hidden_dim", "batch", "steps", "log_every", "held_out_every", "save_every"), 1),
-    **dict.fromkeys(("hidden_depth", "warmup", "decay_start", "patience", "seed"), 0),
+    **dict.fromkeys(("hidden_depth", "warmup", "decay_start", "patience"), 0),
 }
 ALLOWED: dict[str, tuple[str, ...]] = {
     "preset": ("auto", "paper"),
@@ -191,6 +191,7 @@ class Settings:
         for name, least in LEAST.items():
             if name not in open_:
                 object.__setattr__(self, name, checked_int(where, name, getattr(self, name), least=least))
+        object.__setattr__(self, "seed", checked_seed(where, self.seed))
         for name, (fits, expected) in RANGES.items():
             value = getattr(self, name)
             if name in open_:

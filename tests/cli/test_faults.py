@@ -212,3 +212,36 @@ def test_latents_that_are_hard_to_learn_from_end_in_a_model_or_a_line(tmp_path):
     losses = [float(line[1]) for line in lines if line[1]]
     assert max(losses) < 1000  # nats per pair of 16 numbers
     assert Latents.of(z).n == 200 and head[1] == "loss"
+
+
+def test_a_training_goes_on_when_nobody_reads_its_lines(made, tmp_path):
+    """As in ``iin-fast train … | head``."""
+    words = ["train", made / "z.npz", "--out", tmp_path / "run", "--steps", 40, "--hidden-dim", 8, "--n-flows", 1]
+    command = [sys.executable, "-m", "iin_fast.cli", *map(str, words)]
+    training = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert training.stdout.readline()
+    training.stdout.close()
+    assert (training.wait(120), training.stderr.read()) == (0, "")
+    assert run("encode", tmp_path / "run", made / "z.npz", "--out", tmp_path / "codes.npz")[0] == 0
+
+
+def test_help_that_nobody_reads_says_nothing_else():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "iin_fast.cli", "train", "--help"]
+    said = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(write)
+    assert (said.returncode, said.stderr) == (1, "")
+
+
+@pytest.mark.parametrize("command", ["train", "swap", "sample", "evaluate"])
+def test_seeds_beyond_the_range_of_generators(made, copy, command, tmp_path):
+    z, out = made / "z.npz", ("--out", tmp_path / "out")
+    words = {
+        "train": (z, *out),
+        "swap": (copy, z, "--factor", "digit", *out),
+        "sample": (copy, *out),
+        "evaluate": (copy,),
+    }
+    for seed in (2**64, 10**23, -1):
+        assert f"seed is {seed}, expected an integer " in refused(command, *words[command], "--seed", seed)

@@ -1,6 +1,8 @@
 """Latents from files: every kind comes in as it was written, and everything that is wrong is named."""
 
 import json
+import os
+import re
 
 import numpy as np
 import pytest
@@ -164,3 +166,17 @@ def test_labels_by_name():
     assert latents.names == ("digit", "color") and latents.labels[:, 1].tolist() == list(range(6))
     with pytest.raises(ValueError, match=r"labels\['digit'\] has shape \[2\], expected \[6\] like z"):
         Latents.of(Z, {"digit": [0, 1]})
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_an_error_while_writing_names_the_file_and_leaves_the_old_one(tmp_path, monkeypatch, step):
+    file = save_arrays(tmp_path / "z.npz", {"z": np.zeros((2, 3))})
+    before = file.read_bytes()
+
+    def full(*paths):
+        raise OSError(28, "No space left on device", *map(str, paths[:1] if step == "replace" else ()))
+
+    monkeypatch.setattr(os, step, full)
+    with pytest.raises(OSError, match=f"No space left on device: '{re.escape(str(file))}'$"):
+        save_arrays(file, {"z": np.ones((2, 3))})
+    assert os.listdir(tmp_path) == ["z.npz"] and file.read_bytes() == before

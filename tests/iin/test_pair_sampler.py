@@ -271,6 +271,7 @@ LABELS = np.array([[0, 0], [0, 1], [1, 0], [1, 1]])
         (LABELS, {"weights": {"0": 1, "x": 1}}, ValueError, "weights has the names"),
         (LABELS, {"seed": -1}, ValueError, "seed is -1"),
         (LABELS, {"seed": 0.5}, TypeError, "seed is 0.5"),
+        (LABELS, {"seed": 2**64}, ValueError, "seed is 18446744073709551616, expected an integer below"),
         (np.zeros((5, 2), int), {}, ValueError, "no pair that shares concept '0'"),
     ],
 )
