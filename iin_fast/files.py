@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import tempfile
 import uuid
 import zipfile
 import zlib
@@ -30,6 +31,7 @@ __all__ = [
     "safetensors_library",
     "serialize",
     "sync_folder",
+    "try_to_write",
     "write_file",
 ]
 
@@ -53,6 +55,19 @@ def write_file(file: Path, data: bytes) -> None:
         with suppress(OSError):  # a folder that is read-only or gone, which the first error says
             temporary.unlink(missing_ok=True)
     sync_folder(file.parent)
+
+
+def try_to_write(folder: Path) -> None:
+    """Before work whose result will lie there.
+
+    Raises:
+        OSError: that names the folder.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(folder)) from error
 
 
 def sync_folder(folder: Path) -> None:

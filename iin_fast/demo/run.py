@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from ..data import save_arrays
+from ..files import try_to_write
 from ..train import Settings, train
 from ..train.run_folder import evaluate, report
 from .data import FACTORS, Digits, load_digits, paint
@@ -119,8 +119,7 @@ def _writable_folder(out: Path) -> Path:
     out = Path(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
+        try_to_write(out)
     except OSError as error:
         cause = os.strerror(error.errno) if error.errno else str(error)
         raise type(error)(

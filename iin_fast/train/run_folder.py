@@ -22,7 +22,7 @@ from ..checks import checked_seed
 from ..data import Latents, class_context, load_latents
 from ..data.latents import read_arrays, read_split
 from ..evaluate.likelihood import in_parts
-from ..files import read_json, write_file
+from ..files import read_json, try_to_write, write_file
 from ..iin import IIN, Factors
 from ..iin.inputs import usual_values
 from ..iin.model import outlier_share
@@ -374,11 +374,13 @@ def evaluate(
         ImportError: scikit-learn is missing, and there are labels.
         TypeError, ValueError, FileNotFoundError: no model in ``run``, latents that don't fit it or are not there, nothing
             held out.
+        OSError: nothing can be written into ``run``, which is tried first.
     """
     from ..evaluate import write_evaluation
 
     folder = Path(run)
     model = IIN.load(folder, device=device)
+    try_to_write(folder)
     data, train_rows, held_rows = _held_out(folder, latents)
     _, context = _z(folder, model, data)
     usual = (lambda z: z) if model.inputs is None else (lambda z: usual_values(z)[0])

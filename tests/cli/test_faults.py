@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import numpy as np
@@ -232,6 +233,15 @@ def test_help_that_nobody_reads_says_nothing_else():
     said = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=120)
     os.close(write)
     assert (said.returncode, said.stderr) == (1, "")
+
+
+def test_an_evaluation_that_cannot_be_written_is_not_begun(copy, monkeypatch):
+    def denied(dir):
+        raise PermissionError(13, "Permission denied", f"{dir}/tmp1")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", denied)
+    monkeypatch.setattr("iin_fast.evaluate.write_evaluation", lambda *_, **__: pytest.fail("it was begun"))
+    assert refused("evaluate", copy) == f"error: [Errno 13] Permission denied: '{copy}'\n"
 
 
 @pytest.mark.parametrize("command", ["train", "swap", "sample", "evaluate"])
