@@ -145,9 +145,11 @@ clean:
 MINUTES ?= 10
 KILLS ?= 50
 
-# New cases for that many minutes: ops, modules, programs, files, commands. make test has a short seeded set.
+# New cases for that many minutes: ops, modules, programs, files, commands. Then what the tests draw, drawn anew. make test has a
+# short set of both that repeats.
 fuzz: build
 	IIN_FAST_FUZZ_MINUTES=$(MINUTES) $(BIN)/python -m pytest -n 0 -s -q tests/fuzz
+	$(BIN)/python -m pytest -n auto -q --hypothesis-profile=default $$(git grep -l "^from hypothesis import" tests/flow tests/iin tests/ops)
 
 # Trainings killed at random moments, stopped by signals, on a full disk, and with a dying rank.
 kill: build

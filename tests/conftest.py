@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"  # for torch, imported next, and for the processes that tests start
@@ -15,6 +16,10 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for torch, imported next, and for the pro
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+
+# What hypothesis draws is the same in each run; make fuzz draws anew.
+hypothesis.settings.register_profile("repeated", derandomize=True)
+hypothesis.settings.load_profile("repeated")
 
 if (
     signal.getsignal(signal.SIGINT) == signal.SIG_IGN

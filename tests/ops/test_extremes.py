@@ -16,9 +16,7 @@ from iin_fast.ops.flow import flow, pack, reference
 EPS, TINY = torch.finfo(torch.float32).eps, torch.finfo(torch.float32).tiny
 SPECIAL = [0.0, -0.0, 1e4, -1e4, 80.0, -80.0, 1e-45, -1e-40, 1e-4, float("nan"), float("inf"), -float("inf")]
 NUMBERS = st.one_of(st.sampled_from(SPECIAL), st.floats(-1e4, 1e4, width=32), st.floats(-3, 3, width=32))
-EXTREMES = settings(
-    max_examples=30, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
-)
+EXTREMES = settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def arrays(*shape: int) -> st.SearchStrategy[Tensor]:
