@@ -18,7 +18,7 @@ def console(monkeypatch):
         file=io.StringIO(), record=True, force_terminal=True, width=80, get_time=lambda: console.now
     )
     console.now = 0.0
-    monkeypatch.setattr("rich.progress.get_console", lambda: console)
+    monkeypatch.setattr("iin_fast._output.Output", lambda: console)
     return console
 
 
@@ -45,7 +45,7 @@ def test_no_bar_where_none_is_wanted(console):
 
 def test_outside_of_a_terminal_there_is_a_line_every_20_seconds(monkeypatch):
     console = console_module.Console(file=io.StringIO(), force_terminal=False, width=160, get_time=lambda: now[0])
-    monkeypatch.setattr("rich.progress.get_console", lambda: console)
+    monkeypatch.setattr("iin_fast._output.Output", lambda: console)
     monkeypatch.setattr("time.monotonic", lambda: now[0])
     now = [0.0]
     with Bar(100, 0, True, "judge") as bar:
