@@ -255,3 +255,7 @@ def test_seeds_beyond_the_range_of_generators(made, copy, command, tmp_path):
     }
     for seed in (2**64, 10**23, -1):
         assert f"seed is {seed}, expected an integer " in refused(command, *words[command], "--seed", seed)
+
+
+def test_seeds_beyond_the_range_of_scikit_learn(copy):
+    assert run("evaluate", copy, "--max-samples", 60, "--seed", 2**63)[0] == 0

@@ -50,7 +50,6 @@ constexpr size_t page_bytes = 4096;
 using Page = std::array<Cell, page_bytes / 2>;
 
 std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages; // only one thread of the machine runs at a time
-std::pair<uintptr_t, Page *> latest;                        // of them: the next access is nearby, most times
 std::string found;
 thread_local std::pair<uintptr_t, uintptr_t> shared; // where the shared memory of this thread of the machine is
 
