@@ -4,7 +4,7 @@
     python benchmarks/readme.py                                                        # writes the table of docs/dropin.md
 
 Whole models of 6 features, most of them under a context of 7: a training step (loss, backward, torch's fused Adam on both
-sides), the density, and 10,000 samples; at batches from 1 to 65536. Then models of 256 and 512 units, layers that are in no
+sides, and on ours once more after ``accelerate(optimizer)``), the density, and 10,000 samples; at batches from 1 to 65536. Then models of 256 and 512 units, layers that are in no
 program, sbi's own ``train``, and what else a step costs. FOLDER holds clones of CompVis/iin, net2net, invariances and FrEIA (benchmarks/peers.py).
 """
 
@@ -32,6 +32,7 @@ from iin_fast.info import collect, versions
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "dropin_cpu.json"
 DIM, CONTEXT, LAYERS, SAMPLES, TURNS = 6, 7, 5, 10_000, 5
+BOTH = "accelerated, and its optimizer"
 BATCHES = (1, 16, 100, 300, 1024, 4096, 16384, 65536)
 WIDTHS, BATCHES_OF_WIDE = (256, 512), (16, 100, 1024, 4096)
 
@@ -296,9 +297,11 @@ def measure(model: Model, batch: int, seconds: float) -> dict[str, Any]:
     x, context = torch.randn(batch, model.dim), torch.randn(batch, CONTEXT)
     with torch.no_grad():
         model.loss(own, torch.randn(64, model.dim), torch.randn(64, CONTEXT))  # data-dependent starts
-    pair = {"own": own, "accelerated": copy.deepcopy(own)}
-    iin_fast.accelerate(pair["accelerated"], frozen=model.frozen)
+    pair = {"own": own, "accelerated": copy.deepcopy(own), BOTH: copy.deepcopy(own)}
+    for side in list(pair)[1:]:
+        iin_fast.accelerate(pair[side], frozen=model.frozen)
     optimizers = {side: torch.optim.Adam(m.parameters(), 1e-4, fused=True) for side, m in pair.items()}
+    iin_fast.accelerate(optimizers[BOTH])
 
     def step(side: str) -> None:
         optimizers[side].zero_grad()
@@ -321,7 +324,14 @@ def measure(model: Model, batch: int, seconds: float) -> dict[str, Any]:
     if model.sample is not None and batch == BATCHES[2]:
         runs["samples"] = sample
     return {
-        what: in_turn({side: lambda run=run, side=side: run(side) for side in pair}, seconds)
+        what: in_turn(
+            {
+                side: lambda run=run, side=side: run(side)
+                for side in pair
+                if side != BOTH or what in ("step", "optimizer")
+            },
+            seconds,
+        )
         for what, run in runs.items()
     }
 

@@ -2,7 +2,7 @@
 python benchmarks/engine.py --jax PYTHON [--out OUT.json] [--picture docs/images/engine_batch.png] [--only NAME …]
 
 PYTHON is that of an environment with jax and flowjax. All sides run in turn, several rounds, on the same number of threads. A
-step is loss, backward and Adam; all torch sides use torch's fused Adam. Every side has the same number
+step is loss, backward and Adam; all torch sides use torch's fused Adam, ours also after iin_fast.accelerate(optimizer). Every side has the same number
 of layers, widths and depths; what differs (permutations, ActNorm, MADE's residual blocks) is a library's own.
 """
 
@@ -207,6 +207,8 @@ def torch_call(side: str, flow: nn.Module, case: dict[str, Any], **adam: Any) ->
     if case["measure"] == "gradient":
         return lambda: (-log_prob().mean()).backward()
     optimizer = torch.optim.Adam(flow.parameters(), lr=1e-3, fused=True, **adam)
+    if side == ACCELERATED:
+        iin_fast.accelerate(optimizer)
 
     def step() -> None:
         optimizer.zero_grad()
@@ -264,7 +266,8 @@ class Jax:
         self._process.wait()
 
 
-SIDES = {"iin-fast": ours, "nflows": nflows_model, "zuko": zuko_model, "normflows": normflows_model}
+ACCELERATED = "iin-fast, accelerate(optimizer)"  # in steps
+SIDES = {"iin-fast": ours, ACCELERATED: ours, "nflows": nflows_model, "zuko": zuko_model, "normflows": normflows_model}
 COMPILED = "torch.compile"  # of nflows' model, of normflows' where nflows has none
 
 
@@ -312,7 +315,7 @@ def draw(result: dict[str, Any], picture: Path) -> None:
         for side in rows[0]["sides"]:
             medians, least, most = ([1e3 * row["sides"][side][k] for row in rows] for k in ("median", "min", "max"))
             batches = [row["case"]["batch"] for row in rows]
-            (line,) = axis.plot(batches, medians, "o-", label=side, lw=2.5 if side == "iin-fast" else 1.2)
+            (line,) = axis.plot(batches, medians, "o-", label=side, lw=2.5 if side.startswith("iin-fast") else 1.2)
             axis.fill_between(batches, least, most, alpha=0.15, color=line.get_color())
         axis.set(xscale="log", yscale="log", xlabel="batch", ylabel="ms (median; band: min to max)", title=title)
         axis.grid(alpha=0.3)
@@ -342,7 +345,7 @@ def run_case(
     rows: dict[str, dict[str, Any]] = {}
     for side, make in sides.items():
         torch.manual_seed(0)
-        flow = make(case)
+        flow = None if side == ACCELERATED and case["measure"] != "step" else make(case)
         if flow is None:
             continue
         calls[side] = torch_call(side, flow, case)
@@ -364,7 +367,7 @@ def run_case(
     for side, row in rows.items():
         ratio = row["median"] / rows["iin-fast"]["median"]
         print(
-            f"  {side:10} {row['median'] * 1e3:8.3f} ms  {ratio:6.2f} x  ({row['parameters']} parameters)", flush=True
+            f"  {side:31} {row['median'] * 1e3:8.3f} ms  {ratio:6.2f} x  ({row['parameters']} parameters)", flush=True
         )
     return {"case": case, "floor": least, "sides": rows}
 

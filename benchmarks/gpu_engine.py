@@ -135,7 +135,7 @@ def systems(run: Run, case: Case) -> Iterator[tuple[str, Callable[[], Call]]]:
     yield "iin-fast, layer by layer", lambda: with_maps(ours(), LAYER_BY_LAYER)
     yield "plain torch", lambda: with_maps(ours(), reference.DEFINITION)
     for side, model in engine.SIDES.items():
-        if side != "iin-fast" and importlib.util.find_spec(side) and model(case) is not None:
+        if model is not engine.ours and importlib.util.find_spec(side) and model(case) is not None:
             yield side, lambda side=side, model=model: prepare(side, model)  # type: ignore[misc]
 
 

@@ -120,6 +120,7 @@ def spline_table(name: str = "spline_cpu.json") -> str:
     return "\n".join(lines)
 
 
+ACCELERATED = "iin-fast, accelerate(optimizer)"  # a side of ours in benchmarks/engine.py
 ENGINE_RIVALS = ("flowjax", "nflows", "zuko", "normflows")
 
 
@@ -152,8 +153,11 @@ def engine_table(name: str = "engine_cpu.json") -> str:
     result = json.loads((RESULTS / name).read_text())
     libraries = ", ".join(f"{library} {result['versions'][library]}" for library in ("torch", "jax", *ENGINE_RIVALS))
     floor = f"the arithmetic of the nets at the {result['peaks']['gflops']:.0f} GFLOP/s that the same run measured"
+    present = {side for found in result["cases"].values() for side in found["sides"]}
     rivals = {rival: rival for rival in ENGINE_RIVALS}
-    if any("torch.compile" in found["sides"] for found in result["cases"].values()):
+    if ACCELERATED in present:
+        rivals = {ACCELERATED: "after `accelerate(optimizer)`"} | rivals
+    if "torch.compile" in present:
         rivals["torch.compile"] = "nflows or normflows, torch.compile"
     lines = rivals_table(result, rivals, libraries, floor)
     first = [row["first_call"] for row in (found["sides"]["iin-fast"] for found in result["cases"].values())]
@@ -509,6 +513,9 @@ def without_optimizer(cells: dict[str, Any]) -> float | None:
     return float(own / fast)
 
 
+BOTH = "accelerated, and its optimizer"  # a side of benchmarks/dropin.py
+
+
 def dropin_table() -> str:
     """Speed-ups of the committed run of benchmarks/dropin.py."""
     result = json.loads((RESULTS / "dropin_cpu.json").read_text())
@@ -518,7 +525,7 @@ def dropin_table() -> str:
     lines = [
         f"{machine['CPU']} ({machine['CPU instruction set']}), torch {machine['torch']}; "
         f"{', '.join(sources)}. How many times as fast a model is after `accelerate`: medians, both sides in turn in one run. "
-        "A step is loss, backward and torch's fused Adam, on both sides.",
+        "A step is loss, backward and torch's fused Adam, on both sides; in the last columns our side's went through `accelerate` as well.",
     ]
     for group, title in (
         ("models", "model: step at batch"),
@@ -537,12 +544,19 @@ def dropin_table() -> str:
         bounds = {name: without_optimizer(by_batch.get(middle, {})) for name, by_batch in found.items()}
         bounded = any(bounds.values())
         titles += [f"step without Adam at {middle}"] * bounded
+        both = [
+            batch for batch in ("100", "300") if any(BOTH in b.get(batch, {}).get("step", {}) for b in found.values())
+        ]
+        titles += [f"`accelerate(optimizer)` too, step at {batch}" for batch in both]
         lines += ["", f"| {' | '.join(titles)} |", "|---|" + "---:|" * (len(titles) - 1)]
         for name, by_batch in found.items():
             cells = [by_batch.get(str(batch), {}).get("step") for batch in batches]
             cells += [by_batch.get(middle, {}).get(what) for what in more]
             shown = ["" if cell is None else f"{cell['speedup']:.2g}" for cell in cells]
             shown += [f"{bounds[name]:.2g}" if bounds[name] else ""] * bounded
+            for batch in both:
+                step = by_batch.get(batch, {}).get("step", {})
+                shown.append(f"{step['own']['median'] / step[BOTH]['median']:.2g}" if BOTH in step else "")
             own = by_batch.get(middle, {}).get("step")
             lines.append(f"| {name} | {milliseconds(own and own['own'])} | {' | '.join(shown)} |")
     if "sbi train" in result:

@@ -16,12 +16,13 @@ from threading import RLock
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import nn
 
 from . import registry
 from .class_factory import FastClass, generate, original
 from .library import ALL, LIBRARIES, Library
-from .optimizers import ADAM, OPTIMIZERS, fused_init
+from .optimizers import ADAM, OPTIMIZERS, fuse, fused_init, unfuse
 from .programs import summary
 from .programs.plan import KEPT
 from .registry import Entry, qualified
@@ -77,12 +78,13 @@ def _device(module: nn.Module) -> str:
     return next((t.device.type for t in (*module.parameters(), *module.buffers())), "cpu")
 
 
-def accelerate(model: nn.Module, *, frozen: bool = False) -> Report:
+def accelerate(model: nn.Module | torch.optim.Optimizer, *, frozen: bool = False) -> Report:
     """Speed up all modules of ``model`` that are known, in place; parameters, hooks and results stay.
 
     Args:
         model: any module tree. Modules whose class is exactly one that is known (docs/dropin.md) get the fast form;
-            subclasses, unknown versions and options are left as they are.
+            subclasses, unknown versions and options are left as they are. Or an optimizer: ``torch.optim.Adam`` and ``AdamW``
+            become torch's fused ones, with less Python around the kernel, unless another form was asked for.
 
         frozen: the Parameters will not change. Published stacks (CompVis/iin, net2net, invariances) then lay their weights
             out once for evaluation, not at every call. A change that torch counts is still seen, one through ``.data`` not.
@@ -91,7 +93,7 @@ def accelerate(model: nn.Module, *, frozen: bool = False) -> Report:
         What was replaced, and what was left and why.
 
     Raises:
-        TypeError: ``model`` is not a module.
+        TypeError: ``model`` is neither a module nor an optimizer.
 
     Warns:
         UserWarning: ``model`` holds modules of a known library, and none was replaced.
@@ -101,8 +103,12 @@ def accelerate(model: nn.Module, *, frozen: bool = False) -> Report:
         >>> print(report)
         nothing of a known library found
     """
+    if isinstance(model, torch.optim.Optimizer):
+        return Report([fuse(model)])
     if not isinstance(model, nn.Module):
-        raise TypeError(f"accelerate: model is a {type(model).__name__}, expected a torch.nn.Module")
+        raise TypeError(
+            f"accelerate: model is a {type(model).__name__}, expected a torch.nn.Module or a torch.optim.Optimizer"
+        )
     lines = []
     with _lock:
         for path, module in model.named_modules():
@@ -225,18 +231,22 @@ def _accelerate(path: str, module: nn.Module, library: Library) -> Iterator[Line
             yield Line(path, label, True, made.note)
 
 
-def restore(model: nn.Module) -> None:
-    """Undo :func:`accelerate`: all modules of ``model`` get their own classes back.
+def restore(model: nn.Module | torch.optim.Optimizer) -> None:
+    """Undo :func:`accelerate`: all modules of ``model``, or an optimizer, get their own classes back.
 
     Instances of a class that you derived from an accelerated one stay what they are.
 
     Raises:
-        TypeError: ``model`` is not a module.
+        TypeError: ``model`` is neither a module nor an optimizer.
         RuntimeError: torch derived the class of a module from an accelerated one (a parametrization, ``fully_shard``);
             nothing is changed then.
     """
+    if isinstance(model, torch.optim.Optimizer):
+        return unfuse(model)
     if not isinstance(model, nn.Module):
-        raise TypeError(f"restore: model is a {type(model).__name__}, expected a torch.nn.Module")
+        raise TypeError(
+            f"restore: model is a {type(model).__name__}, expected a torch.nn.Module or a torch.optim.Optimizer"
+        )
     for path, module in model.named_modules():
         if _by_torch(type(module)):
             raise RuntimeError(
@@ -311,8 +321,8 @@ def patch(*names: str, fused_optimizer: bool = False) -> Patch:
     Args:
         names: "nflows", "glasflow", "normflows", "freia", "zuko", "iin", "net2net", "invariances"; "sbi" means nflows, zuko, and how it loads
             batches.
-        fused_optimizer: every ``torch.optim.Adam`` and ``AdamW`` that is made meanwhile is torch's fused one, unless its
-            maker asked for another form.
+        fused_optimizer: every ``torch.optim.Adam`` and ``AdamW`` that is made meanwhile is torch's fused one, as after
+            ``accelerate(optimizer)``, unless its maker asked for another form.
 
     Returns:
         An object with ``report``, which is also a context manager; ``print`` shows the report.
@@ -321,10 +331,10 @@ def patch(*names: str, fused_optimizer: bool = False) -> Patch:
         UserWarning: nothing of a library was replaced.
 
     Raises:
-        ValueError: no name, or an unknown one.
+        ValueError: no name and no ``fused_optimizer``, or an unknown name.
         ImportError: a library is not installed.
     """
-    if not names:
+    if not (names or fused_optimizer):
         raise ValueError(f"patch: no library given, expected some of {', '.join(BY_NAME)}")
     libraries = _libraries("patch", names)
     for library in libraries.values():

@@ -208,6 +208,85 @@ def test_a_fused_optimizer_steps_as_torch_s(cls: Any, options: dict[str, Any], d
         assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in got)
 
 
+@pytest.mark.parametrize("cls", [torch.optim.Adam, torch.optim.AdamW])
+@pytest.mark.parametrize("asked", [{}, {"fused": True}], ids=str)
+@pytest.mark.parametrize("before", [0, 2])
+def test_accelerate_an_optimizer(cls: Any, asked: dict[str, bool], before: int) -> None:
+    """Before its first step or after some, in place, to the bits of torch's fused form; and back."""
+    given, wanted = parameters(), parameters()
+    made, plain = cls(given, lr=0.1, **asked), cls(wanted, lr=0.1, **asked)
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            for params, optimizer in ((given, made), (wanted, plain)):
+                optimizer.zero_grad()
+                assert all(p.grad is None for p in params)
+                for p in params:
+                    p.grad = p.detach().sin()
+                optimizer.step()
+
+    steps(before)
+    report = iin_fast.accelerate(made)
+    assert [line.replaced for line in report.lines] == [True] and cls.__qualname__ in str(report)
+    assert isinstance(made, cls) and type(made) is not cls
+    assert iin_fast.accelerate(made).lines[0].why == "already" and not made.param_groups[0]["foreach"]
+    for group in plain.param_groups:
+        group["fused"] = True
+    steps(3)
+    assert all(torch.equal(got, want) for got, want in zip(given, wanted, strict=True))
+    assert made.state[given[0]]["step"] == 3 + before
+    made.zero_grad(set_to_none=False)
+    assert all(not p.grad.any() for p in given if p.grad is not None) and given[0].grad is not None
+    iin_fast.restore(made)
+    iin_fast.restore(made)
+    assert type(made) is cls and made.defaults["fused"] is made.param_groups[0]["fused"] is asked.get("fused")
+    steps(1)
+    assert made.state[given[0]]["step"] == 4 + before
+    for got, want in zip(given, wanted, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_gradients_that_lie_in_another_order() -> None:
+    """torch's fused kernel takes them for the parameter's order."""
+    given, wanted = (nn.Parameter(torch.arange(12.0).view(3, 4)) for _ in range(2))
+    turned = nn.Parameter(torch.arange(6.0).view(2, 3).t())
+    made = torch.optim.Adam([given, turned], lr=0.1)
+    plain = torch.optim.Adam([wanted, other := nn.Parameter(turned.detach().clone())], lr=0.1)
+    iin_fast.accelerate(made)
+    for number in range(4):
+        for p in (given, wanted):
+            p.grad = torch.randn(4, 3, generator=torch.Generator().manual_seed(number)).t()
+        for p in (turned, other):
+            p.grad = torch.randn(3, 2, generator=torch.Generator().manual_seed(number))
+        made.step()
+        plain.step()
+        torch.testing.assert_close(given, wanted)
+        torch.testing.assert_close(turned, other)
+
+
+def test_optimizers_that_accelerate_leaves() -> None:
+    for made, why in (
+        (torch.optim.SGD(parameters()), "no faster form"),
+        (OwnAdam(parameters()), "no faster form"),
+        (torch.optim.Adam(parameters(), fused=False), "fused=False was asked for"),
+        (torch.optim.AdamW(parameters(), foreach=True), "foreach=True was asked for"),
+        (torch.optim.Adam([nn.Parameter(torch.zeros(2, dtype=torch.complex64))]), "floating-point parameters"),
+    ):
+        cls, report = type(made), iin_fast.accelerate(made)
+        assert type(made) is cls and not report.replaced and why in str(report)
+    counted = torch.optim.Adam([nn.Parameter(torch.zeros(2, device="meta"))])
+    assert "on cpu and cuda" in str(iin_fast.accelerate(counted))
+
+
+def test_the_optimizer_alone() -> None:
+    with iin_fast.patch(fused_optimizer=True) as patched:
+        assert len(patched.report.lines) == 1
+        assert torch.optim.Adam(parameters()).defaults["fused"]
+    assert torch.optim.Adam(parameters()).defaults["fused"] is None
+    with pytest.raises(ValueError, match="no library given"):
+        iin_fast.patch()
+
+
 def test_a_fused_optimizer_counts_steps_in_one_tensor_and_pickles_as_torch_s() -> None:
     given = parameters()
     made = made_in_a_block(torch.optim.Adam, given)
