@@ -38,7 +38,7 @@ BACKENDS = {"sbi": ("nflows", "zuko", "sbi")}  # whose models these libraries bu
 
 _lock = RLock()  # what is generated, patched and held changes under it
 _classes: dict[type, FastClass] = {}
-_patched: dict[type, dict[str, Any]] = {}  # what each patched class had of its own
+_patched: dict[Any, dict[str, Any]] = {}  # what each patched class or module had of its own
 _holders: dict[str, set["Patch"]] = {}  # who keeps a library patched
 
 
@@ -387,6 +387,14 @@ def _hold(holder: Patch) -> list[Line]:
             if reason is None and cls not in _patched:
                 _patch(cls, known)
             lines.append(Line("", cls_name, reason is None, known.note if reason is None else reason))
+        for attribute, fast in library.functions.items():
+            own = fast.__wrapped__  # type: ignore[attr-defined]
+            for module in library.loaded():
+                if vars(module).get(attribute) is own:
+                    _patched.setdefault(module, {})[attribute] = own
+                    setattr(module, attribute, fast)
+            if any(vars(module).get(attribute) is fast for module in library.loaded()):
+                lines.append(Line("", f"{library.name}.{attribute}", True, "with less Python"))
         lines.extend(Line("", left, False, why) for left, why in library.left.items())
     return lines
 
@@ -432,9 +440,10 @@ def unpatch(*names: str) -> None:
 def _unpatch(name: str) -> None:
     """The classes of a library are its own again; nobody holds it."""
     _holders.pop(name, None)
-    for cls in [ADAM] if name == OPTIMIZERS else BY_NAME[name].classes().values():
-        for attribute, value in _patched.pop(cls, {}).items():
+    library = BY_NAME.get(name)
+    for owner in [ADAM] if library is None else [*library.classes().values(), *library.loaded()]:
+        for attribute, value in _patched.pop(owner, {}).items():
             if value is MISSING:
-                delattr(cls, attribute)
+                delattr(owner, attribute)
             else:
-                setattr(cls, attribute, value)
+                setattr(owner, attribute, value)

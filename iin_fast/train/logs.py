@@ -14,7 +14,7 @@ from typing import Any
 
 from ..files import read_json, write_file
 
-__all__ = ["COLUMNS", "Bar", "Log", "early_end", "event_writer", "held_out_rise", "loss_rise"]
+__all__ = ["COLUMNS", "Bar", "Log", "early_end", "event_writer", "held_out_rise", "loss_rise", "output"]
 
 EVERY = 20.0  # seconds between two lines of a bar that is no bar
 COLUMNS = (
@@ -77,6 +77,15 @@ class Log:
             logger.finalize("success" if ended else "failed")
 
 
+def output() -> Any:
+    """Where a training prints."""
+    try:
+        from .._output import Output
+    except ImportError as error:
+        raise ImportError("the progress bar needs rich: pip install 'iin-fast[cli]'") from error
+    return Output()
+
+
 class Bar:
     """A progress bar with the time left, or outside of a terminal a line every 20 seconds; neither where ``show`` is False."""
 
@@ -85,14 +94,11 @@ class Bar:
         self._held_out = ""
         if not show:
             return
-        try:
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        console = output()
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-            from .._output import Output
-        except ImportError as error:
-            raise ImportError("the progress bar needs rich: pip install 'iin-fast[cli]'") from error
         columns = (BarColumn(12), MofNCompleteColumn(), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
-        self._bar = Progress(f"{name:<11}", *columns, console=Output())
+        self._bar = Progress(f"{name:<11}", *columns, console=console)
         self._task = self._bar.add_task(name, total=steps, completed=done, text="")
         self._said = time.monotonic()
 

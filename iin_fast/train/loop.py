@@ -35,7 +35,7 @@ from .batches import Batch, Batches, estimate_sizes, fit_linear, split_rows, uni
 from .findings import outlier_line
 from .judge import SwapJudge
 from .lock import lock
-from .logs import Bar, Log, event_writer, held_out_rise, loss_rise
+from .logs import Bar, Log, event_writer, held_out_rise, loss_rise, output
 from .numerics import first_not_finite, not_finite_part
 from .run_folder import read_like
 from .settings import PAPER, PATIENT, Facts, Settings
@@ -186,7 +186,7 @@ def train(
             )
             training.open_folder(force)
             if progress and fabric.is_global_zero:
-                print("\n".join([*training.summary(), settings.text(known)]), flush=True)
+                output().out("\n".join([*training.summary(), settings.text(known)]), highlight=False)
             model = training.run()
         fabric.barrier()
     if settings.keep != "last":

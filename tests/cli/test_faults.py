@@ -215,12 +215,13 @@ def test_latents_that_are_hard_to_learn_from_end_in_a_model_or_a_line(tmp_path):
     assert Latents.of(z).n == 200 and head[1] == "loss"
 
 
-def test_a_training_goes_on_when_nobody_reads_its_lines(made, tmp_path):
+@pytest.mark.parametrize("lines", [0, 1])
+def test_a_training_goes_on_when_nobody_reads_its_lines(lines, made, tmp_path):
     """As in ``iin-fast train … | head``."""
     words = ["train", made / "z.npz", "--out", tmp_path / "run", "--steps", 40, "--hidden-dim", 8, "--n-flows", 1]
     command = [sys.executable, "-m", "iin_fast.cli", *map(str, words)]
     training = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert training.stdout.readline()
+    assert all(training.stdout.readline() for _ in range(lines))
     training.stdout.close()
     assert (training.wait(120), training.stderr.read()) == (0, "")
     assert run("encode", tmp_path / "run", made / "z.npz", "--out", tmp_path / "codes.npz")[0] == 0

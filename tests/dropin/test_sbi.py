@@ -106,3 +106,50 @@ def test_a_patched_loader_takes_no_row_by_itself(monkeypatch: pytest.MonkeyPatch
     dataset.tensors = tuple(t[:5] for t in dataset.tensors)
     with pytest.raises(IndexError, match="out of bounds for dimension 0 with size 5"):
         batches(train)
+
+
+def gradients(dtype: torch.dtype = torch.float32, scale: float = 1.0) -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(5)
+    made = [torch.nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in ((3, 5), (7,), (), (2, 4), (0, 3), (9,))]
+    for p in made[:-1]:  # the last one has none
+        p.grad = scale * torch.randn(p.shape, dtype=dtype, generator=generator)
+    return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3, float("nan"), float("inf"), 0.0])
+@pytest.mark.parametrize("max_norm", [5.0, 1, 0.0])
+def test_clipping_gives_the_bits_of_torch_s(dtype: torch.dtype, scale: float, max_norm: float) -> None:
+    import sbi.inference.trainers.base as module
+
+    own = torch.nn.utils.clip_grad_norm_
+    with iin_fast.patch("sbi") as patched:
+        fast: Any = vars(module)["clip_grad_norm_"]
+        assert fast is not own and "sbi.clip_grad_norm_" in str(patched)
+    assert vars(module)["clip_grad_norm_"] is own is torch.nn.utils.clip_grad_norm_
+    for given in (lambda ps: ps, iter, lambda ps: ps[0], lambda ps: ps[-1], lambda ps: []):
+        got, want = gradients(dtype, scale), gradients(dtype, scale)
+        norms = fast(given(got), max_norm), own(given(want), max_norm)
+        torch.testing.assert_close(*norms, rtol=0, atol=0, equal_nan=True)
+        for g, w in zip(got, want, strict=True):
+            assert (g.grad is None) == (w.grad is None)
+            if g.grad is not None and w.grad is not None:
+                torch.testing.assert_close(g.grad, w.grad, rtol=0, atol=0, equal_nan=True)
+
+
+def test_what_clipping_leaves_to_torch() -> None:
+    from iin_fast.dropin.sbi import clip
+
+    for options in ({"norm_type": 1.0}, {"foreach": False}, {"norm_type": float("inf")}):
+        got, want = gradients(), gradients()
+        norms = clip(got, 0.5, **options), torch.nn.utils.clip_grad_norm_(want, 0.5, **options)
+        assert torch.equal(*norms) and all(
+            torch.equal(g.grad, w.grad) for g, w in zip(got[:-1], want[:-1], strict=True)
+        )
+    with pytest.raises(RuntimeError, match="non-finite"):
+        clip(gradients(scale=float("nan")), 1.0, error_if_nonfinite=True)
+    mixed = [*gradients(), *gradients(torch.float64)], [*gradients(), *gradients(torch.float64)]
+    assert torch.equal(clip(mixed[0], 0.5), torch.nn.utils.clip_grad_norm_(mixed[1], 0.5))
+    meta = torch.nn.Parameter(torch.zeros(3, device="meta"))
+    meta.grad = torch.zeros(3, device="meta")
+    assert clip([meta], 1.0).is_meta
