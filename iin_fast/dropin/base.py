@@ -1,9 +1,8 @@
 """What is known of one library."""
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType, ModuleType
+from types import MappingProxyType
 from typing import Any
 
 from .programs import Programs
@@ -28,8 +27,8 @@ class Library:
         containers: transforms that only hold others, and are not reported.
         programs: how whole models become programs, if they do.
         attributes: of modules, that may hold a known class or a partial of one.
-        functions: of torch, that ``patch`` replaces in the library's modules, by the name that they have there; each
-            fast one wraps its own.
+        functions: of torch, that ``patch`` replaces in modules of the library: qualified names there, and the fast one, which
+            wraps its own.
     """
 
     name: str
@@ -53,7 +52,3 @@ class Library:
         """The known classes that are loaded."""
         found = {name: lookup(name) for name in self.by_name}
         return {name: cls for name, cls in found.items() if isinstance(cls, type)}
-
-    def loaded(self) -> list[ModuleType]:
-        """Its modules that are loaded."""
-        return [m for name, m in list(sys.modules.items()) if name.split(".")[0] == self.package and m is not None]

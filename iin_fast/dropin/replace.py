@@ -7,6 +7,7 @@ own, so a saved model opens where iin-fast is not installed.
 
 import importlib
 import importlib.metadata
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -387,14 +388,14 @@ def _hold(holder: Patch) -> list[Line]:
             if reason is None and cls not in _patched:
                 _patch(cls, known)
             lines.append(Line("", cls_name, reason is None, known.note if reason is None else reason))
-        for attribute, fast in library.functions.items():
-            own = fast.__wrapped__  # type: ignore[attr-defined]
-            for module in library.loaded():
-                if vars(module).get(attribute) is own:
-                    _patched.setdefault(module, {})[attribute] = own
-                    setattr(module, attribute, fast)
-            if any(vars(module).get(attribute) is fast for module in library.loaded()):
-                lines.append(Line("", f"{library.name}.{attribute}", True, "with less Python"))
+        for place, fast in library.functions.items():
+            path, _, attribute = place.rpartition(".")
+            module, found = sys.modules.get(path), registry.lookup(place)
+            if found is fast.__wrapped__:  # type: ignore[attr-defined]
+                _patched[module] = {attribute: found}
+                setattr(module, attribute, fast)
+            if found in (fast, fast.__wrapped__):  # type: ignore[attr-defined]
+                lines.append(Line("", place, True, "with less Python"))
         lines.extend(Line("", left, False, why) for left, why in library.left.items())
     return lines
 
@@ -441,7 +442,8 @@ def _unpatch(name: str) -> None:
     """The classes of a library are its own again; nobody holds it."""
     _holders.pop(name, None)
     library = BY_NAME.get(name)
-    for owner in [ADAM] if library is None else [*library.classes().values(), *library.loaded()]:
+    modules = [] if library is None else [sys.modules.get(place.rpartition(".")[0]) for place in library.functions]
+    for owner in [ADAM] if library is None else [*library.classes().values(), *modules]:
         for attribute, value in _patched.pop(owner, {}).items():
             if value is MISSING:
                 delattr(owner, attribute)

@@ -76,6 +76,18 @@ def clip(parameters: Any, max_norm: Any, *args: Any, **kwargs: Any) -> Tensor:
     return norm
 
 
+CLIPPED = (
+    "base",
+    "marginal.marginal_base",
+    "npe.npe_base",
+    "nle.nle_base",
+    "nre.nre_base",
+    "fmpe.fmpe",
+    "npse.npse",
+    "vfpe.base_vf_inference",
+)
+"""The modules with training loops: the first two since sbi 0.26, the others before."""
+
 LIBRARY = Library(
     name="sbi",
     package="sbi",
@@ -90,5 +102,5 @@ LIBRARY = Library(
         ),
     ),
     versions=("0.23", "0.24", "0.25", "0.26", "0.27"),
-    functions={"clip_grad_norm_": clip},
+    functions={f"sbi.inference.trainers.{name}.clip_grad_norm_": clip for name in CLIPPED},
 )
