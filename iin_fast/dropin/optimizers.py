@@ -159,12 +159,13 @@ def _lists(optimizer: Any, group: dict[str, Any]) -> tuple[list[Any], Any, bool]
 
     None where torch's own code has to run.
     """
-    params, options = group["params"], (group["lr"], *group["betas"])
+    params = [p for p in group["params"] if p.grad is not None]
+    options = group["lr"], *group["betas"]
     if not group["fused"] or group["amsgrad"] or not params or any(type(option) is not float for option in options):
         return None
     grads = [p.grad for p in params]
     states = [optimizer.state.get(p) for p in params]
-    if any(g is None or g.is_sparse for g in grads) or not all(states):
+    if any(g.is_sparse for g in grads) or not all(states):
         return None
     steps = [state["step"] for state in states]
     known = vars(optimizer).setdefault(STEPS, {}).get(id(group), ((), ()))
@@ -178,7 +179,7 @@ def _lists(optimizer: Any, group: dict[str, Any]) -> tuple[list[Any], Any, bool]
         steps = [state["step"] for state in states]
         small = sum(p.numel() for p in params) < SMALL * len(params)
         contiguous = all(map(Tensor.is_contiguous, params))
-        known = vars(optimizer)[STEPS][id(group)] = list(params), steps, counted, small, contiguous
+        known = vars(optimizer)[STEPS][id(group)] = params, steps, counted, small, contiguous
     _, _, counted, small, contiguous = known
     if not (contiguous and all(map(Tensor.is_contiguous, grads))):
         grads = list(map(_in_order, grads, params))

@@ -264,6 +264,36 @@ def test_gradients_that_lie_in_another_order() -> None:
         torch.testing.assert_close(turned, other)
 
 
+def test_parameters_without_gradients_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FrEIA's modules hold some that never have one; others have one now and then. Neither needs torch's longer way."""
+    pairs = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(n)) for n in (3, 4, 5)]
+        params.append(nn.Parameter(torch.randn(2), requires_grad=False))
+        pairs.append((params, torch.optim.Adam(params, lr=0.1, fused=True)))
+    (given, made), (wanted, plain) = pairs
+    iin_fast.accelerate(made)
+
+    def steps(*missing: int) -> None:
+        for params, optimizer in pairs:
+            optimizer.zero_grad()
+            for number, p in enumerate(params[:3]):
+                p.grad = None if number in missing else p.detach().cos()
+            optimizer.step()
+
+    steps(1)
+    steps()  # the second gets its state
+    own: list[int] = []  # calls of torch's longer way
+    monkeypatch.setattr(made, "_init_group", lambda *_, **__: own.append(1))
+    for missing in ((), (0,), (), (), (1, 2), ()):
+        steps(*missing)
+        assert all(torch.equal(got, want) for got, want in zip(given, wanted, strict=True))
+        for got, want in zip(given[:3], wanted[:3], strict=True):
+            assert made.state[got]["step"] == plain.state[want]["step"]
+    assert not own and given[3] not in made.state
+
+
 def test_optimizers_that_accelerate_leaves() -> None:
     for made, why in (
         (torch.optim.SGD(parameters()), "no faster form"),
