@@ -294,12 +294,145 @@ def test_parameters_without_gradients_are_left_out(monkeypatch: pytest.MonkeyPat
     assert not own and given[3] not in made.state
 
 
+def test_moments_that_lie_in_another_order() -> None:
+    """As after ``model.to(memory_format=torch.channels_last)``, which keeps the state of the optimizer as it lay."""
+    torch.manual_seed(0)
+    nets = [nn.Conv2d(3, 4, 3)]
+    nets += [copy.deepcopy(nets[0]) for _ in range(2)]
+    plain, before, after = (torch.optim.Adam(net.parameters(), lr=0.1) for net in nets)
+    iin_fast.accelerate(before)
+
+    def steps() -> None:
+        for number in range(3):
+            x = torch.randn(2, 3, 5, 5, generator=torch.Generator().manual_seed(number))
+            for net, optimizer in zip(nets, (plain, before, after), strict=True):
+                optimizer.zero_grad()
+                net(x).square().sum().backward()
+                optimizer.step()
+
+    for layout in (torch.contiguous_format, torch.channels_last, torch.contiguous_format):
+        for net in nets:
+            net.to(memory_format=layout)
+        steps()
+        iin_fast.accelerate(after)
+        steps()
+        for net in nets[1:]:
+            torch.testing.assert_close(net.weight, nets[0].weight, rtol=1e-4, atol=1e-4)
+
+
+def test_a_gradient_buffer_of_the_user_stays() -> None:
+    """torch's longer way runs at the first step; it too must read what the user writes at the next ones."""
+    given, wanted = (nn.Parameter(torch.zeros(6, 4).t()) for _ in range(2))
+    pairs = [(p, torch.optim.Adam([p], lr=0.1), torch.zeros(4, 6)) for p in (given, wanted)]
+    iin_fast.accelerate(pairs[0][1])
+    for number in range(4):
+        for p, optimizer, buffer in pairs:
+            p.grad = p.grad if number else buffer
+            buffer.copy_(torch.randn(4, 6, generator=torch.Generator().manual_seed(number)))
+            optimizer.step()
+            assert p.grad is buffer
+        torch.testing.assert_close(given, wanted)
+
+
+@pytest.mark.parametrize("schedule", ["before", "after"])
+def test_a_schedule_follows_its_optimizer(schedule: str) -> None:
+    given, plain = parameters(), parameters()
+    pairs = [(params, torch.optim.Adam(params, lr=0.1, fused=True)) for params in (given, plain)]
+    made = pairs[0][1]
+
+    def schedules() -> list[Any]:
+        return [torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.5, 20) for _, optimizer in pairs]
+
+    made_first = schedules() if schedule == "before" else []
+    iin_fast.accelerate(made)
+    rates = made_first or schedules()
+
+    def steps(short: bool) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # such as of a schedule that saw no step
+            for _ in range(3):
+                for (params, optimizer), rate in zip(pairs, rates, strict=True):
+                    for p in params:
+                        p.grad = p.detach().cos()
+                    optimizer.step()
+                    rate.step()
+        assert ("_iin_fast_steps" in vars(made)) == short
+        assert all(torch.equal(got, want) for got, want in zip(given, plain, strict=True))
+
+    steps(True)
+    iin_fast.restore(made)
+    steps(False)
+
+
+def test_groups_keep_what_was_asked_for() -> None:
+    one, two, three = parameters(), parameters(), parameters()
+    made = torch.optim.Adam([{"params": one, "fused": True}, {"params": two}])
+    iin_fast.accelerate(made)
+    made.add_param_group({"params": three, "fused": False})
+    made.add_param_group({"params": parameters()})
+    made.add_param_group({"params": parameters(), "foreach": True})
+    made.add_param_group({"params": [nn.Parameter(torch.zeros(2, dtype=torch.complex64))]})
+    assert [group["fused"] for group in made.param_groups] == [True, True, False, True, None, None]
+    for group in made.param_groups:
+        for p in group["params"]:
+            p.grad = torch.ones_like(p)
+    made.step()
+    made.step()
+    iin_fast.restore(made)
+    assert [group["fused"] for group in made.param_groups] == [True, None, False, None, None, None]
+    assert made.defaults["fused"] is None
+
+
+def test_a_file_of_a_plain_optimizer_makes_it_a_plain_one_until_the_next_call() -> None:
+    given = parameters()
+    made, plain = torch.optim.Adam(given), torch.optim.Adam(given)
+    iin_fast.accelerate(made)
+    for number in range(3):
+        made.load_state_dict(plain.state_dict())
+        assert made.param_groups[0]["fused"] is None
+        report = iin_fast.accelerate(made)
+        assert made.param_groups[0]["fused"] and report.lines[0].why != "already"
+        for _ in range(2):
+            for p in given:
+                p.grad = torch.ones_like(p)
+            made.step()
+        assert len(vars(made)["_iin_fast_steps"]) == 1, number
+
+
+def test_a_parameter_that_is_there_twice_is_torch_s_business() -> None:
+    p, q = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        made, plain = (torch.optim.Adam([t, t], fused=True) for t in (p, q))
+    iin_fast.accelerate(made)
+    for _ in range(3):
+        p.grad, q.grad = torch.ones(3), torch.ones(3)
+        made.step()
+        plain.step()
+        assert torch.equal(p, q)
+
+
+def test_a_step_in_inference_mode_between_others() -> None:
+    given, wanted = parameters(), parameters()
+    made, plain = (torch.optim.Adam(params, fused=True) for params in (given, wanted))
+    iin_fast.accelerate(made)
+    for number in range(6):
+        with torch.inference_mode(number in (2, 3)):
+            for params, optimizer in ((given, made), (wanted, plain)):
+                for p in params:
+                    p.grad = torch.ones_like(p) * number
+                optimizer.step()
+        assert all(torch.equal(got, want) for got, want in zip(given, wanted, strict=True))
+
+
 def test_optimizers_that_accelerate_leaves() -> None:
     for made, why in (
         (torch.optim.SGD(parameters()), "no faster form"),
         (OwnAdam(parameters()), "no faster form"),
         (torch.optim.Adam(parameters(), fused=False), "fused=False was asked for"),
         (torch.optim.AdamW(parameters(), foreach=True), "foreach=True was asked for"),
+        (torch.optim.Adam(parameters(), foreach=False), "foreach=False was asked for"),
+        (torch.optim.Adam([torch.zeros(4, 6)[:, :3].requires_grad_()]), "gaps between their elements"),
+        (torch.optim.Adam([torch.zeros(1).expand(8).requires_grad_()]), "or that share elements"),
         (torch.optim.Adam([nn.Parameter(torch.zeros(2, dtype=torch.complex64))]), "floating-point parameters"),
     ):
         cls, report = type(made), iin_fast.accelerate(made)
