@@ -124,9 +124,9 @@ def train(
             model = run_training(data, out, settings, resume=resume, progress=True, **where)
     except KeyboardInterrupt:
         if _leave_group():
-            console.print(
-                f"stopped; iin-fast train --out {escape(str(out))} --resume goes on", highlight=False, soft_wrap=True
-            )
+            goes_on = f"iin-fast train --out {escape(str(out))} --resume goes on"
+            left = goes_on if (out / "run.json").exists() else "before anything was written"
+            console.print(f"stopped; {left}", highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
     if not _leave_group():
         return
@@ -217,11 +217,10 @@ def _compare(latents: list[Path], plot: Path | None, **options: Any) -> None:
 
 def encode(run: Run, latents: LatentsFile, out: Out, shard: Shard = "", device: Device = "cpu") -> None:
     """Translate latents into factors: one array \\[n, size] for each factor."""
-    from ..data import save_arrays
     from ..train.run_folder import encode as run_encode
 
     factors = run_encode(run, _part(run, latents, shard), device=device)
-    save_arrays(out, dict(factors))
+    _save(out, dict(factors), run, latents)
     sizes = ", ".join(f"{name} {size}" for name, size in factors.sizes.items())
     _wrote(out, f"{factors.tensor.shape[0]} samples in {sizes} dimensions")
 
@@ -234,11 +233,10 @@ def decode(
     device: Device = "cpu",
 ) -> None:
     """Translate factors back into latents z, which the pretrained model's own decoder reads."""
-    from ..data import save_arrays
     from ..train.run_folder import decode as run_decode
 
     z = run_decode(run, factors, context=context or None, device=device)
-    save_arrays(out, {"z": z})
+    _save(out, {"z": z}, run, factors, context)
     _wrote(out, f"{len(z)} latents")
 
 
@@ -255,11 +253,10 @@ def swap(
     device: Device = "cpu",
 ) -> None:
     """Give each latent one factor of another sample; everything else stays. Writes z, and each donor's row."""
-    from ..data import save_arrays
     from ..train.run_folder import swap as run_swap
 
     z, rows = run_swap(run, latents, factor, donors, seed=seed, device=device)
-    save_arrays(out, {"z": z, "donor": rows})
+    _save(out, {"z": z, "donor": rows}, run, latents, donors)
     _wrote(out, f"{len(z)} latents with another's {' and '.join(factor)}")
 
 
@@ -280,12 +277,11 @@ def interpolate(
     """Walk from one sample towards another in one factor. Writes z, way after way, and each one's position from 0 to 1."""
     import torch
 
-    from ..data import save_arrays
     from ..train.run_folder import interpolate as run_interpolate
 
     z = run_interpolate(run, latents, start, end, steps, factor or None, device=device)
     position = torch.linspace(0, 1, steps).repeat(len(start))
-    save_arrays(out, {"z": z.transpose(0, 1).reshape(-1, z.shape[2]), "position": position})
+    _save(out, {"z": z.transpose(0, 1).reshape(-1, z.shape[2]), "position": position}, run, latents)
     _wrote(out, f"{len(position)} latents, {steps} for each of {len(start)} ways")
 
 
@@ -306,14 +302,12 @@ def axis(
     """Move latents along the direction from those without something to those with it. Writes z, way after way, and positions."""
     import torch
 
-    from ..data import save_arrays
     from ..train.run_folder import axis as run_axis
 
     places = position or [0.0, 0.5, 1.0]
     z = run_axis(run, with_, without, latents, places, factor or None, device=device)
-    save_arrays(
-        out, {"z": z.transpose(0, 1).reshape(-1, z.shape[2]), "position": torch.tensor(places).repeat(z.shape[1])}
-    )
+    found = {"z": z.transpose(0, 1).reshape(-1, z.shape[2]), "position": torch.tensor(places).repeat(z.shape[1])}
+    _save(out, found, run, latents, with_, without)
     _wrote(out, f"{z.shape[0] * z.shape[1]} latents, {len(places)} for each of {z.shape[1]}")
 
 
@@ -326,11 +320,10 @@ def sample(
     device: Device = "cpu",
 ) -> None:
     """Draw latents z from the IIN's distribution."""
-    from ..data import save_arrays
     from ..train.run_folder import sample as run_sample
 
     z = run_sample(run, n, context=context or None, seed=seed, device=device)
-    save_arrays(out, {"z": z})
+    _save(out, {"z": z}, run, context)
     _wrote(out, f"{len(z)} latents")
 
 
@@ -346,11 +339,10 @@ def score(
     device: Device = "cpu",
 ) -> None:
     """Find outliers: writes each latent's log_prob, in nats, and outlier_score, the share of usual ones that is likelier."""
-    from ..data import save_arrays
     from ..train.run_folder import score as run_score
 
     log_prob, outlier_score = run_score(run, _part(run, latents, shard), held_in, device=device)
-    save_arrays(out, {"log_prob": log_prob, "outlier_score": outlier_score})
+    _save(out, {"log_prob": log_prob, "outlier_score": outlier_score}, run, latents, held_in)
     share = (outlier_score >= 0.95).double().mean().item()
     _wrote(
         out,
@@ -575,6 +567,20 @@ def _leave_group() -> bool:
     first = torch.distributed.get_rank() == 0
     torch.distributed.destroy_process_group()
     return first
+
+
+def _save(out: Path, arrays: dict[str, Any], run: Path, *read: Path | str | None) -> None:
+    """Write what a command made, but not over what it read, nor over what the run is made of."""
+    from ..data import save_arrays
+    from ..train.loop import FILES, FOLDERS
+
+    for file in read:
+        if file and out.exists() and os.path.exists(file) and os.path.samefile(out, file):
+            raise ValueError(f"--out is {out}, which this command reads; take another file")
+    place, folder = out.resolve(), run.resolve()
+    if folder in place.parents and place.relative_to(folder).parts[0] in (*FOLDERS, *FILES):
+        raise ValueError(f"--out is {out}, which is a part of the run; take another file")
+    save_arrays(out, arrays)
 
 
 def _wrote(out: Path, what: str) -> None:

@@ -53,9 +53,11 @@ def _locked(file: Path) -> int:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             opened = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
-        except (FileExistsError, FileNotFoundError) as error:
-            if file.parent.is_file():
-                raise NotADirectoryError(f"train: {file.parent} is a file, expected a folder for the run") from error
+        except (FileExistsError, FileNotFoundError, NotADirectoryError) as error:
+            for path in (file.parent, *file.parent.parents):
+                if os.path.lexists(path) and not path.is_dir():
+                    what = "a file" if path.is_file() else "no folder, nor a link to one that is there"
+                    raise NotADirectoryError(f"train: {path} is {what}, expected a folder for the run") from error
             continue  # another training has just taken its empty folder away
         try:
             if fcntl is None:

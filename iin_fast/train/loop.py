@@ -37,7 +37,7 @@ from .judge import SwapJudge
 from .lock import lock
 from .logs import Bar, Log, event_writer, held_out_rise, loss_rise, output
 from .numerics import first_not_finite, not_finite_part
-from .run_folder import read_like
+from .run_folder import read_like, recorded
 from .settings import PAPER, PATIENT, Facts, Settings
 from .summary import summary
 
@@ -172,6 +172,7 @@ def train(
         _check_steps(steps, before, run)
         settings = replace(settings, steps=steps)
     settings = settings.chosen(known)
+    _check_folder(run, fingerprint, before, resume, force)  # of several processes, before they wait for each other
     fabric = _fabric(accelerator, devices, nodes, strategy, settings, device)
     with lock(run) if fabric.is_global_zero else nullcontext():
         if fabric.is_global_zero:
@@ -831,13 +832,18 @@ FILES = ("run.json", "split.npz", "config.json", "model.safetensors", "evaluatio
 
 def _check_folder(run: Path, fingerprint: str, before: dict[str, Any], resume: bool, force: bool) -> None:
     """Refuse a folder with another run in it, or with files of somebody else that would be written over."""
-    there = [name for name in (*FOLDERS, *FILES) if (run / name).exists()]
+    there = [name for name in (*FOLDERS, *FILES) if os.path.lexists(run / name)]
     if there and not _holds_run(run):
         raise FileExistsError(f"train: {run} holds {', '.join(there)} and no run of iin-fast; take another folder")
     if there and not resume and not force:
         raise FileExistsError(
             f"train: {run} holds a run already; resume it, or take another folder; force (--force) trains anew"
         )
+    for name in there:
+        if (run / name).is_dir() != (name in FOLDERS):
+            raise OSError(
+                f"train: {run / name} is no {'folder' if name in FOLDERS else 'file'}; take another folder for the run"
+            )
     known = before.get("latents", {})
     if known and known.get("sha256") != fingerprint:
         raise ValueError(
@@ -854,11 +860,8 @@ def _holds_run(run: Path) -> bool:
 
 def _record(run: Path) -> dict[str, Any]:
     """What the training in ``run`` wrote of itself; empty where there is none."""
-    file = run / "run.json"
-    if not file.is_file():
-        return {}
-    record = read_json(file)
-    if not all(isinstance(record.get(name), dict) for name in ("latents", "settings", "versions")):
+    record, file = recorded(run), run / "run.json"
+    if file.is_file() and not all(isinstance(record.get(name), dict) for name in ("latents", "settings", "versions")):
         raise ValueError(f"{file}: damaged, or not of a training (without latents, settings or versions)")
     return record
 

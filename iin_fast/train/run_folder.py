@@ -625,6 +625,15 @@ def recorded(run: Path) -> dict[str, Any]:
     for name in ("latents", "settings", "classes", "edges"):
         if not isinstance(record.get(name, {}), dict):
             raise ValueError(f"{file}: {name} is {record[name]!r}, expected a JSON object")
+    lists = {name: record.get(name, []) for name in ("names", "columns")}
+    lists |= {f"{part}.{name}": value for part in ("classes", "edges") for name, value in record.get(part, {}).items()}
+    for name, value in lists.items():
+        texts = not name.startswith(("classes.", "edges."))
+        if not isinstance(value, list) or texts and not all(isinstance(one, str) for one in value):
+            raise ValueError(f"{file}: {name} is {value!r}, expected a list{' of texts' if texts else ''}")
+    path = record.get("latents", {}).get("path")
+    if not isinstance(path, str | None):
+        raise ValueError(f"{file}: latents.path is {path!r}, expected a text")
     return record
 
 

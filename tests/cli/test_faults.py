@@ -260,3 +260,78 @@ def test_seeds_beyond_the_range_of_generators(made, copy, command, tmp_path):
 
 def test_seeds_beyond_the_range_of_scikit_learn(copy):
     assert run("evaluate", copy, "--max-samples", 60, "--seed", 2**63)[0] == 0
+
+
+@pytest.mark.parametrize("out", ["link", "link/run", "z.npz/run", "pipe"])
+def test_a_run_folder_that_can_t_be_one(out, made, tmp_path):
+    """A link to nothing kept the training looking for ever."""
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "z.npz").write_bytes((made / "z.npz").read_bytes())
+    code, output, _ = run("train", made / "z.npz", "--out", tmp_path / out, "--steps", 2, "--accelerator", "cpu")
+    assert code == 2 and "expected a folder for the run" in output and out.split("/")[0] in output
+
+
+def test_no_command_writes_over_what_it_reads_or_over_the_run(made, tmp_path):
+    run_folder, file = tmp_path / "run", tmp_path / "z.npz"
+    shutil.copytree(made / "run", run_folder)
+    shutil.copy(made / "z.npz", file)
+    other = tmp_path / "other.npz"
+    shutil.copy(file, other)
+    before = {path: path.read_bytes() for path in (*run_folder.rglob("*"), file, other) if path.is_file()}
+    rows = ["--start", 0, "--end", 1]
+    for words in (
+        ["encode", run_folder, file, "--out", file],
+        ["encode", run_folder, file, "--out", tmp_path / "run" / ".." / "z.npz"],
+        ["encode", run_folder, file, "--out", run_folder / "model.safetensors"],
+        ["encode", run_folder, file, "--out", run_folder / "state" / "x.npz"],
+        ["swap", run_folder, file, "--factor", "digit", "--out", file],
+        ["swap", run_folder, file, "--factor", "digit", "--donors", other, "--out", other],
+        ["interpolate", run_folder, file, *rows, "--out", file],
+        ["axis", run_folder, file, "--with", other, "--without", file, "--out", other],
+        ["score", run_folder, file, "--out", file],
+        ["score", run_folder, file, "--held-in", other, "--out", other],
+        ["sample", run_folder, "--out", run_folder / "split.npz"],
+    ):
+        code, output, _ = run(*words)
+        assert code == 2 and "take another file" in output, (words, output)
+        assert {path: path.read_bytes() for path in before} == before
+    assert run("encode", run_folder, file, "--out", run_folder / "codes.npz")[0] == 0
+    assert run("decode", run_folder, run_folder / "codes.npz", "--out", run_folder / "codes.npz")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("names", 5, "names is 5, expected a list of texts"),
+        ("names", None, "names is None, expected a list of texts"),
+        ("columns", [[1]], r"columns is [[1]], expected a list of texts"),
+        ("classes", {"digit": 5}, "classes.digit is 5, expected a list"),
+        ("edges", {"digit": "x"}, "edges.digit is 'x', expected a list"),
+        ("latents", {"path": 5}, "latents.path is 5, expected a text"),
+    ],
+)
+def test_a_run_json_with_a_value_of_another_kind(key, value, text, made, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(made / "run", folder)
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(record | {key: value}))
+    for words in (["report", folder], ["train", "--out", folder, "--resume", "--steps", 99]):
+        code, output, _ = run(*words)
+        assert code == 2 and "run.json" in output and text in " ".join(output.split()), output
+
+
+@pytest.mark.parametrize("name", ["state", "logs", "split.npz"])
+def test_a_resume_of_a_damaged_folder_changes_nothing(name, made, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(made / "run", folder)
+    if name == "split.npz":
+        (folder / name).unlink()
+        (folder / name).mkdir()
+    else:
+        shutil.rmtree(folder / name)
+        (folder / name).symlink_to(tmp_path / "nowhere")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    code, output, _ = run("train", "--out", folder, "--resume", "--steps", 99)
+    assert code == 2 and name in output and "is no" in output, output
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
