@@ -199,14 +199,15 @@ def _own_step(optimizer: Any, cls: type[torch.optim.Adam], closure: Any) -> Any:
     for group in optimizer.param_groups if closure is None else ():
         for p in group["params"] if group["fused"] else ():
             if p.grad is not None and not p.grad.is_sparse and p.grad.stride() != p.stride():
-                held.append((p, p.grad))
-                p.grad = _in_order(p.grad, p)
+                held.append((p, p.grad, ordered := _in_order(p.grad, p)))
+                p.grad = ordered
             _order_moments(optimizer, p)
     try:
         return cls.step(optimizer, closure)
     finally:
-        for p, grad in held:
-            p.grad = grad
+        for p, grad, ordered in held:
+            if p.grad is ordered:  # else a hook has taken it away
+                p.grad = grad.copy_(ordered)  # of a GradScaler the kernel takes its scale off
 
 
 @cache

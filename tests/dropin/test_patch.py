@@ -334,6 +334,36 @@ def test_a_gradient_buffer_of_the_user_stays() -> None:
         torch.testing.assert_close(given, wanted)
 
 
+def test_a_scaler_takes_its_scale_off_gradients_in_another_order() -> None:
+    found = []
+    for fast in (True, False):
+        p = nn.Parameter(torch.arange(12.0).view(3, 4))
+        optimizer = torch.optim.Adam([p], lr=0.1, fused=fast)
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        if fast:
+            iin_fast.accelerate(optimizer)
+        for number in range(3):
+            buffer = torch.randn(4, 3, generator=torch.Generator().manual_seed(number)).t()
+            scaler.scale(torch.zeros((), requires_grad=True)).backward()
+            p.grad = 4 * buffer
+            scaler.step(optimizer)
+            scaler.update()
+            assert p.grad is not None
+            torch.testing.assert_close(p.grad, buffer)
+        found.append(p.detach())
+    torch.testing.assert_close(*found)
+
+
+def test_a_hook_may_take_a_gradient_away() -> None:
+    p = nn.Parameter(torch.zeros(3, 4))
+    optimizer = torch.optim.Adam([p], fused=True)
+    iin_fast.accelerate(optimizer)
+    optimizer.register_step_post_hook(lambda made, *_: made.zero_grad())
+    p.grad = torch.ones(4, 3).t()
+    optimizer.step()
+    assert p.grad is None
+
+
 @pytest.mark.parametrize("schedule", ["before", "after"])
 def test_a_schedule_follows_its_optimizer(schedule: str) -> None:
     given, plain = parameters(), parameters()
