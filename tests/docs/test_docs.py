@@ -77,14 +77,15 @@ def test_code_of_dropin_runs() -> None:
     ).eval()
     x = torch.randn(5, 4)
     before = model(x)
+    optimizer = torch.optim.Adam(model.parameters())
     made = []
     inference = SimpleNamespace(
         train=lambda: made.append(torch.optim.Adam(model.parameters())),
         build_posterior=lambda: SimpleNamespace(posterior_estimator=model),
     )
     try:
-        names = run_blocks("dropin.md", model=model, inference=inference)
-        assert made[0].defaults["fused"]
+        names = run_blocks("dropin.md", model=model, optimizer=optimizer, inference=inference)
+        assert optimizer.defaults["fused"] and made[0].defaults["fused"]
         assert iin_fast.accelerate(model).replaced[0].why == "by patch"  # the last line holds until unpatch
     finally:
         iin_fast.unpatch()
