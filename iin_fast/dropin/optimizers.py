@@ -242,10 +242,8 @@ def _lists(optimizer: Any, group: dict[str, Any]) -> tuple[list[Any], Any, bool]
     steps = [state["step"] for state in states]
     known = _known(optimizer, group) or ((), (), None, False)
     if not (_same(params, known[0]) and _same(steps, known[1])):
-        first = params[0]
-        if any(not p.is_cpu or p.dtype is not first.dtype for p in chain(params, grads)) or len(params) != len(
-            set(params)
-        ):
+        first, once = params[0], len(set(params)) == len(params)
+        if not once or any(not p.is_cpu or p.dtype is not first.dtype for p in chain(params, grads)):
             return None
         counted = torch.stack(steps)
         for state, one in zip(states, counted.unbind(), strict=True):

@@ -321,7 +321,7 @@ def patch(*names: str, fused_optimizer: bool = False) -> Patch:
 
     Args:
         names: "nflows", "glasflow", "normflows", "freia", "zuko", "iin", "net2net", "invariances"; "sbi" means nflows, zuko, and how it loads
-            batches.
+            batches and clips gradients.
         fused_optimizer: every ``torch.optim.Adam`` and ``AdamW`` that is made meanwhile is torch's fused one, as after
             ``accelerate(optimizer)``, unless its maker asked for another form.
 
