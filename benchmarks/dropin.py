@@ -4,7 +4,7 @@
     python benchmarks/readme.py                                                        # writes the table of docs/dropin.md
 
 Whole models of 6 features, most of them under a context of 7: a training step (loss, backward, torch's fused Adam on both
-sides, and on ours once more after ``accelerate(optimizer)``), the density, and 10,000 samples; at batches from 1 to 65536. Then models of 256 and 512 units, layers that are in no
+sides, and on ours once more after ``accelerate(optimizer)``, and with ``direct_gradients`` as well), the density, and 10,000 samples; at batches from 1 to 65536. Then models of 256 and 512 units, layers that are in no
 program, sbi's own ``train``, and what else a step costs. FOLDER holds clones of CompVis/iin, net2net, invariances and FrEIA (benchmarks/peers.py).
 """
 
@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "dropin_cpu.json"
 DIM, CONTEXT, LAYERS, SAMPLES, TURNS = 6, 7, 5, 10_000, 5
 BOTH = "accelerated, and its optimizer"
+DIRECT = "accelerated, and its optimizer, direct gradients"
 BATCHES = (1, 16, 100, 300, 1024, 4096, 16384, 65536)
 WIDTHS, BATCHES_OF_WIDE = (256, 512), (16, 100, 1024, 4096)
 
@@ -298,14 +299,17 @@ def measure(model: Model, batch: int, seconds: float) -> dict[str, Any]:
     with torch.no_grad():
         model.loss(own, torch.randn(64, model.dim), torch.randn(64, CONTEXT))  # data-dependent starts
     pair = {"own": own, "accelerated": copy.deepcopy(own), BOTH: copy.deepcopy(own)}
+    pair[DIRECT] = copy.deepcopy(own)
     for side in list(pair)[1:]:
         iin_fast.accelerate(pair[side], frozen=model.frozen)
     optimizers = {side: torch.optim.Adam(m.parameters(), 1e-4, fused=True) for side, m in pair.items()}
-    iin_fast.accelerate(optimizers[BOTH])
+    for side in (BOTH, DIRECT):
+        iin_fast.accelerate(optimizers[side])
 
     def step(side: str) -> None:
         optimizers[side].zero_grad()
-        model.loss(pair[side], x, context).backward()
+        with iin_fast.direct_gradients(side == DIRECT):
+            model.loss(pair[side], x, context).backward()
         optimizers[side].step()
 
     @torch.no_grad()
@@ -328,7 +332,7 @@ def measure(model: Model, batch: int, seconds: float) -> dict[str, Any]:
             {
                 side: lambda run=run, side=side: run(side)
                 for side in pair
-                if side != BOTH or what in ("step", "optimizer")
+                if side in ("own", "accelerated") or what == "step" or (what, side) == ("optimizer", BOTH)
             },
             seconds,
         )
@@ -343,10 +347,20 @@ def sbi_trainings(rounds: int, epochs: int) -> dict[str, Any]:
 
     theta = torch.rand(2000, DIM) * 2 - 1
     x = torch.cat([theta, theta.sum(1, keepdim=True)], 1) + 0.1 * torch.randn(2000, CONTEXT)
+
+    def fused() -> Any:
+        return iin_fast.patch("sbi", fused_optimizer=True)
+
+    @contextmanager
+    def direct() -> Iterator[None]:
+        with fused(), iin_fast.direct_gradients():
+            yield
+
     sides: dict[str, Callable[[], Any]] = {
         "own": nullcontext,
         "accelerated": lambda: iin_fast.patch("sbi"),
-        "with fused_optimizer": lambda: iin_fast.patch("sbi", fused_optimizer=True),
+        "with fused_optimizer": fused,
+        "with fused_optimizer and direct_gradients": direct,
     }
 
     def train(name: str, side: str) -> float:

@@ -2,7 +2,7 @@
 python benchmarks/engine.py --jax PYTHON [--out OUT.json] [--picture docs/images/engine_batch.png] [--only NAME …]
 
 PYTHON is that of an environment with jax and flowjax. All sides run in turn, several rounds, on the same number of threads. A
-step is loss, backward and Adam; all torch sides use torch's fused Adam, ours also after iin_fast.accelerate(optimizer). Every side has the same number
+step is loss, backward and Adam; all torch sides use torch's fused Adam, ours also after iin_fast.accelerate(optimizer), and so with nll_backward in place of log_prob and backward. Every side has the same number
 of layers, widths and depths; what differs (permutations, ActNorm, MADE's residual blocks) is a library's own.
 """
 
@@ -207,12 +207,15 @@ def torch_call(side: str, flow: nn.Module, case: dict[str, Any], **adam: Any) ->
     if case["measure"] == "gradient":
         return lambda: (-log_prob().mean()).backward()
     optimizer = torch.optim.Adam(flow.parameters(), lr=1e-3, fused=True, **adam)
-    if side == ACCELERATED:
+    if side in OURS_IN_STEPS:
         iin_fast.accelerate(optimizer)
 
     def step() -> None:
         optimizer.zero_grad()
-        (-log_prob().mean()).backward()
+        if side == ONE_CALL:
+            flow.nll_backward(x, context)  # type: ignore[operator]
+        else:
+            (-log_prob().mean()).backward()
         optimizer.step()
 
     return step
@@ -266,8 +269,14 @@ class Jax:
         self._process.wait()
 
 
-ACCELERATED = "iin-fast, accelerate(optimizer)"  # in steps
-SIDES = {"iin-fast": ours, ACCELERATED: ours, "nflows": nflows_model, "zuko": zuko_model, "normflows": normflows_model}
+ACCELERATED, ONE_CALL = OURS_IN_STEPS = ("iin-fast, accelerate(optimizer)", "iin-fast, nll_backward")
+SIDES = {
+    "iin-fast": ours,
+    **dict.fromkeys(OURS_IN_STEPS, ours),
+    "nflows": nflows_model,
+    "zuko": zuko_model,
+    "normflows": normflows_model,
+}
 COMPILED = "torch.compile"  # of nflows' model, of normflows' where nflows has none
 
 
@@ -345,7 +354,7 @@ def run_case(
     rows: dict[str, dict[str, Any]] = {}
     for side, make in sides.items():
         torch.manual_seed(0)
-        flow = None if side == ACCELERATED and case["measure"] != "step" else make(case)
+        flow = None if side in OURS_IN_STEPS and case["measure"] != "step" else make(case)
         if flow is None:
             continue
         calls[side] = torch_call(side, flow, case)

@@ -120,7 +120,10 @@ def spline_table(name: str = "spline_cpu.json") -> str:
     return "\n".join(lines)
 
 
-ACCELERATED = "iin-fast, accelerate(optimizer)"  # a side of ours in benchmarks/engine.py
+OURS_IN_STEPS = {  # sides of benchmarks/engine.py
+    "iin-fast, accelerate(optimizer)": "after `accelerate(optimizer)`",
+    "iin-fast, nll_backward": "and with `nll_backward`",
+}
 ENGINE_RIVALS = ("flowjax", "nflows", "zuko", "normflows")
 
 
@@ -155,8 +158,7 @@ def engine_table(name: str = "engine_cpu.json") -> str:
     floor = f"the arithmetic of the nets at the {result['peaks']['gflops']:.0f} GFLOP/s that the same run measured"
     present = {side for found in result["cases"].values() for side in found["sides"]}
     rivals = {rival: rival for rival in ENGINE_RIVALS}
-    if ACCELERATED in present:
-        rivals = {ACCELERATED: "after `accelerate(optimizer)`"} | rivals
+    rivals = {side: shown for side, shown in OURS_IN_STEPS.items() if side in present} | rivals
     if "torch.compile" in present:
         rivals["torch.compile"] = "nflows or normflows, torch.compile"
     lines = rivals_table(result, rivals, libraries, floor)
@@ -513,7 +515,17 @@ def without_optimizer(cells: dict[str, Any]) -> float | None:
     return float(own / fast)
 
 
-BOTH = "accelerated, and its optimizer"  # a side of benchmarks/dropin.py
+MORE = {  # sides of benchmarks/dropin.py
+    "accelerated, and its optimizer": "`accelerate(optimizer)` too",
+    "accelerated, and its optimizer, direct gradients": "and `direct_gradients`",
+}
+
+
+TRAININGS = {
+    "accelerated": 'with `patch("sbi")`',
+    "with fused_optimizer": "with `fused_optimizer=True`",
+    "with fused_optimizer and direct_gradients": "and with `direct_gradients`",
+}
 
 
 def dropin_table() -> str:
@@ -544,26 +556,29 @@ def dropin_table() -> str:
         bounds = {name: without_optimizer(by_batch.get(middle, {})) for name, by_batch in found.items()}
         bounded = any(bounds.values())
         titles += [f"step without Adam at {middle}"] * bounded
-        both = [
-            batch for batch in ("100", "300") if any(BOTH in b.get(batch, {}).get("step", {}) for b in found.values())
+        extra = [
+            (batch, side)
+            for batch in ("100", "300")
+            for side in MORE
+            if any(side in b.get(batch, {}).get("step", {}) for b in found.values())
         ]
-        titles += [f"`accelerate(optimizer)` too, step at {batch}" for batch in both]
+        titles += [f"{MORE[side]}, step at {batch}" for batch, side in extra]
         lines += ["", f"| {' | '.join(titles)} |", "|---|" + "---:|" * (len(titles) - 1)]
         for name, by_batch in found.items():
             cells = [by_batch.get(str(batch), {}).get("step") for batch in batches]
             cells += [by_batch.get(middle, {}).get(what) for what in more]
             shown = ["" if cell is None else f"{cell['speedup']:.2g}" for cell in cells]
             shown += [f"{bounds[name]:.2g}" if bounds[name] else ""] * bounded
-            for batch in both:
+            for batch, side in extra:
                 step = by_batch.get(batch, {}).get("step", {})
-                shown.append(f"{step['own']['median'] / step[BOTH]['median']:.2g}" if BOTH in step else "")
+                shown.append(f"{step['own']['median'] / step[side]['median']:.2g}" if side in step else "")
             own = by_batch.get(middle, {}).get("step")
             lines.append(f"| {name} | {milliseconds(own and own['own'])} | {' | '.join(shown)} |")
     if "sbi train" in result:
         lines += ["", "Through sbi's own `train`, wall clock:", ""]
         for name, times in result["sbi train"].items():
-            fast, fused = (times["own"] / times[side] for side in ("accelerated", "with fused_optimizer"))
-            lines.append(f'- {name}: {fast:.1f} × with `patch("sbi")`, {fused:.1f} × with `fused_optimizer=True`.')
+            shown = [f"{times['own'] / times[side]:.1f} × {how}" for side, how in TRAININGS.items() if side in times]
+            lines.append(f"- {name}: {', '.join(shown)}.")
         costs = ", ".join(f"{name} {ms:.2g} ms" for name, ms in result["else"].items())
         lines += ["", f"What else a step costs, for the parameters of sbi's nsf: {costs}."]
     return "\n".join(lines)

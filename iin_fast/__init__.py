@@ -8,6 +8,7 @@ from .backends import backend
 from .dropin import accelerate, patch, restore, unpatch
 from .iin import IIN, FactorLoss, Factors, LinearIIN, PairSampler, concept_pairs, estimate_factor_dims
 from .ops.flops import register_formulas
+from .ops.flow_program.direct import direct_gradients
 
 try:
     __version__ = version("iin-fast")
@@ -28,6 +29,7 @@ __all__ = [
     "backend",
     "concept_pairs",
     "data",
+    "direct_gradients",
     "estimate_factor_dims",
     "functional",
     "nn",

@@ -169,19 +169,28 @@ class Compose(RowFlow, nn.Module):
         if x.shape[0]:
             self._layer_by_layer(x, context, False, False)
 
+    def _prepared(
+        self, name: str, x: Tensor, context: Tensor | None, inverse: bool
+    ) -> tuple[list[Tensor], FlowProgram | None]:
+        self._check(name, x, context, self._like(x))
+        if torch.compiler.is_compiling():
+            return [], None
+        plan = self._planned()
+        if not inverse and plan.program and not all(all(start._started) for start in plan.starts):
+            self.initialize(x, context)  # layer by layer
+        tensors = self._tensors(plan)
+        narrow = x.device.type == "cpu" and x.dtype.itemsize == 2 and not torch.is_autocast_enabled("cpu")
+        if tensors is None or narrow:  # the op has no 16-bit types on the CPU, the layers have
+            return [], None
+        return tensors, plan.program
+
     def _run(
         self, name: str, x: Tensor, context: Tensor | None, inverse: bool = False, base: bool = False
     ) -> tuple[Tensor, Tensor]:
-        self._check(name, x, context, self._like(x))
-        if not torch.compiler.is_compiling():
-            plan = self._planned()
-            if not inverse and plan.program and not all(all(start._started) for start in plan.starts):
-                self.initialize(x, context)  # layer by layer
-            tensors = self._tensors(plan)
-            narrow = x.device.type == "cpu" and x.dtype.itemsize == 2 and not torch.is_autocast_enabled("cpu")
-            if tensors is not None and not narrow:  # the op has no 16-bit types on the CPU, the layers have
-                return flow_program(x, context, tensors, plan.program, inverse=inverse, base=base)  # type: ignore[arg-type]
-        return self._layer_by_layer(x, context, inverse, base)
+        tensors, program = self._prepared(name, x, context, inverse)
+        if program is None:
+            return self._layer_by_layer(x, context, inverse, base)
+        return flow_program(x, context, tensors, program, inverse=inverse, base=base)
 
     def _layer_by_layer(self, x: Tensor, context: Tensor | None, inverse: bool, base: bool) -> tuple[Tensor, Tensor]:
         total = x.new_zeros(x.shape[0], dtype=accumulator_type(x.dtype))

@@ -204,14 +204,19 @@ class ProgramFlow(RowFlow, DataDependentStart):
         if self._parts:
             self._finish_start()
 
-    def _run(
-        self, name: str, x: Tensor, context: Tensor | None, inverse: bool = False, base: bool = False
-    ) -> tuple[Tensor, Tensor]:
+    def _prepared(
+        self, name: str, x: Tensor, context: Tensor | None, inverse: bool
+    ) -> tuple[list[Tensor], FlowProgram | None]:
         tensors = self._tensors()
         self._check(name, x, context, tensors[0])
         if not inverse and self._awaits_start():
             self.initialize(x, context)
-        program = self._current()
+        return tensors, self._current()
+
+    def _run(
+        self, name: str, x: Tensor, context: Tensor | None, inverse: bool = False, base: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        tensors, program = self._prepared(name, x, context, inverse)
         if program is None:
             return self._layer_by_layer(x, context, tensors, inverse, base)
         return flow_program(x, context, tensors, program, inverse=inverse, base=base)

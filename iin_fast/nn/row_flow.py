@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 from ..checks import autocast_enabled, check_device, check_dtype, check_features, check_floating
+from ..flow import FlowProgram
+from ..ops.flow_program import nll_backward
+from ..ops.flow_program.direct import direct_gradients
 from .distribution import Density, batch_shape, checked_shape, leading
 from .state_dict_layout import is_sharded
 
@@ -15,7 +18,7 @@ __all__ = ["RowFlow", "with_base"]
 
 
 class RowFlow(Density):
-    """Forward, inverse, density and samples. A class has ``dim``, ``context_dim``, ``_run`` and ``_like``."""
+    """Forward, inverse, density and samples. A class has ``dim``, ``context_dim``, ``_run``, ``_prepared`` and ``_like``."""
 
     dim: int
     context_dim: int
@@ -24,6 +27,12 @@ class RowFlow(Density):
         self, name: str, x: Tensor, context: Tensor | None, inverse: bool = False, base: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Check and map ``[batch, dim]``; with ``base`` the log-density of a standard normal at the result is added."""
+        raise NotImplementedError
+
+    def _prepared(
+        self, name: str, x: Tensor, context: Tensor | None, inverse: bool
+    ) -> tuple[list[Tensor], FlowProgram | None]:
+        """Check the rows, and start what awaits its start: the flow as one program with its tensors; None where it is none."""
         raise NotImplementedError
 
     def _like(self) -> Tensor:
@@ -57,12 +66,45 @@ class RowFlow(Density):
 
         Raises as ``forward`` does.
         """
-        where = type(self).__name__
-        tensors = isinstance(x, Tensor) and (context is None or isinstance(context, Tensor))
-        if tensors and x.dim() == 2 and (context is None or (context.dim() == 2 and context.shape[0] == x.shape[0])):
+        if _are_rows(x, context):
             return self._run("x", x, context, base=True)[1]
-        shape = batch_shape(where, x, context)
+        shape = batch_shape(type(self).__name__, x, context)
         return self._run("x", _rows(x, shape), _rows(context, shape), base=True)[1].reshape(shape)  # type: ignore[arg-type]
+
+    def nll_backward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """The mean negative log-likelihood of data, in nats, its gradients added to each parameter's ``.grad``.
+
+        What ``(-flow.log_prob(x, context).mean()).backward()`` does, with the same numbers, bit for bit, and hooks of
+        parameters run as ever. Small flows on the CPU do both in one op, without a graph, which takes half the time.
+
+        Args:
+            x: ``[..., dim]``, not empty.
+            context: ``[..., context_dim]``, broadcast against x.
+
+        Returns:
+            The loss ``[]``, without a graph.
+
+        Raises as ``forward`` does; also ValueError for no rows, and RuntimeError where no parameter has gradients, as under
+        ``torch.no_grad``. Under DDP, FSDP and GradScaler call ``log_prob`` and ``backward``.
+
+        Example:
+            >>> from iin_fast.nn import NeuralSplineFlow
+            >>> flow = NeuralSplineFlow(3)
+            >>> optimizer = torch.optim.Adam(flow.parameters(), fused=True)
+            >>> loss = flow.nll_backward(torch.randn(8, 3))
+            >>> optimizer.step()
+        """
+        if isinstance(x, Tensor) and x.numel() == 0:
+            raise ValueError(f"{type(self).__name__}: x has shape {list(x.shape)}, expected one row at least")
+        if _are_rows(x, context) and type(self).log_prob is RowFlow.log_prob:
+            tensors, program = self._prepared("x", x, context, False)
+            loss = None if program is None else nll_backward(x, context, tensors, program)
+            if loss is not None:
+                return loss
+        with direct_gradients():
+            loss = -self.log_prob(x, context).mean()
+            loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
 
     def rsample(self, sample_shape: Any = (), context: Tensor | None = None) -> Tensor:
         """As :meth:`sample`, differentiable by the parameters and the context."""
@@ -118,6 +160,13 @@ class RowFlow(Density):
 def with_base(z: Tensor, logdet: Tensor) -> Tensor:
     """The log-det, and the log-density of a standard normal at z ``[batch, dim]``."""
     return logdet - 0.5 * z.to(logdet.dtype).square().sum(1) - 0.5 * z.shape[1] * math.log(2 * math.pi)
+
+
+def _are_rows(x: Any, context: Any) -> bool:
+    """Whether these are ``[batch, …]`` each."""
+    if not isinstance(x, Tensor) or x.dim() != 2:
+        return False
+    return context is None or (isinstance(context, Tensor) and context.dim() == 2 and len(context) == len(x))
 
 
 def _rows(value: Tensor | None, shape: Sequence[int]) -> Tensor | None:

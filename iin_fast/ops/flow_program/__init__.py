@@ -25,7 +25,7 @@ from . import engine, reference
 from .checks import KEEP, check_data, check_parameters, check_rows
 from .walk import runs, tf32_products, walks
 
-__all__ = ["flow_program"]
+__all__ = ["flow_program", "nll_backward"]
 
 
 def flow_program(
@@ -139,6 +139,26 @@ def _run(
         return engine.call(x, context, parameters, program, inverse, base, keep)
     except RuntimeError:
         check_parameters(x, parameters, program)  # a better message, if the parameters are to blame
+        raise
+
+
+def nll_backward(
+    x: Tensor, context: Tensor | None, parameters: Sequence[Tensor], program: FlowProgram
+) -> Tensor | None:
+    """The mean over a batch of the negative log-likelihood in nats, its gradients added to each parameter's ``.grad``.
+
+    One walk through the program gives both. None, and nothing has happened, where the compiled op can't, or gains nothing.
+    The rows are those that a module has checked.
+    """
+    if not (x.is_cpu and x.dtype in FULL and has_values(x) and torch.is_grad_enabled()):
+        return None
+    if chosen("flow_program", x) != "cpp":
+        return None
+    _check_once(x, parameters, program)
+    try:
+        return engine.nll_backward(x, context, parameters, program)
+    except RuntimeError:
+        check_parameters(x, parameters, program)
         raise
 
 

@@ -11,13 +11,14 @@ backward then runs as ever, and the next calls guess nothing. So does a call tha
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ...flow import FlowProgram
 
-__all__ = ["Habit", "Needed", "habit"]
+__all__ = ["Habit", "Needed", "gains", "habit", "watched"]
 
 Needed = tuple[bool, bool, tuple[bool, ...]]
 """Whether the gradients of x, of the context and of each parameter are asked for."""
@@ -60,7 +61,13 @@ class Habit:
         return False
 
 
-def _watched() -> bool:
+@lru_cache(maxsize=1024)
+def gains(program: FlowProgram, batch: int, item: int, inverse: bool) -> bool:
+    """Whether the library would compute gradients of ``batch`` rows of numbers of ``item`` bytes along with the results."""
+    return batch > 0 and bool(torch.ops.iin_fast.flow_program_gains_ahead.default(program.text, batch, item, inverse))
+
+
+def watched() -> bool:
     """Whether a dispatch mode or hooks of saved tensors are open: torch.utils.checkpoint compares what two forwards save."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
@@ -80,7 +87,7 @@ def habit(
     needed: tuple[bool, ...],
 ) -> Habit | None:
     """The habit of calls like this one, or None: where there is nothing to gain, or something looks at what is called or saved."""
-    if not (x.is_cpu and parameters) or _watched():
+    if not (x.is_cpu and parameters) or watched():
         return None
     batch = x.shape[0]
     key = (id(parameters[0]), batch, x.dtype, inverse, base, needed, program)
@@ -89,6 +96,5 @@ def habit(
     except KeyError:
         if len(_habits) >= MOST:
             _habits.clear()
-        gains = torch.ops.iin_fast.flow_program_gains_ahead.default(program.text, batch, x.dtype.itemsize, inverse)
-        found = _habits[key] = Habit() if gains and batch > 0 else None
+        found = _habits[key] = Habit() if gains(program, batch, x.dtype.itemsize, inverse) else None
         return found

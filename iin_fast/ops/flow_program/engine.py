@@ -14,11 +14,11 @@ from ..inversion import check_inverse
 from ..registry import Op, register
 from ..types import FULL
 from ..vmap import Rule, front, one_by_one
-from . import ahead, flops, reference
+from . import ahead, direct, flops, reference
 from .checks import KEEP, check_parameters
 from .walk import tf32_products
 
-__all__ = ["INVERT", "call", "in_float32"]
+__all__ = ["INVERT", "call", "in_float32", "nll_backward"]
 
 INVERT = 4
 """Keep the output alone: backward inverts layer by layer. For programs without autoregressive layers (csrc/common/keep.h)."""
@@ -51,10 +51,51 @@ def call(
         return found[0], found[1]
     if torch.is_grad_enabled() and torch._C._any_requires_grad(x, context, *parameters):
         x, context = _alive(x), context if context is None else _alive(context)
+        if direct.asked() and direct.possible(x, parameters):
+            options = _Options(program, inverse, base, keep, tf32)
+            inputs = x, context, direct.ANCHOR, options, parameters, *direct.computed(parameters)
+            return _apply_direct(*inputs)  # type: ignore[no-any-return]
         return _apply(x, context, program, inverse, base, keep, tf32, *parameters)  # type: ignore[no-any-return]
     with torch._C._AutoDispatchBelowAutograd():
         y, logdet, _ = op(x, context, parameters, program.text, inverse, base, 0, tf32)
     return y, logdet
+
+
+def nll_backward(
+    x: Tensor, context: Tensor | None, parameters: Sequence[Tensor], program: FlowProgram
+) -> Tensor | None:
+    """The mean negative log-likelihood, its gradients added to ``.grad``, in one walk and without a graph.
+
+    None, and nothing done, where that is not to be had, or gains nothing.
+    """
+    if not direct.possible(x, parameters) or direct.computed(parameters):
+        return None
+    if not ahead.gains(program, x.shape[0], x.dtype.itemsize, False):
+        return None
+    if ahead.watched() or x.requires_grad or (context is not None and context.requires_grad):
+        return None
+    needed = False, False, direct.learning(parameters)
+    with torch._C._AutoDispatchBelowAutograd(), torch.no_grad():
+        _, log_prob, *found = torch.ops.iin_fast.flow_program_ahead.default(
+            _of_mean(x.shape[0], x.dtype),
+            x,
+            context,
+            parameters,
+            program.text,
+            False,
+            True,
+            False,
+            _wanted(program, needed[2]),
+        )
+        direct.add_to_grad(parameters, _asked(program, found, needed)[2])
+        return -log_prob.mean()
+
+
+@lru_cache(maxsize=64)
+def _of_mean(batch: int, dtype: torch.dtype) -> Tensor:
+    """What torch's backward of ``-log_prob.mean()`` gives for each row."""
+    with torch.inference_mode(False):
+        return torch.tensor(-1.0, dtype=dtype).expand(batch) / batch
 
 
 # ---------------------------------------------------------------- autograd
@@ -162,6 +203,48 @@ FIRST = 7
 """Where parameters begin among the arguments of ``_Function``."""
 
 
+def _forward(
+    ctx: Any,
+    x: Tensor,
+    context: Tensor | None,
+    options: _Options,
+    parameters: Sequence[Tensor],
+    needed: tuple[bool, ...],
+) -> tuple[Tensor, Tensor]:
+    """The op, and what its backward reads. needed: which tensors are asked for their gradients, for the habit's name alone."""
+    program, inverse, base, keep, tf32 = options
+    habit = guess = None
+    if keep == KEEP["auto"]:
+        habit = ahead.habit(x, parameters, program, inverse, base, needed)
+        guess = None if habit is None else habit.guess()
+    with torch._C._AutoDispatchBelowAutograd():
+        if habit is None or guess is None:
+            y, logdet, saved = torch.ops.iin_fast.flow_program.default(
+                x, context, parameters, program.text, inverse, base, keep, tf32
+            )
+        else:
+            _, of_context, of_parameters = habit.needed
+            options, wanted = options._replace(keep=KEEP["recompute"]), _wanted(program, of_parameters)
+            y, logdet, *found = torch.ops.iin_fast.flow_program_ahead.default(
+                guess, x, context, parameters, program.text, inverse, base, of_context, wanted
+            )
+            saved, ctx.ahead = None, (guess, found)
+    ctx.options, ctx.habit = options, habit
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, saved, context, *parameters)
+    return y, logdet
+
+
+def _found(ctx: Any, grads: tuple[Any, ...], needed: ahead.Needed) -> Sequence[Any]:
+    """The gradients of x, of context and of a list of parameters."""
+    x, saved, context, *parameters = ctx.saved_tensors
+    ready = _ready(ctx, grads, needed)
+    if ready is not None:
+        return _asked(ctx.options.program, ready, needed)
+    saved = x.new_empty(0) if saved is None else saved
+    return _gradients(ctx.options, grads, x, saved, context, parameters, needed)  # type: ignore[arg-type]
+
+
 class _Function(torch.autograd.Function):
     """The op with less Python than its registered autograd (benchmarks/overhead.py): parameters are arguments of their own."""
 
@@ -177,47 +260,64 @@ class _Function(torch.autograd.Function):
         tf32: int,
         *parameters: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        habit = guess = None
-        if keep == KEEP["auto"]:
-            habit = ahead.habit(x, parameters, program, inverse, base, ctx.needs_input_grad)
-            guess = None if habit is None else habit.guess()
-        with torch._C._AutoDispatchBelowAutograd():
-            if habit is None or guess is None:
-                y, logdet, saved = torch.ops.iin_fast.flow_program.default(
-                    x, context, parameters, program.text, inverse, base, keep, tf32
-                )
-            else:
-                _, of_context, of_parameters = habit.needed
-                keep, wanted = KEEP["recompute"], _wanted(program, of_parameters)
-                y, logdet, *found = torch.ops.iin_fast.flow_program_ahead.default(
-                    guess, x, context, parameters, program.text, inverse, base, of_context, wanted
-                )
-                saved, ctx.ahead = None, (guess, found)
-        ctx.options, ctx.habit = _Options(program, inverse, base, keep, tf32), habit
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, saved, context, *parameters)
-        return y, logdet
+        options = _Options(program, inverse, base, keep, tf32)
+        return _forward(ctx, x, context, options, parameters, ctx.needs_input_grad)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        x, saved, context, *parameters = ctx.saved_tensors
         if differentiated(*grads):
             found: Sequence[Any] = by_definition(*_definition(ctx), grads)
         else:
-            needed = _needed(ctx)
-            ready = _ready(ctx, grads, needed)
-            if ready is not None:
-                found = _asked(ctx.options.program, ready, needed)
-            else:
-                saved = x.new_empty(0) if saved is None else saved
-                found = _gradients(ctx.options, grads, x, saved, context, parameters, needed)
+            found = _found(ctx, grads, _needed(ctx))
         return found[0], found[1], None, None, None, None, None, *found[2]
+
+
+class _Direct(torch.autograd.Function):
+    """As ``_Function``, but parameters are no inputs of its node: backward adds to their ``.grad`` itself (direct.py)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        context: Tensor | None,
+        anchor: Tensor,
+        options: _Options,
+        parameters: Sequence[Tensor],
+        *computed: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        return _forward(ctx, x, context, options, parameters, (x.requires_grad, *direct.learning(parameters)))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        x, _, context, *parameters = ctx.saved_tensors
+        need_x, need_context, *_ = ctx.needs_input_grad
+        wanted = direct.learning(parameters)
+        computed = [i for i, p in enumerate(parameters) if wanted[i] and not p.is_leaf]
+        nodes = [
+            node for node, _ in ctx.next_functions
+        ]  # of x, context where there is one, the anchor, computed parameters
+        anchor = len(nodes) - len(computed) - 1
+        lands = _runs(
+            nodes[anchor]
+        )  # torch.autograd.grad, and backward(inputs=…), add to no .grad but of what they are asked for
+        if not lands:
+            need_x, need_context = need_x and _runs(nodes[0]), need_context and _runs(nodes[anchor - 1])
+            further = {i for i, node in zip(computed, nodes[anchor + 1 :], strict=True) if _runs(node)}
+            wanted = tuple(i in further for i in range(len(parameters)))
+        if differentiated(*grads):
+            found: Sequence[Any] = by_definition(*_definition(ctx), grads)
+        else:
+            found = _found(ctx, grads, (need_x, need_context, wanted))
+        if lands:
+            direct.add_to_grad(parameters, found[2])
+        return found[0], found[1], None, None, None, *(found[2][i] for i in computed)
 
 
 # Function.apply looks in Python at every argument for wrappers of torch.func that outlived it. Parameters are many, and never
 # such wrappers, so call() looks at the others alone.
 _alive = torch._C._functorch.unwrap_if_dead
 _apply = super(torch.autograd.Function, _Function).apply
+_apply_direct = super(torch.autograd.Function, _Direct).apply
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -1,0 +1,109 @@
+"""Gradients of parameters that backward adds to ``.grad`` itself, where the user asks for it.
+
+torch's autograd treats each parameter as an input of the op: every step makes a node for it, queues it, and hands its gradient
+over, some 3 us a parameter. A flow of five transforms has a hundred. With :func:`direct_gradients` the op alone is a node, and its
+backward does what the hundred would have done.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+from ...checks import checked_flag
+
+__all__ = ["ANCHOR", "add_to_grad", "asked", "computed", "direct_gradients", "learning", "possible"]
+
+_asked: ContextVar[bool] = ContextVar("direct_gradients", default=False)
+
+ANCHOR = torch.zeros((), requires_grad=True)
+"""Stands for all parameters among the inputs of an op's node."""
+
+
+@contextmanager
+def direct_gradients(mode: bool = True) -> Iterator[None]:
+    """Let flows called in this block add gradients to ``parameter.grad`` themselves, past torch's node for each parameter.
+
+    For loops that call ``loss.backward()`` and read ``.grad``, as most do: the values in ``.grad`` are the same, bit for bit, and
+    hooks of parameters run as ever. Gradients of data and of contexts come as ever, and so do second derivatives by
+    ``create_graph=True``. What differs: the graph of the loss does not know the parameters. ``torch.autograd.grad(loss,
+    parameters)`` raises torch's error about tensors that were not used in the graph; ``loss.backward(inputs=parameters)`` and
+    ``torch.autograd.functional`` find that nothing depends on them. Use no block around those.
+
+    It counts for flows on the CPU that run as one program: those of :mod:`iin_fast.nn`, and models after
+    :func:`iin_fast.accelerate` or :func:`iin_fast.patch`. Others, compiled and mapped calls, and processes of
+    ``torch.distributed`` go torch's way; so do parameters that are computed from others (``torch.nn.utils.parametrize``).
+
+    Args:
+        mode: False turns it off within a block that has it on.
+
+    Raises:
+        TypeError: ``mode`` is no bool.
+
+    Example:
+        >>> import torch, iin_fast
+        >>> flow = iin_fast.nn.NeuralSplineFlow(3)
+        >>> with iin_fast.direct_gradients():
+        ...     loss = -flow.log_prob(torch.randn(8, 3)).mean()
+        ...     loss.backward()
+        >>> all(p.grad is not None for p in flow.parameters())
+        True
+    """
+    token = _asked.set(checked_flag("direct_gradients", "mode", mode))
+    try:
+        yield
+    finally:
+        _asked.reset(token)
+
+
+def asked() -> bool:
+    """Whether this is a block of :func:`direct_gradients`."""
+    return _asked.get()
+
+
+def possible(x: Tensor, parameters: Sequence[Tensor]) -> bool:
+    """Whether there are parameters to learn, and backward may add their gradients itself."""
+    if not x.is_cpu or _distributed():
+        return False
+    return any([p.is_leaf and p.requires_grad for p in parameters])
+
+
+def _distributed() -> bool:
+    """Whether something may wait for the node of each parameter: DDP does."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def learning(parameters: Sequence[Tensor]) -> tuple[bool, ...]:
+    return tuple([p.requires_grad for p in parameters])
+
+
+def computed(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Those that are made from others by operations of torch, whose gradients have to go on from here."""
+    return [p for p in parameters if p.requires_grad and not p.is_leaf]
+
+
+def add_to_grad(parameters: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    """Add to the ``.grad`` of each leaf, as its own node does."""
+    graph = torch.is_grad_enabled()
+    have, more = [], []
+    odd: list[tuple[Tensor, Tensor]] = []
+    for p, g in zip(parameters, grads, strict=True):
+        if g is None or not (p.requires_grad and p.is_leaf):
+            continue
+        if p._backward_hooks or p._post_accumulate_grad_hooks or graph or g.stride() != p.stride():
+            odd.append((p, g))
+            continue
+        grad = p.grad
+        if grad is None:
+            p.grad = g
+        elif grad.requires_grad:
+            odd.append((p, g))
+        else:
+            have.append(grad)
+            more.append(g)
+    if have:
+        torch._foreach_add_(have, more)
+    if odd:  # a backward from the parameters: their nodes, and nothing else
+        torch.autograd.backward([p for p, _ in odd], [g for _, g in odd], create_graph=graph)
