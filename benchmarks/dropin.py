@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import same_isa  # noqa: F401
 import torch
 from peers import commits, paths
 from torch import Tensor, nn
@@ -406,6 +407,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--quick", action="store_true", help="a few batches and rounds: shows only that it runs")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement, all its sides together")
     parser.add_argument("--only", nargs="*", help="models whose name holds one of these")
     parser.add_argument("--peers", type=Path, help="a folder of clones: see benchmarks/peers.py")
     arguments = parser.parse_args()
@@ -416,7 +418,7 @@ def main() -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    seconds = 0.2 if arguments.quick else 2.0
+    seconds = 0.2 if arguments.quick else arguments.seconds
     results: dict[str, Any] = {
         "machine": collect(),
         "threads": torch.get_num_threads(),

@@ -8,6 +8,9 @@ For every op, without gradients and with them, in turn in one process:
     library  the same op with the autograd that torch.library registers
     above    call - torch: the overhead that counts, at most 15 microseconds
 
+Then loss and gradients of small flows, 50 rows: ``op``, the one op that computes both, alone; ``nll_backward``; and
+``backward``, which is log_prob, mean and ``loss.backward()``; above: nll_backward - op, at most 60 microseconds.
+
 ``torch.add`` stands beside them for scale. Times are microseconds: minimum, median and maximum over windows.
 """
 
@@ -23,10 +26,10 @@ from torch import Tensor
 from iin_fast import functional as F
 from iin_fast.bench.timing import in_turn
 from iin_fast.info import collect
-from iin_fast.nn import Flow
-from iin_fast.ops.flow import flow as flow_op
+from iin_fast.nn import MaskedAutoregressiveFlow, NeuralSplineFlow, RealNVP
 
 LIMIT = 15.0  # microseconds above torch's own dispatch
+LIMIT_OF_STEPS = 60.0  # above the op
 ROWS, DIM = 4, 4
 
 Call = tuple[Callable[[], Any], Any, tuple[Any, ...]]
@@ -41,10 +44,9 @@ def ops() -> dict[str, Call]:
 
     x, raw, shift, spline = normal(ROWS, DIM), normal(ROWS, DIM), normal(ROWS, DIM), normal(ROWS, DIM, 11)
     logdet, shared = normal(ROWS), torch.ones(ROWS, 2, dtype=torch.bool)
-    module = Flow(DIM, n_flows=1, hidden_dim=4, hidden_depth=0, generator=random)
+    module = RealNVP(DIM, n_flows=1, hidden_dim=4, generator=random)
     module.initialize(x)
-    names = "loc scale weight_in bias_in weight_hidden bias_hidden weight_out bias_out permutation".split()
-    parameters = [getattr(module, name).detach() for name in names]
+    program, parameters = module.program(), [p.detach() for p in module._tensors()]
     library = torch.ops.iin_fast
     box = (-1.0, 1.0, -1.0, 1.0, 1e-3, 1e-3, 1e-3)
     return {
@@ -56,17 +58,17 @@ def ops() -> dict[str, Call]:
         "spline_coupling": (
             lambda: F.spline_coupling(x, spline, bins=4),
             library.spline_coupling.default,
-            (x, spline, 4, 0, 0, *box, False),
+            (x, spline, None, None, 4, 0, 0, *box, False),
         ),
         "pair_nll": (
             lambda: F.pair_nll(x, raw, logdet, logdet, shared, [2, 2], 0.9),
             library.pair_nll.default,
             (x, raw, logdet, logdet, shared, [2, 2], 0.9, False),
         ),
-        "flow": (
-            lambda: flow_op(x, None, *parameters, memory="invert"),
-            library.flow.default,
-            (x, None, *parameters, 0.01, 1.0, False, False, False),
+        "flow_program": (
+            lambda: F.flow_program(x, None, parameters, program, memory="recompute"),
+            library.flow_program.default,
+            (x, None, parameters, program.text, False, False, 0, 0),
         ),
     }
 
@@ -98,6 +100,38 @@ def measure(calls: dict[str, Callable[[], Any]], windows: int = 300, repeats: in
     return {name: {key: 1e6 * value for key, value in row.items()} for name, row in found.items()}
 
 
+def steps() -> dict[str, dict[str, Callable[[], Any]]]:
+    """Ways to loss and gradients of flows, which are cleared before."""
+    found = {}
+    for make in (MaskedAutoregressiveFlow, RealNVP, NeuralSplineFlow):
+        torch.manual_seed(0)
+        flow = make(6, 7, hidden_dim=50)
+        x, context = torch.randn(50, 6), torch.randn(50, 7)
+        flow.initialize(x, context)
+        parameters, program = list(flow.parameters()), flow.program()
+        wanted = "".join("1" if p.requires_grad else "0" for p in flow._tensors())
+        grad, tensors = torch.full((50,), -1 / 50), [t.detach() for t in flow._tensors()]
+
+        def clear(parameters: list[Tensor] = parameters) -> None:
+            for p in parameters:
+                p.grad = None
+
+        def op(given: Any = (grad, x, context, tensors, program.text, False, True, False, wanted)) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return torch.ops.iin_fast.flow_program_ahead.default(*given)
+
+        def nll_backward(flow: Any = flow, x: Tensor = x, context: Tensor = context, clear: Any = clear) -> None:
+            clear()
+            flow.nll_backward(x, context)
+
+        def backward(flow: Any = flow, x: Tensor = x, context: Tensor = context, clear: Any = clear) -> None:
+            clear()
+            (-flow.log_prob(x, context).mean()).backward()
+
+        found[make.__name__] = {"op": op, "nll_backward": nll_backward, "backward": backward}
+    return found
+
+
 def main(out: Path) -> None:
     torch.set_num_threads(1)
     results: dict[str, Any] = {"machine": collect(), "limit_us": LIMIT, "cases": {}}
@@ -119,6 +153,13 @@ def main(out: Path) -> None:
             case = f"{name}, {'with' if gradients else 'without'} gradients"
             results["cases"][case] = times | {"above_us": above}
             print(f"{case:34s}", *(f"{n} {t['min']:6.1f}" for n, t in times.items()), f"above {above:5.1f}", sep="  ")
+    results["steps"] = {}
+    for name, calls in steps().items():
+        times = measure(calls)
+        above = {way: times[way]["median"] - times["op"]["median"] for way in ("nll_backward", "backward")}
+        results["steps"][name] = times | {"above_us": above}
+        print(f"{name:34s}", *(f"{n} {t['median']:6.1f}" for n, t in times.items()), f"above {above}", sep="  ")
+    print(f"at most {LIMIT_OF_STEPS:.0f} microseconds above the op wanted of nll_backward")
     results["worst_above_us"] = max(case["above_us"] for case in results["cases"].values())
     print(f"worst: {results['worst_above_us']:.1f} microseconds above torch, at most {LIMIT:.0f} wanted")
     out.parent.mkdir(parents=True, exist_ok=True)

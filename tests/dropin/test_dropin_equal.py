@@ -54,13 +54,18 @@ def shape_of(result: Any) -> Any:
     return result
 
 
+def mixture(found: list[Tensor]) -> Any:
+    """A sum of all numbers with fixed factors."""
+    generator = torch.Generator().manual_seed(5)
+    return sum((t * torch.randn(t.shape, generator=generator).to(t)).sum() for t in found if t.requires_grad)
+
+
 def outcome(case: Case, module: nn.Module, call: str, x: Tensor) -> tuple[Any, list[Tensor], list[Tensor]]:
     """The result, its tensors, and gradients of a fixed mixture of them by the input and all parameters."""
     x = x.clone().requires_grad_()
     result = case.calls[call](module, x)
     found = tensors(result)
-    generator = torch.Generator().manual_seed(5)
-    loss = sum((t * torch.randn(t.shape, generator=generator).to(t)).sum() for t in found if t.requires_grad)
+    loss = mixture(found)
     wanted = [x, *(p for p in module.parameters() if p.requires_grad)]
     grads = torch.autograd.grad(loss, wanted, allow_unused=True, materialize_grads=True)
     return shape_of(result), [t.detach() for t in found], list(grads)
@@ -151,6 +156,25 @@ def test_accelerated_model_gives_the_same(case: Case, monkeypatch: pytest.Monkey
     assert [type(m) for m in module.modules()] == classes
     for call, (_, values, _) in before.items():
         close(outcome(case, module, call, x)[1], values, 0)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_direct_gradients_are_torchs(case: Case) -> None:
+    module, x = made(case, torch.float32)
+    iin_fast.accelerate(module)
+    for call in case.calls:
+        found = []
+        for direct in (False, True):
+            module.zero_grad()
+            with iin_fast.direct_gradients(direct):
+                torch.manual_seed(0)
+                loss = mixture(tensors(case.calls[call](module, x)))
+                if isinstance(loss, Tensor):  # else nothing has gradients
+                    loss.backward()
+            found.append([None if p.grad is None else p.grad.clone() for p in module.parameters()])
+        for mine, torchs in zip(*found, strict=True):
+            assert (mine is None) == (torchs is None), call
+            assert torchs is None or torch.equal(mine, torchs), call
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

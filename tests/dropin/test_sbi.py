@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 
 import iin_fast
+from iin_fast.ops.flow_program import engine
 
 if not has("sbi"):
     pytest.skip("sbi is not installed", allow_module_level=True)
@@ -53,6 +54,21 @@ def test_a_training_inside_of_a_patch_and_a_posterior_after_it(name: str, calls:
     found = own.sample((50,), x=observed, show_progress_bars=False)
     assert calls, "sampling ran the library's own code"
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["nsf", "maf", "zuko_nsf", "zuko_maf"])
+def test_direct_gradients_train_the_same_net(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    added: list[int] = []
+    add = engine.direct.add_to_grad
+    monkeypatch.setattr(engine.direct, "add_to_grad", lambda *given: added.append(1) or add(*given))  # type: ignore[func-returns-value]
+    nets = []
+    for on in (False, True):
+        with iin_fast.patch("sbi", fused_optimizer=True), iin_fast.direct_gradients(on):
+            posterior, _ = trained(name)
+        nets.append(posterior.posterior_estimator.state_dict())
+        assert bool(added) == on
+    assert nets[0].keys() == nets[1].keys() and all(map(torch.equal, nets[0].values(), nets[1].values()))
 
 
 def loaders(**options: Any) -> Any:

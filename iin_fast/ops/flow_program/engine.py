@@ -74,20 +74,12 @@ def nll_backward(
         return None
     if ahead.watched() or x.requires_grad or (context is not None and context.requires_grad):
         return None
-    needed = False, False, direct.learning(parameters)
+    grad, wanted = _of_mean(x.shape[0], x.dtype), _wanted(program, direct.learning(parameters))
     with torch._C._AutoDispatchBelowAutograd(), torch.no_grad():
-        _, log_prob, *found = torch.ops.iin_fast.flow_program_ahead.default(
-            _of_mean(x.shape[0], x.dtype),
-            x,
-            context,
-            parameters,
-            program.text,
-            False,
-            True,
-            False,
-            _wanted(program, needed[2]),
+        _, log_prob, _, _, grads = torch.ops.iin_fast.flow_program_ahead.default(
+            grad, x, context, parameters, program.text, False, True, False, wanted
         )
-        direct.add_to_grad(parameters, _asked(program, found, needed)[2])
+        direct.add_to_grad(parameters, _some(grads, wanted))
         return -log_prob.mean()
 
 
@@ -159,8 +151,15 @@ def _asked(
     return (
         grad_x if need_x else None,
         grad_context if need_context else None,
-        [g if w == "1" else None for g, w in zip(grads, wanted, strict=True)] if "0" in wanted else grads,
+        _some(grads, wanted),
     )
+
+
+def _some(grads: list[Tensor], wanted: str) -> list[Tensor | None]:
+    """Of the gradients of parameters those that were asked for."""
+    if "0" not in wanted:
+        return grads  # type: ignore[return-value]
+    return [g if w == "1" else None for g, w in zip(grads, wanted, strict=True)]
 
 
 def _needed(ctx: Any) -> ahead.Needed:
