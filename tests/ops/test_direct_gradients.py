@@ -1,13 +1,16 @@
 """Gradients that backward adds to ``.grad`` itself, and the loss with its gradients in one call: the numbers of torch's own way."""
 
 import copy
+import sys
 import threading
 from collections.abc import Callable
+from threading import Barrier
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import iin_fast
 from iin_fast import direct_gradients
@@ -281,6 +284,62 @@ def test_the_mode_is_that_of_a_thread_and_ends_with_its_block() -> None:
     elsewhere()
     with pytest.raises(TypeError, match="direct_gradients: mode is"), direct_gradients(1):  # type: ignore[arg-type]
         pass
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_threads_that_share_parameters_lose_no_gradient(way: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two threads that both find no gradient: the second waits, and adds to the first's."""
+    flow, x, context = made(affine, torch.float64)
+    twin = copy.deepcopy(flow)
+    old = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(30):
+            flow.zero_grad()
+            both = Barrier(2)
+
+            def backward(both: Barrier = both) -> None:
+                both.wait()
+                way(flow, x, context)
+
+            threads = [threading.Thread(target=backward) for _ in range(2)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            twin.zero_grad()
+            torchs(twin, x, context)
+            torchs(twin, x, context)
+            assert_same(grads(flow), grads(twin))
+    finally:
+        sys.setswitchinterval(old)
+
+
+def test_saved_tensors_that_come_back_as_copies() -> None:
+    flow, x, context = made(spline)
+    twin = copy.deepcopy(flow)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().clone(), lambda t: t):
+        for _ in range(4):
+            direct(flow, x, context)
+            torchs(twin, x, context)
+    assert_same(grads(flow), grads(twin))
+
+
+def test_checkpointed_calls() -> None:
+    flow, x, context = made(spline)
+    twin = copy.deepcopy(flow)
+
+    def kept(module: Any, x: Tensor, context: Tensor) -> Tensor:
+        return checkpoint(lambda x: nll(module, x, context), x, use_reentrant=False)  # type: ignore[no-any-return]
+
+    for _ in range(4):
+        direct(flow, x, context, kept)
+        with direct_gradients():
+            loss = kept(flow, x, context)
+        loss.backward()  # outside of the block
+        torchs(twin, x, context)
+        torchs(twin, x, context)
+        assert_same(grads(flow), grads(twin))
 
 
 def test_a_stack_of_layers_and_one_that_is_no_program() -> None:

@@ -18,7 +18,7 @@ from ...flow import FlowProgram
 from ...flow import layers as L
 from ..affine_coupling import SQUASHES
 from ..affine_coupling import affine_coupling as fused_affine
-from ..autograd import has_values
+from ..autograd import followed, has_values
 from ..spline_coupling import spline_coupling as fused_spline
 from ..types import FLOATING, FULL, HALF
 from . import engine, reference
@@ -150,7 +150,7 @@ def nll_backward(
     One walk through the program gives both. None, and nothing has happened, where the compiled op can't, or gains nothing.
     The rows are those that a module has checked.
     """
-    if not (x.is_cpu and x.dtype in FULL and has_values(x) and torch.is_grad_enabled()):
+    if type(x) is not Tensor or not x.is_cpu or x.dtype not in FULL or followed() or not torch.is_grad_enabled():
         return None
     if chosen("flow_program", x) != "cpp":
         return None

@@ -8,6 +8,7 @@ backward does what the hundred would have done.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -16,9 +17,11 @@ from ...checks import checked_flag
 
 __all__ = ["ANCHOR", "add_to_grad", "asked", "computed", "direct_gradients", "learning", "possible"]
 
+_writes = Lock()  # of one thread at a time: each looks first whether there is a gradient
 _asked: ContextVar[bool] = ContextVar("direct_gradients", default=False)
 
-ANCHOR = torch.zeros((), requires_grad=True)
+with torch.inference_mode(False):
+    ANCHOR = torch.zeros((), device="cpu", requires_grad=True)
 """Stands for all parameters among the inputs of an op's node."""
 
 
@@ -84,26 +87,26 @@ def computed(parameters: Sequence[Tensor]) -> list[Tensor]:
     return [p for p in parameters if p.requires_grad and not p.is_leaf]
 
 
-def add_to_grad(parameters: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
-    """Add to the ``.grad`` of each leaf, as its own node does."""
-    graph = torch.is_grad_enabled()
+def add_to_grad(parameters: Sequence[Tensor], grads: Sequence[Tensor | None], graph: bool) -> None:
+    """Add to the ``.grad`` of each leaf, as its own node does. graph: the gradients have one (create_graph=True)."""
     have, more = [], []
     odd: list[tuple[Tensor, Tensor]] = []
-    for p, g in zip(parameters, grads, strict=True):
-        if g is None or not (p.requires_grad and p.is_leaf):
-            continue
-        if p._backward_hooks or p._post_accumulate_grad_hooks or graph or g.stride() != p.stride():
-            odd.append((p, g))
-            continue
-        grad = p.grad
-        if grad is None:
-            p.grad = g
-        elif grad.requires_grad:
-            odd.append((p, g))
-        else:
-            have.append(grad)
-            more.append(g)
-    if have:
-        torch._foreach_add_(have, more)
+    with _writes:
+        for p, g in zip(parameters, grads, strict=True):
+            if g is None or not (p.requires_grad and p.is_leaf):
+                continue
+            if p._backward_hooks or p._post_accumulate_grad_hooks or graph or g.stride() != p.stride():
+                odd.append((p, g))
+                continue
+            grad = p.grad
+            if grad is None:
+                p.grad = g
+            elif grad.requires_grad:
+                odd.append((p, g))
+            else:
+                have.append(grad)
+                more.append(g)
+        if have:
+            torch._foreach_add_(have, more)
     if odd:  # a backward from the parameters: their nodes, and nothing else
         torch.autograd.backward([p for p, _ in odd], [g for _, g in odd], create_graph=graph)

@@ -75,12 +75,13 @@ def nll_backward(
     if ahead.watched() or x.requires_grad or (context is not None and context.requires_grad):
         return None
     grad, wanted = _of_mean(x.shape[0], x.dtype), _wanted(program, direct.learning(parameters))
-    with torch._C._AutoDispatchBelowAutograd(), torch.no_grad():
+    with torch._C._AutoDispatchBelowAutograd():
         _, log_prob, _, _, grads = torch.ops.iin_fast.flow_program_ahead.default(
             grad, x, context, parameters, program.text, False, True, False, wanted
         )
-        direct.add_to_grad(parameters, _some(grads, wanted))
-        return -log_prob.mean()
+        loss = -log_prob.mean()
+    direct.add_to_grad(parameters, _some(grads, wanted), False)
+    return loss
 
 
 @lru_cache(maxsize=64)
@@ -284,21 +285,20 @@ class _Direct(torch.autograd.Function):
         parameters: Sequence[Tensor],
         *computed: Tensor,
     ) -> tuple[Tensor, Tensor]:
+        ctx.parameters = parameters  # themselves: hooks of saved tensors give copies back
         return _forward(ctx, x, context, options, parameters, (x.requires_grad, *direct.learning(parameters)))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        x, _, context, *parameters = ctx.saved_tensors
+        parameters = ctx.parameters
         need_x, need_context, *_ = ctx.needs_input_grad
         wanted = direct.learning(parameters)
         computed = [i for i, p in enumerate(parameters) if wanted[i] and not p.is_leaf]
-        nodes = [
-            node for node, _ in ctx.next_functions
-        ]  # of x, context where there is one, the anchor, computed parameters
+        # of x, of context where there is one, of the anchor, of computed parameters
+        nodes = [node for node, _ in ctx.next_functions]
         anchor = len(nodes) - len(computed) - 1
-        lands = _runs(
-            nodes[anchor]
-        )  # torch.autograd.grad, and backward(inputs=…), add to no .grad but of what they are asked for
+        # torch.autograd.grad, and backward(inputs=…), add to no .grad but of what they are asked for
+        lands = _runs(nodes[anchor])
         if not lands:
             need_x, need_context = need_x and _runs(nodes[0]), need_context and _runs(nodes[anchor - 1])
             further = {i for i, node in zip(computed, nodes[anchor + 1 :], strict=True) if _runs(node)}
@@ -308,7 +308,7 @@ class _Direct(torch.autograd.Function):
         else:
             found = _found(ctx, grads, (need_x, need_context, wanted))
         if lands:
-            direct.add_to_grad(parameters, found[2])
+            direct.add_to_grad(parameters, found[2], torch.is_grad_enabled())
         return found[0], found[1], None, None, None, *(found[2][i] for i in computed)
 
 
