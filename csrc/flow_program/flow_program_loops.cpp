@@ -951,7 +951,7 @@ private:
     const int64_t rows = layer.values[2 + k].rows;
     if (s.kind == StepKind::dense) {
       int64_t list[16], count = 0;
-      const MultiplyRows<T> p{weight(s), parameter(s.bias), s.in, a, out, ld_};
+      const MultiplyRows<T> p{weight(s), parameter(s.bias), s.in, a, out, ld_, orders + order_of(layer, s.a), step};
       for (int64_t i = 0; i < rows; ++i) {
         if (order[i] == step)
           list[count++] = i;

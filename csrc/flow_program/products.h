@@ -114,7 +114,8 @@ template <class T> void multiply(const Multiply<T> &whole, int64_t rows, int64_t
 
 template <class T> void multiply(const Multiply<T> &whole, int64_t rows) { multiply(whole, rows, whole.ld / lanes<T>); }
 
-// Single rows of a dense layer, wherever they lie.
+// Single rows of a dense layer, wherever they lie, from the rows of its input that are known by a step; the others have
+// weights of 0 there.
 template <class T> struct MultiplyRows {
   const T *w; // [out, k]
   const T *bias;
@@ -122,6 +123,8 @@ template <class T> struct MultiplyRows {
   const T *a; // [k, ld]
   T *c;       // [out, ld]
   int64_t ld;
+  const int32_t *order; // [k]: the step that each row of a is known by
+  int32_t step;
 };
 
 template <class T, int R, int C> void multiply_rows_tile(const MultiplyRows<T> &p, const int64_t *rows) {
@@ -135,8 +138,10 @@ template <class T, int R, int C> void multiply_rows_tile(const MultiplyRows<T> &
     for (int c = 0; c < C; ++c)
       sum[r][c] = broadcast(p.bias ? p.bias[rows[r]] : T(0));
   }
-  const T *a = p.a;
   for (int64_t k = 0; k < p.k; ++k) {
+    if (p.order[k] > p.step)
+      continue;
+    const T *const a = p.a + k * p.ld;
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const vec<T> value = broadcast(w[r][k]);
@@ -144,7 +149,6 @@ template <class T, int R, int C> void multiply_rows_tile(const MultiplyRows<T> &
       for (int c = 0; c < C; ++c)
         sum[r][c] += value * load(a + c * n);
     }
-    a += p.ld;
   }
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r)
