@@ -516,8 +516,8 @@ def without_optimizer(cells: dict[str, Any]) -> float | None:
 
 
 MORE = {  # sides of benchmarks/dropin.py
-    "accelerated, and its optimizer": "`accelerate(optimizer)` too",
-    "accelerated, and its optimizer, direct gradients": "and `direct_gradients`",
+    "accelerated, and its optimizer": "optimizer",
+    "accelerated, and its optimizer, direct gradients": "direct",
 }
 
 
@@ -537,7 +537,8 @@ def dropin_table() -> str:
     lines = [
         f"{machine['CPU']} ({machine['CPU instruction set']}), torch {machine['torch']}; "
         f"{', '.join(sources)}. How many times as fast a model is after `accelerate`: medians, both sides in turn in one run. "
-        "A step is loss, backward and torch's fused Adam, on both sides; in the last columns our side's went through `accelerate` as well.",
+        "A step is loss, backward and torch's fused Adam, on both sides; under *optimizer* our side's "
+        "went through `accelerate` as well, and under *direct* our side ran in `direct_gradients`, too.",
     ]
     for group, title in (
         ("models", "model: step at batch"),
@@ -562,7 +563,7 @@ def dropin_table() -> str:
             for side in MORE
             if any(side in b.get(batch, {}).get("step", {}) for b in found.values())
         ]
-        titles += [f"{MORE[side]}, step at {batch}" for batch, side in extra]
+        titles += [f"{MORE[side]}, {batch}" for batch, side in extra]
         lines += ["", f"| {' | '.join(titles)} |", "|---|" + "---:|" * (len(titles) - 1)]
         for name, by_batch in found.items():
             cells = [by_batch.get(str(batch), {}).get("step") for batch in batches]
