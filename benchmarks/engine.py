@@ -313,7 +313,8 @@ def draw(result: dict[str, Any], picture: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.8))
+    colors: dict[str, Any] = {}  # of a side, in both plots
     for axis, measure, title in zip(axes, ("step", "log_prob"), ("training step", "log_prob"), strict=True):
         rows = [
             row
@@ -324,16 +325,18 @@ def draw(result: dict[str, Any], picture: Path) -> None:
         for side in rows[0]["sides"]:
             medians, least, most = ([1e3 * row["sides"][side][k] for row in rows] for k in ("median", "min", "max"))
             batches = [row["case"]["batch"] for row in rows]
-            (line,) = axis.plot(batches, medians, "o-", label=side, lw=2.5 if side.startswith("iin-fast") else 1.2)
-            axis.fill_between(batches, least, most, alpha=0.15, color=line.get_color())
+            color = colors.setdefault(side, f"C{len(colors)}")
+            wide = 2.5 if side.startswith("iin-fast") else 1.2
+            axis.plot(batches, medians, "o-", label=side, lw=wide, color=color)
+            axis.fill_between(batches, least, most, alpha=0.15, color=color)
         axis.set(xscale="log", yscale="log", xlabel="batch", ylabel="ms (median; band: min to max)", title=title)
         axis.grid(alpha=0.3)
-    axes[0].legend()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=len(colors), fontsize=8)
     machine = result["machine"]
     figure.suptitle(
         f"Neural spline flow, 10 couplings, hidden 64\n{machine['CPU']}, {machine['CPU instruction set']}", fontsize=10
     )
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.savefig(picture, dpi=110)
 
 
