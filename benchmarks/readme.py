@@ -645,9 +645,9 @@ def overhead_line() -> str:
     name = max(cases, key=lambda case: cases[case]["above_us"])
     return (
         f"The most that any of {len(cases)} cases took is {result['worst_above_us']:.1f} microseconds ({name}; "
-        f"{machine['CPU']}, torch {machine['torch']}, commit {machine['commit']}). Loss and gradients of a small flow take, above the op: "
-        + "; ".join(
-            f"{name} {found['above_us']['nll_backward']:.0f} microseconds by `nll_backward`, {found['above_us']['backward']:.0f} by "
+        f"{machine['CPU']}, torch {machine['torch']}, commit {machine['commit']}). Loss and gradients of a small flow take this much above the op. "
+        + ". ".join(
+            f"{name}: {found['above_us']['nll_backward']:.0f} microseconds by `nll_backward`, {found['above_us']['backward']:.0f} by "
             "`log_prob` and `backward`"
             for name, found in result["steps"].items()
         )
