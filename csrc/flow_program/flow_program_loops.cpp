@@ -164,25 +164,27 @@ public:
   }
 
   // Of autoregressive layers that run by their inverse: which rows of each value are known after which step. Behind the
-  // packed weights, see order_rows.
+  // packed weights, see order_size of a layer.
   int64_t order_size() const {
     int64_t size = 0;
     for (int64_t l = 0; l < p_.layer_count; ++l)
       if (sequential(p_.layers[l]))
-        size += order_rows(p_.layers[l]);
+        size += order_size(p_.layers[l]);
     return size;
   }
 
-  // Gives the first layer that has no order, or -1.
+  // Gives the first layer that has no order, or -1. To be asked once weights are multiplied with their masks.
   int64_t order(int32_t *orders) {
     orders_ = orders;
     for (int64_t l = 0; l < p_.layer_count; ++l)
       if (sequential(p_.layers[l])) {
+        hidden_nan_ = hidden_nan_ || masked_nan(p_.layers[l]);
         order_layer(p_.layers[l], orders);
         for (int64_t j = 0; j < p_.dim; ++j)
           if (orders[j] == unknown)
             return l;
-        orders += order_rows(p_.layers[l]);
+        sort_layer(p_.layers[l], orders);
+        orders += order_size(p_.layers[l]);
       }
     return -1;
   }
@@ -847,6 +849,49 @@ private:
     return rows;
   }
 
+  // In this order: the step that each row is known by; for each value its rows, sorted by that step; for each value and
+  // step how many of its rows are known before it.
+  int64_t order_size(const ProgramLayer &layer) const {
+    return 2 * order_rows(layer) + (2 + layer.step_count) * (p_.dim + 2);
+  }
+
+  // The rows of a value that become known by a step, and all that are known by then.
+  struct Known {
+    const int32_t *rows;
+    int64_t before, by;
+  };
+  Known known(const ProgramLayer &layer, int64_t id, int32_t step, const int32_t *orders) const {
+    const int64_t rows = order_rows(layer);
+    const int32_t *const counts = orders + 2 * rows + id * (p_.dim + 2) + step;
+    return {orders + rows + order_of(layer, id), counts[0], counts[1]};
+  }
+
+  void sort_layer(const ProgramLayer &layer, int32_t *orders) const {
+    for (int64_t id = 0; id < 2 + layer.step_count; ++id) {
+      const int64_t at = order_of(layer, id), rows = id == 0 ? layer.index_count : value_rows(layer, id);
+      int32_t *const sorted = orders + order_rows(layer) + at;
+      int32_t *const counts = orders + 2 * order_rows(layer) + id * (p_.dim + 2);
+      int32_t count = counts[0] = 0;
+      for (int32_t step = 0; step <= p_.dim; ++step) {
+        for (int64_t i = 0; i < rows; ++i)
+          if (orders[at + i] == step)
+            sorted[count++] = static_cast<int32_t>(i);
+        counts[step + 1] = count;
+      }
+    }
+  }
+
+  // Whether a masked weight is NaN, which times a mask of 0 is NaN.
+  bool masked_nan(const ProgramLayer &layer) const {
+    int found = 0;
+    for (int64_t k = 0; k < layer.step_count; ++k) {
+      const ProgramStep &s = layer.steps[k];
+      for (int64_t i = 0; s.packed >= 0 && i < s.in * s.out; ++i)
+        found |= masked_[s.packed + i] != masked_[s.packed + i];
+    }
+    return found != 0;
+  }
+
   // Where the orders of a value begin: features, context, then the steps.
   int64_t order_of(const ProgramLayer &layer, int64_t id) const {
     if (id == 0)
@@ -926,8 +971,8 @@ private:
   // Feature by feature; every row of every value is computed once, as soon as what it needs is known.
   void sequential_forward(const ProgramLayer &layer, const T *x, T *y, T *net, const Workspace<T> &w) const {
     const int32_t *const orders = orders_of(layer);
-    for (int64_t i = 0; i < layer.net_rows * ld_; ++i)
-      net[i] = T(0);
+    if (hidden_nan_)
+      begin(net, layer.net_rows * ld_, false);
     for (int32_t step = 0; step <= p_.dim; ++step) {
       for (int64_t j = 0; j < p_.dim; ++j)
         if (orders[j] + 1 == step)
@@ -945,28 +990,19 @@ private:
   void sequential_step(const ProgramLayer &layer, int64_t k, int32_t step, const int32_t *orders, T *net,
                        const Workspace<T> &w) const {
     const ProgramStep &s = layer.steps[k];
-    const int32_t *const order = orders + order_of(layer, 2 + k);
+    const Known here = known(layer, 2 + k, step, orders);
     const T *const a = value(layer, net, w, s.a);
     T *const out = net + layer.values[2 + k].at * ld_;
-    const int64_t rows = layer.values[2 + k].rows;
     if (s.kind == StepKind::dense) {
-      int64_t list[16], count = 0;
-      const MultiplyRows<T> p{weight(s), parameter(s.bias), s.in, a, out, ld_, orders + order_of(layer, s.a), step};
-      for (int64_t i = 0; i < rows; ++i) {
-        if (order[i] == step)
-          list[count++] = i;
-        if (count == 15 || i + 1 == rows) {
-          multiply_rows(p, list, count);
-          count = 0;
-        }
-      }
+      const Known of_a = known(layer, s.a, hidden_nan_ ? static_cast<int32_t>(p_.dim) : step, orders); // all in the end
+      multiply_rows<T>({weight(s), parameter(s.bias), s.in, a, out, ld_, of_a.rows, of_a.by}, here.rows + here.before,
+                       here.by - here.before);
       return;
     }
     const int64_t first = value_rows(layer, s.a);
     const T *const b = s.kind == StepKind::act ? nullptr : value(layer, net, w, s.b);
-    for (int64_t i = 0; i < rows; ++i) {
-      if (order[i] != step)
-        continue;
+    for (int64_t place = here.before; place < here.by; ++place) {
+      const int64_t i = here.rows[place];
       T *const to = out + i * ld_;
       if (s.kind == StepKind::act)
         activate<T>(s.activation, static_cast<T>(s.slope), a + i * ld_, to, ld_);
@@ -983,7 +1019,7 @@ private:
     const int32_t *orders = orders_;
     for (const ProgramLayer *l = p_.layers; l != &layer; ++l)
       if (sequential(*l))
-        orders += order_rows(*l);
+        orders += order_size(*l);
     return orders;
   }
 
@@ -1052,6 +1088,7 @@ private:
   int64_t ld_;
   T *packed_ = nullptr, *masked_ = nullptr;
   const int32_t *orders_ = nullptr;
+  bool hidden_nan_ = false;
   T *const *grads_ = nullptr;
 };
 

@@ -114,8 +114,7 @@ template <class T> void multiply(const Multiply<T> &whole, int64_t rows, int64_t
 
 template <class T> void multiply(const Multiply<T> &whole, int64_t rows) { multiply(whole, rows, whole.ld / lanes<T>); }
 
-// Single rows of a dense layer, wherever they lie, from the rows of its input that are known by a step; the others have
-// weights of 0 there.
+// Some rows of a dense layer, from some rows of its input: the others have weights of 0 there.
 template <class T> struct MultiplyRows {
   const T *w; // [out, k]
   const T *bias;
@@ -123,62 +122,76 @@ template <class T> struct MultiplyRows {
   const T *a; // [k, ld]
   T *c;       // [out, ld]
   int64_t ld;
-  const int32_t *order; // [k]: the step that each row of a is known by
-  int32_t step;
+  const int32_t *inputs; // rows of a
+  int64_t input_count;
 };
 
-template <class T, int R, int C> void multiply_rows_tile(const MultiplyRows<T> &p, const int64_t *rows) {
+template <class T, int R, int C> void multiply_rows_tile(const MultiplyRows<T> &p, const int32_t *rows) {
   constexpr int n = lanes<T>;
+  constexpr int held = R * C + C < vector_registers ? C : C - 1; // in registers, beside the sums and a weight
   vec<T> sum[R][C];
   const T *w[R];
-#pragma GCC unroll 4
+#pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
     w[r] = p.w + rows[r] * p.k;
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c)
       sum[r][c] = broadcast(p.bias ? p.bias[rows[r]] : T(0));
   }
-  for (int64_t k = 0; k < p.k; ++k) {
-    if (p.order[k] > p.step)
-      continue;
+  const int32_t *const end = p.inputs + p.input_count;
+  for (const int32_t *input = p.inputs; input != end; ++input) {
+    const int64_t k = *input;
     const T *const a = p.a + k * p.ld;
+    vec<T> b[C];
 #pragma GCC unroll 4
+    for (int c = 0; c < held; ++c)
+      b[c] = load(a + c * n);
+    const T *last = a + held * n;
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const vec<T> value = broadcast(w[r][k]);
 #pragma GCC unroll 4
-      for (int c = 0; c < C; ++c)
-        sum[r][c] += value * load(a + c * n);
+      for (int c = 0; c < held; ++c)
+        sum[r][c] += value * b[c];
+      if constexpr (held < C) {
+        __asm__("" : "+r"(last)); // to be read again
+        sum[r][held] += value * load(last);
+      }
     }
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c)
       store(p.c + rows[r] * p.ld + c * n, sum[r][c]);
 }
 
-template <class T, int R> void multiply_rows_of(MultiplyRows<T> p, const int64_t *rows) {
-  const int64_t vectors = p.ld / lanes<T>;
-  for (int64_t vector = 0; vector < vectors;) {
-    const int64_t left = vectors - vector;
-    if (left >= 4)
-      multiply_rows_tile<T, R, 4>(p, rows);
-    else if (left >= 2)
-      multiply_rows_tile<T, R, 2>(p, rows);
-    else
-      multiply_rows_tile<T, R, 1>(p, rows);
-    const int64_t done = left >= 4 ? 4 : left >= 2 ? 2 : 1;
-    p.a += done * lanes<T>, p.c += done * lanes<T>, vector += done;
-  }
+template <class T> using MultiplyRowsTile = void (*)(const MultiplyRows<T> &, const int32_t *);
+
+template <class T, int C, int... R>
+MultiplyRowsTile<T> multiply_rows_of(int64_t rows, std::integer_sequence<int, R...>) {
+  static constexpr MultiplyRowsTile<T> tiles[] = {multiply_rows_tile<T, R + 1, C>...};
+  return tiles[rows - 1];
 }
 
-template <class T> void multiply_rows(const MultiplyRows<T> &p, const int64_t *rows, int64_t count) {
-  for (; count >= 3; count -= 3, rows += 3)
-    multiply_rows_of<T, 3>(p, rows);
-  if (count == 2)
-    multiply_rows_of<T, 2>(p, rows);
-  else if (count == 1)
-    multiply_rows_of<T, 1>(p, rows);
+template <class T, int C = most_vectors> MultiplyRowsTile<T> multiply_rows_with(int64_t rows, int64_t vectors) {
+  if constexpr (C > 1)
+    if (vectors < C)
+      return multiply_rows_with<T, C - 1>(rows, vectors);
+  return multiply_rows_of<T, C>(rows, std::make_integer_sequence<int, most_rows(most_vectors)>());
+}
+
+template <class T> void multiply_rows(MultiplyRows<T> p, const int32_t *rows, int64_t count) {
+  const int64_t tiles = ceil_div(count, most_rows(most_vectors));
+  for (int64_t vector = 0, vectors = p.ld / lanes<T>; vector < vectors; vector += most_vectors) {
+    const int64_t width = smaller(vectors - vector, most_vectors);
+    for (int64_t tile = 0, row = 0; tile < tiles; ++tile) {
+      const int64_t end = (tile + 1) * count / tiles;
+      multiply_rows_with<T>(end - row, width)(p, rows + row);
+      row = end;
+    }
+    p.a += width * lanes<T>, p.c += width * lanes<T>;
+  }
 }
 
 template <class T> struct Outer {

@@ -1,7 +1,7 @@
 """A stack of layers as one flow, and as one program where every layer has a place in one."""
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from ..checks import HOOKS, checked_int
 from ..flow import FlowProgram, ProgramBuilder
-from ..ops.flow_program import flow_program
 from ..ops.types import accumulator_type
 from .actnorm import DataDependentStart
 from .net_steps import NotAProgram, own
@@ -167,7 +166,7 @@ class Compose(RowFlow, nn.Module):
         Of several processes, call it with one batch for all before wrapping the module."""
         self._check("x", x, context, self._like(x))
         if x.shape[0]:
-            self._layer_by_layer(x, context, False, False)
+            self._layer_by_layer(x, context, (), False, False)
 
     def _prepared(
         self, name: str, x: Tensor, context: Tensor | None, inverse: bool
@@ -184,15 +183,9 @@ class Compose(RowFlow, nn.Module):
             return [], None
         return tensors, plan.program
 
-    def _run(
-        self, name: str, x: Tensor, context: Tensor | None, inverse: bool = False, base: bool = False
+    def _layer_by_layer(
+        self, x: Tensor, context: Tensor | None, tensors: Sequence[Tensor], inverse: bool, base: bool
     ) -> tuple[Tensor, Tensor]:
-        tensors, program = self._prepared(name, x, context, inverse)
-        if program is None:
-            return self._layer_by_layer(x, context, inverse, base)
-        return flow_program(x, context, tensors, program, inverse=inverse, base=base)
-
-    def _layer_by_layer(self, x: Tensor, context: Tensor | None, inverse: bool, base: bool) -> tuple[Tensor, Tensor]:
         total = x.new_zeros(x.shape[0], dtype=accumulator_type(x.dtype))
         for layer in reversed(self.layers) if inverse else self.layers:
             run: Any = layer.inverse if inverse else layer

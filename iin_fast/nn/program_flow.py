@@ -213,14 +213,6 @@ class ProgramFlow(RowFlow, DataDependentStart):
             self.initialize(x, context)
         return tensors, self._current()
 
-    def _run(
-        self, name: str, x: Tensor, context: Tensor | None, inverse: bool = False, base: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        tensors, program = self._prepared(name, x, context, inverse)
-        if program is None:
-            return self._layer_by_layer(x, context, tensors, inverse, base)
-        return flow_program(x, context, tensors, program, inverse=inverse, base=base)
-
     def _layer_by_layer(
         self, x: Tensor, context: Tensor | None, tensors: Sequence[Tensor], inverse: bool, base: bool
     ) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..checks import autocast_enabled, check_device, check_dtype, check_features, check_floating
 from ..flow import FlowProgram
-from ..ops.flow_program import nll_backward
+from ..ops.flow_program import flow_program, nll_backward
 from ..ops.flow_program.direct import direct_gradients
 from .distribution import Density, batch_shape, checked_shape, leading
 from .state_dict_layout import is_sharded
@@ -18,7 +18,8 @@ __all__ = ["RowFlow", "with_base"]
 
 
 class RowFlow(Density):
-    """Forward, inverse, density and samples. A class has ``dim``, ``context_dim``, ``_run``, ``_prepared`` and ``_like``."""
+    """Forward, inverse, density and samples. A class has ``dim``, ``context_dim``, ``_prepared``, ``_layer_by_layer`` and
+    ``_like``."""
 
     dim: int
     context_dim: int
@@ -27,6 +28,27 @@ class RowFlow(Density):
         self, name: str, x: Tensor, context: Tensor | None, inverse: bool = False, base: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Check and map ``[batch, dim]``; with ``base`` the log-density of a standard normal at the result is added."""
+        tensors, program = self._prepared(name, x, context, inverse)
+        return self._mapped(x, context, tensors, program, inverse, base)
+
+    def _mapped(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        tensors: list[Tensor],
+        program: FlowProgram | None,
+        inverse: bool,
+        base: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """What ``_prepared`` has checked."""
+        if program is None:
+            return self._layer_by_layer(x, context, tensors, inverse, base)
+        return flow_program(x, context, tensors, program, inverse=inverse, base=base)
+
+    def _layer_by_layer(
+        self, x: Tensor, context: Tensor | None, tensors: Sequence[Tensor], inverse: bool, base: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The flow where it is no one program."""
         raise NotImplementedError
 
     def _prepared(
@@ -96,15 +118,15 @@ class RowFlow(Density):
         """
         if isinstance(x, Tensor) and x.numel() == 0:
             raise ValueError(f"{type(self).__name__}: x has shape {list(x.shape)}, expected one row at least")
-        if _are_rows(x, context) and type(self).log_prob is RowFlow.log_prob:
-            tensors, program = self._prepared("x", x, context, False)
-            loss = None if program is None else nll_backward(x, context, tensors, program)
-            if loss is not None:
-                return loss
+        if type(self).log_prob is not RowFlow.log_prob or "log_prob" in vars(self) or not _are_rows(x, context):
+            with direct_gradients():
+                return _backward(self.log_prob(x, context))
+        tensors, program = self._prepared("x", x, context, False)
+        loss = None if program is None else nll_backward(x, context, tensors, program)
+        if loss is not None:
+            return loss
         with direct_gradients():
-            loss = -self.log_prob(x, context).mean()
-            loss.backward()  # type: ignore[no-untyped-call]
-        return loss.detach()
+            return _backward(self._mapped(x, context, tensors, program, False, True)[1])
 
     def rsample(self, sample_shape: Any = (), context: Tensor | None = None) -> Tensor:
         """As :meth:`sample`, differentiable by the parameters and the context."""
@@ -155,6 +177,13 @@ class RowFlow(Density):
                 f"{where}: the parameters are sharded, and not gathered here; call initialize before fully_shard, and name "
                 f"methods other than forward with torch.distributed.fsdp.register_fsdp_forward_method(module, 'inverse')"
             )
+
+
+def _backward(log_prob: Tensor) -> Tensor:
+    """The mean of the negative, after its backward."""
+    loss = -log_prob.mean()
+    loss.backward()  # type: ignore[no-untyped-call]
+    return loss.detach()
 
 
 def with_base(z: Tensor, logdet: Tensor) -> Tensor:

@@ -88,7 +88,7 @@ def data(context_dim: int = 0, n: int = 6) -> tuple[Tensor, ...]:
 
 
 def alone(stack: Compose, inverse: bool, x: Tensor, *context: Tensor) -> tuple[Tensor, Tensor]:
-    return stack._layer_by_layer(x, context[0] if context else None, inverse, False)
+    return stack._layer_by_layer(x, context[0] if context else None, (), inverse, False)
 
 
 class Count(TorchDispatchMode):

@@ -1,9 +1,10 @@
 """Gradients that backward adds to ``.grad`` itself, and the loss with its gradients in one call: the numbers of torch's own way."""
 
+import contextvars
 import copy
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from threading import Barrier
 from typing import Any
 
@@ -156,6 +157,79 @@ def test_a_hook_that_comes_between_forward_and_backward_runs() -> None:
     assert first.grad is not None and not first.grad.any()
 
 
+def test_hooks_run_once_for_all_that_comes_to_a_parameter() -> None:
+    """The loss calls the flow twice, and has a term of its own for each parameter. A step of an optimizer may be a hook."""
+    results = []
+    for way in (direct, torchs):
+        flow, x, context = made(spline)
+        seen: list[Any] = []
+        clamped, stepped, *others = flow.parameters()
+        clamped.register_hook(lambda g: g.clamp(-0.01, 0.01))
+        optimizer = torch.optim.SGD([stepped], lr=0.1)
+
+        def step(p: Tensor, optimizer: Any = optimizer, seen: list[Any] = seen) -> None:
+            seen.append("step")
+            optimizer.step()
+            optimizer.zero_grad()
+
+        stepped.register_post_accumulate_grad_hook(step)  # type: ignore[arg-type]
+        torch.autograd.graph.register_multi_grad_hook(
+            others[:3], lambda gs, seen=seen: seen.append([g is None for g in gs])
+        )
+        way(flow, x, context, several)
+        assert seen.count("step") == 1 and len(seen) == 2
+        results.append((grads(flow), stepped.detach(), seen))
+    assert_same(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1]) and results[0][2] == results[1][2]
+
+
+@pytest.mark.parametrize("frozen", [(True, False), (False, True)])
+def test_parameters_that_freeze_or_thaw_between_forward_and_backward(frozen: tuple[bool, bool]) -> None:
+    flow, x, context = made(spline)
+    twin = copy.deepcopy(flow)
+    for module, way in ((flow, direct_gradients(True)), (twin, direct_gradients(False))):
+        first = next(module.parameters()).requires_grad_(not frozen[0])
+        with way:
+            loss = nll(module, x, context)
+        first.requires_grad_(not frozen[1])
+        loss.backward()
+        assert frozen[1] or first.grad is None
+    if not frozen[1]:
+        assert_same(grads(flow), grads(twin))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_of_another_kind(way: Any) -> None:
+    flow, x, context = made(spline)
+    twin = copy.deepcopy(flow)
+    for module in (flow, twin):
+        first, second, third, *_ = module.parameters()
+        if hasattr(first, "grad_dtype"):
+            first.grad_dtype = torch.float64
+        second.grad = torch.zeros_like(second).to_sparse()
+        third.grad = torch.zeros_like(third, dtype=third.dtype).requires_grad_()
+    way(flow, x, context)
+    torchs(twin, x, context)
+    for p, q in zip(flow.parameters(), twin.parameters(), strict=True):
+        assert p.grad is not None and q.grad is not None and p.grad.dtype == q.grad.dtype
+        assert p.grad.layout == q.grad.layout
+        assert torch.equal(p.grad.to_dense(), q.grad.to_dense())
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("maker", FLOWS)
+def test_anomalies_are_found(maker: Any, way: Any) -> None:
+    flow, x, context = made(maker)
+    with torch.no_grad():
+        list(flow.parameters())[2].view(-1)[0] = float("nan")
+    with (
+        pytest.warns(UserWarning, match="Anomaly Detection has been enabled"),
+        torch.autograd.detect_anomaly(),
+        pytest.raises(RuntimeError, match="returned nan values"),
+    ):
+        way(flow, x, context)
+
+
 def test_the_parameters_are_no_part_of_the_graph() -> None:
     flow, x, context = made(masked)
 
@@ -286,6 +360,27 @@ def test_the_mode_is_that_of_a_thread_and_ends_with_its_block() -> None:
         pass
 
 
+def test_a_block_that_another_thread_closes() -> None:
+    def generator() -> Iterator[None]:
+        with direct_gradients():
+            yield
+
+    open_one = generator()
+    contextvars.copy_context().run(next, open_one)
+    errors: list[BaseException] = []
+
+    def close() -> None:
+        try:
+            open_one.close()
+        except BaseException as error:  # for the thread that asserts
+            errors.append(error)
+
+    thread = threading.Thread(target=close)
+    thread.start()
+    thread.join()
+    assert not errors
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_threads_that_share_parameters_lose_no_gradient(way: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two threads that both find no gradient: the second waits, and adds to the first's."""
@@ -398,6 +493,43 @@ def test_nll_backward_asks_a_density_of_the_users_own() -> None:
     torchs_loss.backward()
     assert torch.equal(loss, torchs_loss)
     assert_same(grads(flow), grads(twin))
+
+
+def test_nll_backward_asks_a_density_that_one_flow_has() -> None:
+    flow, x, context = made(spline)
+    own = flow.log_prob
+    flow.log_prob = lambda x, context=None: 2 * own(x, context)  # type: ignore[assignment, operator]
+    assert torch.equal(one_call(flow, x, context), nll(flow, x, context))
+
+
+def test_nll_backward_computes_parameters_once() -> None:
+    """As a spectral norm does, whose state goes on at each look."""
+    flow, x, context = made(spline)
+    name = next(name for name, p in flow.named_parameters() if p.dim() > 2)
+    looks: list[int] = []
+
+    class Noise(nn.Module):
+        def forward(self, value: Tensor) -> Tensor:
+            looks.append(1)
+            return value * (1 + 0.01 * len(looks))
+
+    torch.nn.utils.parametrize.register_parametrization(flow, name, Noise(), unsafe=True)
+    twin = copy.deepcopy(flow)
+    looks.clear()
+    found = one_call(flow, x, context)
+    assert len(looks) == 1
+    looks.clear()
+    assert torch.equal(found, torchs(twin, x, context))
+    assert_same(grads(flow), grads(twin))
+
+
+def test_nll_backward_where_another_device_is_the_default() -> None:
+    flow, x, context = made(spline)
+    x, context = x[:7], context[:7]
+    expected = nll(flow, x, context)
+    with torch.device("meta"):
+        found = one_call(flow, x, context)
+    assert torch.equal(found, expected) and torch.equal(one_call(flow, x, context), expected)
 
 
 def test_nll_backward_refuses() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...checks import checked_flag
 
-__all__ = ["ANCHOR", "add_to_grad", "asked", "computed", "direct_gradients", "learning", "possible"]
+__all__ = ["ANCHOR", "add_to_grad", "asked", "direct_gradients", "learning", "passed_on", "possible"]
 
 _writes = Lock()  # of one thread at a time: each looks first whether there is a gradient
 _asked: ContextVar[bool] = ContextVar("direct_gradients", default=False)
@@ -29,15 +29,19 @@ with torch.inference_mode(False):
 def direct_gradients(mode: bool = True) -> Iterator[None]:
     """Let flows called in this block add gradients to ``parameter.grad`` themselves, past torch's node for each parameter.
 
-    For loops that call ``loss.backward()`` and read ``.grad``, as most do: the values in ``.grad`` are the same, bit for bit, and
-    hooks of parameters run as ever. Gradients of data and of contexts come as ever, and so do second derivatives by
-    ``create_graph=True``. What differs: the graph of the loss does not know the parameters. ``torch.autograd.grad(loss,
-    parameters)`` raises torch's error about tensors that were not used in the graph; ``loss.backward(inputs=parameters)`` and
-    ``torch.autograd.functional`` find that nothing depends on them. Use no block around those.
+    For loops that call ``loss.backward()`` and read ``.grad``, as most do: the values in ``.grad`` are the same, bit for bit; only
+    where ``.grad`` holds something and the loss calls a flow more than once are they added in another order. Gradients of data
+    and of contexts come as ever, and so do second derivatives by ``create_graph=True``. What differs: the graph of the loss does
+    not know the parameters. ``torch.autograd.grad(loss, parameters)`` raises torch's error about tensors that were not used in the
+    graph. With ``allow_unused`` or ``materialize_grads`` it gives None or zeros, and ``loss.backward(inputs=parameters)`` and
+    ``torch.autograd.functional`` find that nothing depends on them, without an error. Use no block around those. Nor let a
+    thread within a block and one without share parameters: torch's nodes don't wait for a flow that writes.
 
     It counts for flows on the CPU that run as one program: those of :mod:`iin_fast.nn`, and models after
-    :func:`iin_fast.accelerate` or :func:`iin_fast.patch`. Others, compiled and mapped calls, and processes of
-    ``torch.distributed`` go torch's way; so do parameters that are computed from others (``torch.nn.utils.parametrize``).
+    :func:`iin_fast.accelerate` or :func:`iin_fast.patch`. Torch's way go all others, compiled and mapped calls, processes of
+    ``torch.distributed``, ``torch.autograd.detect_anomaly``; parameters that are computed from others
+    (``torch.nn.utils.parametrize``); and parameters with hooks, which run as ever. Hooks of a parameter's node in the graph
+    (``torch.autograd.graph.get_gradient_edge``) are never called.
 
     Args:
         mode: False turns it off within a block that has it on.
@@ -54,11 +58,12 @@ def direct_gradients(mode: bool = True) -> Iterator[None]:
         >>> all(p.grad is not None for p in flow.parameters())
         True
     """
-    token = _asked.set(checked_flag("direct_gradients", "mode", mode))
+    before = _asked.get()
+    _asked.set(checked_flag("direct_gradients", "mode", mode))
     try:
         yield
     finally:
-        _asked.reset(token)
+        _asked.set(before)  # not by a token: a generator may be closed elsewhere
 
 
 def asked() -> bool:
@@ -68,7 +73,7 @@ def asked() -> bool:
 
 def possible(x: Tensor, parameters: Sequence[Tensor]) -> bool:
     """Whether there are parameters to learn, and backward may add their gradients itself."""
-    if not x.is_cpu or _distributed():
+    if not x.is_cpu or _distributed() or torch.is_anomaly_enabled():  # which looks at what each node gives
         return False
     return any([p.is_leaf and p.requires_grad for p in parameters])
 
@@ -82,9 +87,18 @@ def learning(parameters: Sequence[Tensor]) -> tuple[bool, ...]:
     return tuple([p.requires_grad for p in parameters])
 
 
-def computed(parameters: Sequence[Tensor]) -> list[Tensor]:
-    """Those that are made from others by operations of torch, whose gradients have to go on from here."""
-    return [p for p in parameters if p.requires_grad and not p.is_leaf]
+def passed_on(parameters: Sequence[Tensor]) -> list[bool]:
+    """Of each whether its gradient goes torch's way: those that are made from others, and those with hooks, which run once in a
+    backward for all that comes to the parameter."""
+    return [
+        p.requires_grad and (not p.is_leaf or bool(p._backward_hooks or p._post_accumulate_grad_hooks))  # type: ignore[attr-defined]
+        for p in parameters
+    ]
+
+
+def _of_own_type(p: Tensor) -> bool:
+    """Whether the gradient of a parameter has its type; since torch 2.10 a user may want another."""
+    return getattr(p, "grad_dtype", p.dtype) is p.dtype
 
 
 def add_to_grad(parameters: Sequence[Tensor], grads: Sequence[Tensor | None], graph: bool) -> None:
@@ -100,8 +114,11 @@ def add_to_grad(parameters: Sequence[Tensor], grads: Sequence[Tensor | None], gr
                 continue
             grad = p.grad
             if grad is None:
-                p.grad = g
-            elif grad.requires_grad:
+                if _of_own_type(p):
+                    p.grad = g
+                else:
+                    odd.append((p, g))
+            elif grad.requires_grad or grad.layout is not torch.strided:
                 odd.append((p, g))
             else:
                 have.append(grad)

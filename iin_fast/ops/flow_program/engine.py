@@ -53,7 +53,8 @@ def call(
         x, context = _alive(x), context if context is None else _alive(context)
         if direct.asked() and direct.possible(x, parameters):
             options = _Options(program, inverse, base, keep, tf32)
-            inputs = x, context, direct.ANCHOR, options, parameters, *direct.computed(parameters)
+            passed = [i for i, on in enumerate(direct.passed_on(parameters)) if on]
+            inputs = x, context, direct.ANCHOR, options, parameters, passed, *[parameters[i] for i in passed]
             return _apply_direct(*inputs)  # type: ignore[no-any-return]
         return _apply(x, context, program, inverse, base, keep, tf32, *parameters)  # type: ignore[no-any-return]
     with torch._C._AutoDispatchBelowAutograd():
@@ -68,7 +69,7 @@ def nll_backward(
 
     None, and nothing done, where that is not to be had, or gains nothing.
     """
-    if not direct.possible(x, parameters) or direct.computed(parameters):
+    if not direct.possible(x, parameters) or any(direct.passed_on(parameters)):
         return None
     if not ahead.gains(program, x.shape[0], x.dtype.itemsize, False):
         return None
@@ -88,7 +89,7 @@ def nll_backward(
 def _of_mean(batch: int, dtype: torch.dtype) -> Tensor:
     """What torch's backward of ``-log_prob.mean()`` gives for each row."""
     with torch.inference_mode(False):
-        return torch.tensor(-1.0, dtype=dtype).expand(batch) / batch
+        return torch.tensor(-1.0, dtype=dtype, device="cpu").expand(batch) / batch
 
 
 # ---------------------------------------------------------------- autograd
@@ -283,33 +284,39 @@ class _Direct(torch.autograd.Function):
         anchor: Tensor,
         options: _Options,
         parameters: Sequence[Tensor],
-        *computed: Tensor,
+        passed: Sequence[int],  # which of them torch's own nodes take on
+        *_: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        ctx.parameters = parameters  # themselves: hooks of saved tensors give copies back
-        return _forward(ctx, x, context, options, parameters, (x.requires_grad, *direct.learning(parameters)))
+        ctx.parameters, ctx.passed = parameters, passed  # themselves: hooks of saved tensors give copies back
+        ctx.learning = direct.learning(parameters)
+        return _forward(ctx, x, context, options, parameters, (x.requires_grad, *ctx.learning))
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
-        parameters = ctx.parameters
+        parameters, passed = ctx.parameters, ctx.passed
         need_x, need_context, *_ = ctx.needs_input_grad
-        wanted = direct.learning(parameters)
-        computed = [i for i, p in enumerate(parameters) if wanted[i] and not p.is_leaf]
-        # of x, of context where there is one, of the anchor, of computed parameters
+        # frozen at either end: no gradient
+        wanted = tuple([was and p.requires_grad for was, p in zip(ctx.learning, parameters, strict=True)])
+        # of x, of context where there is one, of the anchor, of parameters that are passed on
         nodes = [node for node, _ in ctx.next_functions]
-        anchor = len(nodes) - len(computed) - 1
+        anchor = len(nodes) - len(passed) - 1
         # torch.autograd.grad, and backward(inputs=…), add to no .grad but of what they are asked for
         lands = _runs(nodes[anchor])
         if not lands:
             need_x, need_context = need_x and _runs(nodes[0]), need_context and _runs(nodes[anchor - 1])
-            further = {i for i, node in zip(computed, nodes[anchor + 1 :], strict=True) if _runs(node)}
+            further = {i for i, node in zip(passed, nodes[anchor + 1 :], strict=True) if _runs(node)}
             wanted = tuple(i in further for i in range(len(parameters)))
         if differentiated(*grads):
             found: Sequence[Any] = by_definition(*_definition(ctx), grads)
         else:
             found = _found(ctx, grads, (need_x, need_context, wanted))
+        on = [found[2][i] for i in passed]
         if lands:
-            direct.add_to_grad(parameters, found[2], torch.is_grad_enabled())
-        return found[0], found[1], None, None, None, *(found[2][i] for i in computed)
+            own = list(found[2])
+            for i in passed:
+                own[i] = None
+            direct.add_to_grad(parameters, own, torch.is_grad_enabled())
+        return found[0], found[1], None, None, None, None, *on
 
 
 # Function.apply looks in Python at every argument for wrappers of torch.func that outlived it. Parameters are many, and never
