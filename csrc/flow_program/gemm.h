@@ -38,16 +38,30 @@ template <class T> struct Product {
   T slope;
   const T *mask; // [rows, columns], row stride ldmask
   int64_t ldmask;
-  const char *ahead; // weights that are needed next: a tile asks for them line by line as it goes, since asked for at
-                     // once they would stall the core; any address is allowed
+  const char *ahead;  // weights that are needed next: a tile asks for them line by line as it goes, since asked for at
+                      // once they would stall the core; any address is allowed
+  int64_t ahead_step; // bytes from one k to the next, for Ahead::share
+};
+
+// How a tile asks for weights that are needed next.
+enum class Ahead {
+  nothing,
+  line,  // one cache line at every k, into the second cache
+  half,  // half as many as it reads itself
+  all,   // as many
+  share, // `ahead_step` bytes at every k, into the first cache
 };
 
 // Cache lines of weights that a tile of C vectors reads at every k.
 template <int C> constexpr int line_rate = C * vector_bytes > 64 ? C * vector_bytes / 64 : 1;
 
-// Lines: how many cache lines of `ahead` to ask for at every k.
-template <class T, int R, int C, int Lines> void multiply_tile(const Product<T> &p) {
+template <class T, int R, int C, Ahead asks> void multiply_tile(const Product<T> &p) {
   constexpr int n = lanes<T>;
+  constexpr int count = asks == Ahead::nothing ? 0 // lines of `ahead` at every k
+                        : asks == Ahead::half  ? (line_rate<C> + 1) / 2
+                        : asks == Ahead::all   ? line_rate<C>
+                                               : 1;
+  constexpr int cache = asks == Ahead::share || (asks == Ahead::all && count > 1) ? 3 : 2; // the first or the second
   vec<T> sum[R][C];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
@@ -56,16 +70,16 @@ template <class T, int R, int C, int Lines> void multiply_tile(const Product<T> 
       sum[r][c] = p.start ? load(p.start + c * n) : load(p.c + r * p.ldc + c * n);
   const T *a = p.a, *w = p.w;
   const char *ahead = p.ahead;
-  const int64_t lda = p.lda, ldw = p.ldw;
+  const int64_t lda = p.lda, ldw = p.ldw, ahead_step = asks == Ahead::share ? p.ahead_step : count * 64;
   for (int64_t k = p.k; k > 0; --k) {
     vec<T> b[C];
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c)
       b[c] = load(w + c * n);
 #pragma GCC unroll 4
-    for (int line = 0; line < Lines; ++line)
-      __builtin_prefetch(ahead + line * 64, 0, Lines == line_rate<C> && Lines > 1 ? 3 : 2); // a lone tile: first cache
-    ahead += Lines * 64;
+    for (int line = 0; line < count; ++line)
+      __builtin_prefetch(ahead + line * 64, 0, cache);
+    ahead += ahead_step;
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const vec<T> value = broadcast(a[r * lda]);
@@ -171,14 +185,13 @@ template <class T> using MultiplyTile = void (*)(const Product<T> &);
 template <class T> using OuterTile = void (*)(const Outer<T> &);
 
 template <class T, int C, int... R>
-MultiplyTile<T> multiply_of(int64_t rows, int64_t lines, std::integer_sequence<int, R...>) {
-  static constexpr MultiplyTile<T> tiles[4][sizeof...(R)] = {
-      {multiply_tile<T, R + 1, C, 0>...},
-      {multiply_tile<T, R + 1, C, 1>...},
-      {multiply_tile<T, R + 1, C, (line_rate<C> + 1) / 2>...},
-      {multiply_tile<T, R + 1, C, line_rate<C>>...},
+MultiplyTile<T> multiply_of(int64_t rows, Ahead asks, std::integer_sequence<int, R...>) {
+  static constexpr MultiplyTile<T> tiles[5][sizeof...(R)] = {
+      {multiply_tile<T, R + 1, C, Ahead::nothing>...}, {multiply_tile<T, R + 1, C, Ahead::line>...},
+      {multiply_tile<T, R + 1, C, Ahead::half>...},    {multiply_tile<T, R + 1, C, Ahead::all>...},
+      {multiply_tile<T, R + 1, C, Ahead::share>...},
   };
-  return tiles[lines][rows - 1];
+  return tiles[static_cast<int>(asks)][rows - 1];
 }
 
 template <class T, int C, int... R> OuterTile<T> outer_of(int64_t rows, std::integer_sequence<int, R...>) {
@@ -186,11 +199,11 @@ template <class T, int C, int... R> OuterTile<T> outer_of(int64_t rows, std::int
   return tiles[rows - 1];
 }
 
-template <class T, int C = max_columns> MultiplyTile<T> multiply_with(int64_t rows, int64_t columns, int64_t lines) {
+template <class T, int C = max_columns> MultiplyTile<T> multiply_with(int64_t rows, int64_t columns, Ahead asks) {
   if constexpr (C > 1)
     if (columns < C)
-      return multiply_with<T, C - 1>(rows, columns, lines);
-  return multiply_of<T, C>(rows, lines, std::make_integer_sequence<int, max_rows(C)>());
+      return multiply_with<T, C - 1>(rows, columns, asks);
+  return multiply_of<T, C>(rows, asks, std::make_integer_sequence<int, max_rows(C)>());
 }
 
 template <class T, int C = max_columns> OuterTile<T> outer_with(int64_t rows, int64_t columns) {
@@ -202,6 +215,9 @@ template <class T, int C = max_columns> OuterTile<T> outer_with(int64_t rows, in
 
 // How far ahead a lone tile asks.
 constexpr int64_t stream_bytes = 6 * 1024;
+
+// Rows from which on every tile asks.
+constexpr int64_t shared_rows = 20;
 
 // Bytes of W that a block of k may hold: where a tile is as wide as a panel, weights of one pass over the rows stay in
 // the first cache; where it is narrower, what a tile meets is a part of them, and short blocks load and store sums too
@@ -220,9 +236,14 @@ template <class T> void multiply_panel(const Product<T> &whole, int64_t rows, in
   const int64_t calls = groups * ceil_div(rows, max_rows(smaller(ceil_div(columns, n), max_columns)));
   const int64_t width_of_all = groups == 1 ? ceil_div(columns, n) * n : columns;
   const int64_t block = calls == 1 ? whole.k : larger(16, block_bytes / (width_of_all * (int64_t)sizeof(T)));
-  // What comes next, while this block is computed: with four tiles or more, each of the first four asks for a quarter;
-  // a lone tile asks for its own weights, as far ahead as a core has in flight to memory several times.
-  const int64_t asking = calls >= 4 ? 4 : smaller(calls, 2), rate = asking == 4 ? 1 : asking == 2 ? 2 : 3;
+  // What comes next, while this block is computed: for many rows each tile asks for its share; for fewer, where that
+  // would take the place of what they read, four tiles ask for a quarter each; a lone tile asks for its own weights, as
+  // far ahead as a core has in flight to memory several times.
+  const int64_t asking = rows >= shared_rows ? calls : calls >= 4 ? 4 : smaller(calls, 2);
+  const Ahead way = rows >= shared_rows ? Ahead::share
+                    : asking == 4       ? Ahead::line
+                    : asking == 2       ? Ahead::half
+                                        : Ahead::all;
   const int64_t stride = calls / asking;
   for (int64_t k = 0; k < whole.k; k += block) {
     const int64_t end_k = smaller(k + block, whole.k), bytes = (end_k - k) * whole.ldw * sizeof(T);
@@ -255,8 +276,9 @@ template <class T> void multiply_panel(const Product<T> &whole, int64_t rows, in
         for (int64_t tile = 0, row = 0; tile < tiles; ++tile, ++call) {
           const int64_t end = (tile + 1) * rows / tiles; // tiles of nearly equal height
           const bool asks = ahead != nullptr && call % stride == 0 && call / stride < asking;
-          p.ahead = asks ? ahead + call / stride * (bytes / asking) : nullptr;
-          multiply_with<T>(end - row, vectors, asks ? rate : 0)(p);
+          p.ahead = asks ? ahead + call / stride * bytes / asking : nullptr;
+          p.ahead_step = ceil_div(bytes, asking * (end_k - k));
+          multiply_with<T>(end - row, vectors, asks ? way : Ahead::nothing)(p);
           p.a += (end - row) * p.lda;
           p.c += (end - row) * p.ldc;
           p.mask += whole.mask ? (end - row) * p.ldmask : 0;
