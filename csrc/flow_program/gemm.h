@@ -217,7 +217,7 @@ template <class T, int C = max_columns> OuterTile<T> outer_with(int64_t rows, in
 constexpr int64_t stream_bytes = 6 * 1024;
 
 // Rows from which on every tile asks.
-constexpr int64_t shared_rows = 20;
+constexpr int64_t shared_rows = vector_registers == 32 ? 32 : 20;
 
 // Bytes of W that a block of k may hold: where a tile is as wide as a panel, weights of one pass over the rows stay in
 // the first cache; where it is narrower, what a tile meets is a part of them, and short blocks load and store sums too
@@ -250,7 +250,8 @@ template <class T> void multiply_panel(const Product<T> &whole, int64_t rows, in
     const char *const ahead =
         !readable ? reinterpret_cast<const char *>(whole.w + k * whole.ldw) + (calls == 1 ? stream_bytes : bytes)
                   : whole.ahead;
-    int64_t call = 0;
+    const int64_t share = ceil_div(bytes, asking);
+    int64_t asked = 0, silent = 0; // tiles that asked; those to come before the next does
     for (int64_t column = 0; column < columns; column += widest) {
       const int64_t vectors = smaller(ceil_div(columns - column, n), max_columns), width = vectors * n;
       const int64_t beyond = readable ? 0 : larger(column + width - columns, 0);
@@ -261,7 +262,7 @@ template <class T> void multiply_panel(const Product<T> &whole, int64_t rows, in
           start[j] = column + j < columns ? first[j] : T(0);
         first = start;
       }
-      const int64_t tiles = ceil_div(rows, max_rows(vectors));
+      const int64_t tiles = ceil_div(rows, max_rows(vectors)), height = rows / tiles, taller = rows % tiles;
       // the rows of w from k to `to`, in place or in the tail
       const auto run = [&](int64_t from, int64_t to, const T *w, int64_t ldw, const T *begin) {
         Product<T> p = whole;
@@ -273,16 +274,16 @@ template <class T> void multiply_panel(const Product<T> &whole, int64_t rows, in
         p.mask += whole.mask ? column : 0;
         if (to < whole.k)
           p.finish = Finish::store;
-        for (int64_t tile = 0, row = 0; tile < tiles; ++tile, ++call) {
-          const int64_t end = (tile + 1) * rows / tiles; // tiles of nearly equal height
-          const bool asks = ahead != nullptr && call % stride == 0 && call / stride < asking;
-          p.ahead = asks ? ahead + call / stride * bytes / asking : nullptr;
-          p.ahead_step = ceil_div(bytes, asking * (end_k - k));
-          multiply_with<T>(end - row, vectors, asks ? way : Ahead::nothing)(p);
-          p.a += (end - row) * p.lda;
-          p.c += (end - row) * p.ldc;
-          p.mask += whole.mask ? (end - row) * p.ldmask : 0;
-          row = end;
+        p.ahead_step = ceil_div(share, end_k - k);
+        for (int64_t tile = 0; tile < tiles; ++tile) {
+          const int64_t here = tile < taller ? height + 1 : height;
+          const bool asks = ahead != nullptr && silent == 0 && asked < asking;
+          silent = silent == 0 ? stride - 1 : silent - 1;
+          p.ahead = asks ? ahead + asked++ * share : nullptr;
+          multiply_with<T>(here, vectors, asks ? way : Ahead::nothing)(p);
+          p.a += here * p.lda;
+          p.c += here * p.ldc;
+          p.mask += whole.mask ? here * p.ldmask : 0;
         }
       };
       if (k < direct)
