@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...checks import checked_flag
 
-__all__ = ["ANCHOR", "add_to_grad", "asked", "direct_gradients", "learning", "passed_on", "possible"]
+__all__ = ["ANCHOR", "add_to_grad", "allowed", "asked", "direct_gradients", "learning", "passed_on", "possible"]
 
 _writes = Lock()  # of one thread at a time: each looks first whether there is a gradient
 _asked: ContextVar[bool] = ContextVar("direct_gradients", default=False)
@@ -73,14 +73,14 @@ def asked() -> bool:
 
 def possible(x: Tensor, parameters: Sequence[Tensor]) -> bool:
     """Whether there are parameters to learn, and backward may add their gradients itself."""
-    if not x.is_cpu or _distributed() or torch.is_anomaly_enabled():  # which looks at what each node gives
+    return allowed(x) and any([p.is_leaf and p.requires_grad for p in parameters])
+
+
+def allowed(x: Tensor) -> bool:
+    """Whether nothing looks at the node of each parameter: DDP waits for them, and the search for anomalies looks at what they get."""
+    if not x.is_cpu or torch.is_anomaly_enabled():
         return False
-    return any([p.is_leaf and p.requires_grad for p in parameters])
-
-
-def _distributed() -> bool:
-    """Whether something may wait for the node of each parameter: DDP does."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+    return not (torch.distributed.is_available() and torch.distributed.is_initialized())
 
 
 def learning(parameters: Sequence[Tensor]) -> tuple[bool, ...]:

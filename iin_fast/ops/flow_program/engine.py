@@ -69,13 +69,14 @@ def nll_backward(
 
     None, and nothing done, where that is not to be had, or gains nothing.
     """
-    if not direct.possible(x, parameters) or any(direct.passed_on(parameters)):
+    learning = direct.learning(parameters)
+    if not (direct.allowed(x) and any(learning)) or any(direct.passed_on(parameters)):
         return None
     if not ahead.gains(program, x.shape[0], x.dtype.itemsize, False):
         return None
     if ahead.watched() or x.requires_grad or (context is not None and context.requires_grad):
         return None
-    grad, wanted = _of_mean(x.shape[0], x.dtype), _wanted(program, direct.learning(parameters))
+    grad, wanted = _of_mean(x.shape[0], x.dtype), _wanted(program, learning)
     with torch._C._AutoDispatchBelowAutograd():
         _, log_prob, _, _, grads = torch.ops.iin_fast.flow_program_ahead.default(
             grad, x, context, parameters, program.text, False, True, False, wanted
