@@ -96,11 +96,6 @@ def passed_on(parameters: Sequence[Tensor]) -> list[bool]:
     ]
 
 
-def _of_own_type(p: Tensor) -> bool:
-    """Whether the gradient of a parameter has its type; since torch 2.10 a user may want another."""
-    return getattr(p, "grad_dtype", p.dtype) is p.dtype
-
-
 def add_to_grad(parameters: Sequence[Tensor], grads: Sequence[Tensor | None], graph: bool) -> None:
     """Add to the ``.grad`` of each leaf, as its own node does. graph: the gradients have one (create_graph=True)."""
     have, more = [], []
@@ -114,9 +109,9 @@ def add_to_grad(parameters: Sequence[Tensor], grads: Sequence[Tensor | None], gr
                 continue
             grad = p.grad
             if grad is None:
-                if _of_own_type(p):
+                try:
                     p.grad = g
-                else:
+                except RuntimeError:  # a user may want another type (p.grad_dtype)
                     odd.append((p, g))
             elif grad.requires_grad or grad.layout is not torch.strided:
                 odd.append((p, g))
