@@ -81,7 +81,7 @@ def nll_backward(
         _, log_prob, _, _, grads = torch.ops.iin_fast.flow_program_ahead.default(
             grad, x, context, parameters, program.text, False, True, False, wanted
         )
-        loss = -log_prob.mean()
+        loss = log_prob.mean().neg_()
     direct.add_to_grad(parameters, _some(grads, wanted), False)
     return loss
 
