@@ -207,7 +207,7 @@ def test_gradients_of_another_kind(way: Any) -> None:
         if hasattr(first, "grad_dtype"):
             first.grad_dtype = torch.float64
         second.grad = torch.zeros_like(second).to_sparse()
-        third.grad = torch.zeros_like(third, dtype=third.dtype).requires_grad_()
+        third.grad = torch.zeros_like(third).requires_grad_()
     way(flow, x, context)
     torchs(twin, x, context)
     for p, q in zip(flow.parameters(), twin.parameters(), strict=True):
