@@ -76,19 +76,24 @@ template <class T, int R, int C> void multiply_tile(const Multiply<T> &p) {
       store(p.c + r * p.ld + c * n, sum[r][c]);
 }
 
-template <class T> using MultiplyTile = void (*)(const Multiply<T> &);
-
-template <class T, int C, int... R> MultiplyTile<T> multiply_of(int64_t rows, std::integer_sequence<int, R...>) {
-  static constexpr MultiplyTile<T> tiles[] = {multiply_tile<T, R + 1, C>...};
+// Tiles::tile<R, C> of at most Tiles::most(C) rows, for sizes that are known at run time.
+template <class Tiles, int C, int... R> auto tile_of(int64_t rows, std::integer_sequence<int, R...>) {
+  static constexpr typename Tiles::Type tiles[] = {Tiles::template tile<R + 1, C>...};
   return tiles[rows - 1];
 }
 
-template <class T, int C = most_vectors> MultiplyTile<T> multiply_with(int64_t rows, int64_t vectors) {
+template <class Tiles, int C = most_vectors> typename Tiles::Type tile_with(int64_t rows, int64_t vectors) {
   if constexpr (C > 1)
     if (vectors < C)
-      return multiply_with<T, C - 1>(rows, vectors);
-  return multiply_of<T, C>(rows, std::make_integer_sequence<int, most_rows(C)>());
+      return tile_with<Tiles, C - 1>(rows, vectors);
+  return tile_of<Tiles, C>(rows, std::make_integer_sequence<int, Tiles::most(C)>());
 }
+
+template <class T> struct MultiplyTiles {
+  using Type = void (*)(const Multiply<T> &);
+  template <int R, int C> static constexpr Type tile = multiply_tile<T, R, C>;
+  static constexpr int most(int vectors) { return most_rows(vectors); }
+};
 
 // `vectors` of each row of C.
 template <class T> void multiply(const Multiply<T> &whole, int64_t rows, int64_t vectors) {
@@ -101,7 +106,7 @@ template <class T> void multiply(const Multiply<T> &whole, int64_t rows, int64_t
     p.c += vector * lanes<T>;
     for (int64_t tile = 0, row = 0; tile < tiles; ++tile) {
       const int64_t end = (tile + 1) * rows / tiles; // tiles of nearly equal height
-      multiply_with<T>(end - row, width)(p);
+      tile_with<MultiplyTiles<T>>(end - row, width)(p);
       p.w += (end - row) * p.row_stride;
       p.c += (end - row) * p.ld;
       if (p.start != nullptr)
@@ -166,20 +171,11 @@ template <class T, int R, int C> void multiply_rows_tile(const MultiplyRows<T> &
       store(p.c + rows[r] * p.ld + c * n, sum[r][c]);
 }
 
-template <class T> using MultiplyRowsTile = void (*)(const MultiplyRows<T> &, const int32_t *);
-
-template <class T, int C, int... R>
-MultiplyRowsTile<T> multiply_rows_of(int64_t rows, std::integer_sequence<int, R...>) {
-  static constexpr MultiplyRowsTile<T> tiles[] = {multiply_rows_tile<T, R + 1, C>...};
-  return tiles[rows - 1];
-}
-
-template <class T, int C = most_vectors> MultiplyRowsTile<T> multiply_rows_with(int64_t rows, int64_t vectors) {
-  if constexpr (C > 1)
-    if (vectors < C)
-      return multiply_rows_with<T, C - 1>(rows, vectors);
-  return multiply_rows_of<T, C>(rows, std::make_integer_sequence<int, most_rows(most_vectors)>());
-}
+template <class T> struct MultiplyRowsTiles {
+  using Type = void (*)(const MultiplyRows<T> &, const int32_t *);
+  template <int R, int C> static constexpr Type tile = multiply_rows_tile<T, R, C>;
+  static constexpr int most(int) { return most_rows(most_vectors); }
+};
 
 template <class T> void multiply_rows(MultiplyRows<T> p, const int32_t *rows, int64_t count) {
   const int64_t tiles = ceil_div(count, most_rows(most_vectors));
@@ -187,7 +183,7 @@ template <class T> void multiply_rows(MultiplyRows<T> p, const int32_t *rows, in
     const int64_t width = smaller(vectors - vector, most_vectors);
     for (int64_t tile = 0, row = 0; tile < tiles; ++tile) {
       const int64_t end = (tile + 1) * count / tiles;
-      multiply_rows_with<T>(end - row, width)(p, rows + row);
+      tile_with<MultiplyRowsTiles<T>>(end - row, width)(p, rows + row);
       row = end;
     }
     p.a += width * lanes<T>, p.c += width * lanes<T>;
