@@ -110,15 +110,15 @@ def steps() -> dict[str, dict[str, Callable[[], Any]]]:
         flow.initialize(x, context)
         parameters, program = list(flow.parameters()), flow.program()
         wanted = "".join("1" if p.requires_grad else "0" for p in flow._tensors())
-        grad, tensors = torch.full((50,), -1 / 50), [t.detach() for t in flow._tensors()]
+        tensors = [t.detach() for t in flow._tensors()]
 
         def clear(parameters: list[Tensor] = parameters) -> None:
             for p in parameters:
                 p.grad = None
 
-        def op(given: Any = (grad, x, context, tensors, program.text, False, True, False, wanted)) -> Any:
+        def op(given: Any = (x, context, tensors, program.text, wanted)) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
-                return torch.ops.iin_fast.flow_program_ahead.default(*given)
+                return torch.ops.iin_fast.flow_program_nll.default(*given)
 
         def nll_backward(flow: Any = flow, x: Tensor = x, context: Tensor = context, clear: Any = clear) -> None:
             clear()

@@ -186,10 +186,12 @@ def chosen(op: str, x: Tensor) -> str:
 
 
 def chosen_compiled(op: str, x: Tensor) -> bool:
-    """Whether the compiled library runs ``op`` on ``x``, where nothing differentiates or traces the call."""
+    """Whether the compiled library runs ``op`` on ``x``, where torch.func and torch.compile have no part in the call."""
     contexts, device = _thread.contexts, "cpu" if x.is_cpu else x.device.type
     forced = contexts[-1].name if contexts else _forced
     if forced not in (None, "cpp") or ("cpp", device) not in _implemented.get(op, ()):
+        return False
+    if forward_ad._current_level >= 0:
         return False
     return device != "cuda" or _runs_on("cpp", x.device.index)
 

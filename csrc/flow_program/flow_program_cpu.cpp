@@ -1,5 +1,6 @@
 // flow_program on the CPU: tensor checks, memory, and torch's threads. The text is parsed in flow_program_plan.cpp, the
 // walks are in flow_program_loops.cpp.
+#include "common/sum.h"
 #include "common/tensor.h"
 #include "common/thread_team.h"
 #include "common/workspace.h"
@@ -248,6 +249,33 @@ flow_program_ahead(const Tensor &grad_logdet, // [batch]
   return {results.y, results.logdet, found.x, found.context, found.parameters};
 }
 
+// The mean over rows of -log p(x), and its gradients.
+std::tuple<Tensor, std::vector<Tensor>> flow_program_nll(const Tensor &x, // [batch, dim]
+                                                         const std::optional<Tensor> &context,
+                                                         const std::vector<Tensor> &parameters, StringHandle program,
+                                                         StringHandle wanted) {
+  const std::string wanted_text = text_of(wanted);
+  const std::shared_ptr<const Plan> plan = plan_of(text_of(program));
+  const Inputs in = checked_on_cpu(*plan, x, context, parameters);
+  const int64_t batch = in.x.size(0);
+  const Results results{cpu_empty(in.x, in.x.sizes()), cpu_empty(in.x, {batch})};
+  Tensor grad = cpu_empty(in.x, {batch}), loss = cpu_empty(in.x, {});
+  with_type(in.x.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    std::fill_n(static_cast<T *>(grad.mutable_data_ptr()), batch, T(-1) / T(batch));
+  });
+  Gradients found = gradients_of(*plan, in, std::nullopt, grad, nullptr, false, true,
+                                 static_cast<int64_t>(Keep::nothing), false, wanted_text, &results);
+  with_type(in.x.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    const T *log_prob = static_cast<const T *>(results.logdet.const_data_ptr());
+    CompensatedSum<double> sum;
+    add_terms<T>(sum, batch, [&](int64_t i) __attribute__((always_inline)) { return log_prob[i]; });
+    *static_cast<T *>(loss.mutable_data_ptr()) = static_cast<T>(-sum.total() / double(batch));
+  });
+  return {loss, std::move(found.parameters)};
+}
+
 } // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(iin_fast, m) {
@@ -258,6 +286,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(iin_fast, m) {
         " int tf32=0) -> (Tensor, Tensor, Tensor[])");
   m.def("flow_program_ahead(Tensor grad_logdet, Tensor x, Tensor? context, Tensor[] parameters, str program,"
         " bool inverse, bool base, bool context_grad, str wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor[])");
+  m.def("flow_program_nll(Tensor x, Tensor? context, Tensor[] parameters, str program, str wanted)"
+        " -> (Tensor, Tensor[])");
   m.def("flow_program_gains_ahead(str program, int batch, int item, bool inverse) -> bool");
 }
 
@@ -269,6 +299,7 @@ STABLE_TORCH_LIBRARY_IMPL(iin_fast, CPU, m) {
   m.impl("flow_program", TORCH_BOX(&flow_program));
   m.impl("flow_program_backward", TORCH_BOX(&flow_program_backward));
   m.impl("flow_program_ahead", TORCH_BOX(&flow_program_ahead));
+  m.impl("flow_program_nll", TORCH_BOX(&flow_program_nll));
 }
 
 } // namespace iin_fast

@@ -217,12 +217,11 @@ template <class T, int C = max_columns> OuterTile<T> outer_with(int64_t rows, in
 constexpr int64_t stream_bytes = 6 * 1024;
 
 // Rows from which on every tile asks.
-constexpr int64_t shared_rows = vector_registers == 32 ? 32 : 20;
+constexpr int64_t shared_rows = 20;
 
-// Bytes of W that a block of k may hold: where a tile is as wide as a panel, weights of one pass over the rows stay in
-// the first cache; where it is narrower, what a tile meets is a part of them, and short blocks load and store sums too
-// often.
-constexpr int64_t block_bytes = (max_columns * vector_bytes < panel_width * 4 ? 64 : 16) * 1024;
+// Bytes of W that a block of k may hold. A tile loads and stores its sums once in each; the second cache holds the weights. Where a
+// tile is narrower than a panel, it meets every fourth cache line of a block, and longer ones cost more than they save.
+constexpr int64_t block_bytes = (max_columns * vector_bytes < panel_width * 4 ? 64 : 128) * 1024;
 
 // C[rows, columns] of one panel. `readable`: whether a vector may be read that begins in any row of w and ends beyond
 // it, i.e. whether w is padded. Where a panel is wider than a tile, a block of k meets all columns before the next one

@@ -14,6 +14,7 @@ namespace IIN_FAST_ISA {
 namespace {
 
 constexpr int64_t side = panel_width; // of a block of weights
+constexpr int64_t deep = 4 * side;    // so many of them are turned for one product, which then loads its sums once
 
 template <class T> alignas(64) constexpr T zeros[side] = {};
 
@@ -182,16 +183,19 @@ private:
       p.finish = finish;
       multiply_panel(p, to - from, columns, false);
     } else {
-      alignas(64) T block[side * side], turned[side * side];
+      alignas(64) T block[side * side], turned[deep * side];
       p.w = turned;
       p.ldw = side;
-      for (int64_t row = 0; row < s.in; row += side) {
-        const int64_t rows = smaller(side, s.in - row), offset = column * s.in + row;
-        const T *source = parameter(s.weight) + offset;
-        int64_t source_stride = s.in;
-        if (s.mask.present())
-          copy_block(s, offset, columns, rows, block), source = block, source_stride = side;
-        transpose_panel(source, source_stride, columns, rows, turned, side);
+      for (int64_t row = 0; row < s.in; row += deep) {
+        const int64_t rows = smaller(deep, s.in - row);
+        for (int64_t part = 0; part < rows; part += side) {
+          const int64_t ins = smaller(side, rows - part), offset = column * s.in + row + part;
+          const T *source = parameter(s.weight) + offset;
+          int64_t source_stride = s.in;
+          if (s.mask.present())
+            copy_block(s, offset, columns, ins, block), source = block, source_stride = side;
+          transpose_panel(source, source_stride, columns, ins, turned + part * side, side);
+        }
         p.k = rows;
         p.start = row == 0 ? bias : nullptr;
         p.finish = row + rows < s.in ? Finish::store : finish;

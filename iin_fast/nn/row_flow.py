@@ -96,8 +96,8 @@ class RowFlow(Density):
     def nll_backward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The mean negative log-likelihood of data, in nats, its gradients added to each parameter's ``.grad``.
 
-        What ``(-flow.log_prob(x, context).mean()).backward()`` does, with the same numbers, bit for bit, and hooks of
-        parameters run as ever. Small flows on the CPU do both in one op, without a graph, in less time.
+        What ``(-flow.log_prob(x, context).mean()).backward()`` does: the same gradients, bit for bit, and hooks of parameters
+        run as ever. Small flows on the CPU do both in one op, without a graph, in less time, and sum the loss in float64.
 
         Args:
             x: ``[..., dim]``, not empty.
@@ -195,7 +195,7 @@ def _are_rows(x: Any, context: Any) -> bool:
     """Whether these are ``[batch, …]`` each."""
     if not isinstance(x, Tensor) or x.dim() != 2:
         return False
-    return context is None or (isinstance(context, Tensor) and context.dim() == 2 and len(context) == len(x))
+    return context is None or (isinstance(context, Tensor) and context.dim() == 2 and context.size(0) == x.size(0))
 
 
 def _rows(value: Tensor | None, shape: Sequence[int]) -> Tensor | None:

@@ -9,7 +9,6 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from ...backends import chosen_compiled
 from ...flow import ABSENT, FlowProgram, ProgramBuilder, Ref, Weights
@@ -429,7 +428,7 @@ def _kind(x: Any, context: Any) -> tuple[int, int, torch.dtype, torch.device | N
         if len(given) != 2 or given[0] != shape[0] or given[1] == 0:
             return None
         wide = given[1]
-    if forward_ad._current_level >= 0 or any(GLOBAL_HOOKS) or not chosen_compiled("flow_program", x):
+    if any(GLOBAL_HOOKS) or not chosen_compiled("flow_program", x):
         return None
     return shape[1], wide, dtype, device
 

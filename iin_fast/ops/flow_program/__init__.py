@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ... import backends
-from ...backends import chosen
+from ...backends import chosen, chosen_compiled
 from ...checks import autocast_enabled, checked_choice, checked_flag, version
 from ...flow import FlowProgram
 from ...flow import layers as L
@@ -152,7 +152,7 @@ def nll_backward(
     """
     if type(x) is not Tensor or not x.is_cpu or x.dtype not in FULL or followed() or not torch.is_grad_enabled():
         return None
-    if chosen("flow_program", x) != "cpp":
+    if not chosen_compiled("flow_program", x):
         return None
     _check_once(x, parameters, program)
     try:

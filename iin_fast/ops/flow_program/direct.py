@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...checks import checked_flag
 
-__all__ = ["ANCHOR", "add_to_grad", "allowed", "asked", "direct_gradients", "learning", "passed_on", "possible"]
+__all__ = ["ANCHOR", "add_to_grad", "allowed", "asked", "direct_gradients", "learning", "own", "passed_on", "possible"]
 
 _writes = Lock()  # of one thread at a time: each looks first whether there is a gradient
 _asked: ContextVar[bool] = ContextVar("direct_gradients", default=False)
@@ -96,6 +96,17 @@ def passed_on(parameters: Sequence[Tensor]) -> list[bool]:
     ]
 
 
+def own(parameters: Sequence[Tensor]) -> tuple[bool, ...] | None:
+    """Of each whether it learns; None where the gradient of any goes torch's way."""
+    found = []
+    for p in parameters:
+        learns = p.requires_grad
+        if learns and (not p.is_leaf or p._backward_hooks or p._post_accumulate_grad_hooks):  # type: ignore[attr-defined]
+            return None
+        found.append(learns)
+    return tuple(found)
+
+
 def add_to_grad(parameters: Sequence[Tensor], grads: Sequence[Tensor | None], graph: bool) -> None:
     """Add to the ``.grad`` of each leaf, as its own node does. graph: the gradients have one (create_graph=True)."""
     have, more = [], []
@@ -104,7 +115,7 @@ def add_to_grad(parameters: Sequence[Tensor], grads: Sequence[Tensor | None], gr
         for p, g in zip(parameters, grads, strict=True):
             if g is None or not (p.requires_grad and p.is_leaf):
                 continue
-            if p._backward_hooks or p._post_accumulate_grad_hooks or graph or g.stride() != p.stride():
+            if p._backward_hooks or p._post_accumulate_grad_hooks or graph or not p.is_contiguous():
                 odd.append((p, g))
                 continue
             grad = p.grad

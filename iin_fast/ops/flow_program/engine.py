@@ -69,28 +69,18 @@ def nll_backward(
 
     None, and nothing done, where that is not to be had, or gains nothing.
     """
-    learning = direct.learning(parameters)
-    if not (direct.allowed(x) and any(learning)) or any(direct.passed_on(parameters)):
+    learning = direct.own(parameters)
+    if learning is None or not any(learning) or not direct.allowed(x):
         return None
     if not ahead.gains(program, x.shape[0], x.dtype.itemsize, False):
         return None
     if ahead.watched() or x.requires_grad or (context is not None and context.requires_grad):
         return None
-    grad, wanted = _of_mean(x.shape[0], x.dtype), _wanted(program, learning)
+    wanted = _wanted(program, learning)
     with torch._C._AutoDispatchBelowAutograd():
-        _, log_prob, _, _, grads = torch.ops.iin_fast.flow_program_ahead.default(
-            grad, x, context, parameters, program.text, False, True, False, wanted
-        )
-        loss = log_prob.mean().neg_()
+        loss, grads = torch.ops.iin_fast.flow_program_nll.default(x, context, parameters, program.text, wanted)
     direct.add_to_grad(parameters, _some(grads, wanted), False)
-    return loss
-
-
-@lru_cache(maxsize=64)
-def _of_mean(batch: int, dtype: torch.dtype) -> Tensor:
-    """What torch's backward of ``-log_prob.mean()`` gives for each row."""
-    with torch.inference_mode(False):
-        return torch.tensor(-1.0, dtype=dtype, device="cpu").expand(batch) / batch
+    return loss  # type: ignore[no-any-return]
 
 
 # ---------------------------------------------------------------- autograd
