@@ -101,6 +101,17 @@ template <class T> int64_t chosen(const Plan &plan, int64_t batch, bool inverse,
   return static_cast<int64_t>(Keep::nothing);
 }
 
+// Freeing a mapped block of this size raises what glibc keeps at the end of its heap; else what forward saves and
+// gradients may be given back to the system at every step, and their pages cleared anew.
+void keep_heap() {
+  static const bool freed = [] {
+    void *volatile block = ::operator new(8 << 20);
+    ::operator delete(block);
+    return true;
+  }();
+  (void)freed;
+}
+
 std::tuple<Tensor, Tensor, Tensor> flow_program(const Tensor &x,                      // [batch, dim]
                                                 const std::optional<Tensor> &context, // [batch, context]
                                                 const std::vector<Tensor> &parameters, StringHandle program,
@@ -114,14 +125,7 @@ std::tuple<Tensor, Tensor, Tensor> flow_program(const Tensor &x,                
     ProgramJob<T> job = job_of<T>(*plan, in, inverse, base, chosen<T>(*plan, in.x.size(0), inverse, keep));
     const int64_t size =
         job.batch == 0 ? 0 : IIN_FAST_LOOP(program_saved_size<T>)(plan->view, job.batch, inverse, job.keep);
-    // Freeing a mapped block of this size raises what glibc keeps at the end of its heap; else `saved` may be given
-    // back to the system at every step, and its pages cleared anew.
-    static const bool freed = [] {
-      void *volatile block = ::operator new(8 << 20);
-      ::operator delete(block);
-      return true;
-    }();
-    (void)freed;
+    keep_heap();
     saved = cpu_empty(in.x, {size});
     if (job.batch == 0)
       return;
@@ -156,6 +160,7 @@ Gradients gradients_of(const Plan &plan, const Inputs &in, const std::optional<T
   if (grad_y.has_value())
     gy = contiguous(*grad_y);
   const Tensor gl = contiguous(grad_logdet);
+  keep_heap();
   Tensor grad_x = cpu_empty(in.x, in.x.sizes());
   context_grad = context_grad && in.context.has_value();
   Tensor grad_context = context_grad ? cpu_empty(*in.context, in.context->sizes()) : cpu_empty(in.x, {0});
