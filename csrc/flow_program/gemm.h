@@ -219,9 +219,9 @@ constexpr int64_t stream_bytes = 6 * 1024;
 // Rows from which on every tile asks.
 constexpr int64_t shared_rows = 20;
 
-// Bytes of W that a block of k may hold. A tile loads and stores its sums once in each; the second cache holds the weights. Where a
-// tile is narrower than a panel, it meets every fourth cache line of a block, and longer ones cost more than they save.
-constexpr int64_t block_bytes = (max_columns * vector_bytes < panel_width * 4 ? 64 : 128) * 1024;
+// Bytes of W that a block of k may hold. A tile loads and stores its sums once in each. With many rows the block is in
+// the second cache after the first tile; with few it is read as it comes, and what is asked for must not come too early.
+inline int64_t block_bytes(int64_t rows) { return (rows >= shared_rows ? 128 : 32) * 1024; }
 
 // C[rows, columns] of one panel. `readable`: whether a vector may be read that begins in any row of w and ends beyond
 // it, i.e. whether w is padded. Where a panel is wider than a tile, a block of k meets all columns before the next one
@@ -234,7 +234,7 @@ template <class T> void multiply_panel(const Product<T> &whole, int64_t rows, in
   const int64_t groups = ceil_div(columns, widest);
   const int64_t calls = groups * ceil_div(rows, max_rows(smaller(ceil_div(columns, n), max_columns)));
   const int64_t width_of_all = groups == 1 ? ceil_div(columns, n) * n : columns;
-  const int64_t block = calls == 1 ? whole.k : larger(16, block_bytes / (width_of_all * (int64_t)sizeof(T)));
+  const int64_t block = calls == 1 ? whole.k : larger(16, block_bytes(rows) / (width_of_all * (int64_t)sizeof(T)));
   // What comes next, while this block is computed: for many rows each tile asks for its share; for fewer, where that
   // would take the place of what they read, four tiles ask for a quarter each; a lone tile asks for its own weights, as
   // far ahead as a core has in flight to memory several times.
