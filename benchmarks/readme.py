@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 import sys
 from functools import partial
 from pathlib import Path
@@ -193,6 +194,25 @@ def iin_table(name: str) -> str:
     libraries = f"torch {versions['torch']}, jax {versions['jax']}"
     floor = f"{peaks['gflops']:.0f} GFLOP/s and {peaks['read_gbytes']:.0f} GB/s, as the same run measured them"
     return "\n".join(rivals_table(result, {r: name for r, name in shown.items() if r in sides}, libraries, floor))
+
+
+def before_table(name: str = "before_cpu.json") -> str:
+    """The IIN's flow beside that of an older version."""
+    result = json.loads((RESULTS / name).read_text())
+    machine, cases = result["machine"], result["cases"]
+    lines = [
+        f"{machine['CPU']} ({machine['CPU instruction set']}), commit {machine['commit']} beside {result['before'][:12]}, "
+        f"{len(next(iter(cases.values()))['ratios'])} processes of each in turn, each version first in half of them. Medians in milliseconds, and the older time over ours.",
+        "",
+        "| case | before | now | before over now: median | least | most |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for case, found in cases.items():
+        ratios = found["ratios"]
+        cells = [f"{statistics.median(found[side]) * 1e3:.2f}" for side in ("before", "now")]
+        cells += [f"{value:.2f}" for value in (statistics.median(ratios), min(ratios), max(ratios))]
+        lines.append(f"| {case} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def accuracy_table() -> str:
@@ -718,7 +738,12 @@ PAGES = {
         "splines avx2": partial(spline_table, "spline_cpu_avx2.json"),
         "gpu": gpu_tables,
     },
-    "docs/performance.md": {"spline accuracy": accuracy_table, "gpu micro": gpu_micro_table},
+    "docs/performance.md": {
+        "before": before_table,
+        "before avx2": partial(before_table, "before_cpu_avx2.json"),
+        "spline accuracy": accuracy_table,
+        "gpu micro": gpu_micro_table,
+    },
 }
 
 

@@ -170,7 +170,7 @@ FLOW = {
     FlowShape(7, 7, 3, 70, 2, 5, 3): "cpp",
     FlowShape(25, 64, 2, 130, 1): "cpp",
     FlowShape(130, 8, 2, 64, 2, 3): "cpp",
-    FlowShape(50, 64, 1, 512, 1): "cpp",
+    FlowShape(50, 64, 1, 530, 1): "cpp",  # more inputs than a block of weights holds
     FlowShape(2, 33, 1, 512, 0): "cpp",
     FlowShape(1000, 5, 2, 40, 3): "cpp",
     FlowShape(300, 9, 2, 130, 1, 4, 2): "cpp",

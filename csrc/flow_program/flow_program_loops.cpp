@@ -299,14 +299,42 @@ private:
   // [dim] scales, and behind them the log-det.
   void pack_affine(const ProgramLayer &l) {
     const T *const raw = parameter(l.scale);
-    T *const scale = packed_ + l.packed;
-    T total = T(0), lost = T(0);
-    for (int64_t j = 0; j < p_.dim; ++j) {
-      scale[j] = raw == nullptr ? T(1) : scale_of(l.form, raw[j], T(l.eps));
-      if (raw != nullptr)
-        add_term(total, lost, log_scale(l.form, raw[j], scale[j]));
+    T *const scale = packed_ + l.packed, *const logdet = scale + padded(p_.dim);
+    *logdet = T(0);
+    if (raw == nullptr) {
+      for (int64_t j = 0; j < p_.dim; ++j)
+        scale[j] = T(1);
+      return;
     }
-    scale[padded(p_.dim)] = CompensatedSum<T>{total, lost}.total();
+    const T eps = T(l.eps);
+    CompensatedSum<double> total;
+    const auto pack = [&](auto form) {
+      constexpr int64_t piece = 64;
+      alignas(64) T terms[piece];
+      for (int64_t first = 0; first < p_.dim; first += piece) {
+        const int64_t count = smaller(piece, p_.dim - first);
+        const T *const from = raw + first;
+        T *const to = scale + first;
+#pragma omp simd
+        for (int64_t j = 0; j < count; ++j) {
+          to[j] = scale_of(decltype(form)::value, from[j], eps);
+          terms[j] = log_scale(decltype(form)::value, from[j], to[j]);
+        }
+        add_terms<T>(total, count, [&](int64_t j) __attribute__((always_inline)) { return terms[j]; });
+      }
+    };
+    switch (l.form) {
+    case ScaleForm::plain:
+      pack(std::integral_constant<ScaleForm, ScaleForm::plain>());
+      break;
+    case ScaleForm::exp:
+      pack(std::integral_constant<ScaleForm, ScaleForm::exp>());
+      break;
+    case ScaleForm::softplus:
+      pack(std::integral_constant<ScaleForm, ScaleForm::softplus>());
+      break;
+    }
+    *logdet = static_cast<T>(total.total());
   }
 
   // L with its unit diagonal, U with its diagonal, [dim, dim] each, and the log-det.
@@ -421,17 +449,20 @@ private:
     }
   }
 
+  void copy_feature(const T *from, T *to) const {
+    each(from, to, ld_, [](Pack<T> v) { return v; });
+  }
+
   // A coupling whose net has been evaluated.
   void couple(const ProgramLayer &layer, bool inverse, const T *net, const T *x, T *y, const Workspace<T> &w) const {
     for (int64_t i = 0; i < layer.passed_count; ++i)
-      copy(x + layer.passed[i] * ld_, y + layer.passed[i] * ld_, ld_);
-    for (int64_t i = 0; i < layer.transformed_count; ++i)
-      transform(layer, i, inverse, net, x + layer.transformed[i] * ld_, y + layer.transformed[i] * ld_, w);
+      copy_feature(x + layer.passed[i] * ld_, y + layer.passed[i] * ld_);
+    transform(layer, 0, layer.transformed_count, inverse, net, x, y, w);
   }
   void couple_backward(const ProgramLayer &layer, const T *net, const T *x, const T *y, const T *g, T *gx,
                        const Workspace<T> &w) const {
     for (int64_t i = 0; i < layer.passed_count; ++i)
-      copy(g + layer.passed[i] * ld_, gx + layer.passed[i] * ld_, ld_);
+      copy_feature(g + layer.passed[i] * ld_, gx + layer.passed[i] * ld_);
     begin(w.net_gradients + layer.output_at * ld_, layer.raw_rows * ld_, false);
     for (int64_t i = 0; i < layer.transformed_count; ++i)
       transform_backward(layer, i, inverse_of(layer), net, x, y, g, gx, w);
@@ -444,7 +475,7 @@ private:
             ? layer.index
             : static_cast<const int64_t *>(job_.parameters[layer.index_at.tensor]) + layer.index_at.offset;
     for (int64_t j = 0; j < p_.dim; ++j)
-      copy(from + (inverse ? j : index[j]) * ld_, to + (inverse ? index[j] : j) * ld_, ld_);
+      copy_feature(from + (inverse ? j : index[j]) * ld_, to + (inverse ? index[j] : j) * ld_);
   }
 
   void affine_forward(const ProgramLayer &l, bool inverse, const T *x, T *y, const Workspace<T> &w) const {
@@ -595,7 +626,7 @@ private:
   // The net of a coupling; leaves its values in `net`, the raw sizes of a spline multiplied by their gain.
   void evaluate(const ProgramLayer &layer, const T *x, const Workspace<T> &w, T *net) const {
     for (int64_t i = 0; i < layer.index_count; ++i)
-      copy(x + layer.index[i] * ld_, net + (layer.values[0].at + i) * ld_, ld_);
+      copy_feature(x + layer.index[i] * ld_, net + (layer.values[0].at + i) * ld_);
     for (int64_t k = 0; k < layer.step_count; ++k) {
       const ProgramStep &s = layer.steps[k];
       const T *const a = value(layer, net, w, s.a);
@@ -673,14 +704,15 @@ private:
     return id == 1 ? p_.context : layer.values[id].rows;
   }
 
-  void transform(const ProgramLayer &layer, int64_t i, bool inverse, const T *net, const T *x, T *y,
+  // The features [first, end) of those that a coupling transforms.
+  void transform(const ProgramLayer &layer, int64_t first, int64_t end, bool inverse, const T *net, const T *x, T *y,
                  const Workspace<T> &w) const {
     const T *const raw = net + layer.raw_at * ld_;
     if (layer.transformer == TransformerKind::affine)
-      affine_transform(layer.affine, inverse, raw, i, ld_, x, y, w.logdet, w.lost);
-    else
-      spline_transform(layer.spline, inverse, raw + i * layer.spline.count * ld_, ld_, x, y, w.logdet, w.lost,
-                       w.spline);
+      return affine_transform(layer.affine, inverse, raw, layer.transformed, first, end, ld_, x, y, w.logdet, w.lost);
+    for (int64_t i = first; i < end; ++i)
+      spline_transform(layer.spline, inverse, raw + i * layer.spline.count * ld_, ld_, x + layer.transformed[i] * ld_,
+                       y + layer.transformed[i] * ld_, w.logdet, w.lost, w.spline);
   }
 
   // Gradients of the raw values of feature i, added to w.net_gradients, and of its coordinate.
@@ -976,13 +1008,13 @@ private:
     for (int32_t step = 0; step <= p_.dim; ++step) {
       for (int64_t j = 0; j < p_.dim; ++j)
         if (orders[j] + 1 == step)
-          copy(y + j * ld_, net + (layer.values[0].at + j) * ld_, ld_);
+          copy_feature(y + j * ld_, net + (layer.values[0].at + j) * ld_);
       for (int64_t k = 0; k < layer.step_count; ++k)
         sequential_step(layer, k, step, orders, net, w);
       for (int64_t j = 0; j < p_.dim; ++j)
         if (orders[j] == step) {
           scale_raw(layer, j, net);
-          transform(layer, j, true, net, x + j * ld_, y + j * ld_, w);
+          transform(layer, j, j + 1, true, net, x, y, w);
         }
     }
   }
@@ -1387,9 +1419,11 @@ private:
     const ProgramLayer &l = program_.layer_at(position);
     const int64_t first = program_.first_row(tile), rows = rows_of(tile), stride = row_place<T>(l, 0).stride;
     T *const features = features_of_net(position);
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t i = 0; i < stride; ++i)
-        features[(first + r) * stride + i] = i < l.index_count ? from[l.index[i] * ld_ + r] : T(0);
+    for (int64_t i = 0; i < stride; ++i) {
+      const T *const feature = i < l.index_count ? from + l.index[i] * ld_ : nullptr;
+      for (int64_t r = 0; r < rows; ++r)
+        features[(first + r) * stride + i] = feature != nullptr ? feature[r] : T(0);
+    }
   }
   void fill_context() const {
     const int64_t stride = row_stride<T>(p_.context);
@@ -1413,10 +1447,9 @@ private:
       for (int64_t j = 0; j < count; ++j) {
         const T *const from = value_at(l, at, id) + row * stride + j;
         T *const to = w.net + (to_row + j) * ld_;
+        each(to, to, ld_, [](Pack<T>) { return Pack<T>(T(0)); });
         for (int64_t r = 0; r < rows; ++r)
           to[r] = from[r * stride];
-        for (int64_t r = rows; r < ld_; ++r)
-          to[r] = T(0);
       }
     });
     for (int64_t i = 0; i < l.transformed_count; ++i)

@@ -7,7 +7,8 @@
 // Activations are row-major with rows padded to whole vectors (row_stride()), so a product may write the padding; a
 // panel is not padded: a vector that reaches beyond its row reads the next row, whose lanes are dropped, and only the
 // last rows of the last panel are read from a copy. All loops are register tiles of R rows x C vectors; R and C are
-// chosen for 32 or 16 vector registers. Tuned on AVX-512 (Zen 5) at hidden 512, batch 25 and 256: docs/performance.md.
+// chosen for 32 or 16 vector registers. Tuned on AVX-512 (Zen 4 and 5) at hidden 512, batch 25 and 256:
+// docs/performance.md.
 #pragma once
 
 #include "common/simd.h"
@@ -181,6 +182,13 @@ constexpr int max_rows(int columns) {
                                 : (columns == 2 ? 6 : 8);
 }
 
+// A division takes as long as a tile of few rows does at two k.
+IIN_FAST_INLINE int64_t divided(int64_t a, int64_t b) { return b == 1 ? a : a / b; }
+IIN_FAST_INLINE int64_t tiles_of(int64_t rows, int64_t columns) {
+  const int64_t most = max_rows(static_cast<int>(columns));
+  return rows <= most ? 1 : ceil_div(rows, most);
+}
+
 template <class T> using MultiplyTile = void (*)(const Product<T> &);
 template <class T> using OuterTile = void (*)(const Outer<T> &);
 
@@ -220,7 +228,8 @@ constexpr int64_t stream_bytes = 6 * 1024;
 constexpr int64_t shared_rows = 20;
 
 // Bytes of W that a block of k may hold. A tile loads and stores its sums once in each. With many rows the block is in
-// the second cache after the first tile; with few it is read as it comes, and what is asked for must not come too early.
+// the second cache after the first tile; with few it is read as it comes, and what is asked for must not come too
+// early.
 inline int64_t block_bytes(int64_t rows) { return (rows >= shared_rows ? 128 : 32) * 1024; }
 
 // C[rows, columns] of one panel. `readable`: whether a vector may be read that begins in any row of w and ends beyond
@@ -232,7 +241,7 @@ template <class T> void multiply_panel(const Product<T> &whole, int64_t rows, in
   alignas(64) T tail[n * widest]; // the last rows of w, padded
   alignas(64) T start[widest];
   const int64_t groups = ceil_div(columns, widest);
-  const int64_t calls = groups * ceil_div(rows, max_rows(smaller(ceil_div(columns, n), max_columns)));
+  const int64_t calls = groups * tiles_of(rows, smaller(ceil_div(columns, n), max_columns));
   const int64_t width_of_all = groups == 1 ? ceil_div(columns, n) * n : columns;
   const int64_t block = calls == 1 ? whole.k : larger(16, block_bytes(rows) / (width_of_all * (int64_t)sizeof(T)));
   // What comes next, while this block is computed: for many rows each tile asks for its share; for fewer, where that
@@ -243,13 +252,13 @@ template <class T> void multiply_panel(const Product<T> &whole, int64_t rows, in
                     : asking == 4       ? Ahead::line
                     : asking == 2       ? Ahead::half
                                         : Ahead::all;
-  const int64_t stride = calls / asking;
+  const int64_t stride = divided(calls, asking);
   for (int64_t k = 0; k < whole.k; k += block) {
     const int64_t end_k = smaller(k + block, whole.k), bytes = (end_k - k) * whole.ldw * sizeof(T);
     const char *const ahead =
         !readable ? reinterpret_cast<const char *>(whole.w + k * whole.ldw) + (calls == 1 ? stream_bytes : bytes)
                   : whole.ahead;
-    const int64_t share = ceil_div(bytes, asking);
+    const int64_t share = divided(bytes + asking - 1, asking);
     int64_t asked = 0, silent = 0; // tiles that asked; those to come before the next does
     for (int64_t column = 0; column < columns; column += widest) {
       const int64_t vectors = smaller(ceil_div(columns - column, n), max_columns), width = vectors * n;
@@ -261,7 +270,7 @@ template <class T> void multiply_panel(const Product<T> &whole, int64_t rows, in
           start[j] = column + j < columns ? first[j] : T(0);
         first = start;
       }
-      const int64_t tiles = ceil_div(rows, max_rows(vectors)), height = rows / tiles, taller = rows % tiles;
+      const int64_t tiles = tiles_of(rows, vectors), height = divided(rows, tiles), taller = rows - height * tiles;
       // the rows of w from k to `to`, in place or in the tail
       const auto run = [&](int64_t from, int64_t to, const T *w, int64_t ldw, const T *begin) {
         Product<T> p = whole;
@@ -273,7 +282,7 @@ template <class T> void multiply_panel(const Product<T> &whole, int64_t rows, in
         p.mask += whole.mask ? column : 0;
         if (to < whole.k)
           p.finish = Finish::store;
-        p.ahead_step = ceil_div(share, end_k - k);
+        p.ahead_step = way == Ahead::share ? ceil_div(share, end_k - k) : 0;
         for (int64_t tile = 0; tile < tiles; ++tile) {
           const int64_t here = tile < taller ? height + 1 : height;
           const bool asks = ahead != nullptr && silent == 0 && asked < asking;

@@ -20,22 +20,27 @@ template <class T> IIN_FAST_INLINE void add_terms(T *logdet, T *lost, Pack<T> te
   sum.store(logdet), rest.store(lost);
 }
 
-// Feature i of the transformed ones. raw: [raw rows, ld].
+// Features [first, end) of the transformed ones, coordinates `index` of x and y. raw: [raw rows, ld].
 template <class T>
-void affine_transform(const AffineTransformer &t, bool inverse, const T *raw, int64_t i, int64_t ld, const T *x, T *y,
-                      T *logdet, T *lost) {
+void affine_transform(const AffineTransformer &t, bool inverse, const T *raw, const int64_t *index, int64_t first,
+                      int64_t end, int64_t ld, const T *x, T *y, T *logdet, T *lost) {
   using V = Pack<T>;
   const V clamp = static_cast<T>(t.clamp), gain = static_cast<T>(t.gain);
-  const T *const shift = raw + (t.shift_at + i * t.shift_step) * ld;
-  const T *const scale = t.scale_at < 0 ? shift : raw + (t.scale_at + i * t.scale_step) * ld;
+  const T *const shifts = raw + t.shift_at * ld, *const scales = t.scale_at < 0 ? shifts : raw + t.scale_at * ld;
+  const int64_t shift_step = t.shift_step * ld, scale_step = t.scale_at < 0 ? shift_step : t.scale_step * ld;
   with_constants(static_cast<Squash>(t.squash), inverse, [&](auto squash, auto backwards) {
     for (int64_t l = 0; l < ld; l += lanes<T>) {
-      V term;
-      couple<decltype(squash)::value, decltype(backwards)::value>(V::load(x + l), gain * V::load(scale + l),
-                                                                  gain * V::load(shift + l), clamp, term)
-          .store(y + l);
-      if constexpr (decltype(squash)::value != Squash::none)
-        add_terms(logdet + l, lost + l, term);
+      V sum = V::load(logdet + l), rest = V::load(lost + l);
+      for (int64_t i = first; i < end; ++i) {
+        V term;
+        couple<decltype(squash)::value, decltype(backwards)::value>(
+            V::load(x + index[i] * ld + l), gain * V::load(scales + i * scale_step + l),
+            gain * V::load(shifts + i * shift_step + l), clamp, term)
+            .store(y + index[i] * ld + l);
+        if constexpr (decltype(squash)::value != Squash::none)
+          add_term(sum, rest, term);
+      }
+      sum.store(logdet + l), rest.store(lost + l);
     }
   });
 }
