@@ -201,7 +201,7 @@ def before_table(name: str = "before_cpu.json") -> str:
     result = json.loads((RESULTS / name).read_text())
     machine, cases = result["machine"], result["cases"]
     lines = [
-        f"{machine['CPU']} ({machine['CPU instruction set']}), commit {machine['commit']} beside {result['before'][:12]}, "
+        f"{machine['CPU']} ({machine['CPU instruction set']}), commit {machine['commit'][:12]} beside {result['before'][:12]}, "
         f"{len(next(iter(cases.values()))['ratios'])} processes of each in turn, each version first in half of them. Medians in milliseconds, and the older time over ours.",
         "",
         "| case | before | now | before over now: median | least | most |",
