@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...checks import checked_flag
 
-__all__ = ["ANCHOR", "add_to_grad", "allowed", "asked", "direct_gradients", "learning", "own", "passed_on", "possible"]
+__all__ = ["ANCHOR", "add_to_grad", "allowed", "asked", "direct_gradients", "learning", "passed_on", "possible"]
 
 _writes = Lock()  # of one thread at a time: each looks first whether there is a gradient
 _asked: ContextVar[bool] = ContextVar("direct_gradients", default=False)
@@ -94,17 +94,6 @@ def passed_on(parameters: Sequence[Tensor]) -> list[bool]:
         p.requires_grad and (not p.is_leaf or bool(p._backward_hooks or p._post_accumulate_grad_hooks))  # type: ignore[attr-defined]
         for p in parameters
     ]
-
-
-def own(parameters: Sequence[Tensor]) -> tuple[bool, ...] | None:
-    """Of each whether it learns; None where the gradient of any goes torch's way."""
-    found = []
-    for p in parameters:
-        learns = p.requires_grad
-        if learns and (not p.is_leaf or p._backward_hooks or p._post_accumulate_grad_hooks):  # type: ignore[attr-defined]
-            return None
-        found.append(learns)
-    return tuple(found)
 
 
 def add_to_grad(parameters: Sequence[Tensor], grads: Sequence[Tensor | None], graph: bool) -> None:

@@ -69,8 +69,8 @@ def nll_backward(
 
     None, and nothing done, where that is not to be had, or gains nothing.
     """
-    learning = direct.own(parameters)
-    if learning is None or not any(learning) or not direct.allowed(x):
+    learning = direct.learning(parameters)
+    if not (direct.allowed(x) and any(learning)) or any(direct.passed_on(parameters)):
         return None
     if not ahead.gains(program, x.shape[0], x.dtype.itemsize, False):
         return None
